@@ -1,0 +1,263 @@
+"""The task accumulators: flat storage, its layout, and the harvest of gradients into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gcond_kernels import ops
+
+# Segments start at multiples of this many elements: 128 bytes of float32, 64 of bfloat16.
+ALIGNMENT = 32
+
+
+class Segment(NamedTuple):
+    """Where one parameter lives in a row of flat storage, in its own memory order.
+
+    Attributes:
+        parameter: the parameter itself.
+        name: how messages and reports call it.
+        offset: first element in a row.
+        stride: its strides, without gaps; they say what "its own memory order" is.
+    """
+
+    parameter: Tensor
+    name: str
+    offset: int
+    stride: tuple[int, ...]
+
+    def view(self, row: Tensor) -> Tensor:
+        """The segment of a row [N'], in the parameter's shape."""
+        return row.as_strided(self.parameter.shape, self.stride, self.offset)
+
+
+class Accumulator:
+    """One flat row per task, and what goes with it: history, momentum, counts.
+
+    Nothing is allocated before the first gradient, and nothing is ever zeroed: the first
+    micro-batch of a window overwrites.
+
+    Attributes:
+        rows: [K, N'] of `dtype`, the sums of this window's gradients.
+        history: [K, N'] of `history_dtype`, last step's rows; None where not kept.
+        momentum: [N'] float32; None where not kept.
+        momentum_steps: [T] int64, how often each tensor's momentum was updated.
+        segments: T segments, in the order in which their parameters were first seen.
+        counts: micro-batches of each task in this window.
+        touched: whether a tensor had a gradient in this window, from any task.
+    """
+
+    def __init__(
+        self, tasks: int, dtype: torch.dtype, history_dtype: torch.dtype | None, momentum: bool
+    ) -> None:
+        self.dtype = dtype
+        self.history_dtype = history_dtype
+        self.segments: list[Segment] = []
+        self.offsets: list[int] = []
+        self.sizes: list[int] = []
+        self.touched: list[bool] = []
+        self.counts = [0] * tasks
+        self.rows = torch.empty(tasks, 0, dtype=dtype)
+        self.history = None if history_dtype is None else self.rows.to(history_dtype)
+        self.momentum = torch.empty(0) if momentum else None
+        self.momentum_steps = torch.empty(0, dtype=torch.int64) if momentum else None
+        self._known: set[Tensor] = set()
+
+    def knows(self, parameter: Tensor) -> bool:
+        """Whether the parameter has a segment."""
+        return parameter in self._known
+
+    def grow(self, parameters: Sequence[tuple[Tensor, str]]) -> None:
+        """Appends segments for new parameters; what is there keeps its place and content.
+
+        Raises:
+            ValueError: a parameter cannot be accumulated; nothing has changed.
+        """
+        device = self.segments[0].parameter.device if self.segments else parameters[0][0].device
+        end = self.rows.shape[1]
+        segments = []
+        for parameter, name in parameters:
+            check_parameter(parameter, name, device)
+            # `empty_like` closes the gaps of a parameter that is a view with some.
+            segments.append(Segment(parameter, name, end, torch.empty_like(parameter).stride()))
+            end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+
+        self.rows = widened(self.rows, end, device)
+        if self.history is not None:
+            self.history = widened(self.history, end, device)
+        if self.momentum is not None and self.momentum_steps is not None:
+            self.momentum = widened(self.momentum, end, device)
+            count = len(self.segments) + len(segments)
+            self.momentum_steps = widened(self.momentum_steps, count, device)
+        self.segments += segments
+        self.offsets += [segment.offset for segment in segments]
+        self.sizes += [segment.parameter.numel() for segment in segments]
+        self.touched += [False] * len(segments)
+        self._known.update(segment.parameter for segment in segments)
+
+    def harvest(self, task: int, backend: str) -> None:
+        """Adds every `.grad` to the task's row and frees it.
+
+        Raises:
+            ValueError: a gradient cannot be accumulated; nothing has been added.
+        """
+        if self.counts[task] == 0 and not any(self.counts):
+            self.touched = [False] * len(self.segments)
+        gradients = [flat_gradient(segment) for segment in self.segments]
+        ops.accumulate(
+            self.rows[task],
+            gradients,
+            self.offsets,
+            self.sizes,
+            overwrite=self.counts[task] == 0,
+            backend=backend,
+        )
+        self.counts[task] += 1
+        for index, gradient in enumerate(gradients):
+            if gradient is not None:
+                self.touched[index] = True
+                self.segments[index].parameter.grad = None
+
+    def drop_gradients(self) -> None:
+        """Forgets every `.grad`."""
+        for segment in self.segments:
+            segment.parameter.grad = None
+
+    def new_gradients(self) -> list[Tensor | None]:
+        """Fresh memory for `.grad`, shaped as the parameters; None where no task had a gradient."""
+        return [
+            torch.empty_like(s.parameter, dtype=gradient_dtype(s.parameter), requires_grad=False)
+            if touched
+            else None
+            for s, touched in zip(self.segments, self.touched, strict=True)
+        ]
+
+    def start_window(self) -> None:
+        """Forgets what this window accumulated."""
+        self.counts = [0] * len(self.counts)
+
+    def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
+        """Flat storage and its layout; parameters are named by their place in `parameters`.
+
+        The rows are left out between windows, where nothing reads them.
+        """
+        index = {parameter: i for i, parameter in enumerate(parameters)}
+        return {
+            "parameters": [index[segment.parameter] for segment in self.segments],
+            "shapes": [list(segment.parameter.shape) for segment in self.segments],
+            "strides": [list(segment.stride) for segment in self.segments],
+            "offsets": list(self.offsets),
+            "counts": list(self.counts),
+            "touched": list(self.touched),
+            "rows": self.rows if any(self.counts) else None,
+            "history": self.history,
+            "momentum": self.momentum,
+            "momentum_steps": self.momentum_steps,
+        }
+
+    def check_state(self, state: dict[str, Any], parameters: Sequence[tuple[Tensor, str]]) -> None:
+        """Raises a ValueError that names the difference if the state is not of these parameters."""
+        for name, own in (("history", self.history), ("momentum", self.momentum)):
+            if (state[name] is None) != (own is None):
+                there, here = ("no ", "") if own is not None else ("", "no ")
+                raise ValueError(f"the state has {there}{name}, this optimizer has {here}{name}")
+        for i, shape in zip(state["parameters"], state["shapes"], strict=True):
+            if i >= len(parameters):
+                raise ValueError(
+                    f"the state has a parameter number {i}, this optimizer only {len(parameters)}"
+                )
+            parameter, name = parameters[i]
+            if list(parameter.shape) != shape:
+                raise ValueError(
+                    f"{name} has shape {list(parameter.shape)}, in the state it has {shape}"
+                )
+
+    def load_state_dict(
+        self, state: dict[str, Any], parameters: Sequence[tuple[Tensor, str]]
+    ) -> None:
+        """Takes over a state that `check_state` has passed, whatever the order of its segments."""
+        listed = [parameters[i] for i in state["parameters"]]
+        new = [(parameter, name) for parameter, name in listed if not self.knows(parameter)]
+        if new:
+            self.grow(new)
+        place = {segment.parameter: t for t, segment in enumerate(self.segments)}
+        self.counts = list(state["counts"])
+        self.touched = [False] * len(self.segments)
+        for row in self._all_rows():
+            row.zero_()
+        if self.momentum_steps is not None:
+            self.momentum_steps.zero_()
+        for s, (parameter, name) in enumerate(listed):
+            t = place[parameter]
+            there = Segment(parameter, name, state["offsets"][s], tuple(state["strides"][s]))
+            self.touched[t] = state["touched"][s]
+            for key in ("rows", "history"):
+                own, saved = getattr(self, key), state[key]
+                if own is not None and saved is not None:
+                    for row, saved_row in zip(own, saved, strict=True):
+                        self.segments[t].view(row).copy_(there.view(saved_row))
+            if self.momentum is not None and self.momentum_steps is not None:
+                self.segments[t].view(self.momentum).copy_(there.view(state["momentum"]))
+                self.momentum_steps[t] = state["momentum_steps"][s]
+
+    def _all_rows(self) -> list[Tensor]:
+        """Everything N-sized that is kept, as rows [N']."""
+        rows = [*self.rows, *([] if self.history is None else self.history)]
+        return rows if self.momentum is None else [*rows, self.momentum]
+
+
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """The type that the parameter's `.grad` must have."""
+    dtype: torch.dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+    return dtype
+
+
+def check_parameter(parameter: Tensor, name: str, device: torch.device) -> None:
+    """Raises a ValueError that says why the parameter cannot be accumulated, if it cannot."""
+    if isinstance(parameter, torch.nn.parameter.UninitializedTensorMixin):
+        raise ValueError(f"{name} is not initialized yet: run the model once before training")
+    if not parameter.is_floating_point():
+        raise ValueError(f"{name} is {parameter.dtype}: only real floating types have accumulators")
+    if parameter.layout != torch.strided:
+        raise ValueError(f"{name} has layout {parameter.layout}: only dense parameters are handled")
+    if hasattr(parameter, "placements"):
+        raise ValueError(f"{name} is a DTensor: sharded parameters are not handled yet")
+    if parameter.device != device:
+        raise ValueError(
+            f"{name} is on {parameter.device}, but the first parameter is on {device}: "
+            "all parameters of one optimizer must be on one device"
+        )
+
+
+def flat_gradient(segment: Segment) -> Tensor | None:
+    """The parameter's `.grad` as [n], in the parameter's memory order; a copy only where needed."""
+    gradient = segment.parameter.grad
+    if gradient is None:
+        return None
+    if gradient.layout != torch.strided:
+        raise ValueError(
+            f"{segment.name} got a gradient with layout {gradient.layout}: make it dense, "
+            "e.g. torch.nn.Embedding(..., sparse=False)"
+        )
+    return flat(gradient, segment.stride)
+
+
+def flat(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The elements [n] of a tensor in the order in which memory of these strides has them."""
+    tensor = tensor.detach()
+    if tensor.stride() != stride:
+        ordered = torch.empty_strided(
+            tensor.shape, stride, dtype=tensor.dtype, device=tensor.device
+        )
+        tensor = ordered.copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def widened(tensor: Tensor, length: int, device: torch.device) -> Tensor:
+    """A tensor with zeros appended in its last dimension, on the device."""
+    wider = torch.zeros((*tensor.shape[:-1], length), dtype=tensor.dtype, device=device)
+    wider[..., : tensor.shape[-1]] = tensor
+    return wider

@@ -1,0 +1,143 @@
+"""What is refused, and with which words, before anything is changed."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gcond_kernels import ops
+
+
+def check_tasks(tasks: object) -> None:
+    """Task names and loss weights."""
+    if not isinstance(tasks, Mapping):
+        raise TypeError(f"tasks must map each task's name to its loss weight, not {tasks!r}")
+    if not tasks:
+        raise ValueError("tasks must name at least one task")
+    for task, weight in tasks.items():
+        if not isinstance(task, str):
+            raise TypeError(f"tasks: a name must be a string, not {task!r}")
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not 0.0 <= weight < math.inf:
+            raise ValueError(
+                f"tasks: the loss weight of {task!r} must be 0 or more, not {weight!r}"
+            )
+    if not any(tasks.values()):
+        raise ValueError("tasks: at least one loss weight must be above 0")
+
+
+def check_steps(accumulation_steps: object, mode: object, tasks: int) -> None:
+    """The number of micro-batches in a window."""
+    if mode not in ("exact", "stochastic"):
+        raise ValueError(f"mode must be 'exact' or 'stochastic', not {mode!r}")
+    whole = isinstance(accumulation_steps, int) and not isinstance(accumulation_steps, bool)
+    if not whole or accumulation_steps < 1:  # type: ignore[operator]
+        raise ValueError(
+            f"accumulation_steps must be a whole number above 0, not {accumulation_steps!r}"
+        )
+    if mode == "stochastic" and accumulation_steps < tasks:  # type: ignore[operator]
+        raise ValueError(
+            f"accumulation_steps={accumulation_steps} is too few for {tasks} tasks in stochastic "
+            f"mode, which gives every task a block of micro-batches: use at least {tasks}, or "
+            "mode='exact'"
+        )
+
+
+def check_range(option: str, value: object, low: float, high: float, *, open_low: bool) -> None:
+    """A number in [low, high), or in (low, high)."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (low < value if open_low else low <= value) or not value < high:  # type: ignore[operator]
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{option} must be a number in {bracket}{low}, {high}), not {value!r}")
+
+
+def check_dtype(option: str, dtype: object, allowed: Sequence[torch.dtype]) -> None:
+    """One of the allowed types."""
+    if dtype not in allowed:
+        raise ValueError(f"{option} must be {' or '.join(map(str, allowed))}, not {dtype}")
+
+
+def check_base(base: object) -> None:
+    """The optimizer to be wrapped."""
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(
+            "base must be a torch optimizer, e.g. torch.optim.AdamW(model.parameters()), "
+            f"not {base!r}"
+        )
+
+
+def check_update(update: object, max_norm: float | None) -> None:
+    """The form of the written gradient."""
+    if update not in ("momentum", "lion_lars"):
+        raise ValueError(f"update must be 'momentum' or 'lion_lars', not {update!r}")
+    if max_norm is not None:
+        check_range("max_norm", max_norm, 0.0, math.inf, open_low=True)
+        if update == "lion_lars":
+            raise ValueError(
+                "max_norm does not go with update='lion_lars': the size of that update is set "
+                "by trust_ratio_coef and trust_ratio_clip"
+            )
+
+
+def check_storage(accumulator_dtype: object, history_dtype: object) -> None:
+    """The types of what is kept for every parameter and task."""
+    check_dtype("accumulator_dtype", accumulator_dtype, ops.ACCUMULATOR_DTYPES)
+    check_dtype("history_dtype", history_dtype, ops.ACCUMULATOR_DTYPES)
+
+
+def check_task_names(losses: object, active: Iterable[str], known: Iterable[str]) -> None:
+    """That there is a loss for each active task and no other."""
+    if not isinstance(losses, Mapping):
+        raise TypeError(f"losses must map each active task to its loss, not {type(losses)}")
+    active, known = list(active), list(known)
+    for task in losses:
+        if task not in known:
+            raise KeyError(f"unknown task {task!r}: the tasks are {known}")
+        if task not in active:
+            raise KeyError(
+                f"task {task!r} is not active in this micro-batch: give losses for "
+                f"optimizer.active_tasks, now {active}"
+            )
+    for task in active:
+        if task not in losses:
+            raise KeyError(f"no loss for task {task!r}: optimizer.active_tasks is {active}")
+
+
+def check_loss(task: str, loss: object) -> None:
+    """That a loss can be back-propagated."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"the loss of task {task!r} must be a scalar tensor or a function that returns one, "
+            f"not {type(loss)}"
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"the loss of task {task!r} must be a scalar, not of shape {list(loss.shape)}: "
+            "reduce it, e.g. with .mean()"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss of task {task!r} has no graph: it was computed under torch.no_grad(), was "
+            "detached, or depends on no parameter that requires a gradient"
+        )
+
+
+def warn_of_double_smoothing(base: torch.optim.Optimizer) -> None:
+    """Warns where both this wrapper and the wrapped optimizer average the gradient."""
+    for group in base.param_groups:
+        name = next(iter({"betas", "momentum"} & group.keys()), None)
+        value = group[name] if name else 0.0
+        beta = float(value[0] if isinstance(value, (tuple, list)) else value)
+        if name and beta > 0.0:
+            warnings.warn(
+                f"the gradient is smoothed twice: by momentum in GCondFused and by {name}={value} "
+                f"in {type(base).__name__}. Set momentum=0 here, or "
+                + ("betas=(0.0, ...)" if name == "betas" else "momentum=0")
+                + " there.",
+                stacklevel=3,
+            )
+            return

@@ -1,0 +1,164 @@
+"""GCond: conflicts are resolved by zones of cosine similarity, with an arbitrator."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gcond_kernels import ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class GCond:
+    """Settings of the GCond method (Limarenko et al., IEEE Access 2026, arXiv 2509.07252).
+
+    The pair of tasks with the smallest cosine c is resolved first, and again until no
+    cosine is below θ_weak or `max_iterations` is reached. In the critical zone
+    (c ≤ θ_crit) the winner stays as it is and the loser is projected onto the complement of
+    the winner; in the mild zone both give way, ever less towards θ_weak; in between the
+    winner gives way less and less towards θ_crit.
+
+    Args:
+        thresholds: (θ_crit, θ_main, θ_weak), non-decreasing cosines in [-1, 1].
+        remap_power: exponent of the passage through the moderate zone, > 0.
+        arbitration: "smooth", or "zones", the older form: winner takes all in the critical
+            zone, the loser is projected in the moderate one, both in the mild one.
+        max_iterations: bound on the number of projections per step; None is 2K.
+        tolerance: a pair conflicts where c < θ_weak - tolerance; keeps the rounding left by
+            a full projection from counting as a conflict.
+        dominance_window: a task that won this many times in a row loses the next conflict;
+            0 turns that off.
+        tie_breaking_weights: (stability, strength) in the winner's score.
+        norm_ema_beta: decay of the moving average of each task's norm, in [0, 1).
+        norm_ema_start: where that average starts; None is the first non-zero norm.
+        norm_cap: gradients longer than this are shortened to it; None is no cap.
+        history: what stability compares with: last step's gradient as accumulated ("raw",
+            eq. 8 of the paper) or as resolved ("resolved", the published implementation).
+        eps: added to quotients. With `norm_ema_start` it is also the least value of the
+            average; without, nothing of absolute size enters, so that the scale of the
+            gradients decides nothing.
+
+    Raises:
+        ValueError: an option is out of its range; the message names it.
+    """
+
+    thresholds: tuple[float, float, float] = (-0.8, -0.5, 0.0)
+    remap_power: float = 2.0
+    arbitration: Literal["smooth", "zones"] = "smooth"
+    max_iterations: int | None = None
+    tolerance: float = 1e-6
+    dominance_window: int = 3
+    tie_breaking_weights: tuple[float, float] = (0.8, 0.2)
+    norm_ema_beta: float = 0.95
+    norm_ema_start: float | None = None
+    norm_cap: float | None = None
+    history: Literal["raw", "resolved"] = "raw"
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        # Lists come from JSON and YAML; tuples keep the settings immutable.
+        object.__setattr__(self, "thresholds", tuple(self.thresholds))
+        object.__setattr__(self, "tie_breaking_weights", tuple(self.tie_breaking_weights))
+        t = self.thresholds
+        cap, start = self.norm_cap, self.norm_ema_start
+        self._require(
+            "thresholds",
+            len(t) == 3 and -1.0 <= t[0] <= t[1] <= t[2] <= 1.0,
+            "three non-decreasing cosines in [-1, 1]",
+        )
+        self._require("remap_power", 0.0 < self.remap_power < math.inf, "a number above 0")
+        self._require("arbitration", self.arbitration in ("smooth", "zones"), "'smooth' or 'zones'")
+        self._require(
+            "max_iterations",
+            self.max_iterations is None or _whole(self.max_iterations, 0),
+            "None or a whole number, 0 or more",
+        )
+        self._require("tolerance", 0.0 <= self.tolerance < math.inf, "a number, 0 or more")
+        self._require(
+            "dominance_window", _whole(self.dominance_window, 0), "a whole number, 0 or more"
+        )
+        self._require(
+            "tie_breaking_weights",
+            len(self.tie_breaking_weights) == 2
+            and all(0.0 <= w < math.inf for w in self.tie_breaking_weights),
+            "two numbers, 0 or more: (stability, strength)",
+        )
+        self._require("norm_ema_beta", 0.0 <= self.norm_ema_beta < 1.0, "in [0, 1)")
+        self._require("norm_cap", cap is None or 0.0 < cap < math.inf, "None or above 0")
+        self._require("norm_ema_start", start is None or 0.0 < start < math.inf, "None or above 0")
+        self._require("history", self.history in ("raw", "resolved"), "'raw' or 'resolved'")
+        self._require("eps", 0.0 < self.eps < math.inf, "a number above 0")
+
+    def _require(self, option: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise ValueError(f"GCond: {option} must be {what}, not {getattr(self, option)!r}")
+
+    @classmethod
+    def published(cls, **overrides: Any) -> GCond:
+        """Settings that reproduce the implementation its authors published."""
+        settings = {"history": "resolved", "norm_ema_start": 1.0, "tolerance": 0.0}
+        return cls(**(settings | overrides))
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> GCond:
+        """Settings of the paper's experiments; there, momentum 0.9 stands on the optimizer."""
+        return cls(**({"dominance_window": 0, "max_iterations": 3} | overrides))
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether last step's gradients are kept: 2 bytes per parameter and task."""
+        return self.tie_breaking_weights[0] > 0.0
+
+    def new_state(self, tasks: int, device: torch.device) -> dict[str, Tensor]:
+        """The state before the first step: small tensors on `device`, changed in place."""
+        start = self.norm_ema_start or 0.0
+
+        def float64(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return {
+            "norm_ema": float64(tasks) + start,
+            "winners": torch.full((self.dominance_window,), -1, dtype=torch.int64, device=device),
+            "history_gramian": float64(tasks, tasks),
+            "history_rows": torch.eye(tasks, dtype=torch.float64, device=device),
+            "history_scale": float64(tasks),
+        }
+
+    def resolve(
+        self,
+        gramian: Tensor,
+        cross: Tensor | None,
+        scale: Tensor,
+        state: dict[str, Tensor],
+        backend: str = "auto",
+    ) -> ops.Arbitration:
+        """One weight per task from the Gramian [K, K] and the cross-Gramian with the history."""
+        tasks = gramian.shape[0]
+        return ops.arbitrate(
+            gramian,
+            cross,
+            scale,
+            **state,
+            thresholds=self.thresholds,
+            remap_power=self.remap_power,
+            smooth=self.arbitration == "smooth",
+            max_iterations=2 * tasks if self.max_iterations is None else self.max_iterations,
+            tolerance=self.tolerance,
+            stability_weight=self.tie_breaking_weights[0],
+            strength_weight=self.tie_breaking_weights[1],
+            norm_ema_beta=self.norm_ema_beta,
+            # An absolute floor makes sense only where the average has an absolute start.
+            norm_ema_floor=0.0 if self.norm_ema_start is None else self.eps,
+            norm_cap=self.norm_cap,
+            resolved_history=self.history == "resolved",
+            eps=self.eps,
+            backend=backend,
+        )
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

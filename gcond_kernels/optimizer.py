@@ -1,0 +1,529 @@
+"""GCondFused: conflict-resolving gradient accumulation around any torch optimizer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gcond_kernels import ops
+from gcond_kernels.accumulator import Accumulator
+from gcond_kernels.checks import (
+    check_base,
+    check_loss,
+    check_range,
+    check_steps,
+    check_storage,
+    check_task_names,
+    check_tasks,
+    check_update,
+    warn_of_double_smoothing,
+)
+from gcond_kernels.methods import GCond
+from gcond_kernels.report import Report, Resolution
+
+Loss: TypeAlias = "Tensor | Callable[[], Tensor]"
+
+STATE_VERSION = 1
+
+
+class GCondFused(torch.optim.Optimizer):
+    """Accumulates each task's gradient apart, resolves conflicts, then steps the optimizer.
+
+    ::
+
+        for x, y in loader:
+            losses = {task: loss_functions[task](model(x), y) for task in optimizer.active_tasks}
+            if optimizer.backward(losses):  # True when the window is full
+                optimizer.step()
+
+    It is a `torch.optim.Optimizer` and shares `param_groups`, `state` and `defaults` with the
+    one it wraps, so schedulers take either. Persistent memory per parameter: 4 bytes per task
+    for the accumulators, 2 per task for the history of the arbitrator, 4 with momentum.
+
+    Args:
+        base: any torch optimizer. Its parameters must be on one device; those that require no
+            gradient cost nothing, and may start to require one at any time.
+        tasks: task → loss weight λ ≥ 0. The order is that of the blocks in stochastic mode.
+        accumulation_steps: micro-batches per optimizer step, A.
+        mode: "exact": every micro-batch has a loss of every task. "stochastic": the window is
+            cut into one block of micro-batches per task, each with a loss of that task alone:
+            one backward pass per micro-batch instead of K.
+        method: how conflicts are resolved.
+        momentum: β of a moving average of the resolved gradient, 0 ≤ β < 1; 0 leaves smoothing
+            to the base optimizer.
+        update: "momentum" writes the (averaged) gradient; "lion_lars" writes its sign, times a
+            trust ratio per parameter tensor.
+        trust_ratio_coef: factor of "lion_lars".
+        trust_ratio_clip: bound of the ratio ‖p‖ / ‖m̂‖ of "lion_lars".
+        max_norm: what is written to `.grad` is shortened to this norm; costs no pass over memory.
+        accumulator_dtype: torch.float32, or torch.bfloat16 for half the memory; bfloat16 loses
+            small gradients beside large sums.
+        history_dtype: torch.bfloat16 or torch.float32.
+        backend: "auto", "python", "triton" or "cuda"; see `gcond_kernels.ops.choose_backend`.
+
+    Raises:
+        TypeError, ValueError: an option is out of its range; the message names it.
+        RuntimeError: the backend that was asked for is not there.
+    """
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        tasks: Mapping[str, float],
+        *,
+        accumulation_steps: int = 1,
+        mode: Literal["exact", "stochastic"] = "exact",
+        method: GCond | None = None,
+        momentum: float = 0.0,
+        update: Literal["momentum", "lion_lars"] = "momentum",
+        trust_ratio_coef: float = 1e-4,
+        trust_ratio_clip: float = 100.0,
+        max_norm: float | None = None,
+        accumulator_dtype: torch.dtype = torch.float32,
+        history_dtype: torch.dtype = torch.bfloat16,
+        backend: str = "auto",
+    ) -> None:
+        check_base(base)
+        check_tasks(tasks)
+        check_steps(accumulation_steps, mode, len(tasks))
+        if method is not None and not isinstance(method, GCond):
+            raise TypeError(f"method must be a GCond, not {method!r}")
+        check_range("momentum", momentum, 0.0, 1.0, open_low=False)
+        check_update(update, max_norm)
+        check_range("trust_ratio_coef", trust_ratio_coef, 0.0, math.inf, open_low=True)
+        check_range("trust_ratio_clip", trust_ratio_clip, 0.0, math.inf, open_low=True)
+        check_storage(accumulator_dtype, history_dtype)
+        parameters = [p for group in base.param_groups for p in group["params"]]
+        ops.choose_backend(backend, parameters[0].device)  # raises now rather than in training
+
+        # Not super().__init__: that would make lists of parameters and state of our own.
+        self.base = base
+        super().__setstate__({})
+        self.tasks = {task: float(weight) for task, weight in tasks.items()}
+        self.accumulation_steps = accumulation_steps
+        self.mode = mode
+        self.method = GCond() if method is None else method
+        self.beta = float(momentum)
+        self.update = update
+        self.trust_ratio_coef = float(trust_ratio_coef)
+        self.trust_ratio_clip = float(trust_ratio_clip)
+        self.max_norm = max_norm
+        self.backend = backend
+        self._names = tuple(self.tasks)
+        self._schedule = schedule(len(tasks), accumulation_steps, mode)
+        self._accumulator = Accumulator(
+            len(tasks),
+            accumulator_dtype,
+            history_dtype if self.method.needs_history else None,
+            self.beta > 0.0,
+        )
+        self._method_state = self.method.new_state(len(tasks), parameters[0].device)
+        self._position = 0
+        self._resolved = False
+        self._steps = 0
+        self._skipped_steps = 0
+        self._last: Resolution | None = None
+        # What resolve() wrote to `.grad`, to tell it from a gradient of somebody else's.
+        self._written: list[weakref.ref[Tensor]] = []
+        if self.beta > 0.0:
+            warn_of_double_smoothing(base)
+
+    # What is shared with the wrapped optimizer.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The parameter groups of the wrapped optimizer: the same list."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The per-parameter state of the wrapped optimizer: the same mapping."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The defaults of the wrapped optimizer."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, at any time, also in the middle of a window."""
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears `.grad`. What the window has accumulated stays: `step` starts a new one.
+
+        So a loop that calls this for every micro-batch, as is the habit, does no harm.
+        """
+        self.base.zero_grad(set_to_none)
+
+    # One window: backward … backward, resolve, step.
+
+    @property
+    def active_tasks(self) -> tuple[str, ...]:
+        """The tasks whose losses the next `backward` takes; none once the window is full."""
+        if self._position >= self.accumulation_steps:
+            return ()
+        return tuple(self._names[task] for task in self._schedule[self._position])
+
+    def backward(self, losses: Mapping[str, Loss]) -> bool:
+        """Back-propagates one micro-batch and accumulates each task's gradient.
+
+        Args:
+            losses: for each of `active_tasks` a scalar loss, without the loss weight, or a
+                function without arguments that returns one. Losses may share a graph; it is
+                freed after the last of them. Functions are called one at a time, each graph
+                freed before the next is built.
+
+        Returns:
+            True when the window is full and `step` is due.
+
+        Raises:
+            KeyError: a task is unknown, missing, or not active now.
+            TypeError, ValueError: a loss is not a scalar tensor with a graph, or a gradient
+                cannot be accumulated. Losses given as tensors are all checked before anything
+                is accumulated. Where a function fails after others have run, their gradients
+                are taken back in the first micro-batch of a window; later that would need a
+                copy of the accumulators, so they stay, each task is divided by its own count
+                of micro-batches, and a warning says so.
+            RuntimeError: the window is full already, or a parameter has a `.grad` that came
+                from elsewhere.
+        """
+        self._check_window_open()
+        check_task_names(losses, self.active_tasks, self._names)
+        for task, loss in losses.items():
+            if not callable(loss):
+                check_loss(task, loss)
+        self._include_new_parameters()
+        self._clear_gradients()
+
+        # Tensors first: their graphs exist already, and go before a function builds another.
+        order = sorted(losses, key=lambda task: callable(losses[task]))
+        tensors_left = sum(not callable(loss) for loss in losses.values())
+        before = list(self._accumulator.counts)
+        try:
+            for task in order:
+                tensors_left -= 1
+                self._backward_one(task, losses[task], retain_graph=tensors_left > 0)
+        except BaseException as error:
+            self._accumulator.drop_gradients()
+            self._take_back(before, error)
+            raise
+        self._position += 1
+        return self._position == self.accumulation_steps
+
+    def _backward_one(self, task: str, loss: Loss, retain_graph: bool) -> None:
+        if not isinstance(loss, Tensor):
+            loss = loss()
+            check_loss(task, loss)
+        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        self._accumulator.harvest(self._names.index(task), self.backend)
+
+    def resolve(self) -> None:
+        """Resolves the window's conflicts and writes `.grad`; to clip or log before `step`.
+
+        Parameters that no task had a gradient for keep `.grad` None.
+
+        Raises:
+            RuntimeError: nothing was accumulated, or the window is resolved already.
+        """
+        if self._resolved:
+            raise RuntimeError("resolve() was called already in this window: call step()")
+        acc = self._accumulator
+        if not any(acc.counts):
+            raise RuntimeError("nothing was accumulated: call backward(losses) before step()")
+        K, device = len(acc.counts), acc.rows.device
+        shares = [
+            weight / count if count else 0.0
+            for weight, count in zip(self.tasks.values(), acc.counts, strict=True)
+        ]
+        scale = torch.tensor(shares, dtype=torch.float64, device=device)
+        signs = self.update == "lion_lars"
+        self._method_state = {k: v.to(device) for k, v in self._method_state.items()}
+
+        per_tensor, cross = ops.gramian(
+            acc.rows,
+            acc.offsets,
+            acc.sizes,
+            scale=scale,
+            history=acc.history,
+            history_scale=self._method_state["history_scale"],
+            momentum=acc.momentum if signs or self.max_norm is not None else None,
+            backend=self.backend,
+        )
+        gramian = per_tensor.sum(0)[:K, :K]
+        decision = self.method.resolve(gramian, cross, scale, self._method_state, self.backend)
+        gradients = acc.new_gradients()
+        ops.combine(
+            acc.rows,
+            [
+                None if gradient is None else gradient.as_strided((gradient.numel(),), (1,))
+                for gradient in gradients
+            ],
+            acc.offsets,
+            acc.sizes,
+            weights=decision.weights,
+            scale=scale,
+            finite=decision.finite,
+            per_tensor=per_tensor,
+            history=acc.history,
+            momentum=acc.momentum,
+            momentum_steps=acc.momentum_steps,
+            beta=self.beta,
+            max_norm=self.max_norm,
+            parameter_norms=self._parameter_norms() if signs else None,
+            trust_ratio_coef=self.trust_ratio_coef,
+            trust_ratio_clip=self.trust_ratio_clip,
+            backend=self.backend,
+        )
+        self._hand_over(gradients)
+        self._resolved = True
+        self._steps += 1
+        self._last = Resolution(
+            step=self._steps,
+            counts=list(acc.counts),
+            parameter_names=[segment.name for segment in acc.segments],
+            per_tensor=per_tensor,
+            gramian=gramian,
+            decision=decision,
+            norm_ema=self._method_state["norm_ema"],
+            winners=self._method_state["winners"],
+        )
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Resolves where `resolve` has not been called, steps the base optimizer, starts a window.
+
+        A window that is not full is used as it is. Where a gradient held a NaN or an infinity,
+        the base optimizer is not stepped and no state changes.
+
+        Raises:
+            TypeError: a closure was given.
+            RuntimeError: nothing was accumulated.
+        """
+        if closure is not None:
+            raise TypeError(
+                "GCondFused.step takes no closure: call backward(losses) for each micro-batch"
+            )
+        if not self._resolved:
+            self.resolve()
+        assert self._last is not None
+        # On a GPU this is the step's one wait for the device.
+        if bool(self._last.decision.finite):
+            self.base.step()
+        else:
+            self._skipped_steps += 1
+        self._accumulator.start_window()
+        self._position = 0
+        self._resolved = False
+
+    def report(self) -> Report:
+        """The last resolution as plain Python numbers. On a GPU this waits for the device.
+
+        Raises:
+            RuntimeError: there has been none since the start or the last `load_state_dict`.
+        """
+        if self._last is None:
+            raise RuntimeError("there is nothing to report before the first resolve() or step()")
+        return self._last.report(self._names, self._skipped_steps)
+
+    def _check_window_open(self) -> None:
+        if self._resolved:
+            raise RuntimeError("resolve() has written .grad: call step() before backward()")
+        if self._position == self.accumulation_steps:
+            raise RuntimeError(
+                f"the window of {self.accumulation_steps} micro-batches is full: call step()"
+            )
+
+    def _take_back(self, before: list[int], error: BaseException) -> None:
+        """Undoes what a failed `backward` added, where that needs no copy of the accumulators."""
+        kept = []
+        for task, count in enumerate(before):
+            if self._accumulator.counts[task] > count:
+                if count == 0:  # the next micro-batch overwrites the row
+                    self._accumulator.counts[task] = 0
+                else:
+                    kept.append(self._names[task])
+        if kept:
+            warnings.warn(
+                f"this micro-batch failed ({type(error).__name__}) after the gradient of "
+                f"{', '.join(map(repr, kept))} was accumulated; it stays, and each task is "
+                "divided by its own number of micro-batches",
+                stacklevel=3,
+            )
+
+    def _parameters(self) -> Iterator[tuple[Tensor, str]]:
+        """Every parameter and what to call it, in the order of the parameter groups."""
+        index = 0
+        for group in self.base.param_groups:
+            names = group.get("param_names")
+            for position, parameter in enumerate(group["params"]):
+                name = names[position] if names else f"parameter {index}"
+                yield parameter, name
+                index += 1
+
+    def _include_new_parameters(self) -> None:
+        knows = self._accumulator.knows
+        new = [(p, name) for p, name in self._parameters() if p.requires_grad and not knows(p)]
+        if new:
+            self._accumulator.grow(new)
+
+    def _clear_gradients(self) -> None:
+        """Makes way for one task's gradients; nothing that others computed is thrown away."""
+        own = {id(gradient()) for gradient in self._written}
+        for segment in self._accumulator.segments:
+            gradient = segment.parameter.grad
+            if gradient is not None and id(gradient) not in own:
+                raise RuntimeError(
+                    f"{segment.name} has a .grad that this optimizer did not write: give its loss "
+                    "a task of its own, or drop it with zero_grad()"
+                )
+        self._accumulator.drop_gradients()
+        self._written = []
+
+    def _parameter_norms(self) -> Tensor:
+        """[T] float64, the norm of every parameter tensor."""
+        return ops.multi_tensor_norm(
+            [segment.parameter for segment in self._accumulator.segments],
+            per_tensor=True,
+            backend=self.backend,
+        )
+
+    def _hand_over(self, gradients: Sequence[Tensor | None]) -> None:
+        for segment, gradient in zip(self._accumulator.segments, gradients, strict=True):
+            segment.parameter.grad = gradient
+        self._written = [weakref.ref(g) for g in gradients if g is not None]
+
+    # Saving and loading.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the wrapped optimizer, and under "gcond" what this one adds.
+
+        In the middle of a window it holds the accumulators too, so that training goes on from
+        there to the same bits. As with torch's optimizers the tensors are not copies.
+
+        Raises:
+            RuntimeError: between resolve() and step(): `.grad` is in no state dict.
+        """
+        if self._resolved:
+            raise RuntimeError("there is a resolved gradient in .grad: call step() before saving")
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state = self.base.state_dict()
+        state["gcond"] = {
+            "version": STATE_VERSION,
+            "tasks": list(self._names),
+            "window": {
+                "mode": self.mode,
+                "accumulation_steps": self.accumulation_steps,
+                "position": self._position,
+            },
+            "steps": self._steps,
+            "skipped_steps": self._skipped_steps,
+            "method": dict(self._method_state),
+            "accumulator": self._accumulator.state_dict([p for p, _ in self._parameters()]),
+        }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state)
+            state = state if changed is None else changed
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken; tensors are moved to this process's device.
+
+        Raises:
+            ValueError: the state is of other tasks, parameters, a window of another shape, or a
+                plain optimizer; the message names the difference and nothing has changed.
+        """
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        own = self._check_state(state_dict)
+        self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "gcond"})
+        self._accumulator.load_state_dict(own["accumulator"], list(self._parameters()))
+        self._method_state = {
+            key: own["method"][key].to(value.device, value.dtype, copy=True)
+            for key, value in self._method_state.items()
+        }
+        self._position = own["window"]["position"]
+        self._steps, self._skipped_steps = own["steps"], own["skipped_steps"]
+        self._resolved = False
+        self._last = None
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _check_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        own: dict[str, Any] | None = state_dict.get("gcond")
+        if own is None:
+            raise ValueError(
+                'this is the state of a plain optimizer, without "gcond": load it with '
+                "optimizer.base.load_state_dict"
+            )
+        if own["version"] != STATE_VERSION:
+            raise ValueError(
+                f"the state has format {own['version']}, this version reads {STATE_VERSION}"
+            )
+        if own["tasks"] != list(self._names):
+            raise ValueError(
+                f"the state has tasks {own['tasks']}, this optimizer {list(self._names)}"
+            )
+        window = own["window"]
+        for option in ("mode", "accumulation_steps"):
+            if window["position"] > 0 and window[option] != getattr(self, option):
+                raise ValueError(
+                    f"the state was taken in the middle of a window with {option}="
+                    f"{window[option]!r}, this optimizer has {getattr(self, option)!r}"
+                )
+        for key, value in self._method_state.items():
+            there = own["method"].get(key)
+            if there is None or there.shape != value.shape:
+                raise ValueError(
+                    f"the state's method has {key} "
+                    f"{'missing' if there is None else list(there.shape)}, this one "
+                    f"{list(value.shape)}: was it saved with another method or dominance_window?"
+                )
+        self._accumulator.check_state(own["accumulator"], list(self._parameters()))
+        return own
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references cannot be copied; without them a .grad counts as somebody else's.
+        return {**self.__dict__, "_written": [], "_last": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+
+    def __repr__(self) -> str:
+        return (
+            f"GCondFused(tasks={self.tasks}, accumulation_steps={self.accumulation_steps}, "
+            f"mode={self.mode!r}, method={self.method}, base={self.base!r})"
+        )
+
+
+def schedule(
+    tasks: int, accumulation_steps: int, mode: Literal["exact", "stochastic"]
+) -> list[tuple[int, ...]]:
+    """The active tasks of every micro-batch in a window.
+
+    In stochastic mode every task has one block; where the tasks do not divide the window evenly
+    the first blocks are one longer.
+    """
+    if mode == "exact":
+        return [tuple(range(tasks))] * accumulation_steps
+    length, longer = divmod(accumulation_steps, tasks)
+    return [(task,) for task in range(tasks) for _ in range(length + (task < longer))]

@@ -1,0 +1,13 @@
+"""The backend in plain PyTorch: what every other backend is compared with.
+
+It runs on any device that PyTorch runs on, reads memory in two passes, and is the
+fallback where neither Triton nor CUDA is to be had.
+"""
+
+from gcond_kernels.python.accumulate import accumulate
+from gcond_kernels.python.arbitrate import arbitrate
+from gcond_kernels.python.combine import combine
+from gcond_kernels.python.gramian import gramian
+from gcond_kernels.python.norms import multi_tensor_dot
+
+__all__ = ["accumulate", "arbitrate", "combine", "gramian", "multi_tensor_dot"]

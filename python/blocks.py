@@ -1,0 +1,26 @@
+"""Cuts the segments of a flat accumulator into blocks that stay in the processor's cache."""
+
+from collections.abc import Iterator, Sequence
+
+# Elements of scratch memory that one block may fill, over all rows: 2^21 float32 are
+# 8 MB, a share of the last-level cache; smaller blocks pay more per call than they gain.
+SCRATCH_ELEMENTS = 1 << 21
+
+# Length of one float32 partial sum, and what a block's length is a multiple of.
+PARTIAL = 8192
+
+
+def blocks(
+    offsets: Sequence[int], sizes: Sequence[int], rows: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yields (tensor, start, stop) of every block, in memory order.
+
+    Args:
+        offsets: where each tensor's segment starts, in elements.
+        sizes: how many elements each segment has; empty ones yield nothing.
+        rows: how many rows of scratch memory the caller fills per block.
+    """
+    length = max(1, SCRATCH_ELEMENTS // rows // PARTIAL) * PARTIAL
+    for tensor, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        for start in range(offset, offset + size, length):
+            yield tensor, start, min(start + length, offset + size)

@@ -1,0 +1,126 @@
+"""combine: one weighted sum of the accumulators is written as the gradient of every parameter."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gcond_kernels.python.blocks import blocks
+
+# Below this norm a trust ratio is 1: a tensor of zeros has no scale to keep to.
+TRUST_RATIO_EPS = 1e-8
+
+
+def combine(
+    accumulators: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    finite: Tensor,
+    outputs: Sequence[Tensor | None],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    history: Tensor | None,
+    momentum: Tensor | None,
+    momentum_steps: Tensor | None,
+    beta: float,
+    per_tensor: Tensor,
+    max_norm: float | None,
+    parameter_norms: Tensor | None,
+    trust_ratio_coef: float,
+    trust_ratio_clip: float,
+) -> None:
+    """Writes gradients, momentum and history; see `gcond_kernels.ops.combine`."""
+    if not bool(finite):  # on a GPU this waits for the device; the kernels branch there instead
+        for output in outputs:
+            if output is not None:
+                output.zero_()
+        return
+    written = torch.tensor([output is not None for output in outputs], device=weights.device)
+    if momentum_steps is not None:
+        momentum_steps += written
+    factors = output_factors(
+        per_tensor, weights, written, momentum_steps, beta, max_norm,
+        parameter_norms, trust_ratio_coef, trust_ratio_clip,
+    ).tolist()  # fmt: skip
+    row_weights = ((1.0 - beta) * weights * scale).tolist()
+    signs = parameter_norms is not None
+    taking_part = [task for task, s in enumerate(scale.tolist()) if s != 0.0]
+
+    for tensor, start, stop in blocks(offsets, sizes, rows=accumulators.shape[0] + 2):
+        output = outputs[tensor]
+        if output is not None:
+            first = offsets[tensor]
+            target = output[start - first : stop - first]
+            if momentum is None:
+                total = target if target.dtype == torch.float32 and not signs else None
+                total = weighted_rows(accumulators[:, start:stop], row_weights, total)
+            else:
+                total = momentum[start:stop].mul_(beta)
+                for row, weight in zip(accumulators, row_weights, strict=True):
+                    if weight != 0.0:
+                        total.add_(row[start:stop], alpha=weight)
+            direction = total.sign() if signs else total
+            if direction is not target:
+                torch.mul(direction, factors[tensor], out=target)
+            elif factors[tensor] != 1.0:
+                target.mul_(factors[tensor])
+        if history is not None:
+            if len(taking_part) == len(row_weights):
+                history[:, start:stop] = accumulators[:, start:stop]
+            else:
+                for task in taking_part:
+                    history[task, start:stop] = accumulators[task, start:stop]
+
+
+def weighted_rows(rows: Tensor, weights: Sequence[float], total: Tensor | None) -> Tensor:
+    """Σ_k weights[k] · rows[k] in float32, into `total` where given. A zero weight is not read."""
+    if total is None:
+        total = torch.empty(rows.shape[1], device=rows.device)
+    started = False
+    for row, weight in zip(rows, weights, strict=True):
+        if weight == 0.0:
+            continue
+        if started:
+            total.add_(row, alpha=weight)
+        else:
+            torch.mul(row, weight, out=total)
+            started = True
+    return total if started else total.zero_()
+
+
+def output_factors(
+    per_tensor: Tensor,
+    weights: Tensor,
+    written: Tensor,
+    momentum_steps: Tensor | None,
+    beta: float,
+    max_norm: float | None,
+    parameter_norms: Tensor | None,
+    trust_ratio_coef: float,
+    trust_ratio_clip: float,
+) -> Tensor:
+    """What multiplies the new momentum m (or its sign) of each tensor in the write: [T] float64.
+
+    The bias correction 1 / (1 - β^t), times the clipping factor or the trust ratio. The norm
+    of m̂ per tensor needs no pass over memory: with v = (1-β) w, and β for the row of the old
+    momentum, ‖m‖² = vᵀ G v for that tensor's Gramian G.
+    """
+    tensors, rows = per_tensor.shape[:2]
+    correction = per_tensor.new_ones(tensors)
+    if momentum_steps is not None:
+        # A tensor that never had a gradient has t = 0 and is not written: any factor will do.
+        correction = 1.0 / (1.0 - beta ** momentum_steps.clamp(min=1).double())
+    if max_norm is None and parameter_norms is None:
+        return correction
+
+    v = (1.0 - beta) * weights
+    if rows > len(weights):
+        v = torch.cat([v, v.new_full((1,), beta)])
+    squares = torch.einsum("i,tij,j->t", v, per_tensor, v).clamp(min=0.0) * correction**2
+    if parameter_norms is None:
+        total = squares[written].sum().sqrt()
+        return correction * (max_norm / total).clamp(max=1.0)
+    norms = squares.sqrt()
+    ratio = (parameter_norms / norms).clamp(max=trust_ratio_clip)
+    tiny = (norms < TRUST_RATIO_EPS) | (parameter_norms < TRUST_RATIO_EPS)
+    return trust_ratio_coef * torch.where(tiny, 1.0, ratio)

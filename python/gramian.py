@@ -1,0 +1,56 @@
+"""gramian: every inner product that the method needs, from one read of the accumulators."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gcond_kernels.python.blocks import PARTIAL, blocks
+
+
+def gramian(
+    accumulators: Tensor,
+    history: Tensor | None,
+    momentum: Tensor | None,
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    scale: Tensor,
+    history_scale: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Gramian per tensor and cross-Gramian with the history; see `gcond_kernels.ops.gramian`."""
+    tasks = accumulators.shape[0]
+    left = tasks + (momentum is not None)
+    rows = left + (0 if history is None else tasks)
+    products = torch.zeros(
+        (len(sizes), rows, left), dtype=torch.float64, device=accumulators.device
+    )
+    scratch = torch.empty(0, device=accumulators.device)
+    for tensor, start, stop in blocks(offsets, sizes, rows):
+        length = stop - start
+        if scratch.numel() != rows * length:
+            scratch = torch.empty((rows, length), device=accumulators.device)
+        scratch[:tasks] = accumulators[:, start:stop]
+        if momentum is not None:
+            scratch[tasks] = momentum[start:stop]
+        if history is not None:
+            scratch[left:] = history[:, start:stop]
+        products[tensor] += block_products(scratch, left)
+
+    # A task that takes no part (scale 0) may hold anything, NaN included: select, don't multiply.
+    row_scale = torch.cat([scale, scale.new_ones(left - tasks)])
+    weight = torch.outer(row_scale, row_scale)
+    per_tensor = torch.where(weight != 0, products[:, :left] * weight, 0.0)
+    if history is None:
+        return per_tensor, None
+    weight = torch.outer(scale, history_scale)
+    cross = products[:, left:, :tasks].sum(0).T  # [K, K], X_ij = ĝ_i · h_j
+    return per_tensor, torch.where(weight != 0, cross * weight, 0.0)
+
+
+def block_products(rows: Tensor, left: int) -> Tensor:
+    """Inner products [R, L] of all rows [R, n] with the first L, in float64 across partial sums."""
+    whole = rows.shape[1] // PARTIAL * PARTIAL
+    parts = rows[:, :whole].unflatten(1, (-1, PARTIAL)).transpose(0, 1)  # [n / PARTIAL, R, PARTIAL]
+    products = torch.bmm(parts, parts[:, :left].transpose(1, 2)).sum(0, dtype=torch.float64)
+    rest = rows[:, whole:]
+    return products + (rest @ rest[:left].T)
