@@ -217,7 +217,7 @@ def gradient_dtype(parameter: Tensor) -> torch.dtype:
 
 def check_parameter(parameter: Tensor, name: str, device: torch.device) -> None:
     """Raises a ValueError that says why the parameter cannot be accumulated, if it cannot."""
-    if isinstance(parameter, torch.nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(parameter):
         raise ValueError(f"{name} is not initialized yet: run the model once before training")
     if not parameter.is_floating_point():
         raise ValueError(f"{name} is {parameter.dtype}: only real floating types have accumulators")

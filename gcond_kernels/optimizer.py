@@ -137,7 +137,7 @@ class GCondFused(torch.optim.Optimizer):
     # What is shared with the wrapped optimizer.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the wrapped optimizer: the same list."""
         return self.base.param_groups
 
@@ -146,7 +146,7 @@ class GCondFused(torch.optim.Optimizer):
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The per-parameter state of the wrapped optimizer: the same mapping."""
         return self.base.state
 
@@ -155,7 +155,7 @@ class GCondFused(torch.optim.Optimizer):
         self.base.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The defaults of the wrapped optimizer."""
         return self.base.defaults
 

@@ -117,9 +117,10 @@ def output_factors(
     if rows > len(weights):
         v = torch.cat([v, v.new_full((1,), beta)])
     squares = torch.einsum("i,tij,j->t", v, per_tensor, v).clamp(min=0.0) * correction**2
-    if parameter_norms is None:
+    if max_norm is not None:
         total = squares[written].sum().sqrt()
         return correction * (max_norm / total).clamp(max=1.0)
+    assert parameter_norms is not None
     norms = squares.sqrt()
     ratio = (parameter_norms / norms).clamp(max=trust_ratio_clip)
     tiny = (norms < TRUST_RATIO_EPS) | (parameter_norms < TRUST_RATIO_EPS)

@@ -50,7 +50,7 @@ def gramian(
 def block_products(rows: Tensor, left: int) -> Tensor:
     """Inner products [R, L] of all rows [R, n] with the first L, in float64 across partial sums."""
     whole = rows.shape[1] // PARTIAL * PARTIAL
-    parts = rows[:, :whole].unflatten(1, (-1, PARTIAL)).transpose(0, 1)  # [n / PARTIAL, R, PARTIAL]
+    parts = rows[:, :whole].view(len(rows), -1, PARTIAL).transpose(0, 1)  # [n / PARTIAL, R, PARTIAL]
     products = torch.bmm(parts, parts[:, :left].transpose(1, 2)).sum(0, dtype=torch.float64)
     rest = rows[:, whole:]
     return products + (rest @ rest[:left].T)

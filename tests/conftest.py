@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from gcond_kernels import ops
 from hypothesis import HealthCheck, settings
+
+from gcond_kernels import ops
 
 # No deadline: the first example of a test pays for imports, and this may be a slow machine.
 settings.register_profile(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from gcond_kernels import GCond, GCondFused, Report
 
 RUNS: list[dict[str, Any]] = json.loads(

@@ -100,13 +100,18 @@ class GCond:
     @classmethod
     def published(cls, **overrides: Any) -> GCond:
         """Settings that reproduce the implementation its authors published."""
-        settings = {"history": "resolved", "norm_ema_start": 1.0, "tolerance": 0.0}
+        settings: dict[str, Any] = {
+            "history": "resolved",
+            "norm_ema_start": 1.0,
+            "tolerance": 0.0,
+        }
         return cls(**(settings | overrides))
 
     @classmethod
     def paper(cls, **overrides: Any) -> GCond:
         """Settings of the paper's experiments; there, momentum 0.9 stands on the optimizer."""
-        return cls(**({"dominance_window": 0, "max_iterations": 3} | overrides))
+        settings: dict[str, Any] = {"dominance_window": 0, "max_iterations": 3}
+        return cls(**(settings | overrides))
 
     @property
     def needs_history(self) -> bool:

@@ -1,0 +1,70 @@
+# Two commands on a fresh machine with Python >= 3.10: `make demo` and `make test`.
+# Both make the environment in .venv where it is missing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+
+.PHONY: help demo test lint info bench-cpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       train two multi-task models on real images; pictures in demo_output/"
+	@echo "make test       run all tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make info       versions, device, and which backend serves which operation"
+	@echo "make bench-cpu  a resolution on the CPU beside a copy of the same bytes"
+	@echo "make clean      remove the environment and what was built"
+	@echo 'Options go in ARGS, for example: make demo ARGS="--images ~/photos"'
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m gcond_kernels demo $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+# mypy is shown the package as it is installed, where python/ is gcond_kernels.python.
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	rm -rf build/lint
+	$(BIN)/python setup.py --quiet build --build-base build/lint --build-lib build/lint/lib
+	$(BIN)/mypy build/lint/lib/gcond_kernels
+
+info: $(VENV)/.demo
+	$(BIN)/python -m gcond_kernels info
+
+bench-cpu: $(VENV)/.demo
+	$(BIN)/python bench/resolution_cpu.py $(ARGS)
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@ $(VENV)/.demo
+
+# torch first and alone, so that nothing else decides which build of it comes. Without an
+# NVIDIA driver it is the CPU build where one is to be had: the default build on Linux brings
+# several gigabytes of CUDA libraries along.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is older than Python 3.10: make PYTHON=/path/to/python3.10 ..."; exit 1; }
+	@echo "Making the environment in $(VENV) (once)"
+	$(PYTHON) -m venv $(VENV)
+	@if [ "$$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then \
+		$(PIP) install --quiet torch==$(TORCH); \
+	else \
+		$(PIP) install --quiet torch==$(TORCH)+cpu 2>/dev/null || \
+		$(PIP) install --quiet --index-url $(CPU_WHEELS) torch==$(TORCH)+cpu || \
+		{ echo "No CPU build of torch $(TORCH) found: taking the default build (large)"; \
+		  $(PIP) install --quiet torch==$(TORCH); }; \
+	fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

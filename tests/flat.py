@@ -1,0 +1,61 @@
+"""Flat storage for tests: a layout, and tensors filled so that an unwritten element shows."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+
+ALIGNMENT = 32
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+# Lengths around the boundaries of a vector, an alignment, a partial sum and a block.
+SIZES = st.sampled_from([0, 1, 2, 3, 31, 32, 33, 127, 128, 129, 1000, 8191, 8192, 8193, 20000])
+SIZE_LISTS = st.one_of(
+    st.lists(SIZES, min_size=0, max_size=6),
+    st.lists(SIZES, min_size=1, max_size=4).map(lambda sizes: [*sizes, 0]),
+    st.just([3] * 300),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    offsets: list[int]
+    sizes: list[int]
+    length: int
+
+    def mask(self) -> torch.Tensor:
+        """Which elements of a row belong to a segment."""
+        mask = torch.zeros(self.length, dtype=torch.bool)
+        for offset, size in zip(self.offsets, self.sizes, strict=True):
+            mask[offset : offset + size] = True
+        return mask
+
+    def split(self, row: torch.Tensor) -> list[torch.Tensor]:
+        return [row[o : o + s] for o, s in zip(self.offsets, self.sizes, strict=True)]
+
+
+def layout_of(sizes: list[int]) -> Layout:
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return Layout(offsets, list(sizes), end)
+
+
+def rows(layout: Layout, count: int, seed: int, dtype=torch.float32) -> torch.Tensor:
+    """Random rows [count, N'] with zero padding."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(count, layout.length, generator=generator) * layout.mask()
+    return values.to(dtype)
+
+
+def unwritten(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values one element away from an aligned address."""
+    buffer = unwritten(tensor.numel() + 1, dtype=tensor.dtype)
+    buffer[1:] = tensor
+    return buffer[1:]

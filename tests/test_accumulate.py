@@ -1,0 +1,137 @@
+"""accumulate: sums of gradients in flat storage, against float64."""
+
+import math
+
+import pytest
+import torch
+from flat import DTYPES, SIZE_LISTS, layout_of, misaligned, rows, unwritten
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gcond_kernels import ops
+
+# One rounding of the scaled gradient and one of the sum.
+ULPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
+
+
+@st.composite
+def gradient_lists(draw, layout, seed):
+    gradients = []
+    for t, size in enumerate(layout.sizes):
+        if draw(st.integers(0, 4)) == 0:
+            gradients.append(None)
+            continue
+        generator = torch.Generator().manual_seed(seed + t)
+        dtype = draw(st.sampled_from(DTYPES))
+        gradient = torch.randn(size, generator=generator).to(dtype)
+        gradients.append(misaligned(gradient) if draw(st.booleans()) else gradient)
+    return gradients
+
+
+@given(
+    SIZE_LISTS,
+    st.sampled_from(ops.ACCUMULATOR_DTYPES),
+    st.sampled_from([1.0, 0.3, 2.0**-16, torch.tensor(0.7)]),
+    st.integers(0, 2**31),
+    st.data(),
+)
+def test_against_float64(backend, sizes, dtype, scale, seed, data):
+    layout = layout_of(sizes)
+    first = data.draw(gradient_lists(layout, seed))
+    second = data.draw(gradient_lists(layout, seed + 1000))
+    accumulator = unwritten(layout.length, dtype=dtype)
+    accumulator[~layout.mask()] = 0.0
+    for gradients, overwrite in ((first, True), (second, False)):
+        ops.accumulate(
+            accumulator,
+            gradients,
+            layout.offsets,
+            layout.sizes,
+            scale=scale,
+            overwrite=overwrite,
+            backend=backend,
+        )
+    assert (accumulator[~layout.mask()] == 0).all()
+    for t, part in enumerate(layout.split(accumulator)):
+        exact = torch.zeros(layout.sizes[t], dtype=torch.float64)
+        size = exact.clone()
+        for gradients in (first, second):
+            if gradients[t] is not None:
+                exact += gradients[t].double() * float(scale)
+                size += (gradients[t].double() * float(scale)).abs()
+        assert ((part.double() - exact).abs() <= 2 * ULPS[dtype] * size).all()
+
+
+def test_a_thousand_equal_micro_batches_add_up(backend):
+    # The same in a bfloat16 buffer ends at 0.5: there a 2^-9 is lost beside a larger sum.
+    layout = layout_of([5, 33])
+    gradients = [torch.full((size,), 2.0**-9, dtype=torch.bfloat16) for size in layout.sizes]
+    for value in (2.0**-9, 0.0019):
+        gradients = [torch.full_like(g, value) for g in gradients]
+        exact = 1024 * gradients[0][0].double()
+        accumulator = unwritten(layout.length)
+        for step in range(1024):
+            ops.accumulate(
+                accumulator,
+                gradients,
+                layout.offsets,
+                layout.sizes,
+                overwrite=step == 0,
+                backend=backend,
+            )
+        assert ((accumulator[layout.mask()] - exact).abs() <= 1e-6 * exact).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_where_it_is_and_is_overwritten(backend, bad):
+    layout = layout_of([100, 9000])
+    for place in (0, 4500, 8999):
+        gradients = [torch.zeros(100), torch.ones(9000)]
+        gradients[1][place] = bad
+        accumulator = unwritten(layout.length)
+        ops.accumulate(
+            accumulator, gradients, layout.offsets, layout.sizes, overwrite=True, backend=backend
+        )
+        finite = accumulator[layout.mask()].isfinite()
+        assert not finite[100 + place]
+        assert finite.sum() == finite.numel() - 1
+        none = [None, None]
+        ops.accumulate(
+            accumulator, none, layout.offsets, layout.sizes, overwrite=True, backend=backend
+        )
+        assert (accumulator[layout.mask()] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("gradient", "words"),
+    [
+        (torch.zeros(4), r"gradients\[1\] must be flat with 5 elements"),
+        (torch.zeros(5, 1), r"gradients\[1\] must be flat"),
+        (torch.zeros(10)[::2], r"gradients\[1\] must be flat"),
+        (torch.zeros(5, dtype=torch.int32), r"gradients\[1\] must be of a floating type"),
+        (torch.zeros(5, device="meta"), r"gradients\[1\] is on meta"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(backend, gradient, words):
+    layout = layout_of([3, 5])
+    accumulator = rows(layout, 1, 0)[0]
+    before = accumulator.clone()
+    with pytest.raises(ValueError, match=words):
+        ops.accumulate(
+            accumulator, [torch.ones(3), gradient], layout.offsets, layout.sizes, backend=backend
+        )
+    assert torch.equal(accumulator, before)
+
+
+def test_storage_that_does_not_fit_is_refused(backend):
+    def call(accumulator, offsets, sizes):
+        ops.accumulate(accumulator, [torch.ones(3)], offsets, sizes, backend=backend)
+
+    with pytest.raises(ValueError, match="the segments end at 7"):
+        call(torch.zeros(6), [4], [3])
+    with pytest.raises(ValueError, match="contiguous rows"):
+        call(torch.zeros(6, dtype=torch.float64), [0], [3])
+    with pytest.raises(ValueError, match="contiguous rows"):
+        call(torch.zeros(12)[::2], [0], [3])
+    with pytest.raises(ValueError, match="2 offsets do not go with 1 sizes"):
+        call(torch.zeros(6), [0, 3], [3])

@@ -1,0 +1,304 @@
+"""arbitrate: the resolution on inner products, against the same on whole vectors."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from naive import NaiveGCond
+
+from gcond_kernels import GCond, ops
+
+METHODS = st.builds(
+    GCond,
+    thresholds=st.lists(st.floats(-1, 0.5), min_size=3, max_size=3).map(lambda t: tuple(sorted(t))),
+    remap_power=st.sampled_from([0.5, 1.0, 2.0, 3.0]),
+    arbitration=st.sampled_from(["smooth", "zones"]),
+    max_iterations=st.sampled_from([None, None, 0, 1, 3]),
+    dominance_window=st.integers(0, 4),
+    tie_breaking_weights=st.sampled_from([(0.8, 0.2), (0.0, 1.0), (1.0, 0.0)]),
+    norm_ema_beta=st.sampled_from([0.0, 0.5, 0.95]),
+    norm_ema_start=st.sampled_from([None, 1.0]),
+    norm_cap=st.sampled_from([None, 0.5]),
+    history=st.sampled_from(["raw", "resolved"]),
+)
+
+
+def conflicting(seed: int, tasks: int, size: int, spread: float = 1.0) -> np.ndarray:
+    """Random gradients [K, N], pulled apart so that every zone occurs."""
+    rng = np.random.default_rng(seed)
+    g = rng.normal(size=(tasks, size))
+    g -= rng.uniform(0.0, 1.2) * g.mean(axis=0) * min(1, tasks - 1)
+    return g * np.exp(spread * rng.normal(size=(tasks, 1)))
+
+
+def warm_state(method, tasks, seed):
+    """State with averages of no particular value: a first step is full of exact ties."""
+    state = method.new_state(tasks, torch.device("cpu"))
+    state["norm_ema"] += torch.from_numpy(np.random.default_rng(seed).uniform(0.5, 2.0, tasks))
+    return state
+
+
+def arbitrate(method, g, previous, state, present=None, backend="python"):
+    """One resolution from vectors; `present` says which tasks take part."""
+    K = len(g)
+    present = [True] * K if present is None else present
+    mask = torch.tensor(present, dtype=torch.float64)
+    scaled = torch.from_numpy(g) * mask[:, None]
+    cross = scaled @ torch.from_numpy(previous).T
+    return method.resolve(scaled @ scaled.T, cross, mask, state, backend)
+
+
+@given(METHODS, st.integers(1, 6), st.integers(1, 30), st.integers(0, 2**32 - 1), st.data())
+def test_decides_as_on_whole_vectors(backend, method, tasks, size, seed, data):
+    naive, state = NaiveGCond(method, tasks), warm_state(method, tasks, seed)
+    naive.ema = state["norm_ema"].tolist()
+    previous = np.zeros((tasks, size))
+    for step in range(4):
+        g = conflicting(seed + step, tasks, size)
+        present = data.draw(st.lists(st.booleans(), min_size=tasks, max_size=tasks))
+        present[data.draw(st.integers(0, tasks - 1))] = True
+        missing = [k for k in range(tasks) if not present[k]]
+        if missing and method.history == "resolved":
+            return  # there, a task that sat out compares with its own gradient: see below
+        decision = arbitrate(method, g, previous, state, present, backend)
+        expected = naive.resolve([g[k] if present[k] else None for k in range(tasks)])
+        resolved = decision.weights.numpy() @ np.where(np.array(present)[:, None], g, 0.0)
+        events = [
+            (int(i), int(j), None if winner < 0 else int(winner))
+            for i, j, _, winner, _ in decision.events.tolist()
+            if not math.isnan(i)
+        ]
+        assert events == naive.log
+        assert [w for w in state["winners"].tolist() if w >= 0] == naive.winners
+        # float64 on both sides; a projection may cancel all but 2^-11.5 of a gradient and the
+        # other is then moved along what is left: 1e-16 grows to at most some 1e-9 in two rounds.
+        scale = np.abs(decision.rows.numpy()) @ np.linalg.norm(g, axis=1)
+        np.testing.assert_allclose(resolved, expected, rtol=0, atol=1e-9 * scale.sum())
+        np.testing.assert_allclose(state["norm_ema"].numpy(), naive.ema, rtol=1e-12)
+        previous = np.where(np.array(present)[:, None], g, previous)
+
+
+def test_a_task_that_sat_out_compares_with_its_own_last_gradient(backend):
+    # Step 1: tasks 0 and 1 conflict, so the resolved history of task 0 holds some of task 1.
+    # Step 2: task 0 sits out. Step 3: its history must be its gradient of step 1 as it was.
+    method = GCond(history="resolved", dominance_window=0, tie_breaking_weights=(1.0, 0.0))
+    state = method.new_state(2, torch.device("cpu"))
+    first = np.array([[1.0, 0.0], [-0.4, 0.9]])
+    arbitrate(method, first, np.zeros((2, 2)), state, backend=backend)
+    assert state["history_rows"][0, 1] != 0.0
+    arbitrate(method, np.array([[9.0, 9.0], [0.0, 1.0]]), first, state, [False, True], backend)
+    assert state["history_rows"].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert state["history_gramian"][0, 0] == 1.0
+    assert state["history_gramian"][1, 1] == 1.0
+
+
+@given(st.integers(1, 6), st.integers(0, 2**32 - 1))
+def test_without_conflict_the_weights_are_exactly_one(backend, tasks, seed):
+    g = np.abs(np.random.default_rng(seed).normal(size=(tasks, 7)))
+    method = GCond()
+    state = method.new_state(tasks, torch.device("cpu"))
+    decision = arbitrate(method, g, np.zeros_like(g), state, backend=backend)
+    assert decision.weights.tolist() == [1.0] * tasks
+    assert decision.events.isnan().all()
+
+
+@given(
+    st.integers(2, 5),
+    st.integers(2, 20),
+    st.sampled_from([2.0**-40, 2.0**20, 1e-6, 1e6]),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["smooth", "zones"]),
+    st.sampled_from([(0.8, 0.2), (0.0, 1.0)]),
+)
+def test_the_scale_of_the_gradients_decides_nothing(
+    backend, tasks, size, by, seed, arbitration, scores
+):
+    method = GCond(arbitration=arbitration, tie_breaking_weights=scores)
+    plain, scaled = (warm_state(method, tasks, seed) for _ in range(2))
+    scaled["norm_ema"] *= by
+    previous = np.zeros((tasks, size))
+    for step in range(4):
+        g = conflicting(seed + step, tasks, size, spread=3.0)
+        a = arbitrate(method, g, previous, plain, backend=backend)
+        b = arbitrate(method, by * g, by * previous, scaled, backend=backend)
+        assert a.events[:, [0, 1, 3, 4]].nan_to_num(-9).tolist() == (
+            b.events[:, [0, 1, 3, 4]].nan_to_num(-9).tolist()
+        )
+        # A power of two scales without rounding, 1e±6 rounds in the 16th digit.
+        assert torch.allclose(a.weights, b.weights, rtol=1e-6, atol=1e-9)
+        assert plain["winners"].tolist() == scaled["winners"].tolist()
+        previous = g
+
+
+@given(st.integers(2, 5), st.integers(3, 20), st.integers(0, 2**32 - 1), st.randoms())
+def test_relabelling_the_tasks_changes_nothing(backend, tasks, size, seed, random):
+    order = list(range(tasks))
+    random.shuffle(order)
+    method = GCond(thresholds=(-0.6, -0.3, 0.0))
+    plain, moved = (warm_state(method, tasks, seed) for _ in range(2))
+    moved["norm_ema"] = moved["norm_ema"][order]
+    previous = np.zeros((tasks, size))
+    for step in range(4):
+        g = conflicting(seed + step, tasks, size)
+        a = arbitrate(method, g, previous, plain, backend=backend)
+        b = arbitrate(method, g[order], previous[order], moved, backend=backend)
+        assert torch.allclose(a.weights[order], b.weights, rtol=1e-9, atol=1e-12)
+        winners = [order[w] if w >= 0 else -1 for w in moved["winners"].tolist()]
+        assert plain["winners"].tolist() == winners
+        previous = g
+
+
+@given(st.integers(2, 12), st.integers(0, 2**32 - 1), st.floats(-0.999, -0.8))
+def test_critical_conflict(backend, size, seed, cosine):
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(size, 2)))[0].T
+    g = np.stack([basis[0], cosine * basis[0] + math.sqrt(1 - cosine**2) * basis[1]])
+    g *= rng.uniform(0.1, 10.0, size=(2, 1))
+    method = GCond()
+    decision = arbitrate(
+        method, g, np.zeros_like(g), method.new_state(2, torch.device("cpu")), backend=backend
+    )
+    winner = int(decision.events[0, 3])
+    rows = decision.rows.numpy()
+    assert decision.events[0, 4] == 2
+    assert rows[winner].tolist() == np.eye(2)[winner].tolist()
+    loser = rows[1 - winner] @ g
+    assert abs(loser @ g[winner]) <= 1e-12 * np.linalg.norm(g[winner]) * np.linalg.norm(g)
+
+
+@pytest.mark.parametrize("arbitration", ["smooth", "zones"])
+@pytest.mark.parametrize("factor", [-1.0, -0.5, -3.0, -1e-3, -1e5])
+def test_anti_parallel_gradients_give_the_winner_alone(backend, factor, arbitration):
+    a = np.random.default_rng(0).normal(size=1000)
+    g = np.stack([a, factor * a])
+    # As float32 partial sums would have it: inner products with rounding in the 7th digit, so
+    # that much of the longer gradient may be left.
+    gramian = torch.from_numpy((g @ g.T).astype(np.float32)).double()
+    method = GCond(arbitration=arbitration)
+    state = method.new_state(2, torch.device("cpu"))
+    decision = method.resolve(
+        gramian, torch.zeros(2, 2).double(), torch.ones(2).double(), state, backend
+    )
+    winner = int(decision.events[0, 3])
+    resolved = decision.weights.numpy() @ g
+    np.testing.assert_allclose(resolved, g[winner], rtol=0, atol=3e-7 * np.abs(g).max())
+    assert decision.events[1:].isnan().all()
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.floats(-10, -0.1),
+    st.integers(-46, -24),
+    st.sampled_from([-(2.0**-24), -(2.0**-26), 2.0**-26, 2.0**-24]),
+)
+def test_rounding_left_of_a_cancelled_gradient_is_no_conflict(backend, seed, factor, one, other):
+    # Two anti-parallel tasks and a third: what is left of the loser is rounding, of any angle to
+    # the third. Taken for a gradient it would be scaled up to the size of the third one.
+    g = np.random.default_rng(seed).normal(size=(3, 50))
+    g[1] = factor * g[0]
+    S = g @ g.T
+    S[0, 1] = S[1, 0] = S[0, 1] * (1 - 2.0**one)
+    S[2, 1] = S[1, 2] = S[2, 1] * (1 + other)
+    method = GCond()
+    state = method.new_state(3, torch.device("cpu"))
+    decision = method.resolve(
+        torch.from_numpy(S), torch.zeros(3, 3).double(), torch.ones(3).double(), state, backend
+    )
+    # No weight may leave the order of magnitude that the ratio of the norms explains.
+    assert decision.weights.abs().max() < 3 * (1 + max(-factor, -1 / factor))
+
+
+@given(st.integers(2, 5), st.integers(0, 2**32 - 1), METHODS)
+def test_degenerate_input_is_defined(backend, tasks, seed, method):
+    rng = np.random.default_rng(seed)
+    g = rng.normal(size=(tasks, 1))  # N = 1: every pair is parallel or anti-parallel
+    g[rng.integers(tasks)] = 0.0
+    state = method.new_state(tasks, torch.device("cpu"))
+    for _ in range(5):
+        decision = arbitrate(method, g, g, state, backend=backend)
+        assert decision.weights.isfinite().all()
+        assert all(value.isfinite().all() for value in state.values())
+
+
+@given(st.sampled_from([math.nan, math.inf]), st.integers(0, 2), st.integers(0, 2**32 - 1), METHODS)
+def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(backend, bad, task, seed, method):
+    state = method.new_state(3, torch.device("cpu"))
+    g = conflicting(seed, 3, 10)
+    arbitrate(method, g, np.zeros_like(g), state, backend=backend)
+    before = {key: value.clone() for key, value in state.items()}
+    broken = conflicting(seed + 1, 3, 10)
+    broken[task, 4] = bad
+    decision = arbitrate(method, broken, g, state, backend=backend)
+    assert not decision.finite
+    assert decision.weights.tolist() == [0.0, 0.0, 0.0]
+    assert all(torch.equal(value, before[key]) for key, value in state.items())
+
+
+def test_dominance_ends_after_the_window(backend):
+    method = GCond(dominance_window=2, tie_breaking_weights=(0.0, 1.0))
+    state = method.new_state(2, torch.device("cpu"))
+    g = np.array([[1.0, 0.0], [-0.9, 0.1]])
+    winners = []
+    for _ in range(6):
+        decision = arbitrate(method, g, np.zeros_like(g), state, backend=backend)
+        winners.append(int(decision.events[0, 3]))
+    assert winners == [0, 0, 1, 0, 0, 1]
+
+
+def test_ties_go_to_the_first_pair(backend):
+    g = np.array([[1.0, 0, 0, 0], [-1.0, 0, 0, 0], [0, 0, 1.0, 0], [0, 0, -1.0, 0]])
+    method = GCond()
+    decision = arbitrate(
+        method, g, np.zeros_like(g), method.new_state(4, torch.device("cpu")), backend=backend
+    )
+    assert decision.events[:2, :2].tolist() == [[0, 1], [2, 3]]
+
+
+def test_wrong_shapes_are_refused(backend):
+    method = GCond()
+    state = method.new_state(2, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"cross must be \[2, 2\]"):
+        method.resolve(torch.eye(2).double(), torch.eye(3).double(), torch.ones(2).double(), state)
+    with pytest.raises(ValueError, match=r"scale must be \[2\] float64"):
+        method.resolve(torch.eye(2).double(), None, torch.ones(2), state, backend)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("thresholds", (-0.5, -0.8, 0.0)),
+        ("thresholds", (-0.5, 0.0)),
+        ("thresholds", (-1.5, -0.8, 0.0)),
+        ("remap_power", 0.0),
+        ("remap_power", math.nan),
+        ("arbitration", "hard"),
+        ("max_iterations", -1),
+        ("max_iterations", 1.5),
+        ("tolerance", -1e-6),
+        ("dominance_window", -1),
+        ("tie_breaking_weights", (0.8,)),
+        ("tie_breaking_weights", (-0.1, 1.0)),
+        ("norm_ema_beta", 1.0),
+        ("norm_ema_start", 0.0),
+        ("norm_cap", -2.0),
+        ("history", "old"),
+        ("eps", 0.0),
+    ],
+)
+def test_settings_out_of_range_are_named(option, value):
+    with pytest.raises(ValueError, match=f"GCond: {option} must be"):
+        GCond(**{option: value})
+
+
+def test_presets():
+    published = GCond.published(dominance_window=5)
+    assert (published.history, published.norm_ema_start, published.tolerance) == ("resolved", 1, 0)
+    assert published.dominance_window == 5
+    paper = GCond.paper()
+    assert (paper.dominance_window, paper.max_iterations) == (0, 3)
+    assert GCond.paper(dominance_window=2).dominance_window == 2
+    assert not GCond(tie_breaking_weights=(0.0, 1.0)).needs_history
+    assert ops.Arbitration._fields == ("weights", "rows", "events", "finite")

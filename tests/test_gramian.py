@@ -1,0 +1,188 @@
+"""gramian: inner products from flat storage, against float64."""
+
+import math
+
+import pytest
+import torch
+from flat import SIZE_LISTS, layout_of, misaligned, rows
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gcond_kernels import ops
+from gcond_kernels.python import blocks
+
+# A float32 partial sum of n ≤ 1024 terms errs by at most n · 2^-24 · Σ|a·b|, in the worst order
+# and with every rounding in one direction. Real ones are far below: 1e-6 is 17 such roundings.
+PARTIAL_SUM_ERROR = 1e-6
+
+
+def exact(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a.double() @ b.double().T
+
+
+def check(got: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    assert got.dtype == torch.float64
+    assert ((got - exact(a, b)).abs() <= PARTIAL_SUM_ERROR * exact(a.abs(), b.abs())).all()
+
+
+@given(
+    SIZE_LISTS,
+    st.integers(1, 5),
+    st.sampled_from(ops.ACCUMULATOR_DTYPES),
+    st.sampled_from([None, torch.bfloat16, torch.float32]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_against_float64(backend, sizes, tasks, dtype, history_dtype, with_momentum, seed):
+    layout = layout_of(sizes)
+    accumulators = rows(layout, tasks, seed, dtype)
+    history = None if history_dtype is None else rows(layout, tasks, seed + 1, history_dtype)
+    momentum = rows(layout, 1, seed + 2)[0] if with_momentum else None
+    scale = torch.rand(tasks, dtype=torch.float64) + 0.1
+    history_scale = torch.rand(tasks, dtype=torch.float64)
+    per_tensor, cross = ops.gramian(
+        accumulators,
+        layout.offsets,
+        layout.sizes,
+        scale=scale,
+        history=history,
+        history_scale=history_scale,
+        momentum=momentum,
+        backend=backend,
+    )
+    g = accumulators.double() * scale[:, None]
+    left = g if momentum is None else torch.cat([g, momentum.double()[None]])
+    assert per_tensor.shape == (len(sizes), len(left), len(left))
+    for t, (offset, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
+        part = left[:, offset : offset + size]
+        check(per_tensor[t], part, part)
+    if history is None:
+        assert cross is None
+    else:
+        check(cross, g, history.double() * history_scale[:, None])
+
+
+def test_segments_longer_than_a_block(backend, monkeypatch):
+    monkeypatch.setattr(blocks, "SCRATCH_ELEMENTS", 1 << 15)
+    layout = layout_of([70_001, 5, 0, 16_384])
+    accumulators, history = rows(layout, 3, 0), rows(layout, 3, 1, torch.bfloat16)
+    ones = torch.ones(3, dtype=torch.float64)
+    per_tensor, cross = ops.gramian(
+        accumulators,
+        layout.offsets,
+        layout.sizes,
+        scale=ones,
+        history=history,
+        history_scale=ones,
+        backend=backend,
+    )
+    check(per_tensor.sum(0), accumulators, accumulators)
+    check(cross, accumulators, history)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e30])
+def test_a_task_that_takes_no_part_is_zero_whatever_it_holds(backend, garbage):
+    layout = layout_of([100, 7])
+    accumulators, history = rows(layout, 3, 0), rows(layout, 3, 1)
+    accumulators[1] = garbage
+    scale = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    history_scale = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    history[2] = garbage
+    per_tensor, cross = ops.gramian(
+        accumulators,
+        layout.offsets,
+        layout.sizes,
+        scale=scale,
+        history=history,
+        history_scale=history_scale,
+        backend=backend,
+    )
+    assert (per_tensor[:, 1] == 0).all()
+    assert (per_tensor[:, :, 1] == 0).all()
+    assert (cross[1] == 0).all()
+    assert (cross[:, 2] == 0).all()
+    kept = [0, 2]
+    check(per_tensor.sum(0)[kept][:, kept], accumulators[kept], accumulators[kept])
+    check(cross[kept][:, :1], accumulators[kept], history[:1])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 4500, 8999])
+def test_what_is_not_finite_shows_on_the_diagonal(backend, bad, place):
+    layout = layout_of([3, 9000])
+    accumulators = rows(layout, 2, 0)
+    accumulators[1, layout.offsets[1] + place] = bad
+    per_tensor, _ = ops.gramian(
+        accumulators,
+        layout.offsets,
+        layout.sizes,
+        scale=torch.ones(2, dtype=torch.float64),
+        backend=backend,
+    )
+    assert per_tensor[0].isfinite().all()
+    assert per_tensor[1, 0, 0].isfinite()
+    assert not per_tensor[1, 1, 1].isfinite()
+
+
+def test_same_input_same_bits(backend):
+    layout = layout_of([20_000, 33])
+    accumulators = rows(layout, 4, 0)
+    scale = torch.ones(4, dtype=torch.float64)
+    runs = [
+        ops.gramian(
+            accumulators.clone(), layout.offsets, layout.sizes, scale=scale, backend=backend
+        )[0]
+        for _ in range(10)
+    ]
+    assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+def test_what_does_not_fit_is_refused(backend):
+    layout = layout_of([5])
+    accumulators = rows(layout, 2, 0)
+    ones = torch.ones(2, dtype=torch.float64)
+
+    def call(**options):
+        ops.gramian(accumulators, layout.offsets, layout.sizes, **({"scale": ones} | options))
+
+    with pytest.raises(ValueError, match=r"scale must be \[2\] float64"):
+        call(scale=torch.ones(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="history must be"):
+        call(history=accumulators[:1], history_scale=ones)
+    with pytest.raises(ValueError, match="needs its history_scale"):
+        call(history=accumulators)
+    with pytest.raises(ValueError, match="momentum has 3 elements"):
+        call(momentum=torch.zeros(3))
+
+
+@given(
+    st.lists(st.sampled_from([(), (0,), (1,), (3, 5), (2, 3, 4, 4), (9000,)]), max_size=5),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.integers(0, 2**31),
+)
+def test_norm_and_cosine_of_tensor_lists(backend, shapes, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    b = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    if seed % 2:
+        a = [misaligned(t.reshape(-1)).reshape(t.shape) for t in a]
+        b = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in b]
+    flat_a, flat_b = (
+        torch.cat([t.double().reshape(-1) for t in ts] or [torch.zeros(0).double()])
+        for ts in (a, b)
+    )
+    norm = ops.multi_tensor_norm(a, backend=backend)
+    assert norm.item() == pytest.approx(flat_a.norm().item(), rel=1e-6)
+    each = ops.multi_tensor_norm(a, per_tensor=True, backend=backend)
+    assert each.tolist() == pytest.approx([t.double().norm().item() for t in a], rel=1e-6)
+    cosine = ops.multi_tensor_cosine_similarity(a, b, backend=backend)
+    product = flat_a.norm() * flat_b.norm()
+    exact_cosine = (flat_a @ flat_b / product).item() if product > 0 else 0.0
+    assert cosine.item() == pytest.approx(exact_cosine, abs=1e-6)
+
+
+def test_lists_that_do_not_match_are_refused(backend):
+    with pytest.raises(ValueError, match="same shapes"):
+        ops.multi_tensor_cosine_similarity([torch.ones(3)], [torch.ones(4)], backend=backend)
+    with pytest.raises(ValueError, match=r"tensors\[0\] must be of a floating type"):
+        ops.multi_tensor_norm([torch.ones(3, dtype=torch.int64)], backend=backend)
