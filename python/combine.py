@@ -35,7 +35,9 @@ def combine(
             if output is not None:
                 output.zero_()
         return
-    written = torch.tensor([output is not None for output in outputs], device=weights.device)
+    written = torch.tensor(
+        [output is not None for output in outputs], dtype=torch.bool, device=weights.device
+    )
     if momentum_steps is not None:
         momentum_steps += written
     factors = output_factors(

@@ -1,0 +1,240 @@
+"""combine: gradients, momentum and history from one weighted sum, against float64."""
+
+import math
+
+import pytest
+import torch
+from flat import DTYPES, SIZE_LISTS, layout_of, misaligned, rows, unwritten
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gcond_kernels import ops
+from gcond_kernels.python import blocks
+
+TRUE = torch.tensor(True)
+# What one rounding to the output's type costs, relative, and absolute below its normal range.
+ROUNDING = {
+    torch.float64: (0.0, 0.0),
+    torch.float32: (0.0, 0.0),
+    torch.bfloat16: (2.0**-8, 1e-38),
+    torch.float16: (2.0**-11, 2.0**-24),
+}
+# K + 2 float32 roundings in the weighted sum, the average and the factor.
+SUM_ERROR = 8 * 2.0**-24
+
+
+def gramian_of(accumulators, layout, scale, momentum=None):
+    return ops.gramian(
+        accumulators, layout.offsets, layout.sizes, scale=scale, momentum=momentum, backend="python"
+    )[0]
+
+
+def vector(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@given(
+    SIZE_LISTS,
+    st.integers(1, 4),
+    st.sampled_from([0.0, 0.5, 0.9]),
+    st.sampled_from([None, 0.01, 1e6]),
+    st.booleans(),
+    st.integers(0, 2**31),
+    st.data(),
+)
+def test_against_float64(backend, sizes, tasks, beta, max_norm, signs, seed, data):
+    layout = layout_of(sizes)
+    accumulators = rows(layout, tasks, seed)
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(tasks, generator=generator).double()
+    scale = torch.rand(tasks, generator=generator).double() + 0.1
+    momentum = rows(layout, 1, seed + 1)[0] if beta else None
+    steps = torch.randint(0, 5, (len(sizes),), generator=generator) if beta else None
+    history = unwritten(tasks, layout.length, dtype=torch.bfloat16)
+    outputs = []
+    for size in sizes:
+        kind = data.draw(st.sampled_from([None, *DTYPES]))
+        output = None if kind is None else unwritten(size, dtype=kind)
+        outputs.append(misaligned(output) if output is not None and seed % 2 else output)
+    if signs:
+        max_norm = None
+    norms = torch.rand(len(sizes), generator=generator).double() * 100 if signs else None
+    momentum_before = None if momentum is None else momentum.double()
+    steps_before = None if steps is None else steps.clone()
+    ops.combine(
+        accumulators,
+        outputs,
+        layout.offsets,
+        layout.sizes,
+        weights=weights,
+        scale=scale,
+        finite=TRUE,
+        per_tensor=gramian_of(accumulators, layout, scale, momentum),
+        history=history,
+        momentum=momentum,
+        momentum_steps=steps,
+        beta=beta,
+        max_norm=max_norm,
+        parameter_norms=norms,
+        trust_ratio_coef=0.01,
+        trust_ratio_clip=10.0,
+        backend=backend,
+    )
+
+    g = (weights * scale) @ accumulators.double()
+    m = g if momentum_before is None else beta * momentum_before + (1 - beta) * g
+    hats = []
+    for t, part in enumerate(layout.split(m)):
+        count = 0 if steps_before is None else int(steps_before[t]) + 1
+        hats.append(part / (1 - beta**count) if beta else part)
+    total = math.sqrt(
+        sum(float(h @ h) for h, o in zip(hats, outputs, strict=True) if o is not None)
+    )
+    magnitude = (weights * scale).abs() @ accumulators.abs().double()
+    if momentum_before is not None:
+        magnitude += momentum_before.abs()
+    for t, output in enumerate(outputs):
+        inside = slice(layout.offsets[t], layout.offsets[t] + layout.sizes[t])
+        if output is None:
+            if momentum is not None:
+                assert torch.equal(momentum[inside].double(), momentum_before[inside])
+                assert steps[t] == steps_before[t]
+            continue
+        if momentum is not None:
+            error = (momentum[inside].double() - m[inside]).abs()
+            assert (error <= SUM_ERROR * magnitude[inside]).all()
+            assert steps[t] == steps_before[t] + 1
+        expected, allowed = hats[t], SUM_ERROR * magnitude[inside] * 10  # 1 / (1-β) ≤ 10
+        if max_norm is not None:
+            factor = min(1.0, max_norm / total) if total else 1.0
+            expected, allowed = factor * expected, factor * allowed + 1e-6 * factor * expected.abs()
+        if signs:
+            # Of the smallest elements the sign is a matter of rounding: their size still holds.
+            norm = float(hats[t].norm())
+            tiny = norm < 1e-8 or norms[t] < 1e-8
+            ratio = 0.01 * (1.0 if tiny else min(float(norms[t]) / norm, 10.0))
+            clear = hats[t].abs() > allowed
+            expected = hats[t].sign() * ratio
+            allowed = torch.where(clear, 1e-6 * ratio, 2.1 * ratio)
+        relative, absolute = ROUNDING[output.dtype]
+        error = (output.double() - expected).abs()
+        assert (error <= allowed + relative * (expected.abs() + allowed) + absolute).all()
+
+    mask = layout.mask()
+    assert torch.equal(history[:, mask], accumulators.bfloat16()[:, mask])
+    assert history[:, ~mask].isnan().all()
+
+
+def test_weights_of_one_give_the_plain_sum(backend):
+    layout = layout_of([5000])
+    accumulators = rows(layout, 2, 0)
+    output = unwritten(5000)
+    ones = vector(1.0, 1.0)
+    ops.combine(
+        accumulators, [output], layout.offsets, layout.sizes, weights=ones, scale=ones,
+        finite=TRUE, per_tensor=gramian_of(accumulators, layout, ones), backend=backend,
+    )  # fmt: skip
+    assert torch.equal(output, accumulators[0, :5000] + accumulators[1, :5000])
+
+
+def test_segments_longer_than_a_block(backend, monkeypatch):
+    monkeypatch.setattr(blocks, "SCRATCH_ELEMENTS", 1 << 14)
+    layout = layout_of([70_001, 5, 16_384])
+    accumulators = rows(layout, 3, 0)
+    weights, scale = vector(1.0, 0.0, 2.0), vector(0.5, 0.0, 1.0)
+    history = unwritten(3, layout.length, dtype=torch.bfloat16)
+    outputs = [unwritten(size) for size in layout.sizes]
+    ops.combine(
+        accumulators, outputs, layout.offsets, layout.sizes, weights=weights, scale=scale,
+        finite=TRUE, per_tensor=gramian_of(accumulators, layout, scale), history=history,
+        backend=backend,
+    )  # fmt: skip
+    expected = layout.split((weights * scale) @ accumulators.double())
+    for output, part in zip(outputs, expected, strict=True):
+        assert torch.allclose(output.double(), part, rtol=1e-6, atol=1e-6)
+    assert history[1].isnan().all()  # it took no part: its history row is kept
+    assert torch.equal(history[2, :70_001], accumulators[2, :70_001].bfloat16())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_a_row_of_weight_zero_is_not_read(backend, beta):
+    layout = layout_of([40])
+    accumulators = rows(layout, 2, 0)
+    accumulators[1] = math.nan
+    scale = vector(1.0, 0.0)
+    output = unwritten(40)
+    ops.combine(
+        accumulators, [output], layout.offsets, layout.sizes, weights=vector(1.0, 0.0),
+        scale=scale, finite=TRUE, per_tensor=gramian_of(accumulators, layout, scale),
+        momentum=torch.zeros(layout.length) if beta else None,
+        momentum_steps=torch.zeros(1, dtype=torch.int64) if beta else None,
+        beta=beta, backend=backend,
+    )  # fmt: skip
+    assert torch.allclose(output, accumulators[0, :40], rtol=1e-6)
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_what_is_not_finite_writes_zeros_and_keeps_the_state(backend, signs):
+    layout = layout_of([40, 3])
+    accumulators = rows(layout, 2, 0)
+    accumulators[0, 7] = math.nan
+    scale = vector(1.0, 1.0)
+    momentum, steps = rows(layout, 1, 1)[0], torch.tensor([3, 4])
+    history = rows(layout, 2, 2, torch.bfloat16)
+    before = momentum.clone(), steps.clone(), history.clone()
+    outputs = [unwritten(40), None]
+    ops.combine(
+        accumulators, outputs, layout.offsets, layout.sizes, weights=vector(0.0, 0.0),
+        scale=scale, finite=torch.tensor(False),
+        per_tensor=gramian_of(accumulators, layout, scale, momentum), history=history,
+        momentum=momentum, momentum_steps=steps, beta=0.9,
+        max_norm=None if signs else 1.0, parameter_norms=vector(1.0, 1.0) if signs else None,
+        backend=backend,
+    )  # fmt: skip
+    assert (outputs[0] == 0).all()
+    assert all(torch.equal(a, b) for a, b in zip(before, (momentum, steps, history), strict=True))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_zero_gradients_are_written_as_zeros(backend, beta):
+    layout = layout_of([40])
+    accumulators = torch.zeros(2, layout.length)
+    momentum = torch.zeros(layout.length) if beta else None
+    steps = torch.zeros(1, dtype=torch.int64) if beta else None
+    scale = vector(1.0, 1.0)
+    for options in ({"max_norm": 1.0}, {"parameter_norms": vector(2.0)}):
+        output = unwritten(40)
+        ops.combine(
+            accumulators, [output], layout.offsets, layout.sizes, weights=scale, scale=scale,
+            finite=TRUE, per_tensor=gramian_of(accumulators, layout, scale, momentum),
+            momentum=momentum, momentum_steps=steps, beta=beta, backend=backend, **options,
+        )  # fmt: skip
+        assert (output == 0).all()
+
+
+def test_options_that_do_not_go_together_are_refused_before_anything_is_written(backend):
+    layout = layout_of([4])
+    accumulators, scale = rows(layout, 2, 0), vector(1.0, 1.0)
+    output = torch.full((4,), 7.0)
+    per_tensor = gramian_of(accumulators, layout, scale)
+    momentum, steps = torch.zeros(layout.length), torch.zeros(1, dtype=torch.int64)
+
+    def refused(words, **options):
+        base = {"weights": scale, "scale": scale, "finite": TRUE, "per_tensor": per_tensor}
+        with pytest.raises(ValueError, match=words):
+            ops.combine(
+                accumulators, [output], layout.offsets, layout.sizes, backend=backend,
+                **(base | options),
+            )  # fmt: skip
+        assert (output == 7.0).all()
+
+    refused("go together", beta=0.9)
+    refused("go together", momentum=momentum, beta=0.9)
+    refused("go together", momentum=momentum, momentum_steps=steps)
+    refused("max_norm does not go with", max_norm=1.0, parameter_norms=vector(1.0))
+    refused(
+        "must hold the momentum row",
+        max_norm=1.0, momentum=momentum, momentum_steps=steps, beta=0.9,
+    )  # fmt: skip
+    refused("history must be", history=torch.zeros(1, layout.length))
+    refused(r"weights must be \[2\] float64", weights=vector(1.0))
