@@ -104,8 +104,6 @@ class Accumulator:
         Raises:
             ValueError: a gradient cannot be accumulated; nothing has been added.
         """
-        if self.counts[task] == 0 and not any(self.counts):
-            self.touched = [False] * len(self.segments)
         gradients = [flat_gradient(segment) for segment in self.segments]
         ops.accumulate(
             self.rows[task],
@@ -138,6 +136,21 @@ class Accumulator:
     def start_window(self) -> None:
         """Forgets what this window accumulated."""
         self.counts = [0] * len(self.counts)
+        self.touched = [False] * len(self.segments)
+
+    def take_back(self, before: Sequence[int]) -> list[int]:
+        """Undoes additions since the counts were `before`, where that needs no copy of the rows.
+
+        A row that was empty is empty again: the next micro-batch overwrites it.
+
+        Returns:
+            The tasks whose addition had to stay.
+        """
+        kept = [k for k, count in enumerate(before) if self.counts[k] > count > 0]
+        self.counts = [self.counts[k] if k in kept else n for k, n in enumerate(before)]
+        if not any(self.counts):
+            self.start_window()
+        return kept
 
     def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
         """Flat storage and its layout; parameters are named by their place in `parameters`.

@@ -352,19 +352,13 @@ class GCondFused(torch.optim.Optimizer):
             )
 
     def _take_back(self, before: list[int], error: BaseException) -> None:
-        """Undoes what a failed `backward` added, where that needs no copy of the accumulators."""
-        kept = []
-        for task, count in enumerate(before):
-            if self._accumulator.counts[task] > count:
-                if count == 0:  # the next micro-batch overwrites the row
-                    self._accumulator.counts[task] = 0
-                else:
-                    kept.append(self._names[task])
+        """Undoes what a failed `backward` added, or says what had to stay."""
+        kept = [repr(self._names[task]) for task in self._accumulator.take_back(before)]
         if kept:
             warnings.warn(
                 f"this micro-batch failed ({type(error).__name__}) after the gradient of "
-                f"{', '.join(map(repr, kept))} was accumulated; it stays, and each task is "
-                "divided by its own number of micro-batches",
+                f"{', '.join(kept)} was accumulated; it stays, and each task is divided by its "
+                "own number of micro-batches",
                 stacklevel=3,
             )
 

@@ -1,0 +1,792 @@
+"""GCondFused as users drive it."""
+
+import copy
+import gc
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from gcond_kernels import GCond, GCondFused
+
+TASKS = {"a": 1.0, "b": 0.5}
+
+
+def model_of(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def losses_of(model, x):
+    y = model(x)
+    return {"a": (y[:, 0] - 1).pow(2).mean(), "b": (y[:, 0] + y[:, 1] + 1).pow(2).mean()}
+
+
+def batches(count: int, seed: int = 1) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(16, 4, generator=generator) for _ in range(count)]
+
+
+def sgd(model, lr: float = 0.1, **options) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=lr, **options)
+
+
+def flat_parameters(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def flat_gradients(model) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def task_gradient(model, x, task) -> torch.Tensor:
+    """Of one task's mean loss over micro-batches, by autograd, in float64."""
+    twin = copy.deepcopy(model).double()
+    loss = sum(losses_of(twin, batch.double())[task] for batch in x) / len(x)
+    gradients = torch.autograd.grad(loss, list(twin.parameters()))
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def no_conflict() -> GCond:
+    """A method that finds no conflict: the result is the plain weighted sum."""
+    return GCond(thresholds=(-1.0, -1.0, -1.0))
+
+
+# One window.
+
+
+def test_exact_mode_is_the_weighted_mean_of_every_task(backend):
+    model, x = model_of(), batches(4)
+    optimizer = GCondFused(
+        sgd(model), TASKS, accumulation_steps=4, method=no_conflict(), backend=backend
+    )
+    full = []
+    for batch in x:
+        assert optimizer.active_tasks == ("a", "b")
+        full.append(optimizer.backward(losses_of(model, batch)))
+    assert full == [False, False, False, True]
+    assert optimizer.active_tasks == ()
+    optimizer.resolve()
+    expected = sum(weight * task_gradient(model, x, task) for task, weight in TASKS.items())
+    assert torch.allclose(flat_gradients(model).double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_stochastic_mode_gives_each_task_its_block(backend):
+    model, x = model_of(), batches(5)
+    optimizer = GCondFused(
+        sgd(model), TASKS, accumulation_steps=5, mode="stochastic", method=no_conflict(),
+        backend=backend,
+    )  # fmt: skip
+    order = []
+    for batch in x:
+        (task,) = optimizer.active_tasks
+        order.append(task)
+        optimizer.backward({task: losses_of(model, batch)[task]})
+    assert order == ["a", "a", "a", "b", "b"]  # the first A mod K tasks get one more
+    optimizer.resolve()
+    expected = task_gradient(model, x[:3], "a") + 0.5 * task_gradient(model, x[3:], "b")
+    assert torch.allclose(flat_gradients(model).double(), expected, rtol=1e-5, atol=1e-7)
+    assert optimizer.report().micro_batches == {"a": 3, "b": 2}
+
+
+def test_short_window_divides_by_the_real_count(backend):
+    model, x = model_of(), batches(2)
+    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=8, method=no_conflict())
+    for batch in x:
+        optimizer.backward(losses_of(model, batch))
+    optimizer.resolve()
+    expected = sum(weight * task_gradient(model, x, task) for task, weight in TASKS.items())
+    assert torch.allclose(flat_gradients(model).double(), expected, rtol=1e-5, atol=1e-7)
+    optimizer.step()
+    assert optimizer.active_tasks == ("a", "b")
+
+
+def test_short_stochastic_window_leaves_out_tasks_without_micro_batch(backend):
+    model, x = model_of(), batches(9)
+    optimizer = GCondFused(sgd(model, 0.0), TASKS, accumulation_steps=4, mode="stochastic")
+    for batch in x[:4]:
+        optimizer.backward({t: losses_of(model, batch)[t] for t in optimizer.active_tasks})
+    optimizer.step()
+    averages = optimizer.report().norm_ema
+    history = optimizer._accumulator.history.clone()
+    optimizer.backward({"a": losses_of(model, x[4])["a"]})
+    optimizer.step()
+    report = optimizer.report()
+    assert report.micro_batches == {"a": 1, "b": 0}
+    assert report.weights == {"a": 1.0, "b": 0.0}
+    assert report.cosines == {}
+    assert report.norm_ema["b"] == averages["b"]
+    assert torch.equal(optimizer._accumulator.history[1], history[1])
+    assert not torch.equal(optimizer._accumulator.history[0], history[0])
+    assert torch.allclose(
+        flat_gradients(model).double(), task_gradient(model, x[4:5], "a"), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_functions_and_tensors_give_the_same(backend):
+    results = []
+    for kind in ("tensors", "functions", "mixed"):
+        model = model_of()
+        optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=2, backend=backend)
+        for batch in batches(6):
+            losses = losses_of(model, batch)
+            functions = {t: lambda t=t, b=batch, m=model: losses_of(m, b)[t] for t in TASKS}
+            if kind == "functions":
+                losses = functions
+            elif kind == "mixed":
+                losses = {"a": functions["a"], "b": losses["b"]}
+            if optimizer.backward(losses):
+                optimizer.step()
+        results.append(flat_parameters(model))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_functions_are_called_one_at_a_time_each_graph_freed_before_the_next():
+    alive, seen = [], []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x.clone())
+            alive.append(1)
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            (x,) = ctx.saved_tensors
+            alive.pop()
+            return gradient.expand_as(x)
+
+    parameter = nn.Parameter(torch.ones(3))
+
+    def loss():
+        seen.append(len(alive))
+        return Probe.apply(parameter)
+
+    optimizer = GCondFused(torch.optim.SGD([parameter], lr=0.1), dict.fromkeys("abc", 1.0))
+    optimizer.backward(dict.fromkeys("abc", loss))
+    assert seen == [0, 0, 0]
+
+
+def test_losses_that_share_a_graph_free_it_with_the_last():
+    model = model_of()
+    losses = losses_of(model, batches(1)[0])
+    GCondFused(sgd(model), TASKS).backward(losses)
+    with pytest.raises(RuntimeError, match="second time"):
+        losses["b"].backward()
+
+
+def test_a_conflict_is_resolved_and_reported(backend):
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = GCondFused(torch.optim.SGD([p], lr=1.0), {"x": 1.0, "y": 2.0}, backend=backend)
+    optimizer.backward({"x": p @ torch.tensor([1.0, 0.0]), "y": p @ torch.tensor([-0.95, 0.1])})
+    optimizer.step()
+    report = optimizer.report()
+    assert report.zone == "critical"
+    (conflict,) = report.conflicts
+    assert conflict.tasks == ("x", "y")
+    cosine = -0.95 / math.hypot(0.95, 0.1)
+    assert conflict.cosine == pytest.approx(cosine)
+    assert report.cosines == {("x", "y"): pytest.approx(cosine)}
+    assert report.min_cosine == pytest.approx(cosine)
+    assert report.tensor_cosines == {"parameter 0": pytest.approx(cosine)}
+    assert conflict.winner == "x"  # a first step is a tie: the first of the pair
+    assert report.winners == ["x"]
+    assert report.norms == {"x": pytest.approx(1.0), "y": pytest.approx(2 * math.hypot(0.95, 0.1))}
+    assert torch.allclose(p.grad, torch.tensor([1.0, 0.2]), atol=1e-6)
+    assert report.gradient_norm == pytest.approx(math.hypot(1.0, 0.2), rel=1e-6)
+    assert torch.allclose(p, -p.grad)
+    assert (report.step, report.skipped, report.skipped_steps) == (1, False, 0)
+
+
+def test_momentum_is_the_bias_corrected_average(backend):
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = GCondFused(torch.optim.SGD([p], lr=0.0), {"x": 1.0}, momentum=0.9, backend=backend)
+    average = torch.zeros(3).double()
+    for t in range(1, 6):
+        gradient = torch.randn(3)
+        optimizer.backward({"x": p @ gradient})
+        optimizer.step()
+        average = 0.9 * average + 0.1 * gradient.double()
+        assert torch.allclose(p.grad.double(), average / (1 - 0.9**t), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_max_norm_bounds_what_is_written(backend, momentum):
+    model = model_of()
+    optimizer = GCondFused(sgd(model), TASKS, momentum=momentum, max_norm=0.05, backend=backend)
+    free = model_of()
+    unclipped = GCondFused(sgd(free), TASKS, momentum=momentum, backend=backend)
+    for batch in batches(3):
+        optimizer.backward(losses_of(model, batch))
+        optimizer.step()
+        assert flat_gradients(model).norm().item() == pytest.approx(0.05, rel=1e-5)
+    optimizer = GCondFused(sgd(model_of()), TASKS, max_norm=1e3)
+    unclipped.backward(losses_of(free, batches(1)[0]))
+    unclipped.step()
+    twin = model_of()
+    loose = GCondFused(sgd(twin), TASKS, momentum=momentum, max_norm=1e3, backend=backend)
+    loose.backward(losses_of(twin, batches(1)[0]))
+    loose.step()
+    assert torch.equal(flat_gradients(twin), flat_gradients(free))
+
+
+def test_lion_lars_writes_signs_with_a_trust_ratio_per_tensor(backend):
+    model = model_of()
+    optimizer = GCondFused(
+        sgd(model, 0.0), {"a": 1.0}, update="lion_lars", momentum=0.5, trust_ratio_coef=0.01,
+        trust_ratio_clip=3.0, backend=backend,
+    )  # fmt: skip
+    average = 0.0
+    for step, batch in enumerate(batches(3), start=1):
+        optimizer.backward({"a": losses_of(model, batch)["a"]})
+        optimizer.step()
+        average = 0.5 * average + 0.5 * task_gradient(model, [batch], "a")
+        hats = (average / (1 - 0.5**step)).split([p.numel() for p in model.parameters()])
+        for p, hat in zip(model.parameters(), hats, strict=True):
+            ratio = min(p.detach().double().norm() / hat.norm(), 3.0) if p.norm() > 0 else 1.0
+            assert torch.allclose(p.grad.double().flatten(), hat.sign() * ratio * 0.01, rtol=1e-5)
+
+
+# Parameters of all kinds.
+
+
+def test_parameters_without_gradient_keep_none_and_are_left_alone(backend):
+    model = model_of()
+    unused = nn.Parameter(torch.ones(3))
+    base = torch.optim.AdamW([*model.parameters(), unused], weight_decay=0.5, betas=(0.0, 0.9))
+    optimizer = GCondFused(base, TASKS, momentum=0.9, backend=backend)
+    for batch in batches(3):
+        optimizer.backward(losses_of(model, batch))
+        optimizer.step()
+        assert unused.grad is None
+    assert torch.equal(unused, torch.ones(3))
+
+
+def test_a_parameter_that_only_one_task_uses(backend):
+    trunk = nn.Parameter(torch.tensor([1.0, 2.0]))
+    head = nn.Parameter(torch.tensor([0.5]))
+    optimizer = GCondFused(torch.optim.SGD([trunk, head], lr=0.0), TASKS, accumulation_steps=2)
+    for window in range(3):
+        optimizer.backward({"a": trunk.sum() * head.sum(), "b": trunk.sum()})
+        # The second micro-batch leaves the head without a gradient.
+        optimizer.backward({"a": trunk.sum(), "b": trunk.sum()})
+        optimizer.step()
+        assert head.grad.item() == pytest.approx(1.5), window
+        assert optimizer.report().tensor_cosines.keys() == {"parameter 0"}
+
+
+def test_gradient_that_stops_coming_is_not_remembered(backend):
+    trunk, head = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))
+    optimizer = GCondFused(torch.optim.SGD([trunk, head], lr=0.0), {"a": 1.0}, backend=backend)
+    optimizer.backward({"a": trunk.sum() * head.sum()})
+    optimizer.step()
+    assert head.grad is not None
+    optimizer.backward({"a": trunk.sum()})
+    optimizer.step()
+    assert head.grad is None
+    assert torch.equal(trunk.grad, torch.ones(2))
+
+
+def test_frozen_parameters_cost_nothing_and_may_thaw_in_the_middle_of_a_window(backend):
+    model = model_of()
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    optimizer = GCondFused(
+        sgd(model), TASKS, accumulation_steps=2, method=no_conflict(), momentum=0.5, backend=backend
+    )
+    x = batches(4)
+    optimizer.backward(losses_of(model, x[0]))
+    assert len(optimizer._accumulator.segments) == 2
+    for p in model[0].parameters():
+        p.requires_grad_(True)
+    optimizer.backward(losses_of(model, x[1]))
+    optimizer.step()
+    # Of the two micro-batches the thawed layer saw one: its mean counts the other as zero.
+    expected = sum(
+        weight * task_gradient_at(model, [x[1]], task, before=model_of()) / 2
+        for task, weight in TASKS.items()
+    )
+    got = model[0].weight.grad.double().flatten()
+    assert torch.allclose(got, expected[: got.numel()], rtol=1e-5, atol=1e-7)
+
+
+def task_gradient_at(model, x, task, before):
+    return task_gradient(before, x, task)
+
+
+def test_tied_parameters_get_one_gradient(backend):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(5, 3)
+            self.head = nn.Linear(3, 5, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, i):
+            return self.head(self.embedding(i))
+
+    torch.manual_seed(0)
+    model = Tied()
+    index = torch.tensor([0, 3, 3])
+    optimizer = GCondFused(torch.optim.SGD(model.parameters(), lr=0.0), {"a": 1.0}, backend=backend)
+    optimizer.backward({"a": model(index).pow(2).mean()})
+    optimizer.step()
+    written = model.head.weight.grad.clone()
+    model.zero_grad()
+    model(index).pow(2).mean().backward()
+    assert torch.allclose(written, model.head.weight.grad)
+
+
+def test_param_groups_keep_their_learning_rates_and_more_can_be_added(backend):
+    model, extra = model_of(), nn.Parameter(torch.ones(2))
+    base = torch.optim.SGD(
+        [
+            {"params": model[0].parameters(), "lr": 0.0},
+            {"params": model[2].parameters(), "lr": 0.5},
+        ],
+        lr=0.1,
+    )
+    optimizer = GCondFused(base, TASKS, accumulation_steps=2, method=no_conflict(), backend=backend)
+    frozen = model[0].weight.clone()
+    x = batches(3)
+    optimizer.backward(losses_of(model, x[0]))
+    optimizer.add_param_group({"params": [extra], "lr": 1.0})
+    assert len(optimizer.param_groups) == len(base.param_groups) == 3
+    losses = losses_of(model, x[1])
+    optimizer.backward({"a": losses["a"] + extra.sum(), "b": losses["b"]})
+    optimizer.step()
+    assert torch.equal(model[0].weight, frozen)
+    assert torch.allclose(extra, torch.full((2,), 0.5))  # one micro-batch of two, λ = 1, lr = 1
+    assert not torch.equal(model[2].weight, model_of()[2].weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_channels_last_and_views_with_gaps(backend, dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 5, 5).to(dtype)
+    plain = nn.Parameter(weight.clone())
+    last = nn.Parameter(weight.clone().to(memory_format=torch.channels_last))
+    gaps = nn.Parameter(weight.new_zeros(4, 3, 5, 10)[..., ::2])
+    gaps.data.copy_(weight)
+    direction = torch.randn(4, 3, 5, 5).to(dtype)
+    written = []
+    for p in (plain, last, gaps):
+        optimizer = GCondFused(
+            torch.optim.SGD([p], lr=0.0), {"a": 1.0}, accumulation_steps=2, backend=backend
+        )
+        for scale in (1.0, 2.0):
+            optimizer.backward({"a": (p * direction * scale).sum().float()})
+        optimizer.step()
+        assert p.grad.shape == p.shape
+        assert p.grad.dtype == dtype
+        written.append(p.grad)
+    assert written[1].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(written[0], written[1])
+    assert torch.equal(written[0], written[2])
+    assert torch.allclose(written[0], 1.5 * direction, rtol=1e-2)
+
+
+def test_gradients_in_another_memory_order_than_the_parameter(backend):
+    p = nn.Parameter(torch.randn(4, 6))
+    direction = torch.randn(6, 4)
+    p.register_hook(lambda gradient: gradient.t().contiguous().t())
+    optimizer = GCondFused(torch.optim.SGD([p], lr=0.0), {"a": 1.0}, backend=backend)
+    optimizer.backward({"a": (p * direction.t()).sum()})
+    optimizer.step()
+    assert torch.equal(p.grad, direction.t())
+
+
+def test_mixed_dtypes_empty_and_scalar_parameters(backend):
+    parameters = [
+        nn.Parameter(torch.randn(3, 2, dtype=torch.bfloat16)),
+        nn.Parameter(torch.randn(0, 5)),
+        nn.Parameter(torch.randn(())),
+        nn.Parameter(torch.randn(7, dtype=torch.float64)),
+        nn.Parameter(torch.randn(0)),
+    ]
+    optimizer = GCondFused(torch.optim.SGD(parameters, lr=0.1), TASKS, momentum=0.5)
+    for _ in range(2):
+        loss = sum(p.float().sum() for p in parameters)
+        optimizer.backward({"a": loss, "b": loss * 2})
+        optimizer.step()
+    for p in parameters:
+        assert p.grad.dtype == p.dtype
+        assert p.grad.shape == p.shape
+        assert torch.equal(p.grad, torch.full_like(p, 2.0))
+
+
+def test_gradient_type_other_than_the_parameters(backend):
+    p = nn.Parameter(torch.randn(3).bfloat16())
+    p.grad_dtype = torch.float32
+    optimizer = GCondFused(torch.optim.SGD([p], lr=0.0), {"a": 1.0}, backend=backend)
+    optimizer.backward({"a": (p.float() * torch.tensor([1.0, 2.0, 3.0])).sum()})
+    optimizer.step()
+    assert p.grad.dtype == torch.float32
+
+
+# Faults.
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_a_gradient_that_is_not_finite_skips_the_step(backend, bad, place):
+    p = nn.Parameter(torch.ones(5))
+    base = torch.optim.AdamW([p], lr=0.1, betas=(0.0, 0.9))
+    optimizer = GCondFused(base, TASKS, momentum=0.9, backend=backend)
+
+    def step(direction):
+        optimizer.backward({"a": p @ direction, "b": -(p @ torch.ones(5))})
+        optimizer.step()
+
+    step(torch.ones(5))
+    before = copy.deepcopy(optimizer.state_dict())
+    parameter = p.detach().clone()
+    broken = torch.ones(5)
+    broken[place] = bad
+    step(broken)
+    after = optimizer.state_dict()
+    assert optimizer.report().skipped
+    assert optimizer.report().skipped_steps == 1
+    assert math.isnan(optimizer.report().gradient_norm)
+    assert torch.equal(p, parameter)
+    for where in (before, after):
+        where["gcond"].pop("steps")
+        where["gcond"].pop("skipped_steps")
+    assert same(before, after)
+    step(torch.ones(5))
+    assert not optimizer.report().skipped
+    assert not torch.equal(p, parameter)
+
+
+def same(a, b) -> bool:
+    """Equal to the bit, nested containers included."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+ERRORS = [
+    (lambda m, x: {"a": m(x).mean(), "c": m(x).mean()}, KeyError, "unknown task 'c'"),
+    (lambda m, x: {"a": m(x).mean()}, KeyError, "no loss for task 'b'"),
+    (lambda m, x: {"a": m(x).mean(), "b": m(x)}, ValueError, r"task 'b' must be a scalar.*16, 2"),
+    (lambda m, x: {"a": m(x).mean(), "b": m(x).mean().detach()}, ValueError, "'b' has no graph"),
+    (lambda m, x: {"a": m(x).mean(), "b": 1.0}, TypeError, "'b' must be a scalar tensor"),
+    (lambda m, x: {"a": m(x).mean(), "b": None}, TypeError, "'b' must be a scalar tensor"),
+    (lambda m, x: [m(x).mean()], TypeError, "losses must map"),
+    (lambda m, x: {"a": lambda: m(x).mean(), "b": lambda: m(x)}, ValueError, "'b' must be a sca"),
+    (lambda m, x: {"a": lambda: m(x).mean(), "b": lambda: 1 / 0}, ZeroDivisionError, "zero"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(ERRORS)))
+@pytest.mark.parametrize("window", [0, 1])
+def test_bad_losses_change_nothing(backend, number, window):
+    make, error, words = ERRORS[number]
+    model, x = model_of(), batches(4)
+    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=2, momentum=0.9, backend=backend)
+    for batch in x[: 2 * window]:
+        if optimizer.backward(losses_of(model, batch)):
+            optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(error, match=words):
+        optimizer.backward(make(model, x[0]))
+    assert all(p.grad is None for p in model.parameters()) or window
+    after = optimizer.state_dict()
+    if window == 0:  # a function may have run before the error: then there is empty storage now
+        assert after["gcond"].pop("accumulator")["counts"] == [0, 0]
+        before["gcond"].pop("accumulator")
+    assert same(before, after)
+    # And training goes on as if nothing had been.
+    twin = model_of()
+    calm = GCondFused(sgd(twin), TASKS, accumulation_steps=2, momentum=0.9, backend=backend)
+    for batch in x[: 2 * window + 2]:
+        if calm.backward(losses_of(twin, batch)):
+            calm.step()
+    for batch in x[2 * window : 2 * window + 2]:
+        if optimizer.backward(losses_of(model, batch)):
+            optimizer.step()
+    assert torch.equal(flat_parameters(model), flat_parameters(twin))
+
+
+def test_a_function_that_fails_later_in_a_window_keeps_the_counts_right(backend):
+    model, x = model_of(), batches(3)
+    optimizer = GCondFused(
+        sgd(model), TASKS, accumulation_steps=2, method=no_conflict(), backend=backend
+    )
+    optimizer.backward(losses_of(model, x[0]))
+    with (
+        pytest.warns(UserWarning, match="gradient of 'a' was accumulated; it stays"),
+        pytest.raises(ZeroDivisionError),
+    ):
+        optimizer.backward({"a": lambda: losses_of(model, x[1])["a"], "b": lambda: 1 / 0})
+    assert all(p.grad is None for p in model.parameters())
+    assert optimizer.backward(losses_of(model, x[2]))
+    optimizer.resolve()
+    assert optimizer.report().micro_batches == {"a": 3, "b": 2}
+    expected = task_gradient(model, x, "a") + 0.5 * task_gradient(model, [x[0], x[2]], "b")
+    assert torch.allclose(flat_gradients(model).double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_failing_backward_pass_leaves_no_gradient_behind(backend):
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise ArithmeticError("in the middle")
+
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = GCondFused(torch.optim.SGD([first, second], lr=1.0), {"a": 1.0}, backend=backend)
+    with pytest.raises(ArithmeticError, match="in the middle"):
+        optimizer.backward({"a": (Fails.apply(first) + second).sum()})
+    assert first.grad is None
+    assert second.grad is None
+    optimizer.backward({"a": second.sum()})
+    optimizer.step()
+    assert first.grad is None
+    assert torch.equal(second.grad, torch.ones(2))
+
+
+def test_sparse_gradients_are_named(backend):
+    table = nn.Embedding(5, 2, sparse=True)
+    base = torch.optim.SGD(table.named_parameters(), lr=0.1)
+    optimizer = GCondFused(base, {"a": 1.0}, backend=backend)
+    with pytest.raises(ValueError, match=r"weight got a gradient with layout torch.sparse_coo"):
+        optimizer.backward({"a": table(torch.tensor([1])).sum()})
+    assert table.weight.grad is None
+
+
+def test_parameters_that_cannot_be_accumulated_are_named():
+    def first_backward(p, loss):
+        GCondFused(torch.optim.SGD([p], lr=0.1), {"a": 1.0}).backward({"a": loss})
+
+    p = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"parameter 0 is torch.complex64"):
+        first_backward(p, p.abs().sum())
+    cpu, meta = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))
+    optimizer = GCondFused(torch.optim.SGD([cpu, meta], lr=0.1), {"a": 1.0})
+    with pytest.raises(ValueError, match="parameter 1 is on meta, but the first parameter is on c"):
+        optimizer.backward({"a": cpu.sum()})
+
+
+def test_a_gradient_of_somebody_else_is_not_thrown_away(backend):
+    model, x = model_of(), batches(3)
+    optimizer = GCondFused(sgd(model), TASKS, backend=backend)
+    losses_of(model, x[0])["a"].backward()
+    with pytest.raises(RuntimeError, match=r"parameter 0 has a \.grad that this optimizer did not"):
+        optimizer.backward(losses_of(model, x[1]))
+    assert model[0].weight.grad is not None
+    optimizer.zero_grad()
+    optimizer.backward(losses_of(model, x[1]))
+    optimizer.step()
+    optimizer.backward(losses_of(model, x[2]))  # what step() left in .grad is its own
+
+
+def test_calls_out_of_order_are_refused(backend):
+    model, x = model_of(), batches(4)
+    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=1, backend=backend)
+    with pytest.raises(RuntimeError, match="nothing was accumulated"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="nothing to report"):
+        optimizer.report()
+    optimizer.backward(losses_of(model, x[0]))
+    with pytest.raises(RuntimeError, match="window of 1 micro-batches is full"):
+        optimizer.backward(losses_of(model, x[1]))
+    with pytest.raises(TypeError, match="takes no closure"):
+        optimizer.step(lambda: 0.0)
+    optimizer.resolve()
+    with pytest.raises(RuntimeError, match="already"):
+        optimizer.resolve()
+    with pytest.raises(RuntimeError, match=r"resolve\(\) has written \.grad"):
+        optimizer.backward(losses_of(model, x[1]))
+    with pytest.raises(RuntimeError, match=r"call step\(\) before saving"):
+        optimizer.state_dict()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="nothing was accumulated"):
+        optimizer.step()
+
+
+def test_task_that_is_not_active_is_refused(backend):
+    model, x = model_of(), batches(1)
+    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=2, mode="stochastic")
+    with pytest.raises(KeyError, match="task 'b' is not active"):
+        optimizer.backward(losses_of(model, x[0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"tasks": {}}, ValueError, "at least one task"),
+        ({"tasks": ["a"]}, TypeError, "tasks must map"),
+        ({"tasks": {"a": -1.0}}, ValueError, "loss weight of 'a'"),
+        ({"tasks": {"a": math.nan}}, ValueError, "loss weight of 'a'"),
+        ({"tasks": {"a": "1"}}, ValueError, "loss weight of 'a'"),
+        ({"tasks": {1: 1.0}}, TypeError, "must be a string"),
+        ({"tasks": {"a": 0.0}}, ValueError, "at least one loss weight"),
+        ({"accumulation_steps": 0}, ValueError, "accumulation_steps must be"),
+        ({"accumulation_steps": 1.5}, ValueError, "accumulation_steps must be"),
+        ({"mode": "sequential"}, ValueError, "mode must be"),
+        ({"mode": "stochastic"}, ValueError, "accumulation_steps=1 is too few for 2 tasks"),
+        ({"method": "gcond"}, TypeError, "method must be"),
+        ({"momentum": 1.0}, ValueError, "momentum must be"),
+        ({"momentum": math.nan}, ValueError, "momentum must be"),
+        ({"update": "adam"}, ValueError, "update must be"),
+        ({"max_norm": 0.0}, ValueError, "max_norm must be"),
+        ({"max_norm": 1.0, "update": "lion_lars"}, ValueError, "max_norm does not go with"),
+        ({"trust_ratio_coef": 0.0}, ValueError, "trust_ratio_coef must be"),
+        ({"trust_ratio_clip": math.inf}, ValueError, "trust_ratio_clip must be"),
+        ({"accumulator_dtype": torch.float16}, ValueError, "accumulator_dtype must be"),
+        ({"history_dtype": torch.int8}, ValueError, "history_dtype must be"),
+        ({"backend": "jax"}, RuntimeError, "backend='jax' cannot be used on cpu"),
+        ({"base": "adamw"}, TypeError, "base must be a torch optimizer"),
+    ],
+)
+def test_options_out_of_range_are_named(options, error, words):
+    arguments = {"base": sgd(model_of()), "tasks": TASKS} | options
+    with pytest.raises(error, match=words):
+        GCondFused(arguments.pop("base"), arguments.pop("tasks"), **arguments)
+
+
+# As a torch optimizer.
+
+
+def test_it_is_an_optimizer_that_schedulers_and_hooks_accept(backend):
+    model = model_of()
+    base = sgd(model, 1.0)
+    optimizer = GCondFused(base, TASKS, backend=backend)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+        calls = []
+        optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+        optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+        optimizer.register_state_dict_post_hook(lambda _, state: state | {"mine": 1})
+        optimizer.register_load_state_dict_pre_hook(lambda _, state: calls.append(state["mine"]))
+        for batch in batches(3):
+            optimizer.backward(losses_of(model, batch))
+            optimizer.step()
+            scheduler.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert base.param_groups[0]["lr"] == 0.125
+    assert calls == ["pre", "post"] * 3 + [1]
+    assert optimizer.defaults is base.defaults
+    assert optimizer.state is base.state
+
+
+def test_zero_grad_clears_grad_and_leaves_the_window(backend):
+    model, twin, x = model_of(), model_of(), batches(4)
+    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=2, backend=backend)
+    quiet = GCondFused(sgd(twin), TASKS, accumulation_steps=2, backend=backend)
+    for batch in x:
+        optimizer.zero_grad()
+        if optimizer.backward(losses_of(model, batch)):
+            optimizer.step()
+        if quiet.backward(losses_of(twin, batch)):
+            quiet.step()
+    assert torch.equal(flat_parameters(model), flat_parameters(twin))
+    optimizer.zero_grad()
+    assert model[0].weight.grad is None
+    optimizer.backward(losses_of(model, x[0]))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    assert (flat_gradients(model) == 0).all()
+    optimizer.backward(losses_of(model, x[0]))
+
+
+def test_clipping_and_logging_between_resolve_and_step(backend):
+    model, x = model_of(), batches(1)
+    optimizer = GCondFused(sgd(model, 1.0), TASKS, backend=backend)
+    before = flat_parameters(model)
+    optimizer.backward(losses_of(model, x[0]))
+    optimizer.resolve()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    optimizer.step()
+    assert (flat_parameters(model) - before).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_double_smoothing_warns_once_and_names_the_option():
+    model = model_of()
+    with pytest.warns(UserWarning, match=r"smoothed twice: .*betas=\(0.9, 0.999\) in AdamW") as log:
+        GCondFused(torch.optim.AdamW(model.parameters()), TASKS, momentum=0.9)
+    assert len(log) == 1
+    with pytest.warns(UserWarning, match="momentum=0.9 in SGD"):
+        GCondFused(sgd(model, momentum=0.9), TASKS, momentum=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GCondFused(torch.optim.AdamW(model.parameters()), TASKS)
+        GCondFused(torch.optim.AdamW(model.parameters(), betas=(0.0, 0.9)), TASKS, momentum=0.9)
+        GCondFused(sgd(model), TASKS, momentum=0.9)
+
+
+def test_the_models_mode_is_never_touched(backend):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    model[2].eval()
+    optimizer = GCondFused(sgd(model), TASKS, backend=backend)
+    for batch in batches(2):
+        optimizer.backward(losses_of(model, batch))
+        optimizer.step()
+    assert [m.training for m in model] == [True, True, False, True]
+    assert model[1].num_batches_tracked == 2
+
+
+def test_names_of_parameters_come_from_the_optimizer(backend):
+    model = model_of()
+    optimizer = GCondFused(torch.optim.SGD(model.named_parameters(), lr=0.1), TASKS)
+    optimizer.backward(losses_of(model, batches(1)[0]))
+    optimizer.step()
+    names = {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert optimizer.report().tensor_cosines.keys() == names
+
+
+def test_copies_go_on_by_themselves(backend):
+    model, x = model_of(), batches(6)
+    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=2, momentum=0.9, backend=backend)
+    for batch in x[:3]:
+        if optimizer.backward(losses_of(model, batch)):
+            optimizer.step()
+    for clone in (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))):
+        model_2, optimizer_2 = clone((model, optimizer))
+        before = flat_parameters(model)
+        if optimizer_2.backward(losses_of(model_2, x[3])):
+            optimizer_2.step()
+        assert torch.equal(flat_parameters(model), before)
+        assert not torch.equal(flat_parameters(model_2), before)
+    optimizer.backward(losses_of(model, x[3]))
+    optimizer.step()
+    assert torch.equal(flat_parameters(model_2), flat_parameters(model))
+    assert "GCondFused(tasks={'a': 1.0, 'b': 0.5}" in repr(optimizer)
+
+
+def test_the_written_gradients_are_freed_in_the_next_window(backend):
+    model, x = model_of(), batches(2)
+    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=2, backend=backend)
+    for batch in x:
+        optimizer.backward(losses_of(model, batch))
+    optimizer.step()
+    address = model[0].weight.grad
+    optimizer.backward(losses_of(model, x[0]))
+    assert model[0].weight.grad is None
+    gc.collect()
+    assert len(gc.get_referrers(address)) <= 2
+    assert optimizer._written == []
+
+
+def test_a_weight_of_zero_switches_a_task_off(backend):
+    model, x = model_of(), batches(1)
+    optimizer = GCondFused(sgd(model), {"a": 1.0, "b": 0.0}, backend=backend)
+    optimizer.backward(losses_of(model, x[0]))
+    optimizer.resolve()
+    expected = task_gradient(model, x, "a")
+    assert torch.allclose(flat_gradients(model).double(), expected, rtol=1e-5, atol=1e-7)
