@@ -31,7 +31,9 @@ class Segment(NamedTuple):
 
     def view(self, row: Tensor) -> Tensor:
         """The segment of a row [N'], in the parameter's shape."""
-        return row.as_strided(self.parameter.shape, self.stride, self.offset)
+        # An offset given to as_strided counts from the start of the storage, not of the row.
+        start = row.storage_offset() + self.offset
+        return row.as_strided(self.parameter.shape, self.stride, start)
 
 
 class Accumulator:

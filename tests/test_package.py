@@ -1,0 +1,143 @@
+"""The package as it is installed, imported and asked about itself."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import tomllib
+import torch
+
+import gcond_kernels
+from gcond_kernels import __main__ as command_line
+from gcond_kernels import ops
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built in an isolated environment that has no torch."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(source)],
+        check=True,
+        capture_output=True,
+    )
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_is_pure_and_complete(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert top == {"gcond_kernels"}  # and no top-level `python`, `tests` or `triton_kernels`
+    for file in ("__init__.py", "py.typed", "python/gramian.py", "methods/gcond.py"):
+        assert f"gcond_kernels/{file}" in names
+    sources = [
+        f"gcond_kernels/{path.relative_to(ROOT / 'gcond_kernels')}"
+        for path in (ROOT / "gcond_kernels").rglob("*.py")
+    ] + [f"gcond_kernels/python/{path.name}" for path in (ROOT / "python").glob("*.py")]
+    assert set(sources) <= set(names)
+
+
+def test_what_the_wheel_requires(wheel):
+    metadata = next(
+        zipfile.ZipFile(wheel).read(name).decode()
+        for name in zipfile.ZipFile(wheel).namelist()
+        if name.endswith("METADATA")
+    )
+    needs = [line for line in metadata.splitlines() if line.startswith("Requires-Dist")]
+    always = [line for line in needs if "extra ==" not in line]
+    assert len(always) == 3
+    assert any("torch>=2.11" in line for line in always)
+    assert any("numpy" in line for line in always)
+    assert any("triton" in line and "linux" in line for line in always)
+    extras = {line for line in metadata.splitlines() if line.startswith("Provides-Extra")}
+    assert len(extras) <= 3
+
+
+def test_the_wheel_works_from_elsewhere_without_triton_or_demo_packages(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"triton", "matplotlib", "rich", "skimage", "sklearn", "pytest"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import torch, gcond_kernels, gcond_kernels.__main__
+assert "installed" in gcond_kernels.__file__
+p = torch.nn.Parameter(torch.ones(3))
+optimizer = gcond_kernels.GCondFused(torch.optim.SGD([p], lr=1.0), {"a": 1.0, "b": 1.0})
+optimizer.backward({"a": p.sum(), "b": -0.9 * p.sum()})
+optimizer.step()
+assert optimizer.report().zone == "critical"
+print("fine")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "installed"), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "fine\n", result.stderr
+
+
+def test_the_version_is_said_once():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == gcond_kernels.__version__
+
+
+def test_torch_is_pinned_exactly_and_no_build_requirement():
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    assert any(line.startswith("torch==") for line in constraints)
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert not any("torch" in need for need in build)
+
+
+def test_info_names_backend_and_reasons(capsys):
+    assert command_line.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    for operation in ops.OPERATIONS:
+        assert f"{operation:<12} python" in printed
+    for backend in ("cuda", "triton"):
+        if ops.unavailable(backend, torch.device("cpu")):
+            assert f"not {backend}: " in printed
+
+
+def test_the_environment_variable_chooses_the_backend(monkeypatch, capsys):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("GCOND_BACKEND", "python")
+    assert ops.choose_backend("auto", cpu) == "python"
+    monkeypatch.setenv("GCOND_BACKEND", "auto")
+    assert ops.choose_backend("auto", cpu) == "python"
+    monkeypatch.setenv("GCOND_BACKEND", "jax")
+    with pytest.raises(RuntimeError, match="GCOND_BACKEND=jax cannot be used on cpu: there is no"):
+        ops.choose_backend("auto", cpu)
+    assert ops.choose_backend("python", cpu) == "python"  # an argument outranks the variable
+    assert command_line.main(["info"]) == 0
+    assert "GCOND_BACKEND=jax cannot be used" in capsys.readouterr().out
+
+
+def test_a_backend_that_is_not_there_is_an_error_that_says_why():
+    for backend in ops.BACKENDS:
+        reason = ops.unavailable(backend, torch.device("cpu"))
+        if reason is not None:
+            with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot be used on cpu"):
+                ops.choose_backend(backend, torch.device("cpu"))
+
+
+def test_nothing_of_the_workplace_is_in_the_repository():
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert "README.md" in listed
+    assert "LICENSE" in listed
+    assert "CHANGELOG.md" in listed

@@ -1,0 +1,187 @@
+"""state_dict and load_state_dict: training goes on to the same bits."""
+
+import copy
+import io
+
+import pytest
+import torch
+from test_optimizer import TASKS, batches, flat_parameters, losses_of, model_of, same
+from torch import nn
+
+from gcond_kernels import GCond, GCondFused
+
+OPTIONS = {"accumulation_steps": 3, "momentum": 0.9}
+
+
+def optimizer_of(model, **options) -> GCondFused:
+    base = torch.optim.AdamW(model.parameters(), lr=0.05, betas=(0.0, 0.9))
+    return GCondFused(base, TASKS, **(OPTIONS | options))
+
+
+def train(model, optimizer, x) -> None:
+    for batch in x:
+        losses = losses_of(model, batch)
+        if optimizer.backward({task: losses[task] for task in optimizer.active_tasks}):
+            optimizer.step()
+
+
+def through_a_file(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, map_location="cpu")  # weights_only: plain types and tensors alone
+
+
+@pytest.mark.parametrize("mode", ["exact", "stochastic"])
+@pytest.mark.parametrize("at", [0, 1, 3, 7, 8, 9])
+@pytest.mark.parametrize("history", ["raw", "resolved"])
+def test_round_trip_at_any_micro_batch_gives_the_same_bits(backend, mode, at, history):
+    x = batches(18)
+    options = {"mode": mode, "method": GCond(history=history), "backend": backend}
+    model = model_of()
+    optimizer = optimizer_of(model, **options)
+    train(model, optimizer, x[:at])
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    train(model, optimizer, x[at:])
+
+    resumed = model_of(seed=5)
+    resumed.load_state_dict(saved["model"])
+    other = optimizer_of(resumed, **options)
+    other.load_state_dict(saved["optimizer"])
+    train(resumed, other, x[at:])
+    assert torch.equal(flat_parameters(model), flat_parameters(resumed))
+    assert same(optimizer.state_dict(), other.state_dict())
+
+
+def test_loading_copies(backend):
+    model, x = model_of(), batches(6)
+    optimizer = optimizer_of(model, backend=backend)
+    train(model, optimizer, x[:4])
+    twin = copy.deepcopy(model)
+    other = optimizer_of(twin, backend=backend)
+    other.load_state_dict(optimizer.state_dict())
+    before = copy.deepcopy(optimizer.state_dict()["gcond"])
+    train(twin, other, x[4:])
+    assert same(before, optimizer.state_dict()["gcond"])
+
+
+def test_into_a_process_that_saw_its_parameters_in_another_order(backend):
+    x = batches(8)
+    model = model_of()
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    optimizer = optimizer_of(model, backend=backend)
+    train(model, optimizer, x[:1])
+    for p in model[0].parameters():
+        p.requires_grad_(True)  # its segments come last
+    train(model, optimizer, x[1:5])
+    twin = copy.deepcopy(model)
+    other = optimizer_of(twin, backend=backend)
+    train(twin, other, x[:1])  # here they come first
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert optimizer._accumulator.sizes != other._accumulator.sizes
+    train(model, optimizer, x[5:])
+    train(twin, other, x[5:])
+    assert torch.allclose(flat_parameters(model), flat_parameters(twin), rtol=1e-6, atol=1e-7)
+
+
+def test_into_another_memory_order(backend):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2))
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 5, 3, 5, 5)
+
+    def run(model, optimizer, x):
+        for batch in x:
+            y = model(batch)
+            if optimizer.backward({"a": y[:, 0].pow(2).mean(), "b": (y.sum(1) - 1).pow(2).mean()}):
+                optimizer.step()
+
+    optimizer, other = optimizer_of(model, backend=backend), optimizer_of(last, backend=backend)
+    run(model, optimizer, x[:1])
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    run(model, optimizer, x[1:])
+    run(last, other, x[1:])
+    assert last[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(flat_parameters(model), flat_parameters(last), rtol=1e-5, atol=1e-6)
+
+
+def test_a_parameter_that_the_state_does_not_know_starts_afresh(backend):
+    x = batches(4)
+    model = model_of()
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    optimizer = optimizer_of(model, backend=backend)
+    train(model, optimizer, x[:4])
+    state = through_a_file(optimizer.state_dict())
+    for p in model[0].parameters():
+        p.requires_grad_(True)
+    other = optimizer_of(model, backend=backend)
+    train(model, other, x)
+    other.load_state_dict(state)
+    acc = other._accumulator
+    assert acc.momentum_steps.tolist() == [0, 0, 1, 1]
+    assert (acc.momentum[: acc.offsets[2]] == 0).all()
+    assert (acc.history[:, : acc.offsets[2]] == 0).all()
+    assert (acc.rows[:, : acc.offsets[2]] == 0).all()
+
+
+def test_between_windows_the_accumulators_are_not_saved(backend):
+    model, x = model_of(), batches(3)
+    optimizer = optimizer_of(model, backend=backend)
+    train(model, optimizer, x)
+    assert optimizer.state_dict()["gcond"]["accumulator"]["rows"] is None
+    train(model, optimizer, x[:1])
+    assert optimizer.state_dict()["gcond"]["accumulator"]["rows"] is not None
+
+
+def wider() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 2))
+
+
+def shorter() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh())
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (model_of, {"tasks": {"a": 1.0, "c": 1.0}}, r"tasks \['a', 'b'\].*\['a', 'c'\]"),
+        (model_of, {"accumulation_steps": 4}, "accumulation_steps=3, this optimizer has 4"),
+        (model_of, {"mode": "stochastic"}, "mode='exact', this optimizer has 'stochastic'"),
+        (model_of, {"momentum": 0.0}, "the state has momentum, this optimizer has no momentum"),
+        (
+            model_of,
+            {"method": GCond(tie_breaking_weights=(0, 1))},
+            "the state has history, this optimizer has no history",
+        ),
+        (model_of, {"method": GCond(dominance_window=2)}, r"winners \[3\], this one \[2\]"),
+        (wider, {}, r"parameter 0 has shape \[9, 4\], in the state it has \[8, 4\]"),
+        (shorter, {}, "a parameter number 2, this optimizer only 2"),
+    ],
+)
+def test_a_state_of_something_else_is_refused_and_nothing_changes(backend, make, options, words):
+    model, x = model_of(), batches(4)
+    optimizer = optimizer_of(model, backend=backend)
+    train(model, optimizer, x)  # in the middle of a window
+    state = optimizer.state_dict()
+    other_model = make()
+    options = OPTIONS | {"tasks": TASKS} | options
+    tasks = options.pop("tasks")
+    base = torch.optim.AdamW(other_model.parameters(), lr=0.05, betas=(0.0, 0.9))
+    other = GCondFused(base, tasks, **options, backend=backend)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=words):
+        other.load_state_dict(state)
+    assert same(before, other.state_dict())
+
+
+def test_a_plain_state_is_refused_with_a_way_out(backend):
+    model = model_of()
+    optimizer = optimizer_of(model, backend=backend)
+    plain = optimizer.base.state_dict()
+    with pytest.raises(ValueError, match=r"optimizer\.base\.load_state_dict"):
+        optimizer.load_state_dict(plain)
+    with pytest.raises(ValueError, match="format 99"):
+        optimizer.load_state_dict(plain | {"gcond": {"version": 99}})
