@@ -22,7 +22,7 @@ def gramian(
     left = tasks + (momentum is not None)
     rows = left + (0 if history is None else tasks)
     products = torch.zeros(
-        (len(sizes), rows, left), dtype=torch.float64, device=accumulators.device
+        (len(sizes), left, rows), dtype=torch.float64, device=accumulators.device
     )
     scratch = torch.empty(0, device=accumulators.device)
     for tensor, start, stop in blocks(offsets, sizes, rows):
@@ -39,18 +39,19 @@ def gramian(
     # A task that takes no part (scale 0) may hold anything, NaN included: select, don't multiply.
     row_scale = torch.cat([scale, scale.new_ones(left - tasks)])
     weight = torch.outer(row_scale, row_scale)
-    per_tensor = torch.where(weight != 0, products[:, :left] * weight, 0.0)
+    per_tensor = torch.where(weight != 0, products[:, :, :left] * weight, 0.0)
     if history is None:
         return per_tensor, None
     weight = torch.outer(scale, history_scale)
-    cross = products[:, left:, :tasks].sum(0).T  # [K, K], X_ij = ĝ_i · h_j
+    cross = products[:, :tasks, left:].sum(0)  # [K, K], X_ij = ĝ_i · h_j
     return per_tensor, torch.where(weight != 0, cross * weight, 0.0)
 
 
 def block_products(rows: Tensor, left: int) -> Tensor:
-    """Inner products [R, L] of all rows [R, n] with the first L, in float64 across partial sums."""
+    """Inner products [L, R] of the first L rows [R, n] with all, float64 across partial sums."""
     whole = rows.shape[1] // PARTIAL * PARTIAL
-    parts = rows[:, :whole].view(len(rows), -1, PARTIAL).transpose(0, 1)  # [n / PARTIAL, R, PARTIAL]
-    products = torch.bmm(parts, parts[:, :left].transpose(1, 2)).sum(0, dtype=torch.float64)
+    # [n / PARTIAL, R, PARTIAL]
+    parts = rows[:, :whole].view(len(rows), -1, PARTIAL).transpose(0, 1)
+    products = torch.bmm(parts[:, :left], parts.transpose(1, 2)).sum(0, dtype=torch.float64)
     rest = rows[:, whole:]
-    return products + (rest @ rest[:left].T)
+    return products + rest[:left] @ rest.T

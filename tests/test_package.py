@@ -134,7 +134,7 @@ def test_a_backend_that_is_not_there_is_an_error_that_says_why():
                 ops.choose_backend(backend, torch.device("cpu"))
 
 
-def test_nothing_of_the_workplace_is_in_the_repository():
+def test_what_a_reader_looks_for_first_is_there():
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.split()

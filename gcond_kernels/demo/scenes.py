@@ -1,0 +1,72 @@
+"""What the two scenes have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message names it."""
+
+
+class Batch(NamedTuple):
+    """A micro-batch."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(self.inputs.to(device), self.targets.to(device))
+
+
+class Scene(ABC):
+    """A multi-task problem: data, model and one loss per task.
+
+    Attributes:
+        name: start of the file names.
+        title: what is learned, for titles of pictures and tables.
+        tasks: task → loss weight λ.
+        loss_labels: task → what its loss is called, with its unit.
+        score_labels: task → what its validation score is called; ASCII, for the terminal.
+        score_in_percent: the score is an accuracy. Otherwise it is the loss.
+        accumulation_steps: micro-batches per optimizer step.
+        steps: default number of optimizer steps.
+        learning_rate: peak learning rate.
+        step_cost: rough milliseconds of a step of plain sum, for the remaining time shown.
+        validation: what no training micro-batch shows.
+        validation_note: what that is, in words.
+    """
+
+    name: str
+    title: str
+    tasks: dict[str, float]
+    loss_labels: dict[str, str]
+    score_labels: dict[str, str]
+    score_in_percent: bool
+    accumulation_steps: int
+    steps: int
+    learning_rate: float
+    step_cost: float
+    validation: Batch
+    validation_note: str
+
+    @abstractmethod
+    def new_model(self) -> nn.Module:
+        """A model with fresh parameters from torch's global random numbers."""
+
+    @abstractmethod
+    def micro_batch(self, generator: torch.Generator) -> Batch:
+        """The next training micro-batch, on the CPU."""
+
+    @abstractmethod
+    def losses(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
+        """[B] the task's loss of every sample."""
+
+    def scores(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
+        """[B] what validation reports of every sample; the loss unless overridden."""
+        return self.losses(task, output, targets)

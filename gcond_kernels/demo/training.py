@@ -1,0 +1,219 @@
+"""The training loop of the three methods."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from gcond_kernels import GCondFused
+from gcond_kernels.demo.scenes import Batch, Scene
+
+WARMUP_STEPS = 20
+EVALUATIONS = 12
+
+
+class Method(NamedTuple):
+    """A way to make one gradient from the tasks' losses.
+
+    Attributes:
+        name: what it is called in tables and pictures.
+        mode: of GCondFused; None is the plain weighted sum.
+        step_cost: rough time of a step, plain sum is 1.
+    """
+
+    name: str
+    mode: Literal["exact", "stochastic"] | None
+    step_cost: float
+
+
+METHODS = (
+    Method("plain sum", None, 1.0),
+    Method("GCond exact", "exact", 1.6),
+    Method("GCond stochastic", "stochastic", 1.0),
+)
+
+
+class Step(NamedTuple):
+    """What happened in one optimizer step.
+
+    Attributes:
+        losses: task → mean training loss over the micro-batches that it had.
+        cosine: between the tasks' gradients; None without a pair, as always in plain sum.
+        zone: "none", "mild", "moderate" or "critical"; None where nothing was compared.
+        winner: of the first conflict; None where both gave way, or none was resolved.
+    """
+
+    losses: dict[str, float]
+    cosine: float | None = None
+    zone: str | None = None
+    winner: str | None = None
+
+
+class Evaluation(NamedTuple):
+    """Validation after a number of steps: task → values of every sample, on the CPU."""
+
+    step: int
+    losses: dict[str, Tensor]
+    scores: dict[str, Tensor]
+
+
+@dataclass
+class Run:
+    """One method on one scene; filled while it trains.
+
+    Attributes:
+        scene: what is learned.
+        method: how.
+        steps: how many optimizer steps are meant to be made.
+        model: what is trained.
+        history: one entry per step made.
+        evaluations: now and then, and after the last step.
+        seconds: time of training, without validation.
+        backward_passes: through the model.
+    """
+
+    scene: Scene
+    method: Method
+    steps: int
+    model: nn.Module
+    history: list[Step] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    seconds: float = 0.0
+    backward_passes: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps were made."""
+        return len(self.history) == self.steps
+
+
+def new_run(scene: Scene, method: Method, steps: int, seed: int, device: torch.device) -> Run:
+    """A run that has not started; the same seed makes the same parameters for every method."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = scene.new_model()
+    return Run(scene, method, steps, model.to(device))
+
+
+def train(run: Run, seed: int, backend: str = "auto") -> Iterator[Step]:
+    """Trains one method, yielding after each step.
+
+    The micro-batches depend on the seed alone, so all methods see the same.
+    """
+    scene = run.scene
+    device = device_of(run)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = new_optimizer(run, backend)
+    scheduler = LambdaLR(optimizer, lambda step: warmup_then_cosine(step, run.steps))
+    interval = math.ceil(run.steps / EVALUATIONS)
+    for number in range(1, run.steps + 1):
+        started = time.perf_counter()
+        batches = [scene.micro_batch(generator).to(device) for _ in range(scene.accumulation_steps)]
+        window = gcond_window if isinstance(optimizer, GCondFused) else plain_window
+        step = window(run, optimizer, batches)  # type: ignore[operator]
+        scheduler.step()
+        run.seconds += time.perf_counter() - started
+        run.history.append(step)
+        if number % interval == 0 or number == run.steps:
+            evaluate(run)
+        yield step
+
+
+def new_optimizer(run: Run, backend: str) -> torch.optim.Optimizer:
+    """The same AdamW for all methods, so that they differ in the resolution alone.
+
+    For that reason GCondFused keeps momentum=0: AdamW averages gradients already.
+    """
+    scene = run.scene
+    base = torch.optim.AdamW(run.model.parameters(), lr=scene.learning_rate, betas=(0.9, 0.95))
+    if run.method.mode is None:
+        return base
+    return GCondFused(
+        base,
+        scene.tasks,
+        accumulation_steps=scene.accumulation_steps,
+        mode=run.method.mode,
+        momentum=0.0,
+        backend=backend,
+    )
+
+
+def plain_window(run: Run, optimizer: torch.optim.Optimizer, batches: Sequence[Batch]) -> Step:
+    """Ordinary gradient accumulation of the weighted sum of the losses, and a step."""
+    seen: dict[str, list[Tensor]] = {task: [] for task in run.scene.tasks}
+    optimizer.zero_grad()
+    for batch in batches:
+        losses = task_losses(run, batch, run.scene.tasks)
+        total = sum(weight * losses[task] for task, weight in run.scene.tasks.items())
+        # The mean over the micro-batches, as GCondFused takes it: the same gradient scale.
+        (total / len(batches)).backward()  # type: ignore[union-attr]
+        run.backward_passes += 1
+        note(seen, losses)
+    optimizer.step()
+    return Step(means(seen))
+
+
+def gcond_window(run: Run, optimizer: GCondFused, batches: Sequence[Batch]) -> Step:
+    """The same with GCondFused; in stochastic mode each task sees its block of the batches."""
+    seen: dict[str, list[Tensor]] = {task: [] for task in run.scene.tasks}
+    for batch in batches:
+        losses = task_losses(run, batch, optimizer.active_tasks)
+        run.backward_passes += len(losses)
+        note(seen, losses)
+        if optimizer.backward(losses):
+            optimizer.step()
+    report = optimizer.report()
+    if report.min_cosine is None:
+        return Step(means(seen))
+    winner = report.conflicts[0].winner if report.conflicts else None
+    return Step(means(seen), report.min_cosine, report.zone, winner)
+
+
+def task_losses(
+    run: Run, batch: Batch, tasks: Sequence[str] | dict[str, float]
+) -> dict[str, Tensor]:
+    """Mean loss of each of the tasks, from one shared forward pass."""
+    output = run.model(batch.inputs)
+    return {task: run.scene.losses(task, output, batch.targets).mean() for task in tasks}
+
+
+def note(seen: dict[str, list[Tensor]], losses: dict[str, Tensor]) -> None:
+    """Keeps the losses' values, on their device: reading them back here would wait for it."""
+    for task, loss in losses.items():
+        seen[task].append(loss.detach())
+
+
+def means(seen: dict[str, list[Tensor]]) -> dict[str, float]:
+    """Mean of what was kept."""
+    return {task: float(torch.stack(losses).mean()) for task, losses in seen.items()}
+
+
+def warmup_then_cosine(step: int, steps: int) -> float:
+    """Factor of the learning rate: up over the first steps, then down to 0."""
+    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    return warmup * 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps))
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> None:
+    """Adds an evaluation of the model as it is now."""
+    scene = run.scene
+    batch = scene.validation.to(device_of(run))
+    run.model.eval()
+    output = run.model(batch.inputs)
+    losses = {task: scene.losses(task, output, batch.targets).cpu() for task in scene.tasks}
+    scores = {task: scene.scores(task, output, batch.targets).cpu() for task in scene.tasks}
+    run.model.train()
+    run.evaluations.append(Evaluation(len(run.history), losses, scores))
+
+
+def device_of(run: Run) -> torch.device:
+    """The device of the model."""
+    return next(run.model.parameters()).device
