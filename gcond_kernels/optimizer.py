@@ -190,7 +190,8 @@ class GCondFused(torch.optim.Optimizer):
             losses: for each of `active_tasks` a scalar loss, without the loss weight, or a
                 function without arguments that returns one. Losses may share a graph; it is
                 freed after the last of them. Functions are called one at a time, each graph
-                freed before the next is built.
+                freed before the next is built. Parameters that this optimizer does not hold
+                get their `.grad` as from any backward pass.
 
         Returns:
             True when the window is full and `step` is due.

@@ -6,12 +6,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 
 import gcond_kernels
 from gcond_kernels import __main__ as command_line
 from gcond_kernels import ops
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10, where pytest brings tomli
+    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 
