@@ -24,17 +24,17 @@ def gramian(
     products = torch.zeros(
         (len(sizes), left, rows), dtype=torch.float64, device=accumulators.device
     )
-    scratch = torch.empty(0, device=accumulators.device)
+    # One piece of memory for all blocks: fresh pages cost more than the arithmetic.
+    longest = max((stop - start for _, start, stop in blocks(offsets, sizes, rows)), default=0)
+    memory = torch.empty(rows * longest, device=accumulators.device)
     for tensor, start, stop in blocks(offsets, sizes, rows):
-        length = stop - start
-        if scratch.numel() != rows * length:
-            scratch = torch.empty((rows, length), device=accumulators.device)
-        scratch[:tasks] = accumulators[:, start:stop]
+        block = memory[: rows * (stop - start)].view(rows, stop - start)
+        block[:tasks] = accumulators[:, start:stop]
         if momentum is not None:
-            scratch[tasks] = momentum[start:stop]
+            block[tasks] = momentum[start:stop]
         if history is not None:
-            scratch[left:] = history[:, start:stop]
-        products[tensor] += block_products(scratch, left)
+            block[left:] = history[:, start:stop]
+        products[tensor] += block_products(block, left)
 
     # A task that takes no part (scale 0) may hold anything, NaN included: select, don't multiply.
     row_scale = torch.cat([scale, scale.new_ones(left - tasks)])

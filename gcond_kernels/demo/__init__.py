@@ -56,8 +56,9 @@ def main(arguments: argparse.Namespace) -> int:
         # Only here: the package itself works without the demo's libraries.
         from gcond_kernels.demo.app import run
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("gcond_kernels"):
+        library = (error.name or "gcond_kernels").partition(".")[0]
+        if library == "gcond_kernels":  # a fault of ours, no missing library
             raise
-        print(f"The demo needs {error.name}, which is missing: {INSTALL}", file=sys.stderr)
+        print(f"The demo needs {library}, which is missing: {INSTALL}", file=sys.stderr)
         return 1
     return run(arguments)

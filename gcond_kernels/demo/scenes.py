@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +44,9 @@ class Scene(ABC):
 
     name: str
     title: str
-    tasks: dict[str, float]
-    loss_labels: dict[str, str]
-    score_labels: dict[str, str]
+    tasks: ClassVar[dict[str, float]]
+    loss_labels: ClassVar[dict[str, str]]
+    score_labels: ClassVar[dict[str, str]]
     score_in_percent: bool
     accumulation_steps: int
     steps: int

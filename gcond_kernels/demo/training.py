@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from gcond_kernels import GCondFused
 from gcond_kernels.demo.scenes import Batch, Scene
 
 WARMUP_STEPS = 20
-EVALUATIONS = 12
+EVALUATIONS = 8
 
 
 class Method(NamedTuple):
@@ -44,10 +44,10 @@ class Step(NamedTuple):
     """What happened in one optimizer step.
 
     Attributes:
-        losses: task → mean training loss over the micro-batches that it had.
+        losses: task → mean training loss over the micro-batches that it saw.
         cosine: between the tasks' gradients; None without a pair, as always in plain sum.
         zone: "none", "mild", "moderate" or "critical"; None where nothing was compared.
-        winner: of the first conflict; None where both gave way, or none was resolved.
+        winner: of the first conflict; None where there was none.
     """
 
     losses: dict[str, float]
@@ -74,7 +74,7 @@ class Run:
         steps: how many optimizer steps are meant to be made.
         model: what is trained.
         history: one entry per step made.
-        evaluations: now and then, and after the last step.
+        evaluations: before the first step, now and then, and after the last.
         seconds: time of training, without validation.
         backward_passes: through the model.
     """
@@ -87,6 +87,11 @@ class Run:
     evaluations: list[Evaluation] = field(default_factory=list)
     seconds: float = 0.0
     backward_passes: int = 0
+
+    @property
+    def progress(self) -> str:
+        """How far it has come."""
+        return f"{len(self.history)} of {self.steps} steps"
 
     @property
     def complete(self) -> bool:
@@ -113,11 +118,14 @@ def train(run: Run, seed: int, backend: str = "auto") -> Iterator[Step]:
     optimizer = new_optimizer(run, backend)
     scheduler = LambdaLR(optimizer, lambda step: warmup_then_cosine(step, run.steps))
     interval = math.ceil(run.steps / EVALUATIONS)
+    evaluate(run)
     for number in range(1, run.steps + 1):
         started = time.perf_counter()
         batches = [scene.micro_batch(generator).to(device) for _ in range(scene.accumulation_steps)]
-        window = gcond_window if isinstance(optimizer, GCondFused) else plain_window
-        step = window(run, optimizer, batches)  # type: ignore[operator]
+        if isinstance(optimizer, GCondFused):
+            step = gcond_window(run, optimizer, batches)
+        else:
+            step = plain_window(run, optimizer, batches)
         scheduler.step()
         run.seconds += time.perf_counter() - started
         run.history.append(step)
@@ -176,9 +184,7 @@ def gcond_window(run: Run, optimizer: GCondFused, batches: Sequence[Batch]) -> S
     return Step(means(seen), report.min_cosine, report.zone, winner)
 
 
-def task_losses(
-    run: Run, batch: Batch, tasks: Sequence[str] | dict[str, float]
-) -> dict[str, Tensor]:
+def task_losses(run: Run, batch: Batch, tasks: Iterable[str]) -> dict[str, Tensor]:
     """Mean loss of each of the tasks, from one shared forward pass."""
     output = run.model(batch.inputs)
     return {task: run.scene.losses(task, output, batch.targets).mean() for task in tasks}
@@ -206,11 +212,9 @@ def evaluate(run: Run) -> None:
     """Adds an evaluation of the model as it is now."""
     scene = run.scene
     batch = scene.validation.to(device_of(run))
-    run.model.eval()
     output = run.model(batch.inputs)
     losses = {task: scene.losses(task, output, batch.targets).cpu() for task in scene.tasks}
     scores = {task: scene.scores(task, output, batch.targets).cpu() for task in scene.tasks}
-    run.model.train()
     run.evaluations.append(Evaluation(len(run.history), losses, scores))
 
 

@@ -1,0 +1,224 @@
+"""What the runs came to: numbers, sentences, the table and results.json."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor
+
+import gcond_kernels
+from gcond_kernels.demo.scenes import Scene
+from gcond_kernels.demo.training import Evaluation, Run
+
+ZONES = ("none", "mild", "moderate", "critical")
+RARE, FREQUENT = 0.1, 0.3  # shares of steps with a conflict
+WEAK = -0.1  # cosine; gradients above it are close to orthogonal
+
+
+def cosines(run: Run) -> list[float]:
+    """The cosine of every step that had one."""
+    return [step.cosine for step in run.history if step.cosine is not None]
+
+
+def zone_shares(run: Run) -> dict[str, float] | None:
+    """Zone → share of the steps with a cosine; None where there was none, as in plain sum."""
+    zones = [step.zone for step in run.history if step.zone is not None]
+    return {zone: zones.count(zone) / len(zones) for zone in ZONES} if zones else None
+
+
+def difference(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Mean difference of two methods on the same samples, and twice its standard error."""
+    differences = (a - b).double()
+    error = differences.std() / math.sqrt(len(differences))
+    return float(differences.mean()), 2.0 * float(error)
+
+
+def table(runs: Sequence[Run]) -> Table:
+    """One scene's runs; fits a terminal of 80 columns."""
+    scene = runs[0].scene
+    made = Table(
+        title=f"\n{scene.name}: {scene.title}, scores on validation data",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    made.add_column("method")
+    headers = (
+        *(label.replace(" ", "\n") for label in scene.score_labels.values()),
+        "backward\npasses",
+        "seconds",
+        "% of steps:\nnone/mild/\nmod./crit.",
+        "median\ncosine",
+    )
+    for header in headers:
+        made.add_column(header, justify="right")
+    made.add_row("untrained", *scores(scene, runs[0].evaluations[0]), "0", "", "", "")
+    for run in runs:
+        name = run.method.name
+        if not run.complete:
+            name += f"\n({run.progress})"
+        shares = zone_shares(run)
+        made.add_row(
+            name,
+            *scores(scene, run.evaluations[-1]),
+            str(run.backward_passes),
+            f"{run.seconds:.1f}",
+            "/".join(f"{100.0 * share:.0f}" for share in shares.values()) if shares else "-",
+            f"{statistics.median(cosines(run)):+.2f}" if shares else "-",
+        )
+    return made
+
+
+def scores(scene: Scene, evaluation: Evaluation) -> list[str]:
+    """Mean validation score of every task, as the table shows it."""
+    values = [float(evaluation.scores[task].mean()) for task in scene.tasks]
+    return [f"{100.0 * v:.1f} %" if scene.score_in_percent else f"{v:.4f}" for v in values]
+
+
+def sentences(runs: Sequence[Run]) -> list[str]:
+    """What one scene's numbers say, and what they do not."""
+    said = [f"Validation: {runs[0].scene.validation_note}."]
+    if any(zone_shares(run) for run in runs):
+        said.append(conflict_sentence([run for run in runs if zone_shares(run)]))
+    complete = [run for run in runs if run.complete]
+    if len(complete) > 1:
+        said += difference_sentences(complete)
+    return said
+
+
+def conflict_sentence(runs: Sequence[Run]) -> str:
+    """Whether there was a conflict to resolve; the verdict is on the first of the runs."""
+    shares = zone_shares(runs[0])
+    assert shares is not None
+    share = 1.0 - shares["none"]
+    below = [cosine for cosine in cosines(runs[0]) if cosine < 0.0]
+    if share < RARE:
+        verdict = "hardly a conflict worth resolving"
+    else:
+        frequency = "frequent" if share >= FREQUENT else "occasional"
+        strength = statistics.median(below)
+        verdict = f"{frequency} conflicts, with a median cosine of {strength:+.2f} among them"
+        if strength > WEAK:
+            verdict += ": so weak that there is little to resolve"
+    seen = "; ".join(conflicts_seen(run) for run in runs)
+    tasks = " and ".join(runs[0].scene.tasks)
+    return f"Conflict: the gradients of {tasks} disagreed in {seen}. In this run: {verdict}."
+
+
+def conflicts_seen(run: Run) -> str:
+    """How often the gradients disagreed in one run."""
+    shares = zone_shares(run)
+    assert shares is not None
+    # The cosine of gradients of different data is closer to 0 for that alone.
+    data = "same data" if run.method.mode == "exact" else "different data"
+    return (
+        f"{100.0 * (1.0 - shares['none']):.0f} % of the steps of {run.method.name} "
+        f"({data} for the two tasks, median cosine {statistics.median(cosines(run)):+.2f})"
+    )
+
+
+def difference_sentences(runs: Sequence[Run]) -> list[str]:
+    """How far the methods are from the first one at the end, and what that means."""
+    if len(runs[0].scene.validation.inputs) < 2:
+        return ["Difference: a single validation sample cannot tell the methods apart."]
+    said = [difference_sentence(runs[0], run) for run in runs[1:]]
+    said.append(
+        "+/- is twice the standard error over the validation samples. What another seed would "
+        "change comes on top and is not measured here: one seed proves nothing about which method "
+        "is better."
+    )
+    if any(run.method.mode == "stochastic" for run in runs):
+        said.append(
+            "In stochastic mode each task sees only its block of a step's micro-batches, so less "
+            "data than with the other methods."
+        )
+    return said
+
+
+def difference_sentence(first: Run, other: Run) -> str:
+    """How far one method is from another on the same validation samples."""
+    scene = first.scene
+    factor, form, unit = (100.0, "+.1f", " points") if scene.score_in_percent else (1, "+.4f", "")
+    parts, beyond = [], []
+    for task, label in scene.score_labels.items():
+        final = [run.evaluations[-1].scores[task] for run in (other, first)]
+        gap, error = difference(final[0], final[1])
+        margin = f"{factor * error:{form}}".lstrip("+")
+        parts.append(f"{factor * gap:{form}}{unit} (+/- {margin}) in {label}")
+        if abs(gap) > error:
+            beyond.append(label)
+    verdict = "within the validation noise"
+    if beyond:
+        verdict = f"beyond the validation noise in {' and '.join(beyond)}"
+    names = f"{other.method.name} against {first.method.name}"
+    return f"Difference of {names}: {' and '.join(parts)}, {verdict}."
+
+
+def results(runs: Sequence[Run], settings: dict[str, Any], interrupted: bool) -> dict[str, Any]:
+    """Everything measured, for results.json; what is not a finite number is null there."""
+    scenes: dict[str, Any] = {}
+    for run in runs:
+        scene = run.scene
+        entry = scenes.setdefault(
+            scene.name,
+            {
+                "title": scene.title,
+                "loss_weights": scene.tasks,
+                "accumulation_steps": scene.accumulation_steps,
+                "steps": run.steps,
+                "validation": scene.validation_note,
+                "validation_samples": len(scene.validation.inputs),
+                "scores": scene.score_labels,
+                "untrained": means(run.evaluations[0]),
+                "methods": {},
+            },
+        )
+        entry["methods"][run.method.name] = run_results(run)
+    for name, entry in scenes.items():
+        entry["sentences"] = sentences([run for run in runs if run.scene.name == name])
+    versions = {"gcond_kernels": gcond_kernels.__version__, "torch": torch.__version__}
+    everything = {
+        "versions": versions,
+        **settings,
+        "interrupted": interrupted,
+        "scenes": scenes,
+    }
+    return finite(everything)  # type: ignore[no-any-return]
+
+
+def run_results(run: Run) -> dict[str, Any]:
+    """One method's numbers."""
+    values = cosines(run)
+    return {
+        "steps": len(run.history),
+        "backward_passes": run.backward_passes,
+        "seconds": run.seconds,
+        "validation": means(run.evaluations[-1]),
+        "zone_shares": zone_shares(run),
+        "median_cosine": statistics.median(values) if values else None,
+        "history": [step._asdict() for step in run.history],
+        "evaluations": [{"step": e.step, **means(e)} for e in run.evaluations],
+    }
+
+
+def means(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Mean loss and score of every task."""
+    return {
+        "losses": {task: float(values.mean()) for task, values in evaluation.losses.items()},
+        "scores": {task: float(values.mean()) for task, values in evaluation.scores.items()},
+    }
+
+
+def finite(value: Any) -> Any:
+    """NaN and infinity, which JSON has no word for, become None."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
