@@ -4,7 +4,8 @@
 
 The bytes that must move per parameter (float32 gradients, bfloat16 history, momentum):
 gramian reads 4K + 2K; combine reads 4K, reads and writes momentum (8), writes the gradient (4)
-and the new history (2K). The copy reads half of them and writes half.
+and the new history (2K). The copy reads half of them and writes half, past the cache; torch's
+operations write through it, which costs the combine a further read of all that it writes.
 """
 
 import argparse

@@ -38,8 +38,9 @@ def _gpu_lines() -> list[str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         lines.append(
-            f"gpu            {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
-            f"compute capability {properties.major}.{properties.minor}, CUDA {torch.version.cuda}"
+            f"gpu            {index}: {properties.name}, "
+            f"{properties.total_memory / 2**30:.0f} GiB, compute capability "
+            f"{properties.major}.{properties.minor}, CUDA {torch.version.cuda}"
         )
     return lines
 

@@ -23,7 +23,9 @@ class Conflict(NamedTuple):
         tasks: the pair.
         cosine: of the two gradients when their turn came, in [-1, 1].
         zone: "mild", "moderate" or "critical".
-        winner: the task that won; None where both gave way and nobody was chosen.
+        winner: the task that was chosen; None in the mild zone of `arbitration="zones"`, where
+            both give way alike. In the mild zone of "smooth" both give way too, and the winner
+            enters the history.
     """
 
     tasks: tuple[str, str]
@@ -73,7 +75,10 @@ class Report:
 
     @property
     def zone(self) -> str:
-        """Zone of the worst conflict: "none", "mild", "moderate" or "critical"."""
+        """Zone of the worst conflict: "none", "mild", "moderate" or "critical".
+
+        It is "none" too where nothing could be compared: then `min_cosine` is None.
+        """
         return self.conflicts[0].zone if self.conflicts else "none"
 
 

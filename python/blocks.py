@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 SCRATCH_ELEMENTS = 1 << 21
 
 # Length of one float32 partial sum, and what a block's length is a multiple of.
-PARTIAL = 1024
+PARTIAL = 4096
 
 
 def blocks(

@@ -50,8 +50,10 @@ def gramian(
 def block_products(rows: Tensor, left: int) -> Tensor:
     """Inner products [L, R] of the first L rows [R, n] with all, float64 across partial sums."""
     whole = rows.shape[1] // PARTIAL * PARTIAL
-    # [n / PARTIAL, R, PARTIAL]
-    parts = rows[:, :whole].view(len(rows), -1, PARTIAL).transpose(0, 1)
-    products = torch.bmm(parts[:, :left], parts.transpose(1, 2)).sum(0, dtype=torch.float64)
     rest = rows[:, whole:]
-    return products + rest[:left] @ rest.T
+    products = (rest[:left] @ rest.T).double()
+    if whole:
+        # [n / PARTIAL, R, PARTIAL]
+        parts = rows[:, :whole].view(len(rows), -1, PARTIAL).transpose(0, 1)
+        products += torch.bmm(parts[:, :left], parts.transpose(1, 2)).sum(0, dtype=torch.float64)
+    return products

@@ -6,6 +6,9 @@ from hypothesis import HealthCheck, settings
 
 from gcond_kernels import ops
 
+# Small tensors all over: a second thread gains nothing, and waits long where cores are shared.
+torch.set_num_threads(1)
+
 # No deadline: the first example of a test pays for imports, and this may be a slow machine.
 settings.register_profile(
     "project",

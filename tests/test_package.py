@@ -69,11 +69,8 @@ def test_the_wheel_works_from_elsewhere_without_triton_or_demo_packages(wheel, t
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = """
 import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"triton", "matplotlib", "rich", "skimage", "sklearn", "pytest"}:
-            raise ImportError(name)
-sys.meta_path.insert(0, Refuse())
+for name in ("triton", "matplotlib", "rich", "skimage", "sklearn"):
+    sys.modules[name] = None  # importing it raises ImportError
 import torch, gcond_kernels, gcond_kernels.__main__
 assert "installed" in gcond_kernels.__file__
 p = torch.nn.Parameter(torch.ones(3))
