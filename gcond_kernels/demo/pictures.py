@@ -177,9 +177,9 @@ def shade_zones(axes: Axes, labels: bool) -> None:
         axes.axhspan(low, high, color=ZONE_COLORS[zone], zorder=0)
         axes.axhline(low, color=GREY, linewidth=0.8, zorder=1)
         if labels:
-            text = {"none": "no conflict", "mild": f"mild (below {high:.1f})"}.get(
-                zone, f"{zone} (≤ {high:.1f})".replace("-", "−")
-            )
+            # θ_crit itself is critical; the other thresholds belong to the zone above them.
+            bound = f"at most {high:.1f}" if zone == "critical" else f"below {high:.1f}"
+            text = "no conflict" if zone == "none" else f"{zone} ({bound})".replace("-", "−")
             axes.text(
                 1.0,
                 (high + low) / 2,
