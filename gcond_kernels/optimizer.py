@@ -250,15 +250,12 @@ class GCondFused(torch.optim.Optimizer):
         acc = self._accumulator
         if not any(acc.counts):
             raise RuntimeError("nothing was accumulated: call backward(losses) before step()")
-        K, device = len(acc.counts), acc.rows.device
-        shares = [
-            weight / count if count else 0.0
-            for weight, count in zip(self.tasks.values(), acc.counts, strict=True)
-        ]
-        scale = torch.tensor(shares, dtype=torch.float64, device=device)
+        # What may fail for want of memory comes before what changes state.
+        gradients = acc.new_gradients()
         signs = self.update == "lion_lars"
-        self._method_state = {k: v.to(device) for k, v in self._method_state.items()}
-
+        norms = self._parameter_norms() if signs else None
+        scale = self._scale()
+        self._method_state = {k: v.to(scale.device) for k, v in self._method_state.items()}
         per_tensor, cross = ops.gramian(
             acc.rows,
             acc.offsets,
@@ -269,32 +266,10 @@ class GCondFused(torch.optim.Optimizer):
             momentum=acc.momentum if signs or self.max_norm is not None else None,
             backend=self.backend,
         )
+        K = len(scale)
         gramian = per_tensor.sum(0)[:K, :K]
         decision = self.method.resolve(gramian, cross, scale, self._method_state, self.backend)
-        gradients = acc.new_gradients()
-        ops.combine(
-            acc.rows,
-            [
-                None if gradient is None else gradient.as_strided((gradient.numel(),), (1,))
-                for gradient in gradients
-            ],
-            acc.offsets,
-            acc.sizes,
-            weights=decision.weights,
-            scale=scale,
-            finite=decision.finite,
-            per_tensor=per_tensor,
-            history=acc.history,
-            momentum=acc.momentum,
-            momentum_steps=acc.momentum_steps,
-            beta=self.beta,
-            max_norm=self.max_norm,
-            parameter_norms=self._parameter_norms() if signs else None,
-            trust_ratio_coef=self.trust_ratio_coef,
-            trust_ratio_clip=self.trust_ratio_clip,
-            backend=self.backend,
-        )
-        self._hand_over(gradients)
+        self._write(gradients, decision, scale, per_tensor, norms)
         self._resolved = True
         self._steps += 1
         self._last = Resolution(
@@ -392,6 +367,48 @@ class GCondFused(torch.optim.Optimizer):
         self._accumulator.drop_gradients()
         self._written = []
 
+    def _scale(self) -> Tensor:
+        """[K] λ_k / n_k, which makes an accumulated sum the weighted mean gradient (eq. 1)."""
+        acc = self._accumulator
+        shares = [
+            weight / count if count else 0.0
+            for weight, count in zip(self.tasks.values(), acc.counts, strict=True)
+        ]
+        return torch.tensor(shares, dtype=torch.float64, device=acc.rows.device)
+
+    def _write(
+        self,
+        gradients: Sequence[Tensor | None],
+        decision: ops.Arbitration,
+        scale: Tensor,
+        per_tensor: Tensor,
+        norms: Tensor | None,
+    ) -> None:
+        """Fills the gradients, momentum and history, and hands the gradients to `.grad`."""
+        acc = self._accumulator
+        ops.combine(
+            acc.rows,
+            [None if g is None else g.as_strided((g.numel(),), (1,)) for g in gradients],
+            acc.offsets,
+            acc.sizes,
+            weights=decision.weights,
+            scale=scale,
+            finite=decision.finite,
+            per_tensor=per_tensor,
+            history=acc.history,
+            momentum=acc.momentum,
+            momentum_steps=acc.momentum_steps,
+            beta=self.beta,
+            max_norm=self.max_norm,
+            parameter_norms=norms,
+            trust_ratio_coef=self.trust_ratio_coef,
+            trust_ratio_clip=self.trust_ratio_clip,
+            backend=self.backend,
+        )
+        for segment, gradient in zip(acc.segments, gradients, strict=True):
+            segment.parameter.grad = gradient
+        self._written = [weakref.ref(g) for g in gradients if g is not None]
+
     def _parameter_norms(self) -> Tensor:
         """[T] float64, the norm of every parameter tensor."""
         return ops.multi_tensor_norm(
@@ -399,11 +416,6 @@ class GCondFused(torch.optim.Optimizer):
             per_tensor=True,
             backend=self.backend,
         )
-
-    def _hand_over(self, gradients: Sequence[Tensor | None]) -> None:
-        for segment, gradient in zip(self._accumulator.segments, gradients, strict=True):
-            segment.parameter.grad = gradient
-        self._written = [weakref.ref(g) for g in gradients if g is not None]
 
     # Saving and loading.
 
