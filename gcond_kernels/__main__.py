@@ -24,7 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command == "info":
         print(info.describe())
         return 0
-    return demo.main(parsed)
+    try:
+        return demo.main(parsed)
+    except KeyboardInterrupt:  # before there was anything to leave behind
+        print("Interrupted before the first step.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

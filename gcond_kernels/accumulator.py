@@ -35,6 +35,12 @@ class Segment(NamedTuple):
         start = row.storage_offset() + self.offset
         return row.as_strided(self.parameter.shape, self.stride, start)
 
+    def new_gradient(self) -> Tensor:
+        """Unfilled memory for `.grad`, in the segment's memory order, not the parameter's now."""
+        p = self.parameter
+        dtype: torch.dtype = getattr(p, "grad_dtype", None) or p.dtype
+        return torch.empty_strided(p.shape, self.stride, dtype=dtype, device=p.device)
+
 
 class Accumulator:
     """One flat row per task, and what goes with it: history, momentum, counts.
@@ -127,11 +133,9 @@ class Accumulator:
             segment.parameter.grad = None
 
     def new_gradients(self) -> list[Tensor | None]:
-        """Fresh memory for `.grad`, shaped as the parameters; None where no task had a gradient."""
+        """Fresh memory for `.grad`; None where no task had a gradient, or where it was frozen."""
         return [
-            torch.empty_like(s.parameter, dtype=gradient_dtype(s.parameter), requires_grad=False)
-            if touched
-            else None
+            s.new_gradient() if touched and s.parameter.requires_grad else None
             for s, touched in zip(self.segments, self.touched, strict=True)
         ]
 
@@ -194,6 +198,10 @@ class Accumulator:
         self, state: dict[str, Any], parameters: Sequence[tuple[Tensor, str]]
     ) -> None:
         """Takes over a state that `check_state` has passed, whatever the order of its segments."""
+        # A state that this very object gave holds its own tensors: they are about to be cleared.
+        keys = ("rows", "history", "momentum", "momentum_steps")
+        kept = {k: state[k].clone() for k in keys if state[k] is getattr(self, k) is not None}
+        state = state | kept
         listed = [parameters[i] for i in state["parameters"]]
         new = [(parameter, name) for parameter, name in listed if not self.knows(parameter)]
         if new:
@@ -222,12 +230,6 @@ class Accumulator:
         """Everything N-sized that is kept, as rows [N']."""
         rows = [*self.rows, *([] if self.history is None else self.history)]
         return rows if self.momentum is None else [*rows, self.momentum]
-
-
-def gradient_dtype(parameter: Tensor) -> torch.dtype:
-    """The type that the parameter's `.grad` must have."""
-    dtype: torch.dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
-    return dtype
 
 
 def check_parameter(parameter: Tensor, name: str, device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def check_tasks(tasks: object) -> None:
     for task, weight in tasks.items():
         if not isinstance(task, str):
             raise TypeError(f"tasks: a name must be a string, not {task!r}")
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        number = isinstance(weight, Real) and not isinstance(weight, bool)
         if not number or not 0.0 <= weight < math.inf:
             raise ValueError(
                 f"tasks: the loss weight of {task!r} must be 0 or more, not {weight!r}"
@@ -34,7 +35,7 @@ def check_steps(accumulation_steps: object, mode: object, tasks: int) -> None:
     """The number of micro-batches in a window."""
     if mode not in ("exact", "stochastic"):
         raise ValueError(f"mode must be 'exact' or 'stochastic', not {mode!r}")
-    whole = isinstance(accumulation_steps, int) and not isinstance(accumulation_steps, bool)
+    whole = isinstance(accumulation_steps, Integral) and not isinstance(accumulation_steps, bool)
     if not whole or accumulation_steps < 1:  # type: ignore[operator]
         raise ValueError(
             f"accumulation_steps must be a whole number above 0, not {accumulation_steps!r}"
@@ -49,7 +50,7 @@ def check_steps(accumulation_steps: object, mode: object, tasks: int) -> None:
 
 def check_range(option: str, value: object, low: float, high: float, *, open_low: bool) -> None:
     """A number in [low, high), or in (low, high)."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not (low < value if open_low else low <= value) or not value < high:  # type: ignore[operator]
         bracket = "(" if open_low else "["
         raise ValueError(f"{option} must be a number in {bracket}{low}, {high}), not {value!r}")

@@ -90,6 +90,8 @@ class GCondFused(torch.optim.Optimizer):
         backend: str = "auto",
     ) -> None:
         check_base(base)
+        if isinstance(base, GCondFused):
+            raise TypeError("base must be the optimizer itself, not another GCondFused")
         check_tasks(tasks)
         check_steps(accumulation_steps, mode, len(tasks))
         if method is not None and not isinstance(method, GCond):
@@ -200,10 +202,10 @@ class GCondFused(torch.optim.Optimizer):
             KeyError: a task is unknown, missing, or not active now.
             TypeError, ValueError: a loss is not a scalar tensor with a graph, or a gradient
                 cannot be accumulated. Losses given as tensors are all checked before anything
-                is accumulated. Where a function fails after others have run, their gradients
-                are taken back in the first micro-batch of a window; later that would need a
-                copy of the accumulators, so they stay, each task is divided by its own count
-                of micro-batches, and a warning says so.
+                is accumulated. Where a later loss fails in its function or its backward pass,
+                the gradients of those before it are taken back in the first micro-batch of a
+                window; later that would need a copy of the accumulators, so they stay, each
+                task is divided by its own count of micro-batches, and a warning says so.
             RuntimeError: the window is full already, or a parameter has a `.grad` that came
                 from elsewhere.
         """
@@ -361,8 +363,9 @@ class GCondFused(torch.optim.Optimizer):
             gradient = segment.parameter.grad
             if gradient is not None and id(gradient) not in own:
                 raise RuntimeError(
-                    f"{segment.name} has a .grad that this optimizer did not write: give its loss "
-                    "a task of its own, or drop it with zero_grad()"
+                    f"{segment.name} has a .grad that this optimizer did not write (it comes from "
+                    "another backward pass or optimizer, or was replaced): give its loss a task of "
+                    "its own, or drop it with zero_grad()"
                 )
         self._accumulator.drop_gradients()
         self._written = []

@@ -40,7 +40,8 @@ class Report:
 
     Attributes:
         step: how many resolutions there have been, this one included.
-        skipped: a gradient held a NaN or an infinity: `.grad` is zero, the step is left out.
+        skipped: a gradient held a NaN or an infinity, or was so large (some 1e19) that its square
+            leaves float32: `.grad` is zero, the step is left out.
         skipped_steps: how many calls of `step` left the base optimizer out so far.
         micro_batches: task → micro-batches that it had in the window.
         norms: task → norm of its accumulated gradient (loss weight and mean included).
@@ -75,7 +76,7 @@ class Report:
 
     @property
     def zone(self) -> str:
-        """Zone of the worst conflict: "none", "mild", "moderate" or "critical".
+        """Zone of the first conflict that was resolved: "none", "mild", "moderate" or "critical".
 
         It is "none" too where nothing could be compared: then `min_cosine` is None.
         """

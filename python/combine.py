@@ -85,7 +85,7 @@ def weighted_rows(rows: Tensor, weights: Sequence[float], total: Tensor | None) 
         if started:
             total.add_(row, alpha=weight)
         else:
-            torch.mul(row, weight, out=total)
+            torch.mul(row.to(torch.float32), weight, out=total)  # not in the row's own bfloat16
             started = True
     return total if started else total.zero_()
 

@@ -151,7 +151,8 @@ def difference_sentence(first: Run, other: Run) -> str:
         gap, error = difference(final[0], final[1])
         margin = f"{factor * error:{form}}".lstrip("+")
         parts.append(f"{factor * gap:{form}}{unit} (+/- {margin}) in {label}")
-        if abs(gap) > error:
+        # Not where only rounding differs: then both print as zero.
+        if abs(gap) > error and float(f"{factor * gap:{form}}") != 0.0:
             beyond.append(label)
     verdict = "within the validation noise"
     if beyond:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -60,42 +62,38 @@ class GCond:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        # Lists come from JSON and YAML; tuples keep the settings immutable.
-        object.__setattr__(self, "thresholds", tuple(self.thresholds))
-        object.__setattr__(self, "tie_breaking_weights", tuple(self.tie_breaking_weights))
-        t = self.thresholds
-        cap, start = self.norm_cap, self.norm_ema_start
-        self._require(
-            "thresholds",
-            len(t) == 3 and -1.0 <= t[0] <= t[1] <= t[2] <= 1.0,
-            "three non-decreasing cosines in [-1, 1]",
-        )
-        self._require("remap_power", 0.0 < self.remap_power < math.inf, "a number above 0")
-        self._require("arbitration", self.arbitration in ("smooth", "zones"), "'smooth' or 'zones'")
+        for name in ("thresholds", "tie_breaking_weights"):
+            if isinstance(getattr(self, name), list):  # from JSON or YAML
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._require("thresholds", "three non-decreasing cosines in [-1, 1]", _are_cosines)
+        self._require("remap_power", "a number above 0", _is_positive)
+        self._require("arbitration", "'smooth' or 'zones'", lambda x: x in ("smooth", "zones"))
         self._require(
             "max_iterations",
-            self.max_iterations is None or _whole(self.max_iterations, 0),
             "None or a whole number, 0 or more",
+            lambda x: x is None or _is_count(x),
         )
-        self._require("tolerance", 0.0 <= self.tolerance < math.inf, "a number, 0 or more")
-        self._require(
-            "dominance_window", _whole(self.dominance_window, 0), "a whole number, 0 or more"
-        )
+        self._require("tolerance", "a number, 0 or more", _is_not_negative)
+        self._require("dominance_window", "a whole number, 0 or more", _is_count)
         self._require(
             "tie_breaking_weights",
-            len(self.tie_breaking_weights) == 2
-            and all(0.0 <= w < math.inf for w in self.tie_breaking_weights),
             "two numbers, 0 or more: (stability, strength)",
+            lambda x: len(x) == 2 and all(map(_is_not_negative, x)),
         )
-        self._require("norm_ema_beta", 0.0 <= self.norm_ema_beta < 1.0, "in [0, 1)")
-        self._require("norm_cap", cap is None or 0.0 < cap < math.inf, "None or above 0")
-        self._require("norm_ema_start", start is None or 0.0 < start < math.inf, "None or above 0")
-        self._require("history", self.history in ("raw", "resolved"), "'raw' or 'resolved'")
-        self._require("eps", 0.0 < self.eps < math.inf, "a number above 0")
+        self._require("norm_ema_beta", "in [0, 1)", lambda x: 0.0 <= x < 1.0)
+        self._require("norm_cap", "None or above 0", lambda x: x is None or _is_positive(x))
+        self._require("norm_ema_start", "None or above 0", lambda x: x is None or _is_positive(x))
+        self._require("history", "'raw' or 'resolved'", lambda x: x in ("raw", "resolved"))
+        self._require("eps", "a number above 0", _is_positive)
 
-    def _require(self, option: str, holds: bool, what: str) -> None:
-        if not holds:
-            raise ValueError(f"GCond: {option} must be {what}, not {getattr(self, option)!r}")
+    def _require(self, option: str, what: str, holds: Callable[[Any], bool]) -> None:
+        value = getattr(self, option)
+        try:
+            fine = holds(value)
+        except TypeError:  # of a type that cannot be compared, or has no length
+            fine = False
+        if not fine:
+            raise ValueError(f"GCond: {option} must be {what}, not {value!r}")
 
     @classmethod
     def published(cls, **overrides: Any) -> GCond:
@@ -165,5 +163,17 @@ class GCond:
         )
 
 
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def _is_not_negative(value: Any) -> bool:
+    return bool(0.0 <= value < math.inf)
+
+
+def _is_positive(value: Any) -> bool:
+    return bool(0.0 < value < math.inf)
+
+
+def _are_cosines(values: Any) -> bool:
+    return len(values) == 3 and bool(-1.0 <= values[0] <= values[1] <= values[2] <= 1.0)
