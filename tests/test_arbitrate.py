@@ -13,16 +13,21 @@ from gcond_kernels import GCond, ops
 
 METHODS = st.builds(
     GCond,
-    thresholds=st.lists(st.floats(-1, 0.5), min_size=3, max_size=3).map(lambda t: tuple(sorted(t))),
+    # θ_crit and θ_main not at 0: there a full projection ends, and rounding decides the zone.
+    thresholds=st.tuples(
+        st.floats(-0.95, -0.55), st.floats(-0.5, -0.05), st.sampled_from([-0.01, 0.0, 0.3])
+    ),
     remap_power=st.sampled_from([0.5, 1.0, 2.0, 3.0]),
     arbitration=st.sampled_from(["smooth", "zones"]),
     max_iterations=st.sampled_from([None, None, 0, 1, 3]),
     dominance_window=st.integers(0, 4),
     tie_breaking_weights=st.sampled_from([(0.8, 0.2), (0.0, 1.0), (1.0, 0.0)]),
-    norm_ema_beta=st.sampled_from([0.0, 0.5, 0.95]),
+    # Not 0: then every norm is its own average, and rounding decides the ties.
+    norm_ema_beta=st.sampled_from([0.1, 0.5, 0.95]),
     norm_ema_start=st.sampled_from([None, 1.0]),
     norm_cap=st.sampled_from([None, 0.5]),
     history=st.sampled_from(["raw", "resolved"]),
+    eps=st.sampled_from([1e-8, 0.3]),
 )
 
 
@@ -51,7 +56,8 @@ def arbitrate(method, g, previous, state, present=None, backend="python"):
     return method.resolve(scaled @ scaled.T, cross, mask, state, backend)
 
 
-@given(METHODS, st.integers(1, 6), st.integers(1, 30), st.integers(0, 2**32 - 1), st.data())
+# Three elements at least: with one, every cosine is ±1 and rounding decides among pairs.
+@given(METHODS, st.integers(1, 6), st.integers(3, 30), st.integers(0, 2**32 - 1), st.data())
 def test_decides_as_on_whole_vectors(backend, method, tasks, size, seed, data):
     naive, state = NaiveGCond(method, tasks), warm_state(method, tasks, seed)
     naive.ema = state["norm_ema"].tolist()
@@ -93,6 +99,7 @@ def test_a_task_that_sat_out_compares_with_its_own_last_gradient(backend):
     assert state["history_rows"].tolist() == [[1.0, 0.0], [0.0, 1.0]]
     assert state["history_gramian"][0, 0] == 1.0
     assert state["history_gramian"][1, 1] == 1.0
+    assert state["history_scale"].tolist() == [1.0, 1.0]  # and so it is read in the next step
 
 
 @given(st.integers(1, 6), st.integers(0, 2**32 - 1))
@@ -211,6 +218,17 @@ def test_rounding_left_of_a_cancelled_gradient_is_no_conflict(backend, seed, fac
     assert decision.weights.abs().max() < 3 * (1 + max(-factor, -1 / factor))
 
 
+def test_what_is_really_left_of_a_cancelled_gradient_conflicts_on(backend):
+    # 2^-9 of the loser is left: its square is 2^-18, far above rounding, and opposes task 2.
+    g = np.array([[1.0, 0.0], [-1.0, 2.0**-9], [0.0, -1.0]])
+    method = GCond()
+    decision = arbitrate(
+        method, g, np.zeros_like(g), method.new_state(3, torch.device("cpu")), backend=backend
+    )
+    assert decision.events[:2, :2].tolist() == [[0, 1], [1, 2]]
+    assert decision.events[1, 2] == pytest.approx(-1.0)
+
+
 @given(st.integers(2, 5), st.integers(0, 2**32 - 1), METHODS)
 def test_degenerate_input_is_defined(backend, tasks, seed, method):
     rng = np.random.default_rng(seed)
@@ -286,6 +304,13 @@ def test_wrong_shapes_are_refused(backend):
         ("norm_cap", -2.0),
         ("history", "old"),
         ("eps", 0.0),
+        ("remap_power", "2"),
+        ("thresholds", 0.5),
+        ("thresholds", "abc"),
+        ("tie_breaking_weights", 1.0),
+        ("norm_ema_beta", None),
+        ("norm_cap", "1"),
+        ("max_iterations", True),
     ],
 )
 def test_settings_out_of_range_are_named(option, value):

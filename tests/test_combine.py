@@ -44,7 +44,8 @@ def vector(*values: float) -> torch.Tensor:
 )
 def test_against_float64(backend, sizes, tasks, beta, max_norm, signs, seed, data):
     layout = layout_of(sizes)
-    accumulators = rows(layout, tasks, seed)
+    dtype = data.draw(st.sampled_from(ops.ACCUMULATOR_DTYPES))
+    accumulators = rows(layout, tasks, seed, dtype)
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(tasks, generator=generator).double()
     scale = torch.rand(tasks, generator=generator).double() + 0.1

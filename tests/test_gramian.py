@@ -124,6 +124,21 @@ def test_what_is_not_finite_shows_on_the_diagonal(backend, bad, place):
     assert not per_tensor[1, 1, 1].isfinite()
 
 
+def test_across_partial_sums_the_addition_is_float64(backend):
+    layout = layout_of([1_000_000])
+    accumulators = torch.zeros(2, layout.length)
+    accumulators[:, 0] = 4096.0
+    accumulators[:, 999_999] = 1.0
+    ones = torch.ones(2, dtype=torch.float64)
+    per_tensor, cross = ops.gramian(
+        accumulators, layout.offsets, layout.sizes, scale=ones, history=accumulators.bfloat16(),
+        history_scale=ones, backend=backend,
+    )  # fmt: skip
+    # 2^24 + 1 is no float32.
+    assert (per_tensor == 2**24 + 1).all()
+    assert (cross == 2**24 + 1).all()
+
+
 def test_same_input_same_bits(backend):
     layout = layout_of([20_000, 33])
     accumulators = rows(layout, 4, 0)

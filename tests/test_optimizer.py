@@ -6,6 +6,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -394,11 +395,108 @@ def test_channels_last_and_views_with_gaps(backend, dtype):
 def test_gradients_in_another_memory_order_than_the_parameter(backend):
     p = nn.Parameter(torch.randn(4, 6))
     direction = torch.randn(6, 4)
-    p.register_hook(lambda gradient: gradient.t().contiguous().t())
+
+    def turn(parameter):
+        parameter.grad = parameter.grad.t().contiguous().t()
+
+    p.register_post_accumulate_grad_hook(turn)
     optimizer = GCondFused(torch.optim.SGD([p], lr=0.0), {"a": 1.0}, backend=backend)
     optimizer.backward({"a": (p * direction.t()).sum()})
     optimizer.step()
     assert torch.equal(p.grad, direction.t())
+
+
+def test_a_model_converted_to_channels_last_between_steps(backend):
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 3)
+    x = torch.randn(2, 3, 6, 6)
+    optimizer = GCondFused(sgd(model, 0.0), {"a": 1.0}, momentum=0.5, backend=backend)
+    for step in range(4):
+        if step == 1:
+            model.to(memory_format=torch.channels_last)
+        optimizer.backward({"a": model(x).pow(2).mean()})
+        optimizer.step()
+        written = model.weight.grad.clone()
+        optimizer.zero_grad()
+        model(x).pow(2).mean().backward()
+        assert torch.allclose(written, model.weight.grad, rtol=1e-5, atol=1e-7), step
+        optimizer.zero_grad()
+
+
+def test_a_parameter_frozen_in_the_middle_of_a_window_stays_where_it_is(backend):
+    model, x = model_of(), batches(2)
+    optimizer = GCondFused(sgd(model, 1.0), TASKS, accumulation_steps=2, backend=backend)
+    optimizer.backward(losses_of(model, x[0]))
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    optimizer.backward(losses_of(model, x[1]))
+    optimizer.step()
+    assert model[0].weight.grad is None
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_group_added_later_leaves_the_momentum_of_the_others(backend):
+    p, late = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    optimizer = GCondFused(torch.optim.SGD([p], lr=0.0), {"a": 1.0}, momentum=0.9, backend=backend)
+    for step in range(4):
+        if step == 3:
+            optimizer.add_param_group({"params": [late]})
+        optimizer.backward({"a": p.sum() + late.sum()})
+        optimizer.zero_grad()
+        late.grad = None
+        optimizer.step()
+    # A constant gradient has itself as bias-corrected average, if each counts its own steps.
+    assert torch.allclose(p.grad, torch.ones(2))
+    assert torch.allclose(late.grad, torch.ones(2))
+
+
+def test_a_trust_ratio_is_one_where_the_parameter_is_zero(backend):
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = GCondFused(
+        torch.optim.SGD([p], lr=0.0), {"a": 1.0}, update="lion_lars", trust_ratio_coef=0.01,
+        backend=backend,
+    )  # fmt: skip
+    optimizer.backward({"a": p @ torch.tensor([5.0, -3.0, 0.0])})
+    optimizer.step()
+    assert torch.allclose(p.grad, torch.tensor([0.01, -0.01, 0.0]))
+
+
+def test_tensors_that_share_a_graph_beside_a_function(backend):
+    model, x = model_of(), batches(1)[0]
+    optimizer = GCondFused(sgd(model), dict.fromkeys("abc", 1.0), backend=backend)
+    shared = losses_of(model, x)
+    optimizer.backward({"a": lambda: losses_of(model, x)["a"], "b": shared["a"], "c": shared["b"]})
+    with pytest.raises(RuntimeError, match="second time"):
+        shared["b"].backward()
+
+
+def test_the_report_of_three_tasks_with_momentum_and_clipping(backend):
+    p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    optimizer = GCondFused(
+        torch.optim.SGD([p, q], lr=0.0), dict.fromkeys("abc", 1.0), momentum=0.9, max_norm=1.0,
+        backend=backend,
+    )  # fmt: skip
+    x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.6, 0.8])
+    for _ in range(2):
+        optimizer.backward({"a": p @ x + q @ x, "b": p @ y - q @ x, "c": p @ x + q @ y})
+        optimizer.step()
+    report = optimizer.report()
+    assert report.tensor_cosines == pytest.approx({"parameter 0": 0.6, "parameter 1": -1.0})
+    assert report.tensor_cosines["parameter 1"] >= -1.0
+    assert report.cosines == pytest.approx({("a", "b"): -0.2, ("a", "c"): 0.8, ("b", "c"): 0.0})
+    optimizer.backward({"a": p @ (x * math.nan), "b": p @ y, "c": p @ x})
+    optimizer.step()
+    assert optimizer.report().cosines == {("b", "c"): pytest.approx(0.6)}
+
+
+def test_numbers_of_numpy_are_numbers(backend):
+    model = model_of()
+    optimizer = GCondFused(
+        sgd(model), {"a": np.float32(1.0), "b": np.float64(0.5)}, accumulation_steps=np.int64(1),
+        max_norm=np.float32(2.0), method=GCond(max_iterations=np.int64(3)), backend=backend,
+    )  # fmt: skip
+    assert optimizer.backward(losses_of(model, batches(1)[0]))
+    optimizer.step()
 
 
 def test_mixed_dtypes_empty_and_scalar_parameters(backend):
@@ -666,6 +764,8 @@ def test_it_is_an_optimizer_that_schedulers_and_hooks_accept(backend):
     base = sgd(model, 1.0)
     optimizer = GCondFused(base, TASKS, backend=backend)
     assert isinstance(optimizer, torch.optim.Optimizer)
+    with pytest.raises(TypeError, match="not another GCondFused"):
+        GCondFused(optimizer, TASKS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)

@@ -75,8 +75,9 @@ def test_the_step_is_that_of_whole_vectors_in_float64(backend, shapes, tasks, dt
         same = decided == [
             ((names[i], names[j]), None if w is None else names[w]) for i, j, w in naive.log
         ]
-        if not same:
-            return  # rounding decided a tie: N is small here, N = 1 has nothing else
+        if step == 0 and not same:
+            return  # a first step is full of exact ties, which rounding may break either way
+        assert same
         scale = sum(np.abs(v).max() for v in vectors)
         # Float32 inner products, and a rounding to the parameter's type at the end.
         tolerance = 2e-3 if dtype == torch.bfloat16 else 1e-5
@@ -138,8 +139,6 @@ def test_the_order_of_the_parameters_changes_nothing(backend, tasks, seed, rando
         gradients = gradients_of(shapes, tasks, seed + step)
         a, b = plain.step(gradients), moved.step(gradients)
         first, second = plain.optimizer.report(), moved.optimizer.report()
-        if is_close_call(first, second):
-            return
         assert [c.tasks for c in first.conflicts] == [c.tasks for c in second.conflicts]
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * a.abs().max().item())
 

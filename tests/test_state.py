@@ -65,6 +65,31 @@ def test_loading_copies(backend):
     assert same(before, optimizer.state_dict()["gcond"])
 
 
+@pytest.mark.parametrize("at", [3, 4])
+def test_loading_its_own_state_changes_nothing(backend, at):
+    model, x = model_of(), batches(at)
+    optimizer = optimizer_of(model, backend=backend)
+    train(model, optimizer, x)
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert same(before, optimizer.state_dict())
+    assert before["gcond"]["accumulator"]["momentum"].abs().sum() > 0
+    with pytest.raises(RuntimeError, match="nothing to report"):
+        optimizer.report()
+
+
+def test_resuming_a_window_remembers_which_parameters_had_a_gradient(backend):
+    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    base = torch.optim.SGD([used, unused], lr=0.1, weight_decay=0.5)
+    optimizer = GCondFused(base, {"a": 1.0}, accumulation_steps=2, backend=backend)
+    optimizer.backward({"a": used.sum()})
+    optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+    optimizer.backward({"a": used.sum()})
+    optimizer.step()
+    assert unused.grad is None
+    assert torch.equal(unused, torch.ones(2))
+
+
 def test_into_a_process_that_saw_its_parameters_in_another_order(backend):
     x = batches(8)
     model = model_of()
