@@ -198,10 +198,6 @@ class Accumulator:
         self, state: dict[str, Any], parameters: Sequence[tuple[Tensor, str]]
     ) -> None:
         """Takes over a state that `check_state` has passed, whatever the order of its segments."""
-        # A state that this very object gave holds its own tensors: they are about to be cleared.
-        keys = ("rows", "history", "momentum", "momentum_steps")
-        kept = {k: state[k].clone() for k in keys if state[k] is getattr(self, k) is not None}
-        state = state | kept
         listed = [parameters[i] for i in state["parameters"]]
         new = [(parameter, name) for parameter, name in listed if not self.knows(parameter)]
         if new:
@@ -209,10 +205,10 @@ class Accumulator:
         place = {segment.parameter: t for t, segment in enumerate(self.segments)}
         self.counts = list(state["counts"])
         self.touched = [False] * len(self.segments)
-        for row in self._all_rows():
-            row.zero_()
-        if self.momentum_steps is not None:
-            self.momentum_steps.zero_()
+        # New memory, not cleared memory: the state may hold the very tensors that are here.
+        for key in ("rows", "history", "momentum", "momentum_steps"):
+            if getattr(self, key) is not None:
+                setattr(self, key, torch.zeros_like(getattr(self, key)))
         for s, (parameter, name) in enumerate(listed):
             t = place[parameter]
             there = Segment(parameter, name, state["offsets"][s], tuple(state["strides"][s]))
@@ -225,11 +221,6 @@ class Accumulator:
             if self.momentum is not None and self.momentum_steps is not None:
                 self.segments[t].view(self.momentum).copy_(there.view(state["momentum"]))
                 self.momentum_steps[t] = state["momentum_steps"][s]
-
-    def _all_rows(self) -> list[Tensor]:
-        """Everything N-sized that is kept, as rows [N']."""
-        rows = [*self.rows, *([] if self.history is None else self.history)]
-        return rows if self.momentum is None else [*rows, self.momentum]
 
 
 def check_parameter(parameter: Tensor, name: str, device: torch.device) -> None:

@@ -302,7 +302,7 @@ class GCondFused(torch.optim.Optimizer):
         if not self._resolved:
             self.resolve()
         assert self._last is not None
-        # On a GPU this is the step's one wait for the device.
+        # On a GPU this waits for the device.
         if bool(self._last.decision.finite):
             self.base.step()
         else:

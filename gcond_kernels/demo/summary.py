@@ -13,10 +13,11 @@ from rich.table import Table
 from torch import Tensor
 
 import gcond_kernels
+from gcond_kernels import report
 from gcond_kernels.demo.scenes import Scene
 from gcond_kernels.demo.training import Evaluation, Run
 
-ZONES = ("none", "mild", "moderate", "critical")
+ZONES = ("none", *report.ZONES)
 RARE, FREQUENT = 0.1, 0.3  # shares of steps with a conflict
 WEAK = -0.1  # cosine; gradients above it are close to orthogonal
 
