@@ -112,14 +112,10 @@ class Accumulator:
         Raises:
             ValueError: a gradient cannot be accumulated; nothing has been added.
         """
-        gradients = [flat_gradient(segment) for segment in self.segments]
-        ops.accumulate(
-            self.rows[task],
-            gradients,
-            self.offsets,
-            self.sizes,
-            overwrite=self.counts[task] == 0,
-            backend=backend,
+        gradients = [gradient_in_order(segment) for segment in self.segments]
+        # Autograd and `gradient_in_order` have checked all that `ops.accumulate` would check.
+        ops.backend_module(backend, self.rows.device).accumulate(
+            self.rows[task], gradients, self.offsets, self.sizes, 1.0, self.counts[task] == 0
         )
         self.counts[task] += 1
         for index, gradient in enumerate(gradients):
@@ -240,8 +236,8 @@ def check_parameter(parameter: Tensor, name: str, device: torch.device) -> None:
         )
 
 
-def flat_gradient(segment: Segment) -> Tensor | None:
-    """The parameter's `.grad` as [n], in the parameter's memory order; a copy only where needed."""
+def gradient_in_order(segment: Segment) -> Tensor | None:
+    """The parameter's `.grad` in the segment's memory order; a copy only where it has another."""
     gradient = segment.parameter.grad
     if gradient is None:
         return None
@@ -250,18 +246,14 @@ def flat_gradient(segment: Segment) -> Tensor | None:
             f"{segment.name} got a gradient with layout {gradient.layout}: make it dense, "
             "e.g. torch.nn.Embedding(..., sparse=False)"
         )
-    return flat(gradient, segment.stride)
-
-
-def flat(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The elements [n] of a tensor in the order in which memory of these strides has them."""
-    tensor = tensor.detach()
-    if tensor.stride() != stride:
-        ordered = torch.empty_strided(
-            tensor.shape, stride, dtype=tensor.dtype, device=tensor.device
-        )
-        tensor = ordered.copy_(tensor)
-    return tensor.as_strided((tensor.numel(),), (1,))
+    if gradient.dtype not in ops.GRADIENT_DTYPES:
+        raise ValueError(f"{segment.name} got a gradient of {gradient.dtype}, which has no kernel")
+    if gradient.stride() == segment.stride:
+        return gradient
+    ordered = torch.empty_strided(
+        gradient.shape, segment.stride, dtype=gradient.dtype, device=gradient.device
+    )
+    return ordered.copy_(gradient.detach())
 
 
 def widened(tensor: Tensor, length: int, device: torch.device) -> Tensor:

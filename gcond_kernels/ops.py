@@ -7,16 +7,23 @@
 
 Shapes: K tasks, T parameter tensors, N' elements in a row of flat storage. `offsets` and
 `sizes` say where in a row each tensor's segment lies; what is between the segments is zero.
-Every flat tensor lists its parameter's elements in the parameter's own memory order.
+Gradients and outputs are tensors of any shape without gaps in memory; they and the segments list
+a parameter's elements in the same memory order.
+
+The four are torch library operators too, `torch.ops.gcond_kernels.*`, for graphs and tracing.
+Eager calls do not go through the dispatcher, which would cost more than the launch.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Sequence
+from operator import attrgetter
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +31,23 @@ from torch import Tensor
 BACKENDS = ("cuda", "triton", "python")
 OPERATIONS = ("accumulate", "gramian", "arbitrate", "combine")
 ACCUMULATOR_DTYPES = (torch.float32, torch.bfloat16)
+GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HISTORY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT64 = (torch.float64,)
+
+
+class Gramians(NamedTuple):
+    """Inner products of the scaled accumulators. All tensors are float64.
+
+    Attributes:
+        total: [K, K], S_ij = ĝ_i · ĝ_j.
+        cross: [K, K], X_ij = ĝ_i · h_j; None without history.
+        per_tensor: [T, R, R], a Gramian per tensor, R = K, or K + 1 with momentum as the last row.
+    """
+
+    total: Tensor
+    cross: Tensor | None
+    per_tensor: Tensor
 
 
 class Arbitration(NamedTuple):
@@ -48,9 +72,28 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     """Why a backend cannot serve tensors on this device; None where it can."""
     if backend == "python":
         return None
-    if backend in BACKENDS:
-        return f"this version of gcond-kernels has no {backend} backend yet"
+    if backend == "triton":
+        return _triton_unavailable(device)
+    if backend == "cuda":
+        return "this version of gcond-kernels has no CUDA C++ backend yet"
     return f"there is no such backend; choose from {', '.join(('auto', *BACKENDS))}"
+
+
+def _triton_unavailable(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton (Linux only)"
+    if device.type == "cuda":
+        return None
+    if device.type != "cpu":
+        return f"its kernels run on CUDA and ROCm devices, not on {device.type}"
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        return None
+    return (
+        "its kernels need a GPU; with TRITON_INTERPRET=1 in the environment they run on the CPU, "
+        "interpreted, which is for tests"
+    )
 
 
 def choose_backend(requested: str, device: torch.device) -> str:
@@ -78,8 +121,16 @@ def choose_backend(requested: str, device: torch.device) -> str:
     return next(backend for backend in candidates if unavailable(backend, device) is None)
 
 
-def _backend(requested: str, device: torch.device) -> ModuleType:
-    return importlib.import_module(f"gcond_kernels.{choose_backend(requested, device)}")
+def backend_module(requested: str, device: torch.device) -> ModuleType:
+    """The room of the backend that `choose_backend` finds: its operations, without the checks."""
+    chosen = choose_backend(requested, device)
+    room = "triton_kernels" if chosen == "triton" else chosen
+    return importlib.import_module(f"gcond_kernels.{room}")
+
+
+def _traced(tensor: Tensor) -> bool:
+    """Whether this call must show in a graph: under torch.compile, export, or fake tensors."""
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
 def accumulate(
@@ -96,10 +147,11 @@ def accumulate(
 
     Args:
         accumulator: [N'] float32 or bfloat16, changed in place. The sum is formed in float32.
-        gradients: T flat tensors of any floating type, or None where a parameter has none.
+        gradients: T tensors of `GRADIENT_DTYPES` without gaps in memory, or None where a
+            parameter has none; read in memory order, whatever the shape.
         offsets: T starts of the segments, in elements.
         sizes: T lengths of the segments; `gradients[t]` has `sizes[t]` elements.
-        scale: a number, or a tensor [] on the accumulator's device.
+        scale: a number, or a tensor [] on the accumulator's device that no host reads.
         overwrite: the segments are set instead of added to, to zero where there is no
             gradient; what they held before, NaN included, is forgotten.
         backend: see `choose_backend`.
@@ -107,10 +159,32 @@ def accumulate(
     Raises:
         ValueError: a size, dtype or device does not fit; nothing has been written.
     """
+    run = torch.ops.gcond_kernels.accumulate if _traced(accumulator) else _accumulate
+    number, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
+    run(accumulator, gradients, offsets, sizes, number, tensor, overwrite, backend)
+
+
+def _accumulate(
+    accumulator: Tensor,
+    gradients: Sequence[Tensor | None],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    scale: float,
+    scale_tensor: Tensor | None,
+    overwrite: bool,
+    backend: str,
+) -> None:
     _check_row("accumulator", accumulator, offsets, sizes)
-    _check_flat("gradients", gradients, sizes, accumulator.device)
-    _backend(backend, accumulator.device).accumulate(
-        accumulator, gradients, offsets, sizes, scale, overwrite
+    _check_dense("gradients", gradients, sizes, accumulator.device)
+    if scale_tensor is not None:
+        _check_small("scale", scale_tensor, [], GRADIENT_DTYPES, accumulator.device)
+    backend_module(backend, accumulator.device).accumulate(
+        accumulator,
+        gradients,
+        offsets,
+        sizes,
+        scale if scale_tensor is None else scale_tensor,
+        overwrite,
     )
 
 
@@ -124,7 +198,7 @@ def gramian(
     history_scale: Tensor | None = None,
     momentum: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
+) -> Gramians:
     """Inner products of the scaled accumulators, from one read of them.
 
     With ĝ_k = scale[k] · accumulators[k] and h_k = history_scale[k] · history[k]. A task whose
@@ -135,35 +209,43 @@ def gramian(
         offsets: T starts of the segments, in elements.
         sizes: T lengths of the segments.
         scale: [K] float64.
-        history: [K, N'] of any floating type, or None.
+        history: [K, N'] of `HISTORY_DTYPES`, or None.
         history_scale: [K] float64; goes with `history`.
         momentum: [N'] float32, or None; where given it is one more row, with scale 1.
         backend: see `choose_backend`.
 
-    Returns:
-        per_tensor: [T, R, R] float64, a Gramian per tensor, R = K, or K + 1 with momentum as
-            the last row. Their sum over T, first K rows and columns, is S_ij = ĝ_i · ĝ_j.
-        cross: [K, K] float64, X_ij = ĝ_i · h_j; None without history.
-
     Raises:
         ValueError: a size, dtype or device does not fit.
     """
-    tasks = len(accumulators)
-    for name, matrix in (("accumulators", accumulators), ("history", history)):
-        if matrix is not None:
-            if matrix.shape != accumulators.shape or matrix.dim() != 2:
-                raise ValueError(
-                    f"{name} must be [K, N'] like the accumulators, not {list(matrix.shape)}"
-                )
-            _check_row(name, matrix[0], offsets, sizes)
-    _check_vector("scale", scale, tasks)
+    run = torch.ops.gcond_kernels.gramian if _traced(accumulators) else _gramian
+    total, cross, per_tensor = run(
+        accumulators, offsets, sizes, scale, history, history_scale, momentum, backend
+    )
+    return Gramians(total, None if history is None else cross, per_tensor)
+
+
+def _gramian(
+    accumulators: Tensor,
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    scale: Tensor,
+    history: Tensor | None,
+    history_scale: Tensor | None,
+    momentum: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    device = accumulators.device
+    _check_rows("accumulators", accumulators, accumulators, offsets, sizes)
+    _check_small("scale", scale, [len(accumulators)], FLOAT64, device)
     if momentum is not None:
-        _check_row("momentum", momentum, offsets, sizes)
+        _check_row("momentum", momentum, offsets, sizes, (torch.float32,))
+        _check_device("momentum", momentum, device)
     if history is not None:
+        _check_rows("history", history, accumulators, offsets, sizes, HISTORY_DTYPES)
         if history_scale is None:
             raise ValueError("history needs its history_scale [K]")
-        _check_vector("history_scale", history_scale, tasks)
-    per_tensor, cross = _backend(backend, accumulators.device).gramian(
+        _check_small("history_scale", history_scale, [len(accumulators)], FLOAT64, device)
+    products: tuple[Tensor, Tensor, Tensor] = backend_module(backend, device).gramian(
         accumulators,
         history,
         momentum,
@@ -172,7 +254,7 @@ def gramian(
         scale,
         scale if history_scale is None else history_scale,
     )
-    return per_tensor, cross
+    return products
 
 
 def arbitrate(
@@ -227,45 +309,95 @@ def arbitrate(
     Raises:
         ValueError: a shape does not fit.
     """
-    tasks = gramian.shape[0]
+    run = torch.ops.gcond_kernels.arbitrate if _traced(gramian) else _arbitrate
+    decision = run(
+        gramian,
+        cross,
+        scale,
+        norm_ema,
+        winners,
+        history_gramian,
+        history_rows,
+        history_scale,
+        thresholds,
+        remap_power,
+        smooth,
+        max_iterations,
+        tolerance,
+        stability_weight,
+        strength_weight,
+        norm_ema_beta,
+        norm_ema_floor,
+        norm_cap,
+        resolved_history,
+        eps,
+        backend,
+    )
+    return Arbitration(*decision)
+
+
+def _arbitrate(
+    gramian: Tensor,
+    cross: Tensor | None,
+    scale: Tensor,
+    norm_ema: Tensor,
+    winners: Tensor,
+    history_gramian: Tensor,
+    history_rows: Tensor,
+    history_scale: Tensor,
+    thresholds: Sequence[float],
+    remap_power: float,
+    smooth: bool,
+    max_iterations: int,
+    tolerance: float,
+    stability_weight: float,
+    strength_weight: float,
+    norm_ema_beta: float,
+    norm_ema_floor: float,
+    norm_cap: float | None,
+    resolved_history: bool,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    K, device = gramian.shape[0], gramian.device
     for name, matrix in (
         ("gramian", gramian),
         ("cross", cross),
         ("history_gramian", history_gramian),
         ("history_rows", history_rows),
     ):
-        if matrix is not None and matrix.shape != (tasks, tasks):
-            raise ValueError(f"{name} must be [{tasks}, {tasks}], not {list(matrix.shape)}")
+        if matrix is not None:
+            _check_small(name, matrix, [K, K], FLOAT64, device)
     for name, vector in (
         ("scale", scale),
         ("norm_ema", norm_ema),
         ("history_scale", history_scale),
     ):
-        _check_vector(name, vector, tasks)
-    return Arbitration(
-        *_backend(backend, gramian.device).arbitrate(
-            gramian,
-            cross,
-            scale,
-            norm_ema,
-            winners,
-            history_gramian,
-            history_rows,
-            history_scale,
-            thresholds=thresholds,
-            remap_power=remap_power,
-            smooth=smooth,
-            max_iterations=max_iterations,
-            tolerance=tolerance,
-            stability_weight=stability_weight,
-            strength_weight=strength_weight,
-            norm_ema_beta=norm_ema_beta,
-            norm_ema_floor=norm_ema_floor,
-            norm_cap=norm_cap,
-            resolved_history=resolved_history,
-            eps=eps,
-        )
+        _check_small(name, vector, [K], FLOAT64, device)
+    _check_small("winners", winners, [winners.numel()], (torch.int64,), device)
+    decision: tuple[Tensor, Tensor, Tensor, Tensor] = backend_module(backend, device).arbitrate(
+        gramian,
+        cross,
+        scale,
+        norm_ema,
+        winners,
+        history_gramian,
+        history_rows,
+        history_scale,
+        thresholds=tuple(thresholds),
+        remap_power=remap_power,
+        smooth=smooth,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        stability_weight=stability_weight,
+        strength_weight=strength_weight,
+        norm_ema_beta=norm_ema_beta,
+        norm_ema_floor=norm_ema_floor,
+        norm_cap=norm_cap,
+        resolved_history=resolved_history,
+        eps=eps,
     )
+    return decision
 
 
 def combine(
@@ -300,7 +432,8 @@ def combine(
 
     Args:
         accumulators: [K, N'] float32 or bfloat16. Rows of weight 0 are not read.
-        outputs: T flat tensors of any floating type to be written, or None.
+        outputs: T tensors of `GRADIENT_DTYPES` without gaps in memory, to be written in memory
+            order whatever the shape, or None.
         offsets: T starts of the segments, in elements.
         sizes: T lengths of the segments.
         weights: [K] float64.
@@ -323,21 +456,71 @@ def combine(
         ValueError: a size, dtype or device does not fit, or two options do not go together;
             nothing has been written.
     """
-    tasks, device = len(accumulators), accumulators.device
-    _check_row("accumulators", accumulators[0], offsets, sizes)
-    _check_flat("outputs", outputs, sizes, device)
-    _check_vector("weights", weights, tasks)
-    _check_vector("scale", scale, tasks)
+    run = torch.ops.gcond_kernels.combine if _traced(accumulators) else _combine
+    run(
+        accumulators,
+        outputs,
+        offsets,
+        sizes,
+        weights,
+        scale,
+        finite,
+        per_tensor,
+        history,
+        momentum,
+        momentum_steps,
+        beta,
+        max_norm,
+        parameter_norms,
+        trust_ratio_coef,
+        trust_ratio_clip,
+        backend,
+    )
+
+
+def _combine(
+    accumulators: Tensor,
+    outputs: Sequence[Tensor | None],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    weights: Tensor,
+    scale: Tensor,
+    finite: Tensor,
+    per_tensor: Tensor,
+    history: Tensor | None,
+    momentum: Tensor | None,
+    momentum_steps: Tensor | None,
+    beta: float,
+    max_norm: float | None,
+    parameter_norms: Tensor | None,
+    trust_ratio_coef: float,
+    trust_ratio_clip: float,
+    backend: str,
+) -> None:
+    K, T, device = len(accumulators), len(sizes), accumulators.device
+    _check_rows("accumulators", accumulators, accumulators, offsets, sizes)
+    _check_dense("outputs", outputs, sizes, device)
+    _check_small("weights", weights, [K], FLOAT64, device)
+    _check_small("scale", scale, [K], FLOAT64, device)
+    _check_small("finite", finite, [], (torch.bool,), device)
     if (momentum is None) != (beta == 0.0) or (momentum is None) != (momentum_steps is None):
         raise ValueError("momentum, momentum_steps and beta > 0 go together")
+    if momentum is not None and momentum_steps is not None:
+        _check_row("momentum", momentum, offsets, sizes, (torch.float32,))
+        _check_device("momentum", momentum, device)
+        _check_small("momentum_steps", momentum_steps, [T], (torch.int64,), device)
     if max_norm is not None and parameter_norms is not None:
         raise ValueError("max_norm does not go with the sign update: its size is the trust ratio")
-    norm_wanted = max_norm is not None or parameter_norms is not None
-    if norm_wanted and per_tensor.shape[1] != tasks + (momentum is not None):
-        raise ValueError("per_tensor must hold the momentum row: give momentum to gramian too")
-    if history is not None and history.shape != accumulators.shape:
-        raise ValueError(f"history must be {list(accumulators.shape)}, not {list(history.shape)}")
-    _backend(backend, device).combine(
+    if parameter_norms is not None:
+        _check_small("parameter_norms", parameter_norms, [T], FLOAT64, device)
+    if max_norm is not None or parameter_norms is not None:
+        R = K + (momentum is not None)
+        if per_tensor.shape[1:] != (R, R):
+            raise ValueError("per_tensor must hold the momentum row: give momentum to gramian too")
+        _check_small("per_tensor", per_tensor, [T, R, R], FLOAT64, device)
+    if history is not None:
+        _check_rows("history", history, accumulators, offsets, sizes, HISTORY_DTYPES)
+    backend_module(backend, device).combine(
         accumulators,
         weights,
         scale,
@@ -370,8 +553,8 @@ def multi_tensor_norm(
     Raises:
         ValueError: a tensor is not floating or lies on another device.
     """
-    products = _multi_tensor_dot([tensors], backend)[:, 0, 0]
-    return products.sqrt() if per_tensor else products.sum().sqrt()
+    total, each = _multi_tensor_dot([tensors], backend)
+    return (each if per_tensor else total)[..., 0, 0].sqrt()
 
 
 def multi_tensor_cosine_similarity(
@@ -392,54 +575,204 @@ def multi_tensor_cosine_similarity(
     """
     if [tensor.shape for tensor in a] != [tensor.shape for tensor in b]:
         raise ValueError("the two lists must hold tensors of the same shapes in the same order")
-    products = _multi_tensor_dot([a, b], backend).sum(0)
+    products, _ = _multi_tensor_dot([a, b], backend)
     norms = products[0, 0].sqrt() * products[1, 1].sqrt()
     return torch.where(norms > 0.0, products[0, 1] / norms, 0.0)
 
 
-def _multi_tensor_dot(lists: Sequence[Sequence[Tensor]], backend: str) -> Tensor:
-    flat = [[tensor.detach().reshape(-1) for tensor in tensors] for tensors in lists]
-    device = flat[0][0].device if flat[0] else torch.device("cpu")
-    for tensors in flat:
-        _check_flat("tensors", tensors, [tensor.numel() for tensor in tensors], device)
-    products: Tensor = _backend(backend, device).multi_tensor_dot(flat)
+def _multi_tensor_dot(lists: Sequence[Sequence[Tensor]], backend: str) -> tuple[Tensor, Tensor]:
+    """Gramian [L, L], and Gramian per tensor [T, L, L], of L lists of T tensors."""
+    ordered = [list(in_one_order(tensors)) for tensors in zip(*lists, strict=True)]
+    device = ordered[0][0].device if ordered else torch.device("cpu")
+    same = [[tensors[i] for tensors in ordered] for i in range(len(lists))]
+    for tensors in same:
+        _check_dense("tensors", tensors, [tensor.numel() for tensor in tensors], device)
+    products: tuple[Tensor, Tensor] = backend_module(backend, device).multi_tensor_dot(same)
     return products
 
 
-def _check_row(name: str, row: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> None:
-    allowed = (*ACCUMULATOR_DTYPES, torch.float16) if name == "history" else ACCUMULATOR_DTYPES
-    if row.dim() != 1 or not row.is_contiguous() or row.dtype not in allowed:
-        raise ValueError(
-            f"{name} must hold contiguous rows of {' or '.join(map(str, allowed))}, "
-            f"not {row.dtype} of shape {list(row.shape)} and stride {row.stride()}"
-        )
+def in_one_order(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Tensors of one shape without gaps and in the same memory order; copies only if needed."""
+    first = tensors[0]
+    if is_dense(first) and all(tensor.stride() == first.stride() for tensor in tensors):
+        return [tensor.detach() for tensor in tensors]
+    return [tensor.detach().contiguous() for tensor in tensors]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlap, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(order).is_contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def _end_of(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> int:
+    """Where the last segment ends."""
     if len(offsets) != len(sizes):
         raise ValueError(f"{len(offsets)} offsets do not go with {len(sizes)} sizes")
-    end = max((o + s for o, s in zip(offsets, sizes, strict=True)), default=0)
-    if end > row.numel() or min(offsets, default=0) < 0 or min(sizes, default=0) < 0:
+    if min(offsets, default=0) < 0 or min(sizes, default=0) < 0:
+        raise ValueError("offsets and sizes must not be negative")
+    return max((o + s for o, s in zip(offsets, sizes, strict=True)), default=0)
+
+
+def _check_row(
+    name: str,
+    row: Tensor,
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    dtypes: Sequence[torch.dtype] = ACCUMULATOR_DTYPES,
+) -> None:
+    if row.dim() != 1 or not row.is_contiguous() or row.dtype not in dtypes:
+        raise ValueError(
+            f"{name} must hold contiguous rows of {' or '.join(map(str, dtypes))}, "
+            f"not {row.dtype} of shape {list(row.shape)} and stride {row.stride()}"
+        )
+    end = _end_of(tuple(offsets), tuple(sizes))
+    if end > row.numel():
         raise ValueError(f"{name} has {row.numel()} elements, but the segments end at {end}")
 
 
-def _check_flat(
+def _check_rows(
+    name: str,
+    matrix: Tensor,
+    accumulators: Tensor,
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    dtypes: Sequence[torch.dtype] = ACCUMULATOR_DTYPES,
+) -> None:
+    if matrix.dim() != 2 or matrix.shape != accumulators.shape:
+        raise ValueError(f"{name} must be [K, N'] like the accumulators, not {list(matrix.shape)}")
+    if len(matrix) == 0:
+        raise ValueError(f"{name} must have a row for at least one task")
+    if not matrix.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, not of stride {matrix.stride()}")
+    _check_device(name, matrix, accumulators.device)
+    _check_row(name, matrix[0], offsets, sizes, dtypes)
+
+
+def _check_dense(
     name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], device: torch.device
 ) -> None:
     if len(tensors) != len(sizes):
         raise ValueError(f"{len(tensors)} {name} do not go with {len(sizes)} sizes")
+    # Hundreds of tensors for every micro-batch: all at once where nothing is wrong.
+    present = [tensor for tensor in tensors if tensor is not None]
+    wanted = [size for tensor, size in zip(tensors, sizes, strict=True) if tensor is not None]
+    if (
+        list(map(Tensor.numel, present)) == wanted
+        and all(map(Tensor.is_contiguous, present))
+        and set(map(attrgetter("dtype"), present)) <= set(GRADIENT_DTYPES)
+        and set(map(attrgetter("device"), present)) <= {device}
+    ):
+        return
     for t, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
         if tensor is None:
             continue
-        if tensor.shape != (size,) or not tensor.is_contiguous():
+        if tensor.dtype not in GRADIENT_DTYPES:
             raise ValueError(
-                f"{name}[{t}] must be flat with {size} elements, not {list(tensor.shape)}"
+                f"{name}[{t}] must be of {', '.join(map(str, GRADIENT_DTYPES))}, not {tensor.dtype}"
             )
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name}[{t}] must be of a floating type, not {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"{name}[{t}] is on {tensor.device}, not on {device}")
+        if tensor.numel() != size or not is_dense(tensor):
+            raise ValueError(
+                f"{name}[{t}] must have {size} elements without gaps in memory, not shape "
+                f"{list(tensor.shape)} and stride {tensor.stride()}"
+            )
+        _check_device(f"{name}[{t}]", tensor, device)
 
 
-def _check_vector(name: str, vector: Tensor, length: int) -> None:
-    if vector.shape != (length,) or vector.dtype != torch.float64:
+def _check_small(
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+) -> None:
+    if list(tensor.shape) != list(shape) or tensor.dtype not in dtypes:
         raise ValueError(
-            f"{name} must be [{length}] float64, not {list(vector.shape)} {vector.dtype}"
+            f"{name} must be {list(shape)} {' or '.join(str(d)[6:] for d in dtypes)}, "
+            f"not {list(tensor.shape)} {str(tensor.dtype)[6:]}"
         )
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, not of stride {tensor.stride()}")
+    _check_device(name, tensor, device)
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, not on {device}")
+
+
+def _define() -> None:
+    """Registers the operations: schemas, implementations, and what they return unevaluated."""
+    library = torch.library.Library("gcond_kernels", "DEF")
+    library.define(
+        "accumulate(Tensor(a!) accumulator, Tensor?[] gradients, int[] offsets, int[] sizes, "
+        "float scale, Tensor? scale_tensor, bool overwrite, str backend) -> ()"
+    )
+    library.define(
+        "gramian(Tensor accumulators, int[] offsets, int[] sizes, Tensor scale, Tensor? history, "
+        "Tensor? history_scale, Tensor? momentum, str backend) -> (Tensor, Tensor, Tensor)"
+    )
+    library.define(
+        "arbitrate(Tensor gramian, Tensor? cross, Tensor scale, Tensor(a!) norm_ema, "
+        "Tensor(b!) winners, Tensor(c!) history_gramian, Tensor(d!) history_rows, "
+        "Tensor(e!) history_scale, float[] thresholds, float remap_power, bool smooth, "
+        "int max_iterations, float tolerance, float stability_weight, float strength_weight, "
+        "float norm_ema_beta, float norm_ema_floor, float? norm_cap, bool resolved_history, "
+        "float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    library.define(
+        "combine(Tensor accumulators, Tensor(a!)?[] outputs, int[] offsets, int[] sizes, "
+        "Tensor weights, Tensor scale, Tensor finite, Tensor per_tensor, Tensor(b!)? history, "
+        "Tensor(c!)? momentum, Tensor(d!)? momentum_steps, float beta, float? max_norm, "
+        "Tensor? parameter_norms, float trust_ratio_coef, float trust_ratio_clip, "
+        "str backend) -> ()"
+    )
+    for name, function, fake in (
+        ("accumulate", _accumulate, _nothing),
+        ("gramian", _gramian, _fake_gramian),
+        ("arbitrate", _arbitrate, _fake_arbitrate),
+        ("combine", _combine, _nothing),
+    ):
+        library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"gcond_kernels::{name}", fake, lib=library)
+    _libraries.append(library)  # what it holds is unregistered when it goes
+
+
+def _nothing(*args: object) -> None:
+    """For operations that only change what they are given."""
+
+
+def _fake_gramian(
+    accumulators: Tensor,
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    scale: Tensor,
+    history: Tensor | None,
+    history_scale: Tensor | None,
+    momentum: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    K, R = len(accumulators), len(accumulators) + (momentum is not None)
+    crosses = 0 if history is None else K
+    return (
+        scale.new_empty((K, K)),
+        scale.new_empty((crosses, crosses)),
+        scale.new_empty((len(sizes), R, R)),
+    )
+
+
+def _fake_arbitrate(gramian: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    K, max_iterations = gramian.shape[0], others[10]
+    return (
+        gramian.new_empty((K,)),
+        gramian.new_empty((K, K)),
+        gramian.new_empty((max_iterations, 5)),
+        gramian.new_empty((), dtype=torch.bool),
+    )
+
+
+_libraries: list[torch.library.Library] = []
+_define()

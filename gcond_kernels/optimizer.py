@@ -258,7 +258,7 @@ class GCondFused(torch.optim.Optimizer):
         norms = self._parameter_norms() if signs else None
         scale = self._scale()
         self._method_state = {k: v.to(scale.device) for k, v in self._method_state.items()}
-        per_tensor, cross = ops.gramian(
+        gramian, cross, per_tensor = ops.gramian(
             acc.rows,
             acc.offsets,
             acc.sizes,
@@ -268,8 +268,6 @@ class GCondFused(torch.optim.Optimizer):
             momentum=acc.momentum if signs or self.max_norm is not None else None,
             backend=self.backend,
         )
-        K = len(scale)
-        gramian = per_tensor.sum(0)[:K, :K]
         decision = self.method.resolve(gramian, cross, scale, self._method_state, self.backend)
         self._write(gradients, decision, scale, per_tensor, norms)
         self._resolved = True
@@ -391,7 +389,7 @@ class GCondFused(torch.optim.Optimizer):
         acc = self._accumulator
         ops.combine(
             acc.rows,
-            [None if g is None else g.as_strided((g.numel(),), (1,)) for g in gradients],
+            gradients,
             acc.offsets,
             acc.sizes,
             weights=decision.weights,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gcond_kernels.python.blocks import blocks
+from gcond_kernels.python.blocks import blocks, in_memory_order
 
 
 def accumulate(
@@ -26,9 +26,8 @@ def accumulate(
         if gradient is None:
             continue
         target = accumulator[start:stop]
-        first = offsets[tensor]
         # Widened before it is scaled: a small bf16 or fp16 value must not underflow.
-        addend = gradient[start - first : stop - first].to(torch.float32)
+        addend = in_memory_order(gradient, start - offsets[tensor], stop - start).to(torch.float32)
         if not isinstance(scale, float) or scale != 1.0:
             addend = addend * scale
         if overwrite:

@@ -172,8 +172,9 @@ def worst_pair(T: Array, squares: Array) -> tuple[int, int, float]:
             if squares[i] > 0.0 and squares[j] > 0.0:
                 # Two roots: the product of two squares may leave the range of float64.
                 cosine = float(T[i, j] / (math.sqrt(squares[i]) * math.sqrt(squares[j])))
+                cosine = max(cosine, -1.0)  # beyond by rounding alone: a tie all the same
                 if cosine < worst[2]:
-                    worst = (i, j, max(cosine, -1.0))
+                    worst = (i, j, cosine)
     return worst
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+from torch import Tensor
+
 # Elements of scratch memory that one block may fill, over all rows: 2^21 float32 are
 # 8 MB, a share of the last-level cache; smaller blocks pay more per call than they gain.
 SCRATCH_ELEMENTS = 1 << 21
@@ -24,3 +26,8 @@ def blocks(
     for tensor, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         for start in range(offset, offset + size, length):
             yield tensor, start, min(start + length, offset + size)
+
+
+def in_memory_order(tensor: Tensor, start: int, length: int) -> Tensor:
+    """Elements [length] from `start` on of a tensor without gaps, as its memory has them."""
+    return tensor.detach().as_strided((length,), (1,), tensor.storage_offset() + start)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gcond_kernels.python.blocks import blocks
+from gcond_kernels.python.blocks import blocks, in_memory_order
 
 # Below this norm a trust ratio is 1: a tensor of zeros has no scale to keep to.
 TRUST_RATIO_EPS = 1e-8
@@ -52,7 +52,7 @@ def combine(
         output = outputs[tensor]
         if output is not None:
             first = offsets[tensor]
-            target = output[start - first : stop - first]
+            target = in_memory_order(output, start - first, stop - start)
             if momentum is None:
                 total = target if target.dtype == torch.float32 and not signs else None
                 total = weighted_rows(accumulators[:, start:stop], row_weights, total)

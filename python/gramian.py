@@ -1,6 +1,7 @@
 """gramian: every inner product that the method needs, from one read of the accumulators."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,8 +17,11 @@ def gramian(
     sizes: Sequence[int],
     scale: Tensor,
     history_scale: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """Gramian per tensor and cross-Gramian with the history; see `gcond_kernels.ops.gramian`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gramian [K, K], cross-Gramian, Gramian per tensor; see `gcond_kernels.ops.gramian`.
+
+    Without a history the cross-Gramian is [0, 0].
+    """
     tasks = accumulators.shape[0]
     left = tasks + (momentum is not None)
     rows = left + (0 if history is None else tasks)
@@ -34,17 +38,19 @@ def gramian(
             block[tasks] = momentum[start:stop]
         if history is not None:
             block[left:] = history[:, start:stop]
-        products[tensor] += block_products(block, left)
+        with full_float32():
+            products[tensor] += block_products(block, left)
 
     # A task that takes no part (scale 0) may hold anything, NaN included: select, don't multiply.
     row_scale = torch.cat([scale, scale.new_ones(left - tasks)])
     weight = torch.outer(row_scale, row_scale)
     per_tensor = torch.where(weight != 0, products[:, :, :left] * weight, 0.0)
+    total = per_tensor.sum(0)[:tasks, :tasks].contiguous()
     if history is None:
-        return per_tensor, None
+        return total, total.new_empty(0, 0), per_tensor
     weight = torch.outer(scale, history_scale)
     cross = products[:, :tasks, left:].sum(0)  # [K, K], X_ij = ĝ_i · h_j
-    return per_tensor, torch.where(weight != 0, cross * weight, 0.0)
+    return total, torch.where(weight != 0, cross * weight, 0.0), per_tensor
 
 
 def block_products(rows: Tensor, left: int) -> Tensor:
@@ -57,3 +63,31 @@ def block_products(rows: Tensor, left: int) -> Tensor:
         parts = rows[:, :whole].view(len(rows), -1, PARTIAL).transpose(0, 1)
         products += torch.bmm(parts[:, :left], parts.transpose(1, 2)).sum(0, dtype=torch.float64)
     return products
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Keeps matrix products out of TF32 and bfloat16, which the user may have allowed for his own.
+
+    There are an older and a newer interface, and torch refuses to go on where they disagree: both
+    are set, and set back.
+    """
+    units = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [unit.fp32_precision for unit in units]
+    if not set(before) & {"tf32", "bf16"}:
+        yield
+        return
+    try:
+        legacy = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    except RuntimeError:  # only the newer interface was used: the older knows of no change
+        legacy = None
+    for unit in units:
+        unit.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        for unit, precision in zip(units, before, strict=True):
+            unit.fp32_precision = precision

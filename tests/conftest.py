@@ -1,26 +1,48 @@
 """What all tests share."""
 
-import pytest
+import os
+
 import torch
-from hypothesis import HealthCheck, settings
+
+# Without a GPU the Triton kernels run interpreted. Triton reads this when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
 
 from gcond_kernels import ops
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED and not ops.unavailable("triton", torch.device("cpu")):
+    import interpreter
+
+    interpreter.patch()
 
 # Small tensors all over: a second thread gains nothing, and waits long where cores are shared.
 torch.set_num_threads(1)
 
 # No deadline: the first example of a test pays for imports, and this may be a slow machine.
-settings.register_profile(
-    "project",
-    deadline=None,
-    max_examples=60,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+COMMON = {
+    "deadline": None,
+    "derandomize": True,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+}
+settings.register_profile("project", max_examples=60, **COMMON)
+# Interpreted, an example may take a second: few of them, and shown as found instead of shrunk.
+PHASES = (Phase.explicit, Phase.generate)
+settings.register_profile("interpreted", max_examples=10, phases=PHASES, **COMMON)
 settings.load_profile("project")
 
 
 @pytest.fixture(params=[b for b in ops.BACKENDS if not ops.unavailable(b, torch.device("cpu"))])
-def backend(request) -> str:
+def backend(request):
     """Every backend that serves CPU tensors here."""
-    return request.param
+    if hasattr(request.function, "hypothesis"):
+        profile = "interpreted" if request.param == "triton" and INTERPRETED else "project"
+        # Hypothesis has no public way to say this of one parameter of a test.
+        request.function._hypothesis_internal_use_settings = settings.get_profile(profile)
+    # Memory that an operation allocates is NaN until it is written.
+    torch.use_deterministic_algorithms(True)
+    yield request.param
+    torch.use_deterministic_algorithms(False)

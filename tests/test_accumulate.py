@@ -105,10 +105,11 @@ def test_what_is_not_finite_stays_where_it_is_and_is_overwritten(backend, bad):
 @pytest.mark.parametrize(
     ("gradient", "words"),
     [
-        (torch.zeros(4), r"gradients\[1\] must be flat with 5 elements"),
-        (torch.zeros(5, 1), r"gradients\[1\] must be flat"),
-        (torch.zeros(10)[::2], r"gradients\[1\] must be flat"),
-        (torch.zeros(5, dtype=torch.int32), r"gradients\[1\] must be of a floating type"),
+        (torch.zeros(4), r"gradients\[1\] must have 5 elements"),
+        (torch.zeros(5, 2)[:, 0], r"gradients\[1\] must have 5 elements without gaps"),
+        (torch.zeros(10)[::2], r"gradients\[1\] must have 5 elements without gaps"),
+        (torch.zeros(1).expand(5), r"gradients\[1\] must have 5 elements without gaps"),
+        (torch.zeros(5, dtype=torch.int32), r"gradients\[1\] must be of torch.float32, .*int32"),
         (torch.zeros(5, device="meta"), r"gradients\[1\] is on meta"),
     ],
 )

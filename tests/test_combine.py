@@ -26,7 +26,7 @@ SUM_ERROR = 8 * 2.0**-24
 def gramian_of(accumulators, layout, scale, momentum=None):
     return ops.gramian(
         accumulators, layout.offsets, layout.sizes, scale=scale, momentum=momentum, backend="python"
-    )[0]
+    ).per_tensor
 
 
 def vector(*values: float) -> torch.Tensor:

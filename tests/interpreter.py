@@ -1,0 +1,35 @@
+"""Makes Triton's interpreter quick and exact enough for a test suite.
+
+- A call of one jit function by another patches the language anew, which takes longer than
+  running it: once for every module that defines such functions is enough, for the kernel that is
+  running has patched the rest.
+- From float32 to bfloat16 it cuts off bits, where a GPU rounds to nearest, ties to even.
+"""
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def patch() -> None:
+    """Patches Triton's interpreter, for this process."""
+    interpreter.InterpretedFunction.__call__ = call_without_patching
+    interpreter._convert_float = convert_float
+
+
+def call_without_patching(self, *args, patched=set(), **kwargs):  # noqa: B006
+    module = id(self.fn.__globals__)
+    if module not in patched:
+        interpreter._patch_lang(self.fn)
+        patched.add(module)
+    return self.rewrite()(*args, **kwargs)
+
+
+def convert_float(data, source, target, rounding, original=interpreter._convert_float):
+    if (source, target) == (tl.float32, tl.bfloat16):
+        rounded = torch.from_numpy(np.ascontiguousarray(data)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+    if (source, target) == (tl.bfloat16, tl.float32):
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return original(data, source, target, rounding)

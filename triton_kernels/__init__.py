@@ -1,0 +1,13 @@
+"""The backend in Triton: the four operations, a launch or two each, whatever the tensors.
+
+Nothing here waits for the device; a CUDA graph can capture every operation once it has run on
+the same tensors. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU,
+interpreted: slow, for tests.
+"""
+
+from gcond_kernels.triton_kernels.accumulate import accumulate
+from gcond_kernels.triton_kernels.arbitrate import arbitrate
+from gcond_kernels.triton_kernels.combine import combine
+from gcond_kernels.triton_kernels.gramian import gramian, multi_tensor_dot
+
+__all__ = ["accumulate", "arbitrate", "combine", "gramian", "multi_tensor_dot"]

@@ -1,0 +1,99 @@
+"""Reading and writing tensors whose address and type stand in a table.
+
+`TYPES` has a bit for every type that occurs. Each of them costs one access, of which all but
+the right one are switched off for the whole program: no branch, and no bytes moved for them.
+Such a switch, unlike a mask that differs from lane to lane, leaves accesses 16 bytes wide.
+"""
+
+import triton
+import triton.language as tl
+
+from gcond_kernels.triton_kernels import tables
+
+NO_TENSOR = tl.constexpr(tables.NO_TENSOR)
+ALIGNED = tl.constexpr(tables.ALIGNED)
+
+
+@triton.jit
+def locate(chunks, LENGTH: tl.constexpr):
+    """This program's tensor, and the first element of it that the program takes. Both int64."""
+    entry = chunks + 2 * tl.program_id(0).to(tl.int64)
+    return tl.load(entry).to(tl.int64), tl.load(entry + 1).to(tl.int64) * LENGTH
+
+
+@triton.jit
+def pointer(address, dtype: tl.constexpr, WIDE: tl.constexpr):
+    """An address from a table as a pointer; `WIDE` promises that it is a vector boundary."""
+    typed = address.to(tl.pointer_type(dtype))
+    if WIDE:
+        typed = tl.multiple_of(typed, 16)
+    return typed
+
+
+@triton.jit
+def at_element(base, element, WIDE: tl.constexpr):
+    """`base` moved on by `element`, an int64; `WIDE` promises that it is a vector boundary.
+
+    The promise holds for the value made here and for no other: said of an argument it would
+    be lost when the function is inlined.
+    """
+    moved = base + element
+    if WIDE:
+        moved = tl.multiple_of(moved, 16)
+    return moved
+
+
+@triton.jit
+def throughout(condition, at):
+    """A condition of the whole program as a mask for elements `at`.
+
+    Said this way round because Triton's interpreter spreads a comparison as an integer, which
+    is no mask; compiled it is the condition itself.
+    """
+    return tl.where(condition, tl.full(at.shape, 1, tl.int1), tl.full(at.shape, 0, tl.int1))
+
+
+@triton.jit
+def read(address, kind, at, inside, TYPES: tl.constexpr, WIDE: tl.constexpr):
+    """Elements `at` as float32; zero where not `inside` and where there is no tensor."""
+    value = tl.zeros(at.shape, tl.float32)
+    if TYPES & 1:
+        of_type = inside & throughout(kind == 0, at)
+        value += tl.load(pointer(address, tl.float32, WIDE) + at, mask=of_type, other=0.0)
+    if TYPES & 2:
+        of_type = inside & throughout(kind == 1, at)
+        half = tl.load(pointer(address, tl.bfloat16, WIDE) + at, mask=of_type, other=0.0)
+        value += half.to(tl.float32)
+    if TYPES & 4:
+        of_type = inside & throughout(kind == 2, at)
+        half = tl.load(pointer(address, tl.float16, WIDE) + at, mask=of_type, other=0.0)
+        value += half.to(tl.float32)
+    if TYPES & 8:
+        of_type = inside & throughout(kind == 3, at)
+        double = tl.load(pointer(address, tl.float64, WIDE) + at, mask=of_type, other=0.0)
+        value += double.to(tl.float32)
+    return value
+
+
+@triton.jit
+def write(address, kind, at, value, inside, TYPES: tl.constexpr, WIDE: tl.constexpr):
+    """Writes float32 values to elements `at`, rounded to the tensor's own type."""
+    if TYPES & 1:
+        tl.store(
+            pointer(address, tl.float32, WIDE) + at, value, mask=inside & throughout(kind == 0, at)
+        )
+    if TYPES & 2:
+        half = value.to(tl.bfloat16)
+        tl.store(
+            pointer(address, tl.bfloat16, WIDE) + at, half, mask=inside & throughout(kind == 1, at)
+        )
+    if TYPES & 4:
+        half = value.to(tl.float16)
+        tl.store(
+            pointer(address, tl.float16, WIDE) + at, half, mask=inside & throughout(kind == 2, at)
+        )
+    if TYPES & 8:
+        double = value.to(tl.float64)
+        tl.store(
+            pointer(address, tl.float64, WIDE) + at, double, mask=inside & throughout(kind == 3, at)
+        )

@@ -1,0 +1,152 @@
+"""What the kernels look up: where every tensor lies, and which piece of it each program takes.
+
+A table of addresses is made once for a set of tensors and found again by the addresses
+themselves: gradients are allocated anew for every backward pass, mostly at the same places.
+"""
+
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# What a program has to know of a tensor, in one int64: its type, or NO_TENSOR, plus ALIGNED
+# where all its vectors may be read and written 16 bytes at a time.
+TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+NO_TENSOR = 7
+ALIGNED = 8
+
+# Bytes of one vector access, and a number of elements that fills whole vectors in any type.
+VECTOR_BYTES = 16
+VECTOR_ELEMENTS = 8
+
+# Address sets remembered; beyond that the one not seen for longest is forgotten.
+REMEMBERED = 256
+
+# Tables that a CUDA graph has captured: it reads them at every replay, so they stay for good.
+_captured: dict[int, Tensor] = {}
+
+
+class Table(NamedTuple):
+    """A table on the device.
+
+    Attributes:
+        rows: int64, one row a tensor.
+        types: bit mask of the type codes that occur.
+    """
+
+    rows: Tensor
+    types: int
+
+
+class Chunks(NamedTuple):
+    """How the tensors are cut into pieces, one program each.
+
+    Attributes:
+        table: [C, 2] int32: the tensor, and the number of the piece within it.
+        first: [T + 1] int32: the first piece of each tensor; the last entry is C.
+        count: C.
+    """
+
+    table: Tensor
+    first: Tensor
+    count: int
+
+
+def addresses_of(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """The address of every tensor, 0 for None."""
+    try:
+        return tuple(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:  # there is a None; asking each of them first would cost as much again
+        return tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+
+
+def types_of(tensors: Sequence[Tensor | None]) -> tuple[torch.dtype | None, ...]:
+    """The type of every tensor, None for None."""
+    return tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def tensor_table(
+    addresses: tuple[int, ...],
+    dtypes: tuple[torch.dtype | None, ...],
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+    rows_aligned: bool,
+    device: torch.device,
+) -> Table:
+    """Rows of (address, kind, offset, size): a tensor each, and its segment of flat storage.
+
+    Args:
+        addresses: T addresses.
+        dtypes: T types; None where there is no tensor.
+        offsets: T starts of the segments, in elements.
+        sizes: T lengths of the segments.
+        rows_aligned: whether every row of the flat storage starts at a vector boundary.
+        device: where the table is to lie.
+    """
+    address, offset = np.array(addresses, dtype=np.int64), np.array(offsets, dtype=np.int64)
+    kinds = np.array([NO_TENSOR if d is None else TYPE_CODES[d] for d in dtypes], dtype=np.int64)
+    aligned = (address % VECTOR_BYTES == 0) & (offset % VECTOR_ELEMENTS == 0) & rows_aligned
+    rows = np.stack([address, kinds + ALIGNED * aligned, offset, np.array(sizes, np.int64)], 1)
+    types = sum({1 << TYPE_CODES[d] for d in dtypes if d is not None})
+    return Table(to_device(rows.reshape(-1, 4), device), types)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def chunk_table(sizes: tuple[int, ...], length: int, device: torch.device) -> Chunks:
+    """Cuts tensors of these sizes into pieces of `length` elements; empty tensors have none."""
+    counts = -(-np.array(sizes, dtype=np.int64) // length)  # in integers: sizes may pass 2^31
+    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    tensor = np.repeat(np.arange(len(sizes)), counts)
+    piece = np.arange(first[-1]) - first[tensor]
+    table = np.stack([tensor, piece], 1).astype(np.int32)
+    return Chunks(
+        to_device(table, device), to_device(first.astype(np.int32), device), int(first[-1])
+    )
+
+
+def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """The array on the device, without waiting for it.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured: it could not hold the host's copy.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cpu":
+        return tensor
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured on tensors that this operation has not seen before: "
+            "run it once on the same tensors before the capture"
+        )
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def keep_if_captured(*tables: Tensor) -> None:
+    """Holds on to tables that a graph under capture will read at every replay."""
+    if tables[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.update((id(table), table) for table in tables)
+
+
+def guard(device: torch.device) -> AbstractContextManager[object]:
+    """Makes `device` the current one: Triton launches on the current device, not the tensors'."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def is_aligned(*tensors: Tensor | None) -> bool:
+    """Whether every row of these tensors starts at a vector boundary."""
+    return all(
+        tensor is None
+        or (
+            tensor.data_ptr() % VECTOR_BYTES == 0
+            and (tensor.dim() == 1 or tensor.stride(0) % VECTOR_ELEMENTS == 0)
+        )
+        for tensor in tensors
+    )
