@@ -1,74 +1,360 @@
-"""Kernels compiled for a GPU that need not be there, and what the machine code says."""
+"""Compiles every kernel for GPUs that need not be there; run as a script it prints what it found.
 
+It must be a process of its own: where Triton interprets, it does not compile. Each line is the
+JSON of one `Finding`.
+"""
+
+import functools
 import inspect
+import itertools
+import json
+import os
 import re
 import subprocess
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TYPES = {"fp32": 1, "bf16": 2, "fp16": 4, "fp64": 8}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 
 
 @dataclass(frozen=True)
-class Compiled:
-    ptx: str
-    binary: bytes
+class Case:
+    """One variant of one kernel, as a launch would have it.
 
-    def count(self, instruction: str) -> int:
-        """How many PTX instructions match a pattern."""
-        return len(re.findall(instruction, self.ptx))
-
-    def resources(self) -> dict[str, int]:
-        """Registers a thread, and bytes of stack: what does not fit in registers goes there."""
-        with NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(self.binary)
-            file.flush()
-            text = subprocess.run(
-                [TOOLS / "cuobjdump", "--dump-resource-usage", file.name],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
-        return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-
-
-def compile_kernel(kernel, target, arguments, *, num_warps, **constants) -> Compiled:
-    """Compiles a kernel as a launch with these arguments would.
-
-    Args:
-        kernel: the kernel, interpreted or not.
-        target: a key of TARGETS.
-        arguments: name → Triton type; pointers and int64 are taken to be divisible by 16, as
-            the launcher finds them to be; "i64?" is an int64 that need not be.
-        num_warps: warps per program.
+    Attributes:
+        room: module of the kernel, in `gcond_kernels.triton_kernels`.
+        kernel: its name.
+        arguments: name → Triton type. Pointers and "i64" are taken to be divisible by 16, as the
+            launcher finds them to be.
         constants: the constexpr arguments.
+        warps: per program.
+        loads: bytes that a thread of the main body loads at least 16 at a time; None: not said.
+        stores: the same for stores.
+        fused: whether multiplications and additions are fused.
     """
-    function = kernel.fn if not isinstance(kernel, triton.JITFunction) else kernel
-    if not isinstance(function, triton.JITFunction):
-        function = triton.JITFunction(function)
-    names = list(inspect.signature(function.fn).parameters)
-    missing = set(names) - set(arguments) - set(constants)
-    assert not missing, f"no type for {missing}"
-    signature = {n: "constexpr" if n in constants else arguments[n].rstrip("?") for n in names}
-    divisible = [n for n, t in arguments.items() if t.startswith("*") or t == "i64"]
+
+    room: str
+    kernel: str
+    arguments: dict[str, str]
+    constants: dict[str, int | bool]
+    warps: int
+    loads: int | None = None
+    stores: int | None = None
+    fused: bool = True
+
+    @property
+    def name(self) -> str:
+        types = [self.arguments[a][1:] for a in ("accumulator", "accumulators", "history") if
+                 a in self.arguments]  # fmt: skip
+        options = [f"{key}={int(value)}" for key, value in self.constants.items()]
+        return f"{self.kernel}[{','.join(types + options)}]"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the machine code of one case on one target says.
+
+    Attributes:
+        loads: bytes that a thread loads in accesses of 16 bytes or more, each one counted once.
+        stores: the same for stores.
+        stack: bytes a thread that do not fit in registers.
+        narrow_products: products cut to 32 bits, which an address must not be made of.
+    """
+
+    case: str
+    target: str
+    expected_loads: int | None
+    expected_stores: int | None
+    loads: int
+    stores: int
+    stack: int
+    registers: int
+    narrow_products: int
+
+
+def accumulate_cases() -> Iterator[Case]:
+    from gcond_kernels.triton_kernels.accumulate import CHUNK, WARPS
+
+    each = CHUNK // (32 * WARPS)
+    for row, overwrite, by_tensor in itertools.product(("fp32", "bf16"), (0, 1), (0, 1)):
+        for grads in (["fp32"], ["bf16"], ["fp16"], ["fp64"], ["fp32", "bf16"], list(TYPES)):
+            if by_tensor and grads != ["bf16"]:
+                continue
+            kept = 0 if overwrite else BYTES[row]
+            yield Case(
+                "accumulate",
+                "accumulate_kernel",
+                {
+                    "accumulator": f"*{row}",
+                    "table": "*i64",
+                    "chunks": "*i32",
+                    "scale": "fp32",
+                    "scale_tensor": "*fp32",
+                },
+                {
+                    "SCALE_TENSOR": bool(by_tensor),
+                    "OVERWRITE": bool(overwrite),
+                    "TYPES": sum(TYPES[g] for g in grads),
+                    "CHUNK": CHUNK,
+                },
+                WARPS,
+                loads=each * (kept + sum(BYTES[g] for g in grads)),
+                stores=each * BYTES[row],
+            )
+
+
+def gramian_cases() -> Iterator[Case]:
+    from gcond_kernels.triton_kernels.gramian import SUM_BLOCK, SUM_WARPS, WARPS, vector_elements
+
+    variants = [(K, "fp32", "bf16", 0) for K in range(1, 9)]
+    variants += [(K, "fp32", "bf16", 1) for K in range(1, 9)]
+    variants += [(K, "fp32", None, momentum) for K in (2, 8) for momentum in (0, 1)]
+    variants += [(4, "bf16", "bf16", 0), (2, "fp32", "fp32", 0), (3, "bf16", "fp16", 1)]
+    for K, row, history, momentum in variants:
+        rows, crosses = K + momentum, 0 if history is None else K * K
+        products = rows * (rows + 1) // 2 + crosses
+        vector = vector_elements(products)
+        # Rows of two bytes are read 16 bytes at a time only where a thread holds eight elements.
+        wide = [b for b in [BYTES[row]] * K + [4] * momentum if b * vector >= 16]
+        wide += [BYTES[history]] * K if history and BYTES[history] * vector >= 16 else []
+        yield Case(
+            "gramian",
+            "products_kernel",
+            {
+                "accumulators": f"*{row}",
+                "history": f"*{history or row}",
+                "momentum": "*fp32",
+                "table": "*i64",
+                "chunks": "*i32",
+                "partials": "*fp32",
+                "stride": "i64",
+                "chunk_count": "i32",
+            },
+            {
+                "K": K,
+                "HISTORY": int(history is not None),
+                "MOMENTUM": momentum,
+                "LENGTH": 32768,
+                "LANES": 32 * WARPS,
+                "VECTOR": vector,
+            },
+            WARPS,
+            loads=vector * sum(wide),
+        )
+    for lists, types in ((1, 1), (1, 2), (1, 15), (2, 1), (2, 3)):
+        bytes_each = sum(BYTES[name] for name, bit in TYPES.items() if types & bit)
+        yield Case(
+            "gramian",
+            "list_products_kernel",
+            {
+                "table": "*i64",
+                "chunks": "*i32",
+                "partials": "*fp32",
+                "tensors": "i32",
+                "chunk_count": "i32",
+            },
+            {
+                "LISTS": lists,
+                "TYPES": types,
+                "LENGTH": 4096,
+                "LANES": 32 * WARPS,
+                "VECTOR": 8,
+            },
+            WARPS,
+            loads=8 * lists * bytes_each,
+        )
+    for K, rows, scaled in ((2, 2, True), (8, 9, True), (2, 2, False)):
+        yield Case(
+            "gramian",
+            "sum_kernel",
+            dict.fromkeys(("scale", "history_scale", "per_tensor", "gramian", "cross"), "*fp64")
+            | {"partials": "*fp32", "first": "*i32", "tensors": "i32", "chunk_count": "i32"},
+            {"K": K, "ROWS": rows, "SCALED": scaled, "BLOCK": SUM_BLOCK},
+            SUM_WARPS,
+            fused=False,
+        )
+
+
+def arbitrate_cases() -> Iterator[Case]:
+    from gcond_kernels.triton_kernels.arbitrate import warps_for
+
+    states = ("gramian", "cross", "scale", "norm_ema", "history_gramian", "history_rows")
+    arguments = dict.fromkeys(
+        (*states, "history_scale", "settings", "weights", "rows", "events"), "*fp64"
+    ) | {"winners": "*i64", "finite": "*i1", "max_iterations": "i32"}
+    for K, window, smooth, rest in (
+        (2, 3, True, True),
+        (2, 0, False, False),
+        (3, 3, True, False),
+        (8, 3, False, True),
+        (11, 3, True, True),
+        (32, 5, True, True),
+        (64, 3, True, True),
+    ):
+        power = 1 << (K - 1).bit_length()
+        constants = {"K": K, "KP": power, "WINDOW": window, "WP": 8 if window > 4 else 4}
+        constants |= {"CROSS": rest, "CAP": rest, "SMOOTH": smooth, "RESOLVED": rest}
+        yield Case(
+            "arbitrate", "arbitrate_kernel", arguments, constants, warps_for(power), fused=False
+        )
+
+
+def combine_cases() -> Iterator[Case]:
+    from gcond_kernels.triton_kernels.combine import CHUNK, MOST_UNROLLED, WARPS
+
+    each = CHUNK // (32 * WARPS)
+    double = ("weights", "scale", "factors", "clipping", "settings")
+    variants = [
+        # K, accumulators, history, momentum, outputs, clipped, signs
+        *[(K, "fp32", "bf16", 1, ["fp32"], 1, 0) for K in range(1, 9)],
+        (2, "fp32", "bf16", 0, ["fp32"], 0, 0),
+        (2, "fp32", None, 0, ["bf16"], 0, 0),
+        (2, "fp32", "bf16", 1, ["bf16", "fp32"], 0, 1),
+        (3, "bf16", "bf16", 1, ["bf16"], 0, 0),
+        (2, "fp32", "fp32", 0, list(TYPES), 0, 0),
+        (2, "fp32", "fp16", 0, ["fp16"], 0, 0),
+        (8, "fp32", "bf16", 0, list(TYPES), 1, 0),
+        (11, "fp32", "bf16", 1, ["fp32"], 0, 0),
+    ]
+    for K, row, history, momentum, outputs, clipped, signs in variants:
+        read = K * BYTES[row] + 4 * momentum
+        written = sum(BYTES[o] for o in outputs) + 4 * momentum
+        written += K * BYTES[history] if history else 0
+        yield Case(
+            "combine",
+            "combine_kernel",
+            dict.fromkeys(double, "*fp64")
+            | {
+                "accumulators": f"*{row}",
+                "history": f"*{history or row}",
+                "momentum": "*fp32",
+                "table": "*i64",
+                "chunks": "*i32",
+                "finite": "*i1",
+                "stride": "i64",
+            },
+            {
+                "K": K,
+                "MOST_UNROLLED": MOST_UNROLLED,
+                "HISTORY": history is not None,
+                "MOMENTUM": bool(momentum),
+                "FACTORS": bool(momentum or signs or clipped),
+                "CLIP": bool(clipped),
+                "SIGNS": bool(signs),
+                "TYPES": sum(TYPES[o] for o in outputs),
+                "CHUNK": CHUNK,
+            },
+            WARPS,
+            # In a loop that is not unrolled each instruction stands once for all rows.
+            loads=each * read if K <= MOST_UNROLLED else None,
+            stores=each * written if K <= MOST_UNROLLED else None,
+        )
+    for K, momentum, norms, signs in (
+        (2, 1, False, False),
+        (2, 1, True, True),
+        (8, 0, True, False),
+    ):
+        names = ("per_tensor", "weights", "parameter_norms", "settings", "factors", "squares")
+        yield Case(
+            "combine",
+            "factor_kernel",
+            dict.fromkeys(names, "*fp64")
+            | {"table": "*i64", "finite": "*i1", "momentum_steps": "*i64"},
+            {"K": K, "RP": 4 if K == 2 else 8, "MOMENTUM": momentum, "NORMS": norms,
+             "SIGNS": signs},
+            1,
+            fused=False,
+        )  # fmt: skip
+    yield Case(
+        "combine",
+        "clipping_kernel",
+        {"squares": "*fp64", "settings": "*fp64", "clipping": "*fp64", "tensors": "i32"},
+        {"BLOCK": 1024},
+        4,
+        fused=False,
+    )
+
+
+@functools.cache
+def all_cases() -> list[Case]:
+    return [*accumulate_cases(), *gramian_cases(), *arbitrate_cases(), *combine_cases()]
+
+
+def wide_bytes(ptx: str, instruction: str) -> int:
+    """Bytes that a thread moves in accesses of 16 bytes or more, every instruction once."""
+    pattern = rf"\b{instruction}\.global[.\w:]*\.v(\d)\.[bfu](\d+)"
+    sizes = [int(count) * int(bits) // 8 for count, bits in re.findall(pattern, ptx)]
+    return sum(size for size in sizes if size >= 16)
+
+
+def resources(binary: bytes) -> dict[str, int]:
+    """Registers a thread, and bytes of stack: what does not fit in registers goes there."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text)}
+
+
+def compile_case(case: Case, target: str) -> Finding:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(import_module(f"gcond_kernels.triton_kernels.{case.room}"), case.kernel)
+    names = list(inspect.signature(kernel.fn).parameters)
+    assert set(names) == {*case.arguments, *case.constants}, case.name
+    divisible = [n for n, t in case.arguments.items() if t.startswith("*") or t == "i64"]
     source = ASTSource(
-        fn=function,
-        signature=signature,
-        constexprs=constants,
+        fn=kernel,
+        signature={n: case.arguments.get(n, "constexpr") for n in names},
+        constexprs=case.constants,
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
     )
-    options = {"num_warps": num_warps, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
-    binary = compiled.asm["cubin" if "cubin" in compiled.asm else "hsaco"]
-    return Compiled(compiled.asm.get("ptx", ""), binary)
+    chip = target.removeprefix("sm_")
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", int(chip), 32) if chip != target else GPUTarget("hip", target, 64),
+        options={"num_warps": case.warps, "enable_fp_fusion": case.fused},
+    )
+    ptx = compiled.asm.get("ptx", "")
+    used = resources(compiled.asm["cubin"]) if ptx else {"STACK": 0, "REG": 0}
+    return Finding(
+        case=case.name,
+        target=target,
+        expected_loads=case.loads,
+        expected_stores=case.stores,
+        loads=wide_bytes(ptx, "ld"),
+        stores=wide_bytes(ptx, "st"),
+        stack=used["STACK"],
+        registers=used["REG"],
+        narrow_products=len(re.findall(r"\bm(?:ul|ad)\.lo\.[su]32", ptx)),
+    )
+
+
+def compile_one(job: tuple[int, str]) -> Finding:
+    number, target = job
+    return compile_case(all_cases()[number], target)
+
+
+def main(targets: list[str]) -> None:
+    jobs = [(n, t) for n in range(len(all_cases())) for t in targets or TARGETS]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for finding in pool.map(compile_one, jobs):
+            print(json.dumps(asdict(finding)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -268,6 +268,11 @@ def arbitrate_kernel(
     tl.store(history_scale + index, shares, mask=task & active)
 
 
+def warps_for(KP: int) -> int:
+    """Warps that hold a matrix [KP, KP] with eight numbers in a thread."""
+    return max(1, KP * KP // 256)
+
+
 @functools.lru_cache(maxsize=tables.REMEMBERED)
 def settings_tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Settings on the device, as float64."""
@@ -311,6 +316,7 @@ def arbitrate(
     tables.keep_if_captured(settings)
     weights = torch.empty(K, dtype=torch.float64, device=device)
     rows = torch.empty((K, K), dtype=torch.float64, device=device)
+    max_iterations = int(max_iterations)  # of a NumPy type, the interpreter would not take it
     events = torch.empty((max_iterations, 5), dtype=torch.float64, device=device)
     finite = torch.empty((), dtype=torch.bool, device=device)
     KP = triton.next_power_of_2(K)
@@ -338,7 +344,7 @@ def arbitrate(
             CAP=norm_cap is not None,
             SMOOTH=smooth,
             RESOLVED=resolved_history,
-            num_warps=max(1, KP * KP // 256),
+            num_warps=warps_for(KP),
             enable_fp_fusion=False,
         )
     return weights, rows, events, finite
