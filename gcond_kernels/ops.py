@@ -456,10 +456,7 @@ def combine(
         ValueError: a size, dtype or device does not fit, or two options do not go together;
             nothing has been written.
     """
-    run = torch.ops.gcond_kernels.combine if _traced(accumulators) else _combine
-    run(
-        accumulators,
-        outputs,
+    rest = (
         offsets,
         sizes,
         weights,
@@ -476,6 +473,22 @@ def combine(
         trust_ratio_clip,
         backend,
     )
+    if _traced(accumulators):
+        written = [t for t, output in enumerate(outputs) if output is not None]
+        present = [output for output in outputs if output is not None]
+        torch.ops.gcond_kernels.combine(accumulators, present, written, *rest)
+    else:
+        _combine(accumulators, outputs, *rest)
+
+
+def _combine_listed(
+    accumulators: Tensor, outputs: Sequence[Tensor], written: Sequence[int], *rest: Any
+) -> None:
+    """As `_combine`, for graphs, which know no list of optional tensors that are written to."""
+    places: list[Tensor | None] = [None] * len(rest[1])
+    for t, output in zip(written, outputs, strict=True):
+        places[t] = output
+    _combine(accumulators, places, *rest)
 
 
 def _combine(
@@ -724,17 +737,17 @@ def _define() -> None:
         "float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
     )
     library.define(
-        "combine(Tensor accumulators, Tensor(a!)?[] outputs, int[] offsets, int[] sizes, "
-        "Tensor weights, Tensor scale, Tensor finite, Tensor per_tensor, Tensor(b!)? history, "
-        "Tensor(c!)? momentum, Tensor(d!)? momentum_steps, float beta, float? max_norm, "
-        "Tensor? parameter_norms, float trust_ratio_coef, float trust_ratio_clip, "
+        "combine(Tensor accumulators, Tensor(a!)[] outputs, int[] written, int[] offsets, "
+        "int[] sizes, Tensor weights, Tensor scale, Tensor finite, Tensor per_tensor, "
+        "Tensor(b!)? history, Tensor(c!)? momentum, Tensor(d!)? momentum_steps, float beta, "
+        "float? max_norm, Tensor? parameter_norms, float trust_ratio_coef, float trust_ratio_clip, "
         "str backend) -> ()"
     )
     for name, function, fake in (
         ("accumulate", _accumulate, _nothing),
         ("gramian", _gramian, _fake_gramian),
         ("arbitrate", _arbitrate, _fake_arbitrate),
-        ("combine", _combine, _nothing),
+        ("combine", _combine_listed, _nothing),
     ):
         library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"gcond_kernels::{name}", fake, lib=library)

@@ -70,30 +70,29 @@ def accumulate(
     overwrite: bool,
 ) -> None:
     """Adds `scale · gradient` to each gradient's segment; see `gcond_kernels.ops.accumulate`."""
-    device, lengths = accumulator.device, tuple(sizes)
-    chunks = tables.chunk_table(lengths, CHUNK, device)
-    if not chunks.count:
-        return
-    table = tables.tensor_table(
-        tables.addresses_of(gradients),
-        tables.types_of(gradients),
+    device = accumulator.device
+    plan = tables.plan(
+        tables.keys_of(gradients),
         tuple(offsets),
-        lengths,
+        tuple(sizes),
         accumulator.data_ptr() % tables.VECTOR_BYTES == 0,
+        CHUNK,
         device,
     )
-    tables.keep_if_captured(table.rows, chunks.table)
+    if not plan.chunks.count:
+        return
+    tables.keep_if_captured(plan.rows, plan.chunks.table)
     on_device = isinstance(scale, Tensor)
     with tables.guard(device):
-        accumulate_kernel[(chunks.count,)](
+        accumulate_kernel[(plan.chunks.count,)](
             accumulator,
-            table.rows,
-            chunks.table,
+            plan.rows,
+            plan.chunks.table,
             1.0 if on_device else float(scale),
             scale if on_device else accumulator,
             SCALE_TENSOR=on_device,
             OVERWRITE=overwrite,
-            TYPES=table.types,
+            TYPES=plan.types,
             CHUNK=CHUNK,
             num_warps=WARPS,
             enable_fp_fusion=True,

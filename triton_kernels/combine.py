@@ -241,36 +241,35 @@ def combine(
     trust_ratio_clip: float,
 ) -> None:
     """Writes gradients, momentum and history; see `gcond_kernels.ops.combine`."""
-    K, device, lengths = accumulators.shape[0], accumulators.device, tuple(sizes)
-    if not lengths:
+    K, device = accumulators.shape[0], accumulators.device
+    if not sizes:
         return
-    chunks = tables.chunk_table(lengths, CHUNK, device)
-    table = tables.tensor_table(
-        tables.addresses_of(outputs),
-        tables.types_of(outputs),
+    plan = tables.plan(
+        tables.keys_of(outputs),
         tuple(offsets),
-        lengths,
+        tuple(sizes),
         tables.is_aligned(accumulators, history, momentum),
+        CHUNK,
         device,
     )
     bound = math.inf if max_norm is None else max_norm
     settings = settings_tensor(
         (float(beta), float(bound), float(trust_ratio_coef), float(trust_ratio_clip)), device
     )
-    tables.keep_if_captured(table.rows, chunks.table, settings)
+    tables.keep_if_captured(plan.rows, plan.chunks.table, settings)
     with tables.guard(device):
         factors, clipping = factors_of(
-            table, per_tensor, weights, finite, momentum_steps, parameter_norms, settings,
+            plan, per_tensor, weights, finite, momentum_steps, parameter_norms, settings,
             max_norm is not None,
         )  # fmt: skip
-        if not chunks.count:
+        if not plan.chunks.count:
             return
-        combine_kernel[(chunks.count,)](
+        combine_kernel[(plan.chunks.count,)](
             accumulators,
             accumulators if history is None else history,
             accumulators if momentum is None else momentum,
-            table.rows,
-            chunks.table,
+            plan.rows,
+            plan.chunks.table,
             weights,
             scale,
             finite,
@@ -285,7 +284,7 @@ def combine(
             FACTORS=factors is not None,
             CLIP=clipping is not None,
             SIGNS=parameter_norms is not None,
-            TYPES=table.types,
+            TYPES=plan.types,
             CHUNK=CHUNK,
             num_warps=WARPS,
             enable_fp_fusion=True,
@@ -293,7 +292,7 @@ def combine(
 
 
 def factors_of(
-    table: tables.Table,
+    plan: tables.Plan,
     per_tensor: Tensor,
     weights: Tensor,
     finite: Tensor,
@@ -309,7 +308,7 @@ def factors_of(
     factors, squares = torch.empty((2, tensors), dtype=torch.float64, device=weights.device)
     rows = K + (momentum_steps is not None)
     factor_kernel[(tensors,)](
-        table.rows,
+        plan.rows,
         per_tensor.contiguous(),
         weights,
         finite,

@@ -249,26 +249,26 @@ def gramian(
     sizes: Sequence[int],
     scale: Tensor,
     history_scale: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gramian, cross-Gramian, Gramian per tensor; see `gcond_kernels.ops.gramian`."""
     K, device = accumulators.shape[0], accumulators.device
     if K > MOST_TASKS:
         return gramian_by_matrix_products(
             accumulators, history, momentum, offsets, sizes, scale, history_scale
         )
-    rows, lengths = K + (momentum is not None), tuple(sizes)
+    rows = K + (momentum is not None)
     pairs, crosses = rows * (rows + 1) // 2, K * K if history is not None else 0
     length = chunk_length(sum(sizes))
-    chunks = tables.chunk_table(lengths, length, device)
-    table = tables.tensor_table(
-        (0,) * len(sizes),
-        (None,) * len(sizes),
+    plan = tables.plan(
+        tables.no_keys(len(sizes)),
         tuple(offsets),
-        lengths,
+        tuple(sizes),
         tables.is_aligned(accumulators, history, momentum),
+        length,
         device,
     )
-    tables.keep_if_captured(table.rows, chunks.table, chunks.first)
+    chunks = plan.chunks
+    tables.keep_if_captured(plan.rows, chunks.table, chunks.first)
     partials = torch.empty((pairs + crosses, chunks.count), device=device)
     vector = vector_elements(pairs + crosses)
     with tables.guard(device):
@@ -277,7 +277,7 @@ def gramian(
                 accumulators,
                 accumulators if history is None else history,
                 accumulators if momentum is None else momentum,
-                table.rows,
+                plan.rows,
                 chunks.table,
                 partials,
                 accumulators.stride(0),
@@ -291,8 +291,7 @@ def gramian(
                 num_warps=WARPS,
                 enable_fp_fusion=True,
             )
-        total, cross, per_tensor = add_up(partials, chunks, scale, history_scale, K, rows, crosses)
-    return total, cross if history is not None else None, per_tensor
+        return add_up(partials, chunks, scale, history_scale, K, rows, crosses)
 
 
 def add_up(
@@ -304,10 +303,12 @@ def add_up(
     rows: int,
     crosses: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums [P, C] partial sums to [K, K], [K, K] (where there are crosses) and [T, R, R]."""
+    """Sums [P, C] partial sums to [K, K], [K, K] ([0, 0] without crosses) and [T, R, R]."""
     tensors, device = len(chunks.first) - 1, partials.device
     per_tensor = torch.empty((tensors, rows, rows), dtype=torch.float64, device=device)
-    total, cross = (torch.empty((K, K), dtype=torch.float64, device=device) for _ in range(2))
+    total = torch.empty((K, K), dtype=torch.float64, device=device)
+    crossed = K if crosses else 0
+    cross = torch.empty((crossed, crossed), dtype=torch.float64, device=device)
     sum_kernel[(tensors + 1, rows * (rows + 1) // 2 + crosses)](
         partials,
         chunks.first,
@@ -335,27 +336,22 @@ def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]
     device = tensors[0].device if tensors else torch.device("cpu")
     sizes = tuple([tensor.numel() for tensor in lists[0]])
     length = chunk_length(sum(sizes))
-    chunks = tables.chunk_table(sizes, length, device)
-    table = tables.tensor_table(
-        tables.addresses_of(tensors),
-        tables.types_of(tensors),
-        (0,) * len(tensors),
-        sizes * count,
-        True,
-        device,
+    plan = tables.plan(
+        tables.keys_of(tensors), (0,) * len(tensors), sizes * count, True, length, device
     )
-    tables.keep_if_captured(table.rows, chunks.table, chunks.first)
+    chunks = tables.chunk_table(sizes, length, device)  # the plan's would be of all lists
+    tables.keep_if_captured(plan.rows, chunks.table, chunks.first)
     partials = torch.empty((count * (count + 1) // 2, chunks.count), device=device)
     with tables.guard(device):
         if chunks.count:
             list_products_kernel[(chunks.count,)](
-                table.rows,
+                plan.rows,
                 chunks.table,
                 partials,
                 len(sizes),
                 chunks.count,
                 LISTS=count,
-                TYPES=table.types,
+                TYPES=plan.types,
                 LENGTH=length,
                 LANES=32 * WARPS,
                 VECTOR=8,

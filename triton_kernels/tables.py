@@ -7,6 +7,7 @@ themselves: gradients are allocated anew for every backward pass, mostly at the 
 import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -31,18 +32,6 @@ REMEMBERED = 256
 _captured: dict[int, Tensor] = {}
 
 
-class Table(NamedTuple):
-    """A table on the device.
-
-    Attributes:
-        rows: int64, one row a tensor.
-        types: bit mask of the type codes that occur.
-    """
-
-    rows: Tensor
-    types: int
-
-
 class Chunks(NamedTuple):
     """How the tensors are cut into pieces, one program each.
 
@@ -57,44 +46,70 @@ class Chunks(NamedTuple):
     count: int
 
 
-def addresses_of(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    """The address of every tensor, 0 for None."""
+class Plan(NamedTuple):
+    """What a launch over all tensors needs to know.
+
+    Attributes:
+        rows: [T, 4] int64 on the device: address, kind, offset, size of each tensor.
+        types: bit mask of the type codes that occur.
+        chunks: the pieces.
+    """
+
+    rows: Tensor
+    types: int
+    chunks: Chunks
+
+
+DTYPE = attrgetter("dtype")
+Addresses = tuple[int, ...]
+Types = tuple[torch.dtype | None, ...]
+
+
+def keys_of(tensors: Sequence[Tensor | None]) -> tuple[Addresses, Types]:
+    """The address and the type of every tensor; 0 and None for None.
+
+    This is most of what a launch costs the host: two calls in C a tensor and no more.
+    """
     try:
-        return tuple(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+        return tuple(map(Tensor.data_ptr, tensors)), tuple(map(DTYPE, tensors))  # type: ignore[arg-type]
     except TypeError:  # there is a None; asking each of them first would cost as much again
-        return tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
-
-
-def types_of(tensors: Sequence[Tensor | None]) -> tuple[torch.dtype | None, ...]:
-    """The type of every tensor, None for None."""
-    return tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+        return (
+            tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors]),
+            tuple([None if tensor is None else tensor.dtype for tensor in tensors]),
+        )
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
-def tensor_table(
-    addresses: tuple[int, ...],
-    dtypes: tuple[torch.dtype | None, ...],
+def plan(
+    keys: tuple[Addresses, Types],
     offsets: tuple[int, ...],
     sizes: tuple[int, ...],
     rows_aligned: bool,
+    length: int,
     device: torch.device,
-) -> Table:
-    """Rows of (address, kind, offset, size): a tensor each, and its segment of flat storage.
+) -> Plan:
+    """The plan for tensors at these addresses; a tensor each, and its segment of flat storage.
 
     Args:
-        addresses: T addresses.
-        dtypes: T types; None where there is no tensor.
+        keys: T addresses and T types, as `keys_of` gives them.
         offsets: T starts of the segments, in elements.
         sizes: T lengths of the segments.
         rows_aligned: whether every row of the flat storage starts at a vector boundary.
-        device: where the table is to lie.
+        length: elements of a piece.
+        device: where the tables are to lie.
     """
-    address, offset = np.array(addresses, dtype=np.int64), np.array(offsets, dtype=np.int64)
-    kinds = np.array([NO_TENSOR if d is None else TYPE_CODES[d] for d in dtypes], dtype=np.int64)
+    address, offset = np.array(keys[0], dtype=np.int64), np.array(offsets, dtype=np.int64)
+    kinds = np.array([NO_TENSOR if d is None else TYPE_CODES[d] for d in keys[1]], dtype=np.int64)
     aligned = (address % VECTOR_BYTES == 0) & (offset % VECTOR_ELEMENTS == 0) & rows_aligned
     rows = np.stack([address, kinds + ALIGNED * aligned, offset, np.array(sizes, np.int64)], 1)
-    types = sum({1 << TYPE_CODES[d] for d in dtypes if d is not None})
-    return Table(to_device(rows.reshape(-1, 4), device), types)
+    types = sum({1 << TYPE_CODES[d] for d in keys[1] if d is not None})
+    chunks = chunk_table(sizes, length, device)
+    return Plan(to_device(rows.reshape(-1, 4), device), types, chunks)
+
+
+def no_keys(tensors: int) -> tuple[Addresses, Types]:
+    """For launches that read flat storage alone."""
+    return (0,) * tensors, (None,) * tensors
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
