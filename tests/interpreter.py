@@ -3,6 +3,8 @@
 - A call of one jit function by another patches the language anew, which takes longer than
   running it: once for every module that defines such functions is enough, for the kernel that is
   running has patched the rest.
+- After a launch it copies every storage back to the device, also where that is the CPU and the
+  copy is the storage itself: of memory that was only reserved, that makes gigabytes real.
 - From float32 to bfloat16 it cuts off bits, where a GPU rounds to nearest, ties to even.
 """
 
@@ -16,6 +18,7 @@ def patch() -> None:
     """Patches Triton's interpreter, for this process."""
     interpreter.InterpretedFunction.__call__ = call_without_patching
     interpreter._convert_float = convert_float
+    interpreter.GridExecutor._restore_args_dev = lambda *arguments: None
 
 
 def call_without_patching(self, *args, patched=set(), **kwargs):  # noqa: B006

@@ -136,3 +136,56 @@ def test_storage_that_does_not_fit_is_refused(backend):
         call(torch.zeros(12)[::2], [0], [3])
     with pytest.raises(ValueError, match="2 offsets do not go with 1 sizes"):
         call(torch.zeros(6), [0, 3], [3])
+
+
+def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
+    layout = layout_of([3] * 299 + [0])
+    gradients = [torch.full((size,), float(t)) for t, size in enumerate(layout.sizes)]
+    gradients[150] = None
+    accumulator = unwritten(layout.length)
+    ops.accumulate(
+        accumulator, gradients, layout.offsets, layout.sizes, overwrite=True, backend=backend
+    )
+    for t, part in enumerate(layout.split(accumulator)):
+        assert (part == (0.0 if t == 150 else float(t))).all()
+
+
+@given(st.sampled_from([(), (1,), (2, 3, 4, 4), (1, 3, 1, 2), (2, 3, 2, 2, 2)]), st.booleans())
+def test_elements_go_in_memory_order_whatever_the_shape(backend, shape, transposed):
+    gradient = torch.randn(shape)
+    if gradient.dim() == 4:
+        gradient = gradient.to(memory_format=torch.channels_last)
+    if transposed and gradient.dim() > 1:
+        gradient = gradient.transpose(0, -1)
+    layout = layout_of([gradient.numel()])
+    accumulator = unwritten(layout.length)
+    ops.accumulate(
+        accumulator, [gradient], layout.offsets, layout.sizes, overwrite=True, backend=backend
+    )
+    in_memory = gradient.as_strided((gradient.numel(),), (1,))
+    assert torch.equal(accumulator[: gradient.numel()], in_memory)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_scale_that_is_not_finite_spares_what_has_no_gradient(backend, bad):
+    layout = layout_of([4, 5])
+    accumulator = unwritten(layout.length)
+    ops.accumulate(
+        accumulator, [torch.ones(4), None], layout.offsets, layout.sizes,
+        scale=torch.tensor(bad), overwrite=True, backend=backend,
+    )  # fmt: skip
+    first, second = layout.split(accumulator)
+    assert not first.isfinite().any()
+    assert (second == 0).all()
+
+
+def test_a_row_that_is_not_aligned(backend):
+    gradients = [torch.randn(5000), torch.randn(3)]
+    storage = unwritten(6000)
+    accumulator = storage[1:5005]
+    ops.accumulate(accumulator, gradients, [0, 5001], [5000, 3], overwrite=True, backend=backend)
+    assert torch.equal(accumulator[:5000], gradients[0])
+    assert torch.equal(accumulator[5001:], gradients[1])
+    assert storage[0].isnan()
+    assert accumulator[5000].isnan()
+    assert storage[5005:].isnan().all()

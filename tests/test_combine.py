@@ -239,3 +239,67 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_written(
     )  # fmt: skip
     refused("history must be", history=torch.zeros(1, layout.length))
     refused(r"weights must be \[2\] float64", weights=vector(1.0))
+
+
+def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
+    layout = layout_of([3] * 299 + [0])
+    accumulators, scale = rows(layout, 2, 0), vector(1.0, 1.0)
+    outputs = [unwritten(size) for size in layout.sizes]
+    outputs[7] = None
+    ops.combine(
+        accumulators, outputs, layout.offsets, layout.sizes, weights=scale, scale=scale,
+        finite=TRUE, per_tensor=torch.zeros(300, 2, 2).double(), backend=backend,
+    )  # fmt: skip
+    for output, part in zip(outputs, layout.split(accumulators.sum(0)), strict=True):
+        assert output is None or torch.equal(output, part)
+
+
+@pytest.mark.parametrize("tasks", [7, 8, 9, 17])
+def test_many_tasks(backend, tasks):
+    layout = layout_of([1500, 3])
+    accumulators = rows(layout, tasks, 0)
+    weights = torch.rand(tasks, dtype=torch.float64)
+    weights[3] = 0.0
+    scale = torch.ones(tasks, dtype=torch.float64)
+    history = unwritten(tasks, layout.length, dtype=torch.bfloat16)
+    outputs = [unwritten(size) for size in layout.sizes]
+    ops.combine(
+        accumulators, outputs, layout.offsets, layout.sizes, weights=weights, scale=scale,
+        finite=TRUE, per_tensor=gramian_of(accumulators, layout, scale), history=history,
+        backend=backend,
+    )  # fmt: skip
+    exact = layout.split(weights @ accumulators.double())
+    size = layout.split(weights @ accumulators.double().abs())
+    for output, part, bound in zip(outputs, exact, size, strict=True):
+        assert ((output.double() - part).abs() <= tasks * 2.0**-24 * bound).all()
+    mask = layout.mask()
+    assert torch.equal(history[:, mask], accumulators.bfloat16()[:, mask])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 4500, 8999])
+def test_values_that_are_not_finite_stay_where_they_are(backend, bad, place):
+    # `finite` says so of inner products; that a value is passed on as it is, is the sum's matter.
+    layout = layout_of([3, 9000])
+    accumulators, scale = rows(layout, 2, 0), vector(1.0, 1.0)
+    accumulators[1, layout.offsets[1] + place] = bad
+    outputs = [unwritten(size) for size in layout.sizes]
+    ops.combine(
+        accumulators, outputs, layout.offsets, layout.sizes, weights=scale, scale=scale,
+        finite=TRUE, per_tensor=torch.zeros(2, 2, 2).double(), backend=backend,
+    )  # fmt: skip
+    assert outputs[0].isfinite().all()
+    broken = ~outputs[1].isfinite()
+    assert broken[place]
+    assert broken.sum() == 1
+
+
+def test_outputs_in_any_memory_order(backend):
+    output = torch.full((2, 3, 4, 4), math.nan).to(memory_format=torch.channels_last)
+    layout = layout_of([output.numel()])
+    accumulators, scale = rows(layout, 1, 0), vector(1.0)
+    ops.combine(
+        accumulators, [output], layout.offsets, layout.sizes, weights=scale, scale=scale,
+        finite=TRUE, per_tensor=torch.zeros(1, 1, 1).double(), backend=backend,
+    )  # fmt: skip
+    assert torch.equal(output.as_strided((96,), (1,)), accumulators[0, :96])

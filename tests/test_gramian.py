@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gcond_kernels import ops
 from gcond_kernels.python import blocks
+from gcond_kernels.python.gramian import full_float32
 
 # A float32 partial sum of n terms in c parallel chains errs by at most (n / c) · 2^-24 · Σ|a·b|;
 # a BLAS has c ≥ 64 for the n = 4096 of a partial sum: 64 roundings, 3.8e-6.
@@ -204,3 +205,62 @@ def test_lists_that_do_not_match_are_refused(backend):
         ops.multi_tensor_cosine_similarity([torch.ones(3)], [torch.ones(4)], backend=backend)
     with pytest.raises(ValueError, match=r"tensors\[0\] must be of torch.float32"):
         ops.multi_tensor_norm([torch.ones(3, dtype=torch.int64)], backend=backend)
+
+
+def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
+    layout = layout_of([3] * 299 + [0])
+    accumulators = rows(layout, 1, 0)
+    one = torch.ones(1, dtype=torch.float64)
+    total, _, per_tensor = ops.gramian(
+        accumulators, layout.offsets, layout.sizes, scale=one, backend=backend
+    )
+    check(total, accumulators, accumulators)
+    for t, part in enumerate(layout.split(accumulators[0])):
+        check(per_tensor[t], part[None], part[None])
+
+
+@pytest.mark.parametrize("tasks", [6, 7, 8, 9, 12])
+@pytest.mark.parametrize("with_momentum", [False, True])
+def test_many_tasks(backend, tasks, with_momentum):
+    layout = layout_of([4100, 1, 513])
+    accumulators, history = rows(layout, tasks, 0), rows(layout, tasks, 1, torch.bfloat16)
+    momentum = rows(layout, 1, 2)[0] if with_momentum else None
+    ones = torch.ones(tasks, dtype=torch.float64)
+    total, cross, per_tensor = ops.gramian(
+        accumulators, layout.offsets, layout.sizes, scale=ones, history=history,
+        history_scale=ones, momentum=momentum, backend=backend,
+    )  # fmt: skip
+    left = accumulators if momentum is None else torch.cat([accumulators, momentum[None]])
+    check(total, accumulators, accumulators)
+    check(cross, accumulators, history)
+    check(per_tensor.sum(0), left, left)
+
+
+@pytest.mark.parametrize("allowed", ["high", "medium", "tf32", "bf16"])
+def test_reduced_precision_allowed_to_the_user_stays_out_of_the_sums(allowed):
+    matmul, on_cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    try:
+        if allowed in ("high", "medium"):
+            torch.set_float32_matmul_precision(allowed)
+        elif allowed == "tf32":
+            matmul.fp32_precision = "tf32"
+        else:
+            on_cpu.fp32_precision = "bf16"
+        before = matmul.fp32_precision, on_cpu.fp32_precision
+        with full_float32():
+            assert not {matmul.fp32_precision, on_cpu.fp32_precision} & {"tf32", "bf16"}
+            torch.get_float32_matmul_precision()  # raises where the two interfaces disagree
+        assert (matmul.fp32_precision, on_cpu.fp32_precision) == before
+        if allowed in ("high", "medium"):
+            assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = on_cpu.fp32_precision = "none"
+
+
+def test_lists_in_different_memory_orders(backend):
+    a = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    b = torch.randn(2, 3, 4, 5)
+    got = ops.multi_tensor_cosine_similarity([a], [b], backend=backend)
+    expected = torch.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0)
+    assert got.item() == pytest.approx(expected.item(), abs=PARTIAL_SUM_ERROR)

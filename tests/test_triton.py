@@ -1,0 +1,123 @@
+"""What is particular to the Triton backend: plans, far offsets, what it says when it cannot."""
+
+import pytest
+import torch
+from flat import layout_of, rows
+
+from gcond_kernels import ops
+
+pytest.importorskip("triton", reason="Triton is not installed")
+triton_kernels = pytest.importorskip("gcond_kernels.triton_kernels")
+from gcond_kernels.triton_kernels import tables  # noqa: E402
+
+HERE = torch.device("cpu")
+needs_interpreter = pytest.mark.skipif(
+    ops.unavailable("triton", HERE) is not None,
+    reason=f"no Triton on CPU tensors: {ops.unavailable('triton', HERE)}",
+)
+
+
+def accumulate(accumulator, gradients, layout):
+    ops.accumulate(
+        accumulator, gradients, layout.offsets, layout.sizes, overwrite=True, backend="triton"
+    )
+
+
+@needs_interpreter
+def test_a_plan_is_found_again_by_addresses_types_and_sizes_alone():
+    layout = layout_of([5, 7])
+    storage = torch.randn(64)
+    accumulator = torch.zeros(layout.length)
+
+    def misses(gradients, layout=layout):
+        before = tables.plan.cache_info().misses
+        accumulate(accumulator, gradients, layout)
+        return tables.plan.cache_info().misses - before
+
+    assert misses([storage[:5], storage[32:39]]) == 1
+    assert misses([storage[:5], storage[32:39]]) == 0  # other objects, same addresses
+    assert misses([storage[:5], None]) == 1
+    assert misses([storage[1:6], storage[32:39]]) == 1
+    assert misses([storage[:5].view(torch.int32).view(torch.float32), storage[32:39]]) == 0
+    halves = storage.view(torch.bfloat16)
+    assert misses([halves[:5], halves[64:71]]) == 1  # same addresses, another type
+    assert torch.equal(accumulator[:5], halves[:5].float())
+    assert misses([halves.view(torch.float16)[:5], halves[64:71]]) == 1
+    assert torch.equal(accumulator[:5], halves.view(torch.float16)[:5].float())
+    assert misses([storage[:4], storage[32:39]], layout_of([4, 7])) == 1
+
+
+@needs_interpreter
+def test_elements_beyond_2_31():
+    # Memory that is only reserved: nothing but the last pages is touched.
+    far, row = 2**31 + 4096, 2**31 + 8192
+    accumulators = torch.zeros(2 * row, dtype=torch.bfloat16).view(2, row)
+    history = torch.zeros(2 * row, dtype=torch.bfloat16).view(2, row)
+    values = torch.randn(2, 3000).bfloat16()
+    one = torch.ones(2, dtype=torch.float64)
+    for k in range(2):
+        ops.accumulate(
+            accumulators[k], [values[k]], [far], [3000], overwrite=True, backend="triton"
+        )
+        assert torch.equal(accumulators[k, far : far + 3000], values[k])
+    products = ops.gramian(
+        accumulators, [far], [3000], scale=one, history=history, history_scale=one,
+        backend="triton",
+    )  # fmt: skip
+    exact = values.double() @ values.double().T
+    assert torch.allclose(products.total, exact, rtol=1e-5, atol=1e-5)
+    output = torch.empty(3000)
+    ops.combine(
+        accumulators, [output], [far], [3000], weights=one, scale=one, finite=torch.tensor(True),
+        per_tensor=products.per_tensor, history=history, backend="triton",
+    )  # fmt: skip
+    assert torch.equal(output, values[0].float() + values[1].float())
+    assert torch.equal(history[:, far : far + 3000], values)
+
+
+def test_pieces_of_tensors_beyond_2_31_are_counted_in_integers():
+    sizes = (2**33 + 1, 0, 5)
+    chunks = tables.chunk_table(sizes, 32768, HERE)
+    assert chunks.count == 2**18 + 2
+    assert chunks.first.tolist() == [0, 2**18 + 1, 2**18 + 1, 2**18 + 2]
+    assert chunks.table[2**18].tolist() == [0, 2**18]
+    assert chunks.table[-1].tolist() == [2, 0]
+
+
+@needs_interpreter
+def test_too_many_tasks_to_arbitrate_are_refused_with_the_number():
+    from gcond_kernels import GCond
+
+    state = GCond().new_state(65, HERE)
+    with pytest.raises(ValueError, match="up to 64 tasks, not 65"):
+        GCond().resolve(
+            torch.eye(65).double(), None, torch.ones(65).double(), state, backend="triton"
+        )
+
+
+@needs_interpreter
+@pytest.mark.parametrize("tasks", [11, 32, 33])
+def test_many_tasks_arbitrate_as_the_reference_does(tasks):
+    from gcond_kernels import GCond
+
+    layout = layout_of([50])
+    g = rows(layout, tasks, 0).double()
+    g -= 0.9 * g.mean(0)
+    method = GCond()
+    decisions = []
+    for backend in ("python", "triton"):
+        state = method.new_state(tasks, HERE)
+        state["norm_ema"] += torch.linspace(0.5, 2.0, tasks).double()
+        decisions.append(method.resolve(g @ g.T, None, torch.ones(tasks).double(), state, backend))
+    a, b = decisions
+    assert torch.equal(a.events[:, [0, 1, 3, 4]], b.events[:, [0, 1, 3, 4]])
+    assert torch.allclose(a.weights, b.weights, rtol=1e-9, atol=1e-12)
+
+
+def test_what_stands_in_the_way_is_said(monkeypatch):
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    assert "TRITON_INTERPRET=1" in ops.unavailable("triton", HERE)
+    assert ops.unavailable("triton", torch.device("cuda")) is None
+    assert "not on mps" in ops.unavailable("triton", torch.device("mps"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install triton" in ops.unavailable("triton", torch.device("cuda"))
