@@ -40,6 +40,7 @@ BATCH = 20
 # Weights and biases in turn, as in a real model.
 PAIRS, BIAS = 150, 1024
 SMALL_PAIRS, SMALL_BIAS, SMALL_PARAMETERS = 71, 128, 2_500_000
+TRAINED_LAYERS, TRAINED_WIDTH = 5, 2048
 MOST_TASKS_WITH_TARGET = 8
 
 Figure = dict[str, Any]
@@ -269,12 +270,14 @@ def memory_figures() -> Iterator[Figure]:
 
 def peak_of_training(tasks: int) -> tuple[int, int]:
     """Bytes that a window of training has allocated at most, and the number of parameters."""
-    layers = [layer for _ in range(5) for layer in (torch.nn.Linear(2048, 2048), torch.nn.ReLU())]
-    model = torch.nn.Sequential(*layers).to(DEVICE)
+    model = torch.nn.Sequential()
+    for _ in range(TRAINED_LAYERS):
+        model.append(torch.nn.Linear(TRAINED_WIDTH, TRAINED_WIDTH)).append(torch.nn.ReLU())
+    model.to(DEVICE)
     weights = {f"task {task}": 1.0 for task in range(tasks)}
     base = torch.optim.SGD(model.parameters(), lr=1e-3)
     optimizer = GCondFused(base, weights, accumulation_steps=2, backend="triton")
-    x = torch.randn(64, 2048, device=DEVICE)
+    x = torch.randn(64, TRAINED_WIDTH, device=DEVICE)
     gc.collect()
     torch.cuda.reset_peak_memory_stats(DEVICE)
     before = torch.cuda.memory_allocated(DEVICE)

@@ -126,6 +126,8 @@ class GCondFused(torch.optim.Optimizer):
             self.beta > 0.0,
         )
         self._method_state = self.method.new_state(len(tasks), parameters[0].device)
+        self._shares: list[float] = []
+        self._scale_tensor = torch.empty(0)
         self._position = 0
         self._resolved = False
         self._steps = 0
@@ -375,7 +377,11 @@ class GCondFused(torch.optim.Optimizer):
             weight / count if count else 0.0
             for weight, count in zip(self.tasks.values(), acc.counts, strict=True)
         ]
-        return torch.tensor(shares, dtype=torch.float64, device=acc.rows.device)
+        # The same from step to step, mostly: made anew it would wait for the device.
+        if shares != self._shares or self._scale_tensor.device != acc.rows.device:
+            self._shares = shares
+            self._scale_tensor = torch.tensor(shares, dtype=torch.float64, device=acc.rows.device)
+        return self._scale_tensor
 
     def _write(
         self,

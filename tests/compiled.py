@@ -31,8 +31,8 @@ class Case:
     Attributes:
         room: module of the kernel, in `gcond_kernels.triton_kernels`.
         kernel: its name.
-        arguments: name → Triton type. Pointers and "i64" are taken to be divisible by 16, as the
-            launcher finds them to be.
+        arguments: name → Triton type. Pointers are taken to be divisible by 16, as the launcher
+            finds them to be.
         constants: the constexpr arguments.
         warps: per program.
         loads: bytes that a thread of the main body loads at least 16 at a time; None: not said.
@@ -316,7 +316,7 @@ def compile_case(case: Case, target: str) -> Finding:
     kernel = getattr(import_module(f"gcond_kernels.triton_kernels.{case.room}"), case.kernel)
     names = list(inspect.signature(kernel.fn).parameters)
     assert set(names) == {*case.arguments, *case.constants}, case.name
-    divisible = [n for n, t in case.arguments.items() if t.startswith("*") or t == "i64"]
+    divisible = [n for n, t in case.arguments.items() if t.startswith("*")]
     source = ASTSource(
         fn=kernel,
         signature={n: case.arguments.get(n, "constexpr") for n in names},

@@ -8,6 +8,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# What cuBLAS needs to be told before torch lets it run where memory is to be NaN at first.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import offload
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
@@ -35,13 +39,22 @@ settings.register_profile("interpreted", max_examples=10, phases=PHASES, **COMMO
 settings.load_profile("project")
 
 
-@pytest.fixture(params=[b for b in ops.BACKENDS if not ops.unavailable(b, torch.device("cpu"))])
-def backend(request):
-    """Every backend that serves CPU tensors here."""
+HERE = [b for b in ops.BACKENDS if not ops.unavailable(b, torch.device("cpu"))]
+if torch.cuda.is_available() and "triton" not in HERE:
+    HERE.append(pytest.param("triton", marks=pytest.mark.gpu))
+
+
+@pytest.fixture(params=HERE)
+def backend(request, monkeypatch):
+    """Every backend that serves CPU tensors here; with a GPU Triton too, by way of the GPU."""
+    interpreted = request.param == "triton" and INTERPRETED
     if hasattr(request.function, "hypothesis"):
-        profile = "interpreted" if request.param == "triton" and INTERPRETED else "project"
         # Hypothesis has no public way to say this of one parameter of a test.
-        request.function._hypothesis_internal_use_settings = settings.get_profile(profile)
+        request.function._hypothesis_internal_use_settings = settings.get_profile(
+            "interpreted" if interpreted else "project"
+        )
+    if request.param == "triton" and not interpreted:
+        offload.install(monkeypatch)
     # Memory that an operation allocates is NaN until it is written.
     torch.use_deterministic_algorithms(True)
     yield request.param

@@ -1,5 +1,7 @@
 """What is particular to the Triton backend: plans, far offsets, what it says when it cannot."""
 
+import mmap
+
 import pytest
 import torch
 from flat import layout_of, rows
@@ -11,6 +13,7 @@ triton_kernels = pytest.importorskip("gcond_kernels.triton_kernels")
 from gcond_kernels.triton_kernels import tables  # noqa: E402
 
 HERE = torch.device("cpu")
+# On a GPU machine the kernels are not interpreted: tests/gpu checks these things there.
 needs_interpreter = pytest.mark.skipif(
     ops.unavailable("triton", HERE) is not None,
     reason=f"no Triton on CPU tensors: {ops.unavailable('triton', HERE)}",
@@ -49,10 +52,12 @@ def test_a_plan_is_found_again_by_addresses_types_and_sizes_alone():
 
 @needs_interpreter
 def test_elements_beyond_2_31():
-    # Memory that is only reserved: nothing but the last pages is touched.
+    # Memory that is only reserved: nothing but the pages that are used becomes real.
     far, row = 2**31 + 4096, 2**31 + 8192
-    accumulators = torch.zeros(2 * row, dtype=torch.bfloat16).view(2, row)
-    history = torch.zeros(2 * row, dtype=torch.bfloat16).view(2, row)
+    accumulators, history = (
+        torch.frombuffer(mmap.mmap(-1, 2 * row * 2), dtype=torch.bfloat16).view(2, row)
+        for _ in range(2)
+    )
     values = torch.randn(2, 3000).bfloat16()
     one = torch.ones(2, dtype=torch.float64)
     for k in range(2):

@@ -121,7 +121,7 @@ def with_products(T, C, S, row, KP: tl.constexpr):
     return tl.where(i == row, products[None, :], tl.where(j == row, products[:, None], T))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_iterations"])
 def arbitrate_kernel(
     gramian,  # [K, K] float64, like all that are not said to be otherwise
     cross,  # [K, K]; read where CROSS

@@ -91,7 +91,7 @@ def combine_chunk(
     write(address, kind, first + at, total, inside, TYPES, WIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def combine_kernel(
     accumulators,  # [K, N'] float32 or bfloat16
     history,  # [K, N'], written where HISTORY
@@ -197,7 +197,7 @@ def factor_kernel(
     tl.store(factors + tensor, factor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def clipping_kernel(
     squares,  # [T] float64
     settings,  # as in combine_kernel

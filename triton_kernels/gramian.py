@@ -64,7 +64,8 @@ def store_products(partials, chunk_count, sums):
         tl.store(partials + place, tl.sum(sums[product], axis=0))
 
 
-@triton.jit
+# Not specialized: a variant for a count of 1, and one for multiples of 16, would gain nothing.
+@triton.jit(do_not_specialize=["stride", "chunk_count"])
 def products_kernel(
     accumulators,  # [K, N'] float32 or bfloat16
     history,  # [K, N']; read where HISTORY
@@ -120,7 +121,7 @@ def read_lists(table, tensor, tensors, first, at, inside, LISTS, TYPES, WIDE):
     return rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "chunk_count"])
 def list_products_kernel(
     table,  # [L · T, 4] int64: address, kind, -, size
     chunks,  # [C, 2] int32: tensor, piece
@@ -173,7 +174,7 @@ def row_scale(scale, row, K: tl.constexpr):
     return tl.load(scale + row, mask=row < K, other=1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "chunk_count"])
 def sum_kernel(
     partials,  # [P, C] float32
     first,  # [T + 1] int32: the first piece of each tensor
