@@ -15,17 +15,22 @@ NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
 LARGE = ("accumulate_kernel", "products_kernel", "list_products_kernel", "combine_kernel")
 
 
-@pytest.fixture(scope="module")
-def findings() -> list[Finding]:
-    """Every variant on every target, compiled in a process where Triton does not interpret."""
+def output_of(script: str) -> list[str]:
+    """What a script of this folder prints, in a process where Triton does not interpret."""
     run = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "compiled.py")],
+        [sys.executable, str(Path(__file__).parent / script)],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    return [Finding(**json.loads(line)) for line in run.stdout.splitlines()]
+    return run.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def findings() -> list[Finding]:
+    """Every variant on every target."""
+    return [Finding(**json.loads(line)) for line in output_of("compiled.py")]
 
 
 def large(findings: list[Finding]) -> list[Finding]:
@@ -56,3 +61,7 @@ def test_up_to_eight_tasks_everything_stays_in_registers(findings):
 
 def test_no_address_is_made_of_a_product_of_32_bits(findings):
     assert [f for f in large(findings) if f.narrow_products] == []
+
+
+def test_the_launches_as_the_host_makes_them_are_accepted():
+    assert output_of("launches.py") == ["fine"]

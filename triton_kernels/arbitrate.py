@@ -19,7 +19,6 @@ MOST_TASKS = 64
 # cancelling, are what rounding left of a projected gradient, and count as zero.
 RESIDUE = tl.constexpr(2.0**-23)
 INFINITY = tl.constexpr(math.inf)
-NAN = tl.constexpr(math.nan)
 HALF_PI = tl.constexpr(math.pi / 2)
 
 
@@ -245,7 +244,9 @@ def arbitrate_kernel(
 
     for start in range(5 * iteration, 5 * max_iterations, 64):
         rest = start + tl.arange(0, 64)
-        tl.store(events + rest, tl.full([64], NAN, tl.float64), mask=rest < 5 * max_iterations)
+        # No global constant: Triton compares those between launches, and NaN differs from itself.
+        nothing = tl.full([64], float("nan"), tl.float64)
+        tl.store(events + rest, nothing, mask=rest < 5 * max_iterations)
     tl.store(weights + index, tl.sum(C, axis=0), mask=task)
     tl.store(rows + at, C, mask=square)
     tl.store(finite, is_finite)

@@ -1,0 +1,81 @@
+"""Makes every launch as the host makes it, up to the launch itself, with no GPU present.
+
+Run as a script, where Triton does not interpret: arguments are bound and specialized and the
+kernels compiled for sm_90, on CPU tensors; twice, for a second launch finds what the first left.
+"""
+
+from types import SimpleNamespace
+
+import torch
+import triton
+from flat import layout_of, rows
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from gcond_kernels import GCond, ops, triton_kernels
+
+
+def pretend() -> None:
+    """A driver that knows a GPU and launches nothing; the Triton backend for CPU tensors."""
+    driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device=None: 0,
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        )
+    )
+    run = triton.JITFunction.run
+
+    def warm_up(self, *args, grid, warmup, **options):
+        assert len(grid) <= 3
+        assert all(0 < size < 2**31 for size in grid[:1])
+        assert all(0 < size < 2**16 for size in grid[1:])
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    triton.JITFunction.run = warm_up
+    ops.backend_module = lambda requested, device: triton_kernels
+
+
+def launch_everything() -> None:
+    layout = layout_of([5000, 3, 0])
+    offsets, sizes = layout.offsets, layout.sizes
+    accumulators, history = rows(layout, 2, 0), rows(layout, 2, 1, torch.bfloat16)
+    momentum, one = rows(layout, 1, 2)[0], torch.ones(2).double()
+    gradients = [torch.randn(5000), None, torch.randn(0).bfloat16()]
+    for scale in (1, 0.5, torch.tensor(2.0)):
+        ops.accumulate(accumulators[0], gradients, offsets, sizes, scale=scale)
+    ops.accumulate(accumulators[0, 1:], [torch.randn(3)], [0], [3], overwrite=True)
+    ops.gramian(accumulators, offsets, sizes, scale=one)
+    products = ops.gramian(
+        accumulators, offsets, sizes, scale=one, history=history, history_scale=one,
+        momentum=momentum,
+    )  # fmt: skip
+    for method in (GCond(), GCond(max_iterations=1, dominance_window=0), GCond(max_iterations=0)):
+        state = method.new_state(2, torch.device("cpu"))
+        method.resolve(products.total, products.cross, one, state)
+        method.resolve(products.total, None, one, state)
+    given = {"weights": one, "scale": one, "finite": torch.tensor(True)}
+    given |= {"per_tensor": products.per_tensor}
+    moving = {"momentum": momentum, "momentum_steps": torch.zeros(3, dtype=torch.int64)}
+    outputs = [torch.empty(5000), None, torch.empty(0).bfloat16()]
+    ops.combine(
+        accumulators, outputs, offsets, sizes, **given, history=history, **moving, beta=0.9,
+        max_norm=1.0,
+    )  # fmt: skip
+    ops.combine(
+        accumulators, outputs, offsets, sizes, **given, **moving, beta=0.9,
+        parameter_norms=torch.ones(3).double(),
+    )  # fmt: skip
+    ops.combine(torch.ones(1, 1), [torch.empty(1)], [0], [1], **given | {
+        "weights": one[:1], "scale": one[:1], "per_tensor": torch.ones(1, 1, 1).double(),
+    })  # fmt: skip
+    ops.multi_tensor_norm([torch.randn(1)])
+    ops.multi_tensor_norm([])
+    ops.multi_tensor_cosine_similarity([torch.randn(9, 9)], [torch.randn(9, 9).half()])
+
+
+if __name__ == "__main__":
+    pretend()
+    for _ in range(2):
+        launch_everything()
+    print("fine")
