@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test lint info bench-cpu clean
+.PHONY: help demo test lint info bench-cpu bench-host gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,8 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make info       versions, device, and which backend serves which operation"
 	@echo "make bench-cpu  a resolution on the CPU beside a copy of the same bytes"
+	@echo "make bench-host what a launch over 300 tensors costs the host; needs no GPU"
+	@echo "make gpu-check  tests, figures and sanitizers on an NVIDIA GPU; results in gpu_check_output/"
 	@echo "make clean      remove the environment and what was built"
 	@echo 'Options go in ARGS, for example: make demo ARGS="--images ~/photos"'
 
@@ -39,6 +41,12 @@ info: $(VENV)/.demo
 
 bench-cpu: $(VENV)/.demo
 	$(BIN)/python bench/resolution_cpu.py $(ARGS)
+
+bench-host: $(VENV)/.demo
+	TRITON_INTERPRET=1 $(BIN)/python bench/host_time.py $(ARGS)
+
+gpu-check: $(VENV)/.dev
+	PYTHON=$(BIN)/python bench/gpu_check.sh gpu_check_output
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo]"

@@ -72,7 +72,7 @@ def full_float32() -> Iterator[None]:
     There are an older and a newer interface, and torch refuses to go on where they disagree: both
     are set, and set back.
     """
-    units = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    units = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [unit.fp32_precision for unit in units]
     if not set(before) & {"tf32", "bf16"}:
         yield

@@ -43,12 +43,17 @@ def test_the_wheel_is_pure_and_complete(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == {"gcond_kernels"}  # and no top-level `python`, `tests` or `triton_kernels`
-    for file in ("__init__.py", "py.typed", "python/gramian.py", "methods/gcond.py"):
+    files = ("__init__.py", "py.typed", "python/gramian.py", "triton_kernels/combine.py")
+    for file in files:
         assert f"gcond_kernels/{file}" in names
     sources = [
         f"gcond_kernels/{path.relative_to(ROOT / 'gcond_kernels')}"
         for path in (ROOT / "gcond_kernels").rglob("*.py")
-    ] + [f"gcond_kernels/python/{path.name}" for path in (ROOT / "python").glob("*.py")]
+    ] + [
+        f"gcond_kernels/{room}/{path.name}"
+        for room in ("python", "triton_kernels")
+        for path in (ROOT / room).glob("*.py")
+    ]
     assert set(sources) <= set(names)
 
 
@@ -139,5 +144,11 @@ def test_a_backend_that_is_not_there_is_an_error_that_says_why():
 
 
 def test_what_a_reader_looks_for_first_is_there():
-    for name in ("README.md", "LICENSE", "CHANGELOG.md", "csrc/README.md"):
+    for name in (
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "csrc/README.md",
+        "triton_kernels/README.md",
+    ):
         assert (ROOT / name).is_file()

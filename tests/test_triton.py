@@ -83,7 +83,7 @@ def test_elements_beyond_2_31():
 def test_pieces_of_tensors_beyond_2_31_are_counted_in_integers():
     sizes = (2**33 + 1, 0, 5)
     chunks = tables.chunk_table(sizes, 32768, HERE)
-    assert chunks.count == 2**18 + 2
+    assert chunks.total == 2**18 + 2
     assert chunks.first.tolist() == [0, 2**18 + 1, 2**18 + 1, 2**18 + 2]
     assert chunks.table[2**18].tolist() == [0, 2**18]
     assert chunks.table[-1].tolist() == [2, 0]

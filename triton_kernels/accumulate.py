@@ -79,12 +79,12 @@ def accumulate(
         CHUNK,
         device,
     )
-    if not plan.chunks.count:
+    if not plan.chunks.total:
         return
     tables.keep_if_captured(plan.rows, plan.chunks.table)
     on_device = isinstance(scale, Tensor)
     with tables.guard(device):
-        accumulate_kernel[(plan.chunks.count,)](
+        accumulate_kernel[(plan.chunks.total,)](
             accumulator,
             plan.rows,
             plan.chunks.table,

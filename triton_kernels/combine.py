@@ -262,9 +262,9 @@ def combine(
             plan, per_tensor, weights, finite, momentum_steps, parameter_norms, settings,
             max_norm is not None,
         )  # fmt: skip
-        if not plan.chunks.count:
+        if not plan.chunks.total:
             return
-        combine_kernel[(plan.chunks.count,)](
+        combine_kernel[(plan.chunks.total,)](
             accumulators,
             accumulators if history is None else history,
             accumulators if momentum is None else momentum,

@@ -270,11 +270,11 @@ def gramian(
     )
     chunks = plan.chunks
     tables.keep_if_captured(plan.rows, chunks.table, chunks.first)
-    partials = torch.empty((pairs + crosses, chunks.count), device=device)
+    partials = torch.empty((pairs + crosses, chunks.total), device=device)
     vector = vector_elements(pairs + crosses)
     with tables.guard(device):
-        if chunks.count:
-            products_kernel[(chunks.count,)](
+        if chunks.total:
+            products_kernel[(chunks.total,)](
                 accumulators,
                 accumulators if history is None else history,
                 accumulators if momentum is None else momentum,
@@ -282,7 +282,7 @@ def gramian(
                 chunks.table,
                 partials,
                 accumulators.stride(0),
-                chunks.count,
+                chunks.total,
                 K=K,
                 HISTORY=int(history is not None),
                 MOMENTUM=int(momentum is not None),
@@ -319,7 +319,7 @@ def add_up(
         total,
         cross,
         tensors,
-        chunks.count,
+        chunks.total,
         K=K,
         ROWS=rows,
         SCALED=scale is not None,
@@ -342,15 +342,15 @@ def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]
     )
     chunks = tables.chunk_table(sizes, length, device)  # the plan's would be of all lists
     tables.keep_if_captured(plan.rows, chunks.table, chunks.first)
-    partials = torch.empty((count * (count + 1) // 2, chunks.count), device=device)
+    partials = torch.empty((count * (count + 1) // 2, chunks.total), device=device)
     with tables.guard(device):
-        if chunks.count:
-            list_products_kernel[(chunks.count,)](
+        if chunks.total:
+            list_products_kernel[(chunks.total,)](
                 plan.rows,
                 chunks.table,
                 partials,
                 len(sizes),
-                chunks.count,
+                chunks.total,
                 LISTS=count,
                 TYPES=plan.types,
                 LENGTH=length,

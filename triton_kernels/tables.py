@@ -38,12 +38,12 @@ class Chunks(NamedTuple):
     Attributes:
         table: [C, 2] int32: the tensor, and the number of the piece within it.
         first: [T + 1] int32: the first piece of each tensor; the last entry is C.
-        count: C.
+        total: C.
     """
 
     table: Tensor
     first: Tensor
-    count: int
+    total: int
 
 
 class Plan(NamedTuple):
@@ -66,12 +66,14 @@ Types = tuple[torch.dtype | None, ...]
 
 
 def keys_of(tensors: Sequence[Tensor | None]) -> tuple[Addresses, Types]:
-    """The address and the type of every tensor; 0 and None for None.
+    """The address and the type of every tensor; 0 and None for None; one type if all are of it.
 
     This is most of what a launch costs the host: two calls in C a tensor and no more.
     """
     try:
-        return tuple(map(Tensor.data_ptr, tensors)), tuple(map(DTYPE, tensors))  # type: ignore[arg-type]
+        addresses = tuple(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+        types = set(map(DTYPE, tensors))
+        return addresses, tuple(types if len(types) == 1 else map(DTYPE, tensors))
     except TypeError:  # there is a None; asking each of them first would cost as much again
         return (
             tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors]),
@@ -91,7 +93,7 @@ def plan(
     """The plan for tensors at these addresses; a tensor each, and its segment of flat storage.
 
     Args:
-        keys: T addresses and T types, as `keys_of` gives them.
+        keys: T addresses, and T types or the one of all, as `keys_of` gives them.
         offsets: T starts of the segments, in elements.
         sizes: T lengths of the segments.
         rows_aligned: whether every row of the flat storage starts at a vector boundary.
@@ -99,7 +101,8 @@ def plan(
         device: where the tables are to lie.
     """
     address, offset = np.array(keys[0], dtype=np.int64), np.array(offsets, dtype=np.int64)
-    kinds = np.array([NO_TENSOR if d is None else TYPE_CODES[d] for d in keys[1]], dtype=np.int64)
+    codes = [NO_TENSOR if dtype is None else TYPE_CODES[dtype] for dtype in keys[1]]
+    kinds = np.broadcast_to(np.array(codes, dtype=np.int64), address.shape)
     aligned = (address % VECTOR_BYTES == 0) & (offset % VECTOR_ELEMENTS == 0) & rows_aligned
     rows = np.stack([address, kinds + ALIGNED * aligned, offset, np.array(sizes, np.int64)], 1)
     types = sum({1 << TYPE_CODES[d] for d in keys[1] if d is not None})
@@ -109,7 +112,7 @@ def plan(
 
 def no_keys(tensors: int) -> tuple[Addresses, Types]:
     """For launches that read flat storage alone."""
-    return (0,) * tensors, (None,) * tensors
+    return (0,) * tensors, (None,)
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
