@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -112,8 +113,8 @@ class Accumulator:
         Raises:
             ValueError: a gradient cannot be accumulated; nothing has been added.
         """
-        gradients = [gradient_in_order(segment) for segment in self.segments]
-        # Autograd and `gradient_in_order` have checked all that `ops.accumulate` would check.
+        gradients = gradients_in_order(self.segments, self.rows.device)
+        # Autograd and `gradients_in_order` have checked all that `ops.accumulate` would check.
         ops.backend_module(backend, self.rows.device).accumulate(
             self.rows[task], gradients, self.offsets, self.sizes, 1.0, self.counts[task] == 0
         )
@@ -236,18 +237,46 @@ def check_parameter(parameter: Tensor, name: str, device: torch.device) -> None:
         )
 
 
-def gradient_in_order(segment: Segment) -> Tensor | None:
-    """The parameter's `.grad` in the segment's memory order; a copy only where it has another."""
-    gradient = segment.parameter.grad
-    if gradient is None:
-        return None
+def gradients_in_order(segments: Sequence[Segment], device: torch.device) -> list[Tensor | None]:
+    """Every `.grad` in its segment's memory order; a copy only where it has another.
+
+    Raises:
+        ValueError: a gradient cannot be accumulated.
+    """
+    gradients = [segment.parameter.grad for segment in segments]
+    # Hundreds of them for every micro-batch: all at once where nothing is special.
+    present = [gradient for gradient in gradients if gradient is not None]
+    strides = [s.stride for s, g in zip(segments, gradients, strict=True) if g is not None]
+    if (
+        set(map(attrgetter("layout"), present)) <= {torch.strided}
+        and list(map(Tensor.stride, present)) == strides
+        and set(map(attrgetter("dtype"), present)) <= set(ops.GRADIENT_DTYPES)
+        and set(map(attrgetter("device"), present)) <= {device}
+    ):
+        return gradients
+    return [
+        None if gradient is None else in_order(segment, gradient, device)
+        for segment, gradient in zip(segments, gradients, strict=True)
+    ]
+
+
+def in_order(segment: Segment, gradient: Tensor, device: torch.device) -> Tensor:
+    """The gradient in the segment's memory order."""
     if gradient.layout != torch.strided:
         raise ValueError(
             f"{segment.name} got a gradient with layout {gradient.layout}: make it dense, "
             "e.g. torch.nn.Embedding(..., sparse=False)"
         )
     if gradient.dtype not in ops.GRADIENT_DTYPES:
-        raise ValueError(f"{segment.name} got a gradient of {gradient.dtype}, which has no kernel")
+        raise ValueError(
+            f"{segment.name} got a gradient of {gradient.dtype}; accumulated are "
+            f"{', '.join(map(str, ops.GRADIENT_DTYPES))}"
+        )
+    if gradient.device != device:
+        raise ValueError(
+            f"{segment.name} got a gradient on {gradient.device}, but its accumulator is on "
+            f"{device}: move the model before the first backward, not after"
+        )
     if gradient.stride() == segment.stride:
         return gradient
     ordered = torch.empty_strided(

@@ -4,18 +4,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from hypothesis import strategies as st
 
 ALIGNMENT = 32
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-# Lengths around the boundaries of a vector, an alignment, a partial sum and a block.
-SIZES = st.sampled_from([0, 1, 2, 3, 31, 32, 33, 127, 128, 129, 1000, 8191, 8192, 8193, 20000])
-SIZE_LISTS = st.one_of(
-    st.lists(SIZES, min_size=0, max_size=6),
-    st.lists(SIZES, min_size=1, max_size=4).map(lambda sizes: [*sizes, 0]),
-    st.just([3] * 40),
-)
 
 
 @dataclass(frozen=True)

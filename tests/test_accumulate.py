@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from flat import DTYPES, SIZE_LISTS, layout_of, misaligned, rows, unwritten
+from flat import DTYPES, layout_of, misaligned, rows, unwritten
 from hypothesis import given
 from hypothesis import strategies as st
+from sizes import SIZE_LISTS
 
 from gcond_kernels import ops
 

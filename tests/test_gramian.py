@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from flat import SIZE_LISTS, layout_of, misaligned, rows
+from flat import layout_of, misaligned, rows
 from hypothesis import given
 from hypothesis import strategies as st
+from sizes import SIZE_LISTS
 
 from gcond_kernels import ops
 from gcond_kernels.python import blocks

@@ -21,7 +21,9 @@ def test_the_example_runs_and_trains(capsys):
 
 def test_every_file_that_is_named_exists():
     text = README.read_text()
-    named = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text) + re.findall(r"`((?:tests|bench)/[\w./]+)[` ]", text)
+    named = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text) + re.findall(
+        r"`((?:tests|bench)/[\w./]+)[` ]", text
+    )
     assert named
     for name in named:
         assert (README.parent / name).exists(), name
