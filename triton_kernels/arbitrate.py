@@ -100,9 +100,9 @@ def smooth_shares(cosine, zone, settings):
 @triton.jit
 def step_shares(zone):
     """The same in the form with steps; in a critical conflict the loser's row is cleared."""
-    return tl.where(zone == 0, 1.0, 0.0).to(tl.float64), tl.where(zone == 2, 0.0, 1.0).to(
-        tl.float64
-    )
+    give_winner = tl.where(zone == 0, 1.0, 0.0)
+    give_loser = tl.where(zone == 2, 0.0, 1.0)
+    return give_winner.to(tl.float64), give_loser.to(tl.float64)
 
 
 @triton.jit
@@ -118,6 +118,91 @@ def with_products(T, C, S, row, KP: tl.constexpr):
     products = tl.sum(C * by_S[None, :], axis=1)
     i, j = tl.arange(0, KP)[:, None], tl.arange(0, KP)[None, :]
     return tl.where(i == row, products[None, :], tl.where(j == row, products[:, None], T))
+
+
+@triton.jit
+def moving_average(old, norms, active, settings):
+    """ν ← β ν + (1-β) n; 0 stands for "not started": it starts at the first norm."""
+    beta, floor = tl.load(settings + 7), tl.load(settings + 8)
+    moved = tl.where(old == 0.0, norms, beta * old + (1.0 - beta) * norms)
+    return tl.where(active, tl.maximum(moved, floor), old)
+
+
+@triton.jit
+def zone_of(cosine, settings, SMOOTH: tl.constexpr):
+    """2 critical, 1 moderate, 0 mild; θ_crit itself is critical in the smooth form alone."""
+    critical, main = tl.load(settings), tl.load(settings + 1)
+    is_critical = cosine < critical
+    if SMOOTH:
+        is_critical = cosine <= critical
+    return tl.where(is_critical, 2, tl.where(cosine < main, 1, 0))
+
+
+@triton.jit
+def second_wins(
+    a, b, C, X, past_rows, past_gramian, squares, average, recent, count, settings,
+    KP: tl.constexpr, WINDOW: tl.constexpr, WP: tl.constexpr,
+):  # fmt: skip
+    """Whether b wins over a: by stability and strength (eq. 7-9), unless one won too long."""
+    floor, eps = tl.load(settings + 8), tl.load(settings + 10)
+    square_a, square_b = entry_of(squares, a, KP), entry_of(squares, b, KP)
+    r_a = relative_norm(square_a, entry_of(average, a, KP) + floor)
+    r_b = relative_norm(square_b, entry_of(average, b, KP) + floor)
+    by_stability, by_strength = tl.load(settings + 5), tl.load(settings + 6)
+    score_a = by_stability * stability(C, X, past_rows, past_gramian, square_a, a, KP)
+    score_b = by_stability * stability(C, X, past_rows, past_gramian, square_b, b, KP)
+    total = r_a + r_b + eps
+    b_wins = score_b + by_strength * r_b / total > score_a + by_strength * r_a / total
+    if WINDOW > 0:
+        place = tl.arange(0, WP)
+        full = count >= WINDOW
+        others_than_a = tl.sum(tl.where((place < WINDOW) & (recent != a), 1, 0), axis=0)
+        others_than_b = tl.sum(tl.where((place < WINDOW) & (recent != b), 1, 0), axis=0)
+        b_wins = (b_wins & ~(full & (others_than_b == 0))) | (full & (others_than_a == 0))
+    return b_wins
+
+
+@triton.jit
+def project(C, T, S, winner, loser, cosine, zone, settings, SMOOTH: tl.constexpr, KP: tl.constexpr):
+    """C and T after the two rows have given way to each other as far as the zone says."""
+    if SMOOTH:
+        give_winner, give_loser = smooth_shares(cosine, zone, settings)
+    else:
+        give_winner, give_loser = step_shares(zone)
+    T_winner = row_of(T, winner, KP)
+    T_wl = entry_of(T_winner, loser, KP)
+    by_loser = give_winner * (T_wl / entry_of(row_of(T, loser, KP), loser, KP))
+    by_winner = give_loser * (T_wl / entry_of(T_winner, winner, KP))
+    C_winner, C_loser = row_of(C, winner, KP), row_of(C, loser, KP)
+    new_loser = C_loser - by_winner * C_winner
+    if not SMOOTH:
+        new_loser = tl.where(zone == 2, 0.0, new_loser)
+    C = with_row(C, winner, C_winner - by_loser * C_loser, KP)
+    C = with_row(C, loser, new_loser, KP)
+    T = with_products(T, C, S, winner, KP)
+    return C, with_products(T, C, S, loser, KP)
+
+
+@triton.jit
+def store_event(events, iteration, a, b, cosine, winner, zone):
+    """One row of the events."""
+    event = events + 5 * iteration
+    tl.store(event, a.to(tl.float64))
+    tl.store(event + 1, b.to(tl.float64))
+    tl.store(event + 2, cosine)
+    tl.store(event + 3, winner.to(tl.float64))
+    tl.store(event + 4, zone.to(tl.float64))
+
+
+@triton.jit
+def store_winners(winners, recent, count, is_finite, WINDOW: tl.constexpr, WP: tl.constexpr):
+    """The last winners, oldest first."""
+    place = tl.arange(0, WP)
+    # Since the window was full, newer winners stand where the oldest stood.
+    turn = tl.where(count > WINDOW, count % WINDOW, 0)
+    oldest_first = (place + WINDOW - turn) % WINDOW
+    stored = (place < WINDOW) & throughout(is_finite, place)
+    tl.store(winners + oldest_first, recent, mask=stored)
 
 
 @triton.jit(do_not_specialize=["max_iterations"])
@@ -157,14 +242,10 @@ def arbitrate_kernel(
     is_finite = tl.sum(tl.sum(tl.where(tl.abs(S) < INFINITY, 0, 1), axis=1), axis=0) == 0
     S = tl.where(is_finite, S, 0.0)
     shares = tl.load(scale + index, mask=task, other=0.0)
-    all_finite = throughout(is_finite, index)
-    active = (shares != 0.0) & all_finite
-
+    active = (shares != 0.0) & throughout(is_finite, index)
     norms = tl.sqrt(diagonal_of(S, KP))
-    beta, floor = tl.load(settings + 7), tl.load(settings + 8)
-    old_average = tl.load(norm_ema + index, mask=task, other=0.0)
-    average = tl.where(old_average == 0.0, norms, beta * old_average + (1.0 - beta) * norms)
-    average = tl.where(active, tl.maximum(average, floor), old_average)
+    average = tl.load(norm_ema + index, mask=task, other=0.0)
+    average = moving_average(average, norms, active, settings)
     past_gramian = tl.load(history_gramian + at, mask=square, other=0.0)
     past_rows = tl.load(history_rows + at, mask=square, other=0.0)
     X = tl.zeros([KP, KP], tl.float64)
@@ -179,65 +260,25 @@ def arbitrate_kernel(
         own = tl.where(norms > cap, own * (cap / norms), own)
     C = tl.where(i == j, own[:, None], 0.0)
     T = own[:, None] * S * own[None, :]
-
     limit = tl.load(settings + 2) - tl.load(settings + 3)
     squares = squared_norms(C, T, norms, KP)
     a, b, cosine = worst_pair(T, squares, KP)
     iteration = max_iterations * 0
     while (iteration < max_iterations) & (cosine < limit):
-        critical, main = tl.load(settings), tl.load(settings + 1)
-        is_critical = cosine < critical
-        if SMOOTH:
-            is_critical = cosine <= critical
-        zone = tl.where(is_critical, 2, tl.where(cosine < main, 1, 0))
-
-        # Winner and loser by stability and strength (eq. 7-9) …
-        square_a, square_b = entry_of(squares, a, KP), entry_of(squares, b, KP)
-        r_a = relative_norm(square_a, entry_of(average, a, KP) + floor)
-        r_b = relative_norm(square_b, entry_of(average, b, KP) + floor)
-        total = r_a + r_b + tl.load(settings + 10)
-        by_stability, by_strength = tl.load(settings + 5), tl.load(settings + 6)
-        score_a = by_stability * stability(C, X, past_rows, past_gramian, square_a, a, KP)
-        score_b = by_stability * stability(C, X, past_rows, past_gramian, square_b, b, KP)
-        b_wins = score_b + by_strength * r_b / total > score_a + by_strength * r_a / total
+        zone = zone_of(cosine, settings, SMOOTH)
         chosen = zone >= 0
         if not SMOOTH:
-            chosen = zone != 0
-        if WINDOW > 0:
-            # … unless one of them has won too long.
-            full = count >= WINDOW
-            others_than_a = tl.sum(tl.where((place < WINDOW) & (recent != a), 1, 0), axis=0)
-            others_than_b = tl.sum(tl.where((place < WINDOW) & (recent != b), 1, 0), axis=0)
-            b_wins = (b_wins & ~(full & (others_than_b == 0))) | (full & (others_than_a == 0))
-        b_wins = b_wins & chosen
+            chosen = zone != 0  # in the mild zone both give way alike
+        b_wins = chosen & second_wins(
+            a, b, C, X, past_rows, past_gramian, squares, average, recent, count, settings,
+            KP, WINDOW, WP,
+        )  # fmt: skip
         winner, loser = tl.where(b_wins, b, a), tl.where(b_wins, a, b)
         if WINDOW > 0:
             recent = tl.where(chosen & (place == count % WINDOW), winner, recent)
             count += tl.where(chosen, 1, 0)
-
-        event = events + 5 * iteration
-        tl.store(event, a.to(tl.float64))
-        tl.store(event + 1, b.to(tl.float64))
-        tl.store(event + 2, cosine)
-        tl.store(event + 3, tl.where(chosen, winner, -1).to(tl.float64))
-        tl.store(event + 4, zone.to(tl.float64))
-
-        if SMOOTH:
-            give_winner, give_loser = smooth_shares(cosine, zone, settings)
-        else:
-            give_winner, give_loser = step_shares(zone)
-        T_winner = row_of(T, winner, KP)
-        T_wl = entry_of(T_winner, loser, KP)
-        by_loser = give_winner * (T_wl / entry_of(row_of(T, loser, KP), loser, KP))
-        by_winner = give_loser * (T_wl / entry_of(T_winner, winner, KP))
-        C_winner, C_loser = row_of(C, winner, KP), row_of(C, loser, KP)
-        new_loser = C_loser - by_winner * C_winner
-        if not SMOOTH:
-            new_loser = tl.where(zone == 2, 0.0, new_loser)
-        C = with_row(C, winner, C_winner - by_loser * C_loser, KP)
-        C = with_row(C, loser, new_loser, KP)
-        T = with_products(T, C, S, winner, KP)
-        T = with_products(T, C, S, loser, KP)
+        store_event(events, iteration, a, b, cosine, tl.where(chosen, winner, -1), zone)
+        C, T = project(C, T, S, winner, loser, cosine, zone, settings, SMOOTH, KP)
         squares = squared_norms(C, T, norms, KP)
         a, b, cosine = worst_pair(T, squares, KP)
         iteration += 1
@@ -253,15 +294,10 @@ def arbitrate_kernel(
 
     # Several threads hold the same numbers: none may read the state after another wrote it.
     tl.debug_barrier()
-    tl.store(norm_ema + index, average, mask=task & all_finite)
+    tl.store(norm_ema + index, average, mask=task & throughout(is_finite, index))
     if WINDOW > 0:
-        # Since the window was full, newer winners stand where the oldest stood: oldest first.
-        turn = tl.where(count > WINDOW, count % WINDOW, 0)
-        stored = (place < WINDOW) & throughout(is_finite, place)
-        oldest_first = (place + WINDOW - turn) % WINDOW
-        tl.store(winners + oldest_first, recent, mask=stored)
-    both = active[:, None] & active[None, :]
-    tl.store(history_gramian + at, S, mask=square & both)
+        store_winners(winners, recent, count, is_finite, WINDOW, WP)
+    tl.store(history_gramian + at, S, mask=square & active[:, None] & active[None, :])
     kept_rows = tl.where(i == j, 1.0, 0.0).to(tl.float64)
     if RESOLVED:
         kept_rows = tl.where(active[:, None], C, kept_rows)
