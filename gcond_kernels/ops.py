@@ -83,7 +83,7 @@ def _triton_unavailable(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton (Linux only)"
     if device.type == "cuda":
-        return None
+        return _too_old(device)
     if device.type != "cpu":
         return f"its kernels run on CUDA and ROCm devices, not on {device.type}"
     from triton import knobs
@@ -94,6 +94,17 @@ def _triton_unavailable(device: torch.device) -> str | None:
         "its kernels need a GPU; with TRITON_INTERPRET=1 in the environment they run on the CPU, "
         "interpreted, which is for tests"
     )
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    """Why the kernels do not run on this GPU: before Ampere there is no bfloat16."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return None
+    return f"its kernels need compute capability 8.0, this GPU has {major}.{minor}"
 
 
 def choose_backend(requested: str, device: torch.device) -> str:

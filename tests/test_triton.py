@@ -124,5 +124,11 @@ def test_what_stands_in_the_way_is_said(monkeypatch):
     assert "TRITON_INTERPRET=1" in ops.unavailable("triton", HERE)
     assert ops.unavailable("triton", torch.device("cuda")) is None
     assert "not on mps" in ops.unavailable("triton", torch.device("mps"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    turing = torch.device("cuda", 7)
+    assert "8.0, this GPU has 7.5" in ops.unavailable("triton", turing)
+    assert ops.choose_backend("auto", turing) == "python"
+    ops._too_old.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install triton" in ops.unavailable("triton", torch.device("cuda"))
