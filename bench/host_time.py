@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import triton
+from resolution_cpu import cpu_name
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     figures = {name: seconds(call) for name, call in calls().items()}
     machine = {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
