@@ -21,7 +21,7 @@ def accumulate(
         for gradient, offset, size in zip(gradients, offsets, sizes, strict=True):
             if gradient is None:
                 accumulator[offset : offset + size].zero_()
-    for tensor, start, stop in blocks(offsets, sizes, rows=1):
+    for tensor, start, stop in blocks(offsets, sizes, 1, accumulator.device):
         gradient = gradients[tensor]
         if gradient is None:
             continue

@@ -2,18 +2,22 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 # Elements of scratch memory that one block may fill, over all rows: 2^21 float32 are
 # 8 MB, a share of the last-level cache; smaller blocks pay more per call than they gain.
 SCRATCH_ELEMENTS = 1 << 21
 
+# On a GPU what counts is the number of launches: 128 MB.
+SCRATCH_ELEMENTS_ON_GPU = 1 << 25
+
 # Length of one float32 partial sum, and what a block's length is a multiple of.
 PARTIAL = 4096
 
 
 def blocks(
-    offsets: Sequence[int], sizes: Sequence[int], rows: int
+    offsets: Sequence[int], sizes: Sequence[int], rows: int, device: torch.device
 ) -> Iterator[tuple[int, int, int]]:
     """Yields (tensor, start, stop) of every block, in memory order.
 
@@ -21,8 +25,10 @@ def blocks(
         offsets: where each tensor's segment starts, in elements.
         sizes: how many elements each segment has; empty ones yield nothing.
         rows: how many rows of scratch memory the caller fills per block.
+        device: where it works.
     """
-    length = max(1, SCRATCH_ELEMENTS // rows // PARTIAL) * PARTIAL
+    scratch = SCRATCH_ELEMENTS if device.type == "cpu" else SCRATCH_ELEMENTS_ON_GPU
+    length = max(1, scratch // rows // PARTIAL) * PARTIAL
     for tensor, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         for start in range(offset, offset + size, length):
             yield tensor, start, min(start + length, offset + size)

@@ -48,7 +48,9 @@ def combine(
     signs = parameter_norms is not None
     taking_part = [task for task, s in enumerate(scale.tolist()) if s != 0.0]
 
-    for tensor, start, stop in blocks(offsets, sizes, rows=accumulators.shape[0] + 2):
+    for tensor, start, stop in blocks(
+        offsets, sizes, accumulators.shape[0] + 2, accumulators.device
+    ):
         output = outputs[tensor]
         if output is not None:
             first = offsets[tensor]

@@ -29,9 +29,10 @@ def gramian(
         (len(sizes), left, rows), dtype=torch.float64, device=accumulators.device
     )
     # One piece of memory for all blocks: fresh pages cost more than the arithmetic.
-    longest = max((stop - start for _, start, stop in blocks(offsets, sizes, rows)), default=0)
+    pieces = list(blocks(offsets, sizes, rows, accumulators.device))
+    longest = max((stop - start for _, start, stop in pieces), default=0)
     memory = torch.empty(rows * longest, device=accumulators.device)
-    for tensor, start, stop in blocks(offsets, sizes, rows):
+    for tensor, start, stop in pieces:
         block = memory[: rows * (stop - start)].view(rows, stop - start)
         block[:tasks] = accumulators[:, start:stop]
         if momentum is not None:

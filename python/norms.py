@@ -23,7 +23,7 @@ def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]
     sizes = [tensor.numel() for tensor in lists[0]]
     device = lists[0][0].device if lists[0] else None
     products = torch.zeros((len(sizes), len(lists), len(lists)), dtype=torch.float64, device=device)
-    for t, start, stop in blocks([0] * len(sizes), sizes, rows=len(lists)):
+    for t, start, stop in blocks([0] * len(sizes), sizes, len(lists), products.device):
         rows = torch.stack(
             [in_memory_order(one[t], start, stop - start).to(torch.float32) for one in lists]
         )
