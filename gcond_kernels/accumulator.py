@@ -113,7 +113,7 @@ class Accumulator:
         Raises:
             ValueError: a gradient cannot be accumulated; nothing has been added.
         """
-        gradients = gradients_in_order(self.segments, self.rows.device)
+        gradients = gradients_in_order(self.segments, self.sizes, self.rows.device)
         # Autograd and `gradients_in_order` have checked all that `ops.accumulate` would check.
         ops.backend_module(backend, self.rows.device).accumulate(
             self.rows[task], gradients, self.offsets, self.sizes, 1.0, self.counts[task] == 0
@@ -237,7 +237,9 @@ def check_parameter(parameter: Tensor, name: str, device: torch.device) -> None:
         )
 
 
-def gradients_in_order(segments: Sequence[Segment], device: torch.device) -> list[Tensor | None]:
+def gradients_in_order(
+    segments: Sequence[Segment], sizes: Sequence[int], device: torch.device
+) -> list[Tensor | None]:
     """Every `.grad` in its segment's memory order; a copy only where it has another.
 
     Raises:
@@ -247,20 +249,23 @@ def gradients_in_order(segments: Sequence[Segment], device: torch.device) -> lis
     # Hundreds of them for every micro-batch: all at once where nothing is special.
     present = [gradient for gradient in gradients if gradient is not None]
     strides = [s.stride for s, g in zip(segments, gradients, strict=True) if g is not None]
+    counts = [size for size, g in zip(sizes, gradients, strict=True) if g is not None]
     if (
         set(map(attrgetter("layout"), present)) <= {torch.strided}
         and list(map(Tensor.stride, present)) == strides
+        and list(map(Tensor.numel, present)) == counts
+        and not any(map(Tensor.is_neg, present))
         and set(map(attrgetter("dtype"), present)) <= set(ops.GRADIENT_DTYPES)
         and set(map(attrgetter("device"), present)) <= {device}
     ):
         return gradients
     return [
-        None if gradient is None else in_order(segment, gradient, device)
-        for segment, gradient in zip(segments, gradients, strict=True)
+        None if gradient is None else in_order(segment, gradient, size, device)
+        for segment, gradient, size in zip(segments, gradients, sizes, strict=True)
     ]
 
 
-def in_order(segment: Segment, gradient: Tensor, device: torch.device) -> Tensor:
+def in_order(segment: Segment, gradient: Tensor, size: int, device: torch.device) -> Tensor:
     """The gradient in the segment's memory order."""
     if gradient.layout != torch.strided:
         raise ValueError(
@@ -277,8 +282,13 @@ def in_order(segment: Segment, gradient: Tensor, device: torch.device) -> Tensor
             f"{segment.name} got a gradient on {gradient.device}, but its accumulator is on "
             f"{device}: move the model before the first backward, not after"
         )
+    if gradient.numel() != size:
+        raise ValueError(
+            f"{segment.name} got a gradient of shape {list(gradient.shape)}, but had {size} "
+            "elements when it was first seen: make a new optimizer after changing a parameter"
+        )
     if gradient.stride() == segment.stride:
-        return gradient
+        return gradient.resolve_neg()
     ordered = torch.empty_strided(
         gradient.shape, segment.stride, dtype=gradient.dtype, device=gradient.device
     )

@@ -82,13 +82,20 @@ def unavailable(backend: str, device: torch.device) -> str | None:
 def _triton_unavailable(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton (Linux only)"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cuda" and interpreted:
+        return "TRITON_INTERPRET=1 is set, and interpreted its kernels reach CPU tensors alone"
     if device.type == "cuda":
         return _too_old(device)
     if device.type != "cpu":
         return f"its kernels run on CUDA and ROCm devices, not on {device.type}"
-    from triton import knobs
+    if interpreted:
+        import triton
 
-    if knobs.runtime.interpret:
+        if isinstance(triton.language.zeros, triton.JITFunction):
+            return (
+                "TRITON_INTERPRET=1 was set after Triton was imported, which then takes no notice"
+            )
         return None
     return (
         "its kernels need a GPU; with TRITON_INTERPRET=1 in the environment they run on the CPU, "
@@ -299,7 +306,7 @@ def arbitrate(
         cross: X, [K, K] float64, or None for no history: every stability is 0.
         scale: [K] float64; where it is 0 the task takes no part and keeps its state.
         norm_ema: [K] float64, ν; 0 is "not started". Changed in place, like all that follow.
-        winners: [W] int64, the last winners, oldest first, -1 where there is none yet.
+        winners: [W] int64, the last winners, oldest first; at the end -1 where there is none yet.
         history_gramian: [K, K] float64, S of the last step that a task took part in.
         history_rows: [K, K] float64: h_i = Σ_j rows[i, j] · (last step's ĝ_j).
         history_scale: [K] float64, the scale of each history row.
@@ -370,6 +377,12 @@ def _arbitrate(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if gramian.dim() != 2 or len(gramian) == 0:
+        raise ValueError(f"gramian must be [K, K] of one task or more, not {list(gramian.shape)}")
+    if len(thresholds) != 3:
+        raise ValueError(f"thresholds must be three cosines, not {thresholds}")
+    if max_iterations < 0:
+        raise ValueError(f"max_iterations must be 0 or more, not {max_iterations}")
     K, device = gramian.shape[0], gramian.device
     for name, matrix in (
         ("gramian", gramian),
@@ -537,11 +550,17 @@ def _combine(
         raise ValueError("max_norm does not go with the sign update: its size is the trust ratio")
     if parameter_norms is not None:
         _check_small("parameter_norms", parameter_norms, [T], FLOAT64, device)
-    if max_norm is not None or parameter_norms is not None:
-        R = K + (momentum is not None)
-        if per_tensor.shape[1:] != (R, R):
-            raise ValueError("per_tensor must hold the momentum row: give momentum to gramian too")
-        _check_small("per_tensor", per_tensor, [T, R, R], FLOAT64, device)
+    R = per_tensor.shape[-1] if per_tensor.dim() == 3 else K
+    norm_wanted = max_norm is not None or parameter_norms is not None
+    if norm_wanted and momentum is not None and R == K:
+        raise ValueError("per_tensor must hold the momentum row: give momentum to gramian too")
+    _check_small("per_tensor", per_tensor, [T, R, R], FLOAT64, device)
+    if R not in (K, K + (momentum is not None)):
+        raise ValueError(f"per_tensor has {R} rows a tensor, which do not go with {K} tasks")
+    if not 0.0 <= beta < 1.0:
+        raise ValueError(f"beta must be in [0, 1), not {beta}")
+    if max_norm is not None and not max_norm > 0.0:
+        raise ValueError(f"max_norm must be above 0, not {max_norm}")
     if history is not None:
         _check_rows("history", history, accumulators, offsets, sizes, HISTORY_DTYPES)
     backend_module(backend, device).combine(
@@ -570,7 +589,8 @@ def multi_tensor_norm(
     """Euclidean norm of a list of tensors, [] float64, or of each of them, [T] float64.
 
     Args:
-        tensors: T tensors of any floating type and shape, on one device; T may be 0.
+        tensors: T tensors of `GRADIENT_DTYPES` and any shape, on one device; T may be 0. Squares
+            are formed in float32: numbers beyond 1e19 or below 1e-22 leave its range.
         per_tensor: one norm for each tensor instead of one for all.
         backend: see `choose_backend`.
 
@@ -587,7 +607,7 @@ def multi_tensor_cosine_similarity(
     """Cosine of the angle between two lists of tensors, each taken as one long vector.
 
     Args:
-        a: T tensors of any floating type, on one device.
+        a: T tensors of `GRADIENT_DTYPES`, on one device.
         b: T tensors; `b[t]` has as many elements as `a[t]`, in the same logical order.
         backend: see `choose_backend`.
 
@@ -687,6 +707,7 @@ def _check_dense(
     if (
         list(map(Tensor.numel, present)) == wanted
         and all(map(Tensor.is_contiguous, present))
+        and not any(map(Tensor.is_neg, present))
         and set(map(attrgetter("dtype"), present)) <= set(GRADIENT_DTYPES)
         and set(map(attrgetter("device"), present)) <= {device}
     ):
@@ -703,6 +724,8 @@ def _check_dense(
                 f"{name}[{t}] must have {size} elements without gaps in memory, not shape "
                 f"{list(tensor.shape)} and stride {tensor.stride()}"
             )
+        if tensor.is_neg():
+            raise ValueError(f"{name}[{t}] is a negated view: resolve_neg() gives it memory")
         _check_device(f"{name}[{t}]", tensor, device)
 
 

@@ -117,6 +117,7 @@ def gramian_cases() -> Iterator[Case]:
     variants += [(K, "fp32", "bf16", 1) for K in range(1, 9)]
     variants += [(K, "fp32", None, momentum) for K in (2, 8) for momentum in (0, 1)]
     variants += [(4, "bf16", "bf16", 0), (2, "fp32", "fp32", 0), (3, "bf16", "fp16", 1)]
+    variants += [(K, "bf16", "bf16", 1) for K in (5, 8)] + [(8, "fp32", "fp32", 0)]
     for K, row, history, momentum in variants:
         rows, crosses = K + momentum, 0 if history is None else K * K
         products = rows * (rows + 1) // 2 + crosses
@@ -190,6 +191,7 @@ def arbitrate_cases() -> Iterator[Case]:
         (*states, "history_scale", "settings", "weights", "rows", "events"), "*fp64"
     ) | {"winners": "*i64", "finite": "*i1", "max_iterations": "i32"}
     for K, window, smooth, rest in (
+        (1, 3, True, True),
         (2, 3, True, True),
         (2, 0, False, False),
         (3, 3, True, False),

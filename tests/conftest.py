@@ -40,7 +40,7 @@ if settings is not None:
     settings.register_profile("project", max_examples=60, **COMMON)
     # Interpreted, an example may take a second: few of them, and shown as found, not shrunk.
     PHASES = (Phase.explicit, Phase.generate)
-    settings.register_profile("interpreted", max_examples=10, phases=PHASES, **COMMON)
+    settings.register_profile("interpreted", max_examples=15, phases=PHASES, **COMMON)
     settings.load_profile("project")
 
 HERE = [b for b in ops.BACKENDS if not ops.unavailable(b, torch.device("cpu"))]

@@ -3,6 +3,7 @@
 - A call of one jit function by another patches the language anew, which takes longer than
   running it: once for every module that defines such functions is enough, for the kernel that is
   running has patched the rest.
+- A hint of alignment means nothing to it; here a hint that is false is an error, as on a GPU.
 - After a launch it copies every storage back to the device, also where that is the CPU and the
   copy is the storage itself: of memory that was only reserved, that makes gigabytes real.
 - From float32 to bfloat16 it cuts off bits, where a GPU rounds to nearest, ties to even.
@@ -18,6 +19,7 @@ def patch() -> None:
     """Patches Triton's interpreter, for this process."""
     interpreter.InterpretedFunction.__call__ = call_without_patching
     interpreter._convert_float = convert_float
+    interpreter._patch_lang = patch_lang
     interpreter.GridExecutor._restore_args_dev = lambda *arguments: None
 
 
@@ -27,6 +29,17 @@ def call_without_patching(self, *args, patched=set(), **kwargs):  # noqa: B006
         interpreter._patch_lang(self.fn)
         patched.add(module)
     return self.rewrite()(*args, **kwargs)
+
+
+def patch_lang(function, original=interpreter._patch_lang):
+    scope = original(function)
+    scope.set_attr(tl, "multiple_of", checked_multiple_of)
+    return scope
+
+
+def checked_multiple_of(pointer, value):
+    assert (pointer.handle.data % np.uint64(value) == 0).all(), "misaligned address"
+    return pointer
 
 
 def convert_float(data, source, target, rounding, original=interpreter._convert_float):

@@ -9,3 +9,6 @@ SIZE_LISTS = st.one_of(
     st.lists(SIZES, min_size=1, max_size=4).map(lambda sizes: [*sizes, 0]),
     st.just([3] * 40),
 )
+
+# One less and one more than what a program or a tile of any kernel takes.
+SIZES_AT_BOUNDARIES = [n + d for n in (512, 1024, 2048, 4096) for d in (-1, 0, 1)]

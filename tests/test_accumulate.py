@@ -7,7 +7,7 @@ import torch
 from flat import DTYPES, layout_of, misaligned, rows, unwritten
 from hypothesis import given
 from hypothesis import strategies as st
-from sizes import SIZE_LISTS
+from sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
 
 from gcond_kernels import ops
 
@@ -190,3 +190,15 @@ def test_a_row_that_is_not_aligned(backend):
     assert storage[0].isnan()
     assert accumulator[5000].isnan()
     assert storage[5005:].isnan().all()
+
+
+def test_sizes_at_the_ends_of_vectors_tiles_and_pieces(backend):
+    layout = layout_of(SIZES_AT_BOUNDARIES)
+    accumulator = unwritten(layout.length)
+    gradients = [torch.randn(size) for size in SIZES_AT_BOUNDARIES]
+    ops.accumulate(
+        accumulator, gradients, layout.offsets, layout.sizes, overwrite=True, backend=backend
+    )
+    for part, gradient in zip(layout.split(accumulator), gradients, strict=True):
+        assert torch.equal(part, gradient)
+    assert accumulator[~layout.mask()].isnan().all()  # nothing was written between the segments

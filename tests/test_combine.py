@@ -7,7 +7,7 @@ import torch
 from flat import DTYPES, layout_of, misaligned, rows, unwritten
 from hypothesis import given
 from hypothesis import strategies as st
-from sizes import SIZE_LISTS
+from sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
 
 from gcond_kernels import ops
 from gcond_kernels.python import blocks
@@ -304,3 +304,35 @@ def test_outputs_in_any_memory_order(backend):
         finite=TRUE, per_tensor=torch.zeros(1, 1, 1).double(), backend=backend,
     )  # fmt: skip
     assert torch.equal(output.as_strided((96,), (1,)), accumulators[0, :96])
+
+
+def test_sizes_at_the_ends_of_vectors_tiles_and_pieces(backend):
+    layout = layout_of(SIZES_AT_BOUNDARIES)
+    accumulators, scale = rows(layout, 2, 0), vector(1.0, 1.0)
+    history, momentum = unwritten(2, layout.length, dtype=torch.bfloat16), unwritten(layout.length)
+    momentum[layout.mask()] = 0.0
+    outputs = [unwritten(size) for size in layout.sizes]
+    tensors = len(layout.sizes)
+    ops.combine(
+        accumulators, outputs, layout.offsets, layout.sizes, weights=scale, scale=scale,
+        finite=TRUE, per_tensor=torch.zeros(tensors, 2, 2).double(), history=history, beta=0.5,
+        momentum=momentum, momentum_steps=torch.zeros(tensors, dtype=torch.int64), backend=backend,
+    )  # fmt: skip
+    for output, part in zip(outputs, layout.split(accumulators.sum(0)), strict=True):
+        assert torch.allclose(output, part, rtol=1e-6, atol=1e-6)
+    assert history[:, ~layout.mask()].isnan().all()
+    assert momentum[~layout.mask()].isnan().all()
+
+
+def test_a_gramian_of_other_tensors_is_refused(backend):
+    layout = layout_of([5, 6])
+    accumulators, scale = rows(layout, 2, 0), vector(1.0, 1.0)
+    for shape in ((5, 3, 3), (1, 3, 3), (2, 4, 4), (2, 3, 2), ()):
+        steps = torch.zeros(2, dtype=torch.int64)
+        with pytest.raises(ValueError, match="per_tensor"):
+            ops.combine(
+                accumulators, [torch.empty(5), None], layout.offsets, layout.sizes, weights=scale,
+                scale=scale, finite=TRUE, per_tensor=torch.zeros(shape).double(), beta=0.9,
+                momentum=torch.zeros(layout.length), momentum_steps=steps, backend=backend,
+            )  # fmt: skip
+        assert steps.tolist() == [0, 0]

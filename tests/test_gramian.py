@@ -7,7 +7,7 @@ import torch
 from flat import layout_of, misaligned, rows
 from hypothesis import given
 from hypothesis import strategies as st
-from sizes import SIZE_LISTS
+from sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
 
 from gcond_kernels import ops
 from gcond_kernels.python import blocks
@@ -265,3 +265,16 @@ def test_lists_in_different_memory_orders(backend):
     got = ops.multi_tensor_cosine_similarity([a], [b], backend=backend)
     expected = torch.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0)
     assert got.item() == pytest.approx(expected.item(), abs=PARTIAL_SUM_ERROR)
+
+
+def test_sizes_at_the_ends_of_vectors_tiles_and_pieces(backend):
+    layout = layout_of(SIZES_AT_BOUNDARIES)
+    accumulators = rows(layout, 2, 0)
+    accumulators[:, ~layout.mask()] = math.nan  # what lies between the segments is not read
+    ones = torch.ones(2, dtype=torch.float64)
+    products = ops.gramian(
+        accumulators, layout.offsets, layout.sizes, scale=ones, backend=backend
+    ).per_tensor
+    for t, (offset, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
+        part = accumulators[:, offset : offset + size]
+        check(products[t], part, part)

@@ -890,3 +890,23 @@ def test_a_weight_of_zero_switches_a_task_off(backend):
     optimizer.resolve()
     expected = task_gradient(model, x, "a")
     assert torch.allclose(flat_gradients(model).double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_parameter_that_changed_its_size_is_named(backend):
+    p = torch.nn.Parameter(torch.ones(5, 3))
+    optimizer = GCondFused(
+        torch.optim.SGD([p], lr=0.1), {"a": 1.0}, accumulation_steps=2, backend=backend
+    )
+    optimizer.backward({"a": p.sum()})
+    p.data = torch.ones(2, 3)  # the same strides
+    with pytest.raises(ValueError, match=r"parameter 0 got a gradient of shape \[2, 3\]"):
+        optimizer.backward({"a": p.sum()})
+
+
+def test_a_gradient_that_is_a_negated_view_keeps_its_sign(backend):
+    b = torch.nn.Parameter(torch.tensor(0.5))
+    optimizer = GCondFused(torch.optim.SGD([b], lr=1.0), {"a": 1.0}, backend=backend)
+    z = torch.complex(torch.tensor(1.0), b)
+    optimizer.backward({"a": (z.conj() * 1).sum().imag})
+    optimizer.resolve()
+    assert b.grad.item() == -1.0

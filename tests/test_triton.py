@@ -1,5 +1,6 @@
 """What is particular to the Triton backend: plans, far offsets, what it says when it cannot."""
 
+import importlib
 import mmap
 
 import pytest
@@ -8,9 +9,11 @@ from flat import layout_of, rows
 
 from gcond_kernels import ops
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 triton_kernels = pytest.importorskip("gcond_kernels.triton_kernels")
 from gcond_kernels.triton_kernels import tables  # noqa: E402
+
+accumulating = importlib.import_module("gcond_kernels.triton_kernels.accumulate")
 
 HERE = torch.device("cpu")
 # On a GPU machine the kernels are not interpreted: tests/gpu checks these things there.
@@ -29,7 +32,7 @@ def accumulate(accumulator, gradients, layout):
 @needs_interpreter
 def test_a_plan_is_found_again_by_addresses_types_and_sizes_alone():
     layout = layout_of([5, 7])
-    storage = torch.randn(64)
+    storage = torch.arange(1, 65).float()  # no bits of these are a NaN of another type
     accumulator = torch.zeros(layout.length)
 
     def misses(gradients, layout=layout):
@@ -80,6 +83,35 @@ def test_elements_beyond_2_31():
     assert torch.equal(history[:, far : far + 3000], values)
 
 
+@needs_interpreter
+def test_a_piece_beyond_2_31_elements():
+    size = 2**31 + 3000
+    gradient, row = (
+        torch.frombuffer(mmap.mmap(-1, 2 * size), dtype=torch.bfloat16) for _ in range(2)
+    )
+    gradient[-3000:] = torch.randn(3000).bfloat16()
+    plan = tables.plan(tables.keys_of([gradient]), (0,), (size,), True, accumulating.CHUNK, HERE)
+    last = plan.chunks.table[-2:].contiguous()  # the others would take the interpreter hours
+    accumulating.accumulate_kernel[(2,)](
+        row, plan.rows, last, 1.0, row, SCALE_TENSOR=False, OVERWRITE=True, TYPES=plan.types,
+        CHUNK=accumulating.CHUNK,
+    )  # fmt: skip
+    assert torch.equal(row[-3000:], gradient[-3000:])
+
+
+@pytest.mark.parametrize("misplaced", ["nothing", "tensor", "offset", "row"])
+def test_what_is_not_aligned_is_marked(misplaced):
+    address, offset = 2**20 + 4 * (misplaced == "tensor"), 32 + (misplaced == "offset")
+    plan = tables.plan(
+        ((address,), (torch.float32,)), (offset,), (5,), misplaced != "row", 1024, HERE
+    )
+    assert bool(plan.rows[0, 1] & tables.ALIGNED) == (misplaced == "nothing")
+    storage = torch.zeros(2, 33)
+    assert tables.is_aligned(storage[0], None)
+    assert not tables.is_aligned(storage[0], storage[1])
+    assert not tables.is_aligned(storage)  # its second row
+
+
 def test_pieces_of_tensors_beyond_2_31_are_counted_in_integers():
     sizes = (2**33 + 1, 0, 5)
     chunks = tables.chunk_table(sizes, 32768, HERE)
@@ -120,7 +152,11 @@ def test_many_tasks_arbitrate_as_the_reference_does(tasks):
 
 
 def test_what_stands_in_the_way_is_said(monkeypatch):
-    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "CPU tensors alone" in ops.unavailable("triton", torch.device("cuda"))
+    monkeypatch.setattr("triton.language.zeros", object.__new__(triton.JITFunction))
+    assert "after Triton was imported" in ops.unavailable("triton", HERE)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "TRITON_INTERPRET=1" in ops.unavailable("triton", HERE)
     assert ops.unavailable("triton", torch.device("cuda")) is None
     assert "not on mps" in ops.unavailable("triton", torch.device("mps"))

@@ -304,7 +304,7 @@ def factors_of(
     """[T] factors of the tensors and the factor [] of all; None where there is none."""
     if momentum_steps is None and parameter_norms is None and not clip:
         return None, None
-    tensors, K = per_tensor.shape[0], weights.shape[0]
+    tensors, K = plan.rows.shape[0], weights.shape[0]
     factors, squares = torch.empty((2, tensors), dtype=torch.float64, device=weights.device)
     rows = K + (momentum_steps is not None)
     factor_kernel[(tensors,)](

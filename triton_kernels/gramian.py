@@ -236,10 +236,10 @@ def chunk_length(elements: int) -> int:
 def vector_elements(products: int) -> int:
     """Elements of a row that a thread holds.
 
-    With six tasks or more the products leave no registers for eight: then four, and a bfloat16
-    history is read 8 bytes a thread at a time, float32 rows still 16.
+    With six tasks or more, or five and momentum, the products leave no registers for eight: then
+    four, and rows of two bytes are read 8 bytes a thread at a time, float32 rows still 16.
     """
-    return 8 if products <= 50 else 4
+    return 8 if products <= 40 else 4
 
 
 def gramian(
