@@ -52,10 +52,11 @@ if torch.cuda.is_available() and "triton" not in HERE:
 def backend(request, monkeypatch):
     """Every backend that serves CPU tensors here; with a GPU Triton too, by way of the GPU."""
     interpreted = request.param == "triton" and INTERPRETED
+    few = interpreted and request.node.get_closest_marker("quick") is None
     if hasattr(request.function, "hypothesis"):
         # Hypothesis has no public way to say this of one parameter of a test.
         request.function._hypothesis_internal_use_settings = settings.get_profile(
-            "interpreted" if interpreted else "project"
+            "interpreted" if few else "project"
         )
     if request.param == "triton" and not interpreted:
         offload.install(monkeypatch)
