@@ -1,23 +1,21 @@
 """arbitrate: the resolution itself, on K×K numbers, in one program that never asks the host."""
 
-import functools
 import math
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gcond_kernels.python.arbitrate import RESIDUE as REFERENCE_RESIDUE
 from gcond_kernels.triton_kernels import tables
 from gcond_kernels.triton_kernels.memory import throughout
 
 # K×K float64 numbers, eight of each matrix in a thread's registers.
 MOST_TASKS = 64
 
-# As in the reference: squares below this, relative to what their terms would make without
-# cancelling, are what rounding left of a projected gradient, and count as zero.
-RESIDUE = tl.constexpr(2.0**-23)
+# What a kernel reads must be a constant of Triton's.
+RESIDUE = tl.constexpr(REFERENCE_RESIDUE)
 INFINITY = tl.constexpr(math.inf)
 HALF_PI = tl.constexpr(math.pi / 2)
 
@@ -310,12 +308,6 @@ def warps_for(KP: int) -> int:
     return max(1, KP * KP // 256)
 
 
-@functools.lru_cache(maxsize=tables.REMEMBERED)
-def settings_tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Settings on the device, as float64."""
-    return tables.to_device(np.array(values), device)
-
-
 def arbitrate(
     gramian: Tensor,
     cross: Tensor | None,
@@ -349,7 +341,7 @@ def arbitrate(
         *thresholds, tolerance, remap_power, stability_weight, strength_weight,
         norm_ema_beta, norm_ema_floor, 0.0 if norm_cap is None else norm_cap, eps,
     )  # fmt: skip
-    settings = settings_tensor(tuple(map(float, values)), device)
+    settings = tables.settings_tensor(tuple(map(float, values)), device)
     tables.keep_if_captured(settings)
     weights = torch.empty(K, dtype=torch.float64, device=device)
     rows = torch.empty((K, K), dtype=torch.float64, device=device)

@@ -5,16 +5,15 @@ Where the size of a tensor's gradient must be known first (momentum, clipping, t
 launch on T numbers goes before it.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gcond_kernels.python.combine import TRUST_RATIO_EPS as REFERENCE_EPS
 from gcond_kernels.triton_kernels import tables
 from gcond_kernels.triton_kernels.memory import (
     ALIGNED,
@@ -30,8 +29,8 @@ WARPS = 4
 # Up to here the loop over the tasks is unrolled, so that all rows are on their way at once.
 MOST_UNROLLED = 8
 
-# Below this norm a trust ratio is 1: a tensor of zeros has no scale to keep to.
-TRUST_RATIO_EPS = tl.constexpr(1e-8)
+# What a kernel reads must be a constant of Triton's.
+TRUST_RATIO_EPS = tl.constexpr(REFERENCE_EPS)
 
 
 @triton.jit
@@ -216,12 +215,6 @@ def clipping_kernel(
     tl.store(clipping, tl.where(shortened, bound / tl.where(shortened, norm, 1.0), 1.0))
 
 
-@functools.lru_cache(maxsize=tables.REMEMBERED)
-def settings_tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Settings on the device, as float64, which kernel arguments are not."""
-    return tables.to_device(np.array(values), device)
-
-
 def combine(
     accumulators: Tensor,
     weights: Tensor,
@@ -253,7 +246,7 @@ def combine(
         device,
     )
     bound = math.inf if max_norm is None else max_norm
-    settings = settings_tensor(
+    settings = tables.settings_tensor(
         (float(beta), float(bound), float(trust_ratio_coef), float(trust_ratio_clip)), device
     )
     tables.keep_if_captured(plan.rows, plan.chunks.table, settings)

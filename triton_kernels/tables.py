@@ -128,6 +128,12 @@ def chunk_table(sizes: tuple[int, ...], length: int, device: torch.device) -> Ch
     )
 
 
+@functools.lru_cache(maxsize=REMEMBERED)
+def settings_tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Settings on the device, as float64, which kernel arguments are not."""
+    return to_device(np.array(values), device)
+
+
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
     """The array on the device, without waiting for it.
 
