@@ -8,12 +8,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test lint info bench-cpu bench-host gpu-check clean
+.PHONY: help demo test cuda lint info bench-cpu bench-host gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train two multi-task models on real images; pictures in demo_output/"
 	@echo "make test       run all tests"
+	@echo "make cuda       compile the CUDA C++ kernels too (needs nvcc; some two minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make info       versions, device, and which backend serves which operation"
 	@echo "make bench-cpu  a resolution on the CPU beside a copy of the same bytes"
@@ -27,6 +28,12 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# What make has installed before stays: pip builds the extension in its place, ninja what changed.
+cuda: $(VENV)/.torch
+	GCOND_BUILD_CUDA=1 $(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $(VENV)/.dev $(VENV)/.demo
+	@$(BIN)/python -c 'from gcond_kernels import _cuda; print("built for", _cuda.ARCHITECTURES)'
 
 # mypy is shown the package as it is installed, where python/ is gcond_kernels.python.
 lint: $(VENV)/.dev
@@ -75,4 +82,4 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info gcond_kernels/_cuda.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -243,7 +243,7 @@ def accumulate_of(
     offsets, lengths = offsets_of(sizes), list(sizes)
     accumulator = torch.randn(sum(sizes), device=DEVICE)
     gradients = [torch.randn(size, dtype=dtype, device=DEVICE) for size in sizes]
-    direct = ops.backend_module("triton", DEVICE).accumulate
+    direct = ops.backend_module("triton", DEVICE, "accumulate").accumulate
 
     def run() -> None:
         direct(accumulator, gradients, offsets, lengths, 1.0, overwrite)

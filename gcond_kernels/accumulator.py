@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
+from gcond_kernels.contracts import GRADIENT_DTYPES
 
 # Segments start at multiples of this many elements: 128 bytes of float32, 64 of bfloat16.
 ALIGNMENT = 32
@@ -115,7 +116,7 @@ class Accumulator:
         """
         gradients = gradients_in_order(self.segments, self.sizes, self.rows.device)
         # Autograd and `gradients_in_order` have checked all that `ops.accumulate` would check.
-        ops.backend_module(backend, self.rows.device).accumulate(
+        ops.backend_module(backend, self.rows.device, "accumulate").accumulate(
             self.rows[task], gradients, self.offsets, self.sizes, 1.0, self.counts[task] == 0
         )
         self.counts[task] += 1
@@ -255,7 +256,7 @@ def gradients_in_order(
         and list(map(Tensor.stride, present)) == strides
         and list(map(Tensor.numel, present)) == counts
         and not any(map(Tensor.is_neg, present))
-        and set(map(attrgetter("dtype"), present)) <= set(ops.GRADIENT_DTYPES)
+        and set(map(attrgetter("dtype"), present)) <= set(GRADIENT_DTYPES)
         and set(map(attrgetter("device"), present)) <= {device}
     ):
         return gradients
@@ -272,10 +273,10 @@ def in_order(segment: Segment, gradient: Tensor, size: int, device: torch.device
             f"{segment.name} got a gradient with layout {gradient.layout}: make it dense, "
             "e.g. torch.nn.Embedding(..., sparse=False)"
         )
-    if gradient.dtype not in ops.GRADIENT_DTYPES:
+    if gradient.dtype not in GRADIENT_DTYPES:
         raise ValueError(
             f"{segment.name} got a gradient of {gradient.dtype}; accumulated are "
-            f"{', '.join(map(str, ops.GRADIENT_DTYPES))}"
+            f"{', '.join(map(str, GRADIENT_DTYPES))}"
         )
     if gradient.device != device:
         raise ValueError(

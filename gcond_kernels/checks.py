@@ -10,7 +10,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from gcond_kernels import ops
+from gcond_kernels.contracts import ACCUMULATOR_DTYPES
 
 
 def check_tasks(tasks: object) -> None:
@@ -86,8 +86,8 @@ def check_update(update: object, max_norm: float | None) -> None:
 
 def check_storage(accumulator_dtype: object, history_dtype: object) -> None:
     """The types of what is kept for every parameter and task."""
-    check_dtype("accumulator_dtype", accumulator_dtype, ops.ACCUMULATOR_DTYPES)
-    check_dtype("history_dtype", history_dtype, ops.ACCUMULATOR_DTYPES)
+    check_dtype("accumulator_dtype", accumulator_dtype, ACCUMULATOR_DTYPES)
+    check_dtype("history_dtype", history_dtype, ACCUMULATOR_DTYPES)
 
 
 def check_task_names(losses: object, active: Iterable[str], known: Iterable[str]) -> None:

@@ -47,10 +47,10 @@ def _gpu_lines() -> list[str]:
 
 def _operation_lines(device: torch.device) -> list[str]:
     try:
-        chosen = ops.choose_backend("auto", device)
+        chosen = {op: ops.choose_backend("auto", device, op) for op in ops.OPERATIONS}
     except RuntimeError as error:
         return [f"  {error}"]
-    lines = [f"  {operation:<12} {chosen}" for operation in ops.OPERATIONS]
+    lines = [f"  {operation:<12} {backend}" for operation, backend in chosen.items()]
     for backend in ops.BACKENDS:
         reason = ops.unavailable(backend, device)
         if reason is not None:

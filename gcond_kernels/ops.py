@@ -5,6 +5,8 @@
     arbitrate    inner products, state  →  one weight per task
     combine      accumulators, weights  →  the gradient of every parameter
 
+and `resolve`, which is the last three in one call, and in one launch where a backend can.
+
 Shapes: K tasks, T parameter tensors, N' elements in a row of flat storage. `offsets` and
 `sizes` say where in a row each tensor's segment lies; what is between the segments is zero.
 Gradients and outputs are tensors of any shape without gaps in memory; they and the segments list
@@ -20,20 +22,30 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
-from operator import attrgetter
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gcond_kernels.contracts import (
+    FLOAT64,
+    GRADIENT_DTYPES,
+    check_combine,
+    check_dense,
+    check_gramian,
+    check_row,
+    check_settings,
+    check_small,
+    check_state,
+    is_dense,
+)
+
 BACKENDS = ("cuda", "triton", "python")
-OPERATIONS = ("accumulate", "gramian", "arbitrate", "combine")
-ACCUMULATOR_DTYPES = (torch.float32, torch.bfloat16)
-GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HISTORY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FLOAT64 = (torch.float64,)
+OPERATIONS = ("accumulate", "gramian", "arbitrate", "combine", "resolve")
+# Which backend "auto" tries first on a GPU, for each operation.
+AUTO = dict.fromkeys(OPERATIONS, ("cuda", "triton", "python"))
 
 
 class Gramians(NamedTuple):
@@ -75,7 +87,7 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     if backend == "triton":
         return _triton_unavailable(device)
     if backend == "cuda":
-        return "this version of gcond-kernels has no CUDA C++ backend yet"
+        return _cuda_unavailable(device)
     return f"there is no such backend; choose from {', '.join(('auto', *BACKENDS))}"
 
 
@@ -103,6 +115,34 @@ def _triton_unavailable(device: torch.device) -> str | None:
     )
 
 
+def _cuda_unavailable(device: torch.device) -> str | None:
+    if importlib.util.find_spec("gcond_kernels._cuda") is None:
+        return (
+            "its CUDA C++ extension is not built: GCOND_BUILD_CUDA=1 pip install . compiles it "
+            "(needs nvcc)"
+        )
+    if device.type == "cpu":
+        if os.environ.get("GCOND_CUDA_HOST") == "1":
+            return None
+        return (
+            "its kernels need a GPU; with GCOND_CUDA_HOST=1 in the environment they run on the "
+            "CPU, compiled for it, which is for tests"
+        )
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"its kernels run on NVIDIA GPUs, not on {'ROCm' if torch.version.hip else device}"
+    return _cuda_problem(device)
+
+
+@functools.cache
+def _cuda_problem(device: torch.device) -> str | None:
+    """Why the compiled kernels do not run on this GPU: its driver, or what they were built for."""
+    from gcond_kernels import _cuda
+
+    with torch.cuda.device(device):
+        problem = _cuda.problem_on(torch.cuda.current_device())
+    return f"{problem} (built for {_cuda.ARCHITECTURES})" if problem else None
+
+
 @functools.cache
 def _too_old(device: torch.device) -> str | None:
     """Why the kernels do not run on this GPU: before Ampere there is no bfloat16."""
@@ -114,14 +154,15 @@ def _too_old(device: torch.device) -> str | None:
     return f"its kernels need compute capability 8.0, this GPU has {major}.{minor}"
 
 
-def choose_backend(requested: str, device: torch.device) -> str:
+def choose_backend(requested: str, device: torch.device, operation: str) -> str:
     """The backend that serves `device`.
 
     Args:
         requested: "auto", or one of `BACKENDS`. "auto" reads the environment variable
             GCOND_BACKEND and, where that is unset or "auto" too, takes the first backend of
-            `BACKENDS` that is there; on the CPU always "python".
+            `AUTO[operation]` that is there; on the CPU always "python".
         device: of the tensors.
+        operation: one of `OPERATIONS`.
 
     Raises:
         RuntimeError: the requested backend cannot serve the device. Nothing is chosen instead.
@@ -135,13 +176,13 @@ def choose_backend(requested: str, device: torch.device) -> str:
         if reason is not None:
             raise RuntimeError(f"{source} cannot be used on {device}: {reason}")
         return requested
-    candidates = BACKENDS if device.type == "cuda" else ("python",)
+    candidates = AUTO[operation] if device.type == "cuda" else ("python",)
     return next(backend for backend in candidates if unavailable(backend, device) is None)
 
 
-def backend_module(requested: str, device: torch.device) -> ModuleType:
+def backend_module(requested: str, device: torch.device, operation: str) -> ModuleType:
     """The room of the backend that `choose_backend` finds: its operations, without the checks."""
-    chosen = choose_backend(requested, device)
+    chosen = choose_backend(requested, device, operation)
     room = "triton_kernels" if chosen == "triton" else chosen
     return importlib.import_module(f"gcond_kernels.{room}")
 
@@ -192,11 +233,11 @@ def _accumulate(
     overwrite: bool,
     backend: str,
 ) -> None:
-    _check_row("accumulator", accumulator, offsets, sizes)
-    _check_dense("gradients", gradients, sizes, accumulator.device)
+    check_row("accumulator", accumulator, offsets, sizes)
+    check_dense("gradients", gradients, sizes, accumulator.device)
     if scale_tensor is not None:
-        _check_small("scale", scale_tensor, [], GRADIENT_DTYPES, accumulator.device)
-    backend_module(backend, accumulator.device).accumulate(
+        check_small("scale", scale_tensor, [], GRADIENT_DTYPES, accumulator.device)
+    backend_module(backend, accumulator.device, "accumulate").accumulate(
         accumulator,
         gradients,
         offsets,
@@ -253,17 +294,8 @@ def _gramian(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     device = accumulators.device
-    _check_rows("accumulators", accumulators, accumulators, offsets, sizes)
-    _check_small("scale", scale, [len(accumulators)], FLOAT64, device)
-    if momentum is not None:
-        _check_row("momentum", momentum, offsets, sizes, (torch.float32,))
-        _check_device("momentum", momentum, device)
-    if history is not None:
-        _check_rows("history", history, accumulators, offsets, sizes, HISTORY_DTYPES)
-        if history_scale is None:
-            raise ValueError("history needs its history_scale [K]")
-        _check_small("history_scale", history_scale, [len(accumulators)], FLOAT64, device)
-    products: tuple[Tensor, Tensor, Tensor] = backend_module(backend, device).gramian(
+    check_gramian(accumulators, offsets, sizes, scale, history, history_scale, momentum)
+    products: tuple[Tensor, Tensor, Tensor] = backend_module(backend, device, "gramian").gramian(
         accumulators,
         history,
         momentum,
@@ -379,35 +411,21 @@ def _arbitrate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if gramian.dim() != 2 or len(gramian) == 0:
         raise ValueError(f"gramian must be [K, K] of one task or more, not {list(gramian.shape)}")
-    if len(thresholds) != 3:
-        raise ValueError(f"thresholds must be three cosines, not {thresholds}")
-    if max_iterations < 0:
-        raise ValueError(f"max_iterations must be 0 or more, not {max_iterations}")
     K, device = gramian.shape[0], gramian.device
-    for name, matrix in (
-        ("gramian", gramian),
-        ("cross", cross),
-        ("history_gramian", history_gramian),
-        ("history_rows", history_rows),
-    ):
+    for name, matrix in (("gramian", gramian), ("cross", cross)):
         if matrix is not None:
-            _check_small(name, matrix, [K, K], FLOAT64, device)
-    for name, vector in (
-        ("scale", scale),
-        ("norm_ema", norm_ema),
-        ("history_scale", history_scale),
-    ):
-        _check_small(name, vector, [K], FLOAT64, device)
-    _check_small("winners", winners, [winners.numel()], (torch.int64,), device)
-    decision: tuple[Tensor, Tensor, Tensor, Tensor] = backend_module(backend, device).arbitrate(
+            check_small(name, matrix, [K, K], FLOAT64, device)
+    check_small("scale", scale, [K], FLOAT64, device)
+    state = (norm_ema, winners, history_gramian, history_rows, history_scale)
+    check_state(K, device, *state)
+    check_settings(thresholds, max_iterations)
+    decision: tuple[Tensor, Tensor, Tensor, Tensor] = backend_module(
+        backend, device, "arbitrate"
+    ).arbitrate(
         gramian,
         cross,
         scale,
-        norm_ema,
-        winners,
-        history_gramian,
-        history_rows,
-        history_scale,
+        *state,
         thresholds=tuple(thresholds),
         remap_power=remap_power,
         smooth=smooth,
@@ -535,35 +553,20 @@ def _combine(
     backend: str,
 ) -> None:
     K, T, device = len(accumulators), len(sizes), accumulators.device
-    _check_rows("accumulators", accumulators, accumulators, offsets, sizes)
-    _check_dense("outputs", outputs, sizes, device)
-    _check_small("weights", weights, [K], FLOAT64, device)
-    _check_small("scale", scale, [K], FLOAT64, device)
-    _check_small("finite", finite, [], (torch.bool,), device)
-    if (momentum is None) != (beta == 0.0) or (momentum is None) != (momentum_steps is None):
-        raise ValueError("momentum, momentum_steps and beta > 0 go together")
-    if momentum is not None and momentum_steps is not None:
-        _check_row("momentum", momentum, offsets, sizes, (torch.float32,))
-        _check_device("momentum", momentum, device)
-        _check_small("momentum_steps", momentum_steps, [T], (torch.int64,), device)
-    if max_norm is not None and parameter_norms is not None:
-        raise ValueError("max_norm does not go with the sign update: its size is the trust ratio")
-    if parameter_norms is not None:
-        _check_small("parameter_norms", parameter_norms, [T], FLOAT64, device)
+    check_combine(
+        accumulators, outputs, offsets, sizes, scale, history, momentum, momentum_steps, beta,
+        max_norm, parameter_norms,
+    )  # fmt: skip
+    check_small("weights", weights, [K], FLOAT64, device)
+    check_small("finite", finite, [], (torch.bool,), device)
     R = per_tensor.shape[-1] if per_tensor.dim() == 3 else K
     norm_wanted = max_norm is not None or parameter_norms is not None
     if norm_wanted and momentum is not None and R == K:
         raise ValueError("per_tensor must hold the momentum row: give momentum to gramian too")
-    _check_small("per_tensor", per_tensor, [T, R, R], FLOAT64, device)
+    check_small("per_tensor", per_tensor, [T, R, R], FLOAT64, device)
     if R not in (K, K + (momentum is not None)):
         raise ValueError(f"per_tensor has {R} rows a tensor, which do not go with {K} tasks")
-    if not 0.0 <= beta < 1.0:
-        raise ValueError(f"beta must be in [0, 1), not {beta}")
-    if max_norm is not None and not max_norm > 0.0:
-        raise ValueError(f"max_norm must be above 0, not {max_norm}")
-    if history is not None:
-        _check_rows("history", history, accumulators, offsets, sizes, HISTORY_DTYPES)
-    backend_module(backend, device).combine(
+    backend_module(backend, device, "combine").combine(
         accumulators,
         weights,
         scale,
@@ -581,6 +584,107 @@ def _combine(
         trust_ratio_coef,
         trust_ratio_clip,
     )
+
+
+def resolve(
+    accumulators: Tensor,
+    outputs: Sequence[Tensor | None],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    scale: Tensor,
+    state: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    history: Tensor | None = None,
+    momentum: Tensor | None = None,
+    momentum_steps: Tensor | None = None,
+    beta: float = 0.0,
+    max_norm: float | None = None,
+    parameter_norms: Tensor | None = None,
+    trust_ratio_coef: float = 1e-4,
+    trust_ratio_clip: float = 100.0,
+    backend: str = "auto",
+) -> tuple[Gramians, Arbitration]:
+    """A whole resolution: `gramian`, `arbitrate` and `combine`, to the same bits as those.
+
+    The CUDA backend does it in one launch where the accumulators fit in the GPU's L2 cache (and
+    there are at most 8 tasks and 1,000 tensors); else the three are called in turn.
+
+    Args:
+        accumulators: as for `gramian`, like `offsets`, `sizes`, `scale` and `history`.
+        outputs: as for `combine`, like `momentum` and all that follow.
+        state: what `arbitrate` changes, by name: norm_ema, winners, history_gramian,
+            history_rows, history_scale.
+        settings: the settings of `arbitrate`, by name, from thresholds to eps.
+
+    Raises:
+        ValueError: as of the three; nothing has been written.
+    """
+    device = accumulators.device
+    norms = max_norm is not None or parameter_norms is not None
+    if not _traced(accumulators):
+        history_scale = state["history_scale"]
+        check_gramian(accumulators, offsets, sizes, scale, history, history_scale, momentum)
+        check_state(len(accumulators), device, **state)
+        check_settings(settings["thresholds"], settings["max_iterations"])
+        check_combine(
+            accumulators, outputs, offsets, sizes, scale, history, momentum, momentum_steps, beta,
+            max_norm, parameter_norms,
+        )  # fmt: skip
+        room = backend_module(backend, device, "resolve")
+        if hasattr(room, "resolve") and room.resolves_at_once(accumulators, sizes):
+            (total, cross, per_tensor), decision = room.resolve(
+                accumulators,
+                outputs,
+                offsets,
+                sizes,
+                scale,
+                history,
+                momentum,
+                momentum_steps,
+                beta,
+                max_norm,
+                parameter_norms,
+                trust_ratio_coef,
+                trust_ratio_clip,
+                state,
+                settings,
+            )
+            products = Gramians(total, None if history is None else cross, per_tensor)
+            return products, Arbitration(*decision)
+    products = gramian(
+        accumulators,
+        offsets,
+        sizes,
+        scale=scale,
+        history=history,
+        history_scale=state["history_scale"],
+        momentum=momentum if norms else None,
+        backend=backend,
+    )
+    arbitration = arbitrate(
+        products.total, products.cross, scale, **state, **settings, backend=backend
+    )
+    combine(
+        accumulators,
+        outputs,
+        offsets,
+        sizes,
+        weights=arbitration.weights,
+        scale=scale,
+        finite=arbitration.finite,
+        per_tensor=products.per_tensor,
+        history=history,
+        momentum=momentum,
+        momentum_steps=momentum_steps,
+        beta=beta,
+        max_norm=max_norm,
+        parameter_norms=parameter_norms,
+        trust_ratio_coef=trust_ratio_coef,
+        trust_ratio_clip=trust_ratio_clip,
+        backend=backend,
+    )
+    return products, arbitration
 
 
 def multi_tensor_norm(
@@ -630,8 +734,10 @@ def _multi_tensor_dot(lists: Sequence[Sequence[Tensor]], backend: str) -> tuple[
     device = ordered[0][0].device if ordered else torch.device("cpu")
     same = [[tensors[i] for tensors in ordered] for i in range(len(lists))]
     for tensors in same:
-        _check_dense("tensors", tensors, [tensor.numel() for tensor in tensors], device)
-    products: tuple[Tensor, Tensor] = backend_module(backend, device).multi_tensor_dot(same)
+        check_dense("tensors", tensors, [tensor.numel() for tensor in tensors], device)
+    products: tuple[Tensor, Tensor] = backend_module(backend, device, "gramian").multi_tensor_dot(
+        same
+    )
     return products
 
 
@@ -641,114 +747,6 @@ def in_one_order(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     if is_dense(first) and all(tensor.stride() == first.stride() for tensor in tensors):
         return [tensor.detach() for tensor in tensors]
     return [tensor.detach().contiguous() for tensor in tensors]
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlap, in whatever order."""
-    if tensor.is_contiguous():
-        return True
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return tensor.permute(order).is_contiguous()
-
-
-@functools.lru_cache(maxsize=256)
-def _end_of(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> int:
-    """Where the last segment ends."""
-    if len(offsets) != len(sizes):
-        raise ValueError(f"{len(offsets)} offsets do not go with {len(sizes)} sizes")
-    if min(offsets, default=0) < 0 or min(sizes, default=0) < 0:
-        raise ValueError("offsets and sizes must not be negative")
-    return max((o + s for o, s in zip(offsets, sizes, strict=True)), default=0)
-
-
-def _check_row(
-    name: str,
-    row: Tensor,
-    offsets: Sequence[int],
-    sizes: Sequence[int],
-    dtypes: Sequence[torch.dtype] = ACCUMULATOR_DTYPES,
-) -> None:
-    if row.dim() != 1 or not row.is_contiguous() or row.dtype not in dtypes:
-        raise ValueError(
-            f"{name} must hold contiguous rows of {' or '.join(map(str, dtypes))}, "
-            f"not {row.dtype} of shape {list(row.shape)} and stride {row.stride()}"
-        )
-    end = _end_of(tuple(offsets), tuple(sizes))
-    if end > row.numel():
-        raise ValueError(f"{name} has {row.numel()} elements, but the segments end at {end}")
-
-
-def _check_rows(
-    name: str,
-    matrix: Tensor,
-    accumulators: Tensor,
-    offsets: Sequence[int],
-    sizes: Sequence[int],
-    dtypes: Sequence[torch.dtype] = ACCUMULATOR_DTYPES,
-) -> None:
-    if matrix.dim() != 2 or matrix.shape != accumulators.shape:
-        raise ValueError(f"{name} must be [K, N'] like the accumulators, not {list(matrix.shape)}")
-    if len(matrix) == 0:
-        raise ValueError(f"{name} must have a row for at least one task")
-    if not matrix.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, not of stride {matrix.stride()}")
-    _check_device(name, matrix, accumulators.device)
-    _check_row(name, matrix[0], offsets, sizes, dtypes)
-
-
-def _check_dense(
-    name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], device: torch.device
-) -> None:
-    if len(tensors) != len(sizes):
-        raise ValueError(f"{len(tensors)} {name} do not go with {len(sizes)} sizes")
-    # Hundreds of tensors for every micro-batch: all at once where nothing is wrong.
-    present = [tensor for tensor in tensors if tensor is not None]
-    wanted = [size for tensor, size in zip(tensors, sizes, strict=True) if tensor is not None]
-    if (
-        list(map(Tensor.numel, present)) == wanted
-        and all(map(Tensor.is_contiguous, present))
-        and not any(map(Tensor.is_neg, present))
-        and set(map(attrgetter("dtype"), present)) <= set(GRADIENT_DTYPES)
-        and set(map(attrgetter("device"), present)) <= {device}
-    ):
-        return
-    for t, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
-        if tensor is None:
-            continue
-        if tensor.dtype not in GRADIENT_DTYPES:
-            raise ValueError(
-                f"{name}[{t}] must be of {', '.join(map(str, GRADIENT_DTYPES))}, not {tensor.dtype}"
-            )
-        if tensor.numel() != size or not is_dense(tensor):
-            raise ValueError(
-                f"{name}[{t}] must have {size} elements without gaps in memory, not shape "
-                f"{list(tensor.shape)} and stride {tensor.stride()}"
-            )
-        if tensor.is_neg():
-            raise ValueError(f"{name}[{t}] is a negated view: resolve_neg() gives it memory")
-        _check_device(f"{name}[{t}]", tensor, device)
-
-
-def _check_small(
-    name: str,
-    tensor: Tensor,
-    shape: Sequence[int],
-    dtypes: Sequence[torch.dtype],
-    device: torch.device,
-) -> None:
-    if list(tensor.shape) != list(shape) or tensor.dtype not in dtypes:
-        raise ValueError(
-            f"{name} must be {list(shape)} {' or '.join(str(d)[6:] for d in dtypes)}, "
-            f"not {list(tensor.shape)} {str(tensor.dtype)[6:]}"
-        )
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, not of stride {tensor.stride()}")
-    _check_device(name, tensor, device)
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, not on {device}")
 
 
 def _define() -> None:

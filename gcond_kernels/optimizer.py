@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -102,7 +102,8 @@ class GCondFused(torch.optim.Optimizer):
         check_range("trust_ratio_clip", trust_ratio_clip, 0.0, math.inf, open_low=True)
         check_storage(accumulator_dtype, history_dtype)
         parameters = [p for group in base.param_groups for p in group["params"]]
-        ops.choose_backend(backend, parameters[0].device)  # raises now rather than in training
+        for operation in ops.OPERATIONS:  # raises now rather than in training
+            ops.choose_backend(backend, parameters[0].device, operation)
 
         # Not super().__init__: that would make lists of parameters and state of our own.
         self.base = base
@@ -256,30 +257,38 @@ class GCondFused(torch.optim.Optimizer):
             raise RuntimeError("nothing was accumulated: call backward(losses) before step()")
         # What may fail for want of memory comes before what changes state.
         gradients = acc.new_gradients()
-        signs = self.update == "lion_lars"
-        norms = self._parameter_norms() if signs else None
+        norms = self._parameter_norms() if self.update == "lion_lars" else None
         scale = self._scale()
         self._method_state = {k: v.to(scale.device) for k, v in self._method_state.items()}
-        gramian, cross, per_tensor = ops.gramian(
+        products, decision = ops.resolve(
             acc.rows,
+            gradients,
             acc.offsets,
             acc.sizes,
             scale=scale,
+            state=self._method_state,
+            settings=self.method.settings(len(self.tasks)),
             history=acc.history,
-            history_scale=self._method_state["history_scale"],
-            momentum=acc.momentum if signs or self.max_norm is not None else None,
+            momentum=acc.momentum,
+            momentum_steps=acc.momentum_steps,
+            beta=self.beta,
+            max_norm=self.max_norm,
+            parameter_norms=norms,
+            trust_ratio_coef=self.trust_ratio_coef,
+            trust_ratio_clip=self.trust_ratio_clip,
             backend=self.backend,
         )
-        decision = self.method.resolve(gramian, cross, scale, self._method_state, self.backend)
-        self._write(gradients, decision, scale, per_tensor, norms)
+        for segment, gradient in zip(acc.segments, gradients, strict=True):
+            segment.parameter.grad = gradient
+        self._written = [weakref.ref(g) for g in gradients if g is not None]
         self._resolved = True
         self._steps += 1
         self._last = Resolution(
             step=self._steps,
             counts=list(acc.counts),
             parameter_names=[segment.name for segment in acc.segments],
-            per_tensor=per_tensor,
-            gramian=gramian,
+            per_tensor=products.per_tensor,
+            gramian=products.total,
             decision=decision,
             norm_ema=self._method_state["norm_ema"],
             winners=self._method_state["winners"],
@@ -382,39 +391,6 @@ class GCondFused(torch.optim.Optimizer):
             self._shares = shares
             self._scale_tensor = torch.tensor(shares, dtype=torch.float64, device=acc.rows.device)
         return self._scale_tensor
-
-    def _write(
-        self,
-        gradients: Sequence[Tensor | None],
-        decision: ops.Arbitration,
-        scale: Tensor,
-        per_tensor: Tensor,
-        norms: Tensor | None,
-    ) -> None:
-        """Fills the gradients, momentum and history, and hands the gradients to `.grad`."""
-        acc = self._accumulator
-        ops.combine(
-            acc.rows,
-            gradients,
-            acc.offsets,
-            acc.sizes,
-            weights=decision.weights,
-            scale=scale,
-            finite=decision.finite,
-            per_tensor=per_tensor,
-            history=acc.history,
-            momentum=acc.momentum,
-            momentum_steps=acc.momentum_steps,
-            beta=self.beta,
-            max_norm=self.max_norm,
-            parameter_norms=norms,
-            trust_ratio_coef=self.trust_ratio_coef,
-            trust_ratio_clip=self.trust_ratio_clip,
-            backend=self.backend,
-        )
-        for segment, gradient in zip(acc.segments, gradients, strict=True):
-            segment.parameter.grad = gradient
-        self._written = [weakref.ref(g) for g in gradients if g is not None]
 
     def _parameter_norms(self) -> Tensor:
         """[T] float64, the norm of every parameter tensor."""

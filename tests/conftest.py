@@ -4,9 +4,11 @@ import os
 
 import torch
 
-# Without a GPU the Triton kernels run interpreted. Triton reads this when a kernel is defined.
+# Without a GPU the Triton kernels run interpreted (Triton reads this when a kernel is defined), and
+# those in CUDA C++ by their driver on the host.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("GCOND_CUDA_HOST", "1")
 
 # What cuBLAS needs to be told before torch lets it run where memory is to be NaN at first.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -43,14 +45,23 @@ if settings is not None:
     settings.register_profile("interpreted", max_examples=15, phases=PHASES, **COMMON)
     settings.load_profile("project")
 
-HERE = [b for b in ops.BACKENDS if not ops.unavailable(b, torch.device("cpu"))]
-if torch.cuda.is_available() and "triton" not in HERE:
-    HERE.append(pytest.param("triton", marks=pytest.mark.gpu))
+CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=HERE)
+def parameter(backend):
+    """The backend as a parameter of tests: on CPU tensors, by way of the GPU, or skipped."""
+    reason = ops.unavailable(backend, CPU)
+    if backend != "python" and torch.cuda.is_available():
+        reason = ops.unavailable(backend, torch.device("cuda"))
+        return pytest.param(
+            backend, marks=[pytest.mark.gpu, pytest.mark.skipif(bool(reason), reason=reason or "")]
+        )
+    return pytest.param(backend, marks=pytest.mark.skipif(bool(reason), reason=reason or ""))
+
+
+@pytest.fixture(params=map(parameter, ops.BACKENDS))
 def backend(request, monkeypatch):
-    """Every backend that serves CPU tensors here; with a GPU Triton too, by way of the GPU."""
+    """Every backend, on CPU tensors; where there is a GPU the kernels run on that."""
     interpreted = request.param == "triton" and INTERPRETED
     few = interpreted and request.node.get_closest_marker("quick") is None
     if hasattr(request.function, "hypothesis"):
@@ -58,8 +69,8 @@ def backend(request, monkeypatch):
         request.function._hypothesis_internal_use_settings = settings.get_profile(
             "interpreted" if few else "project"
         )
-    if request.param == "triton" and not interpreted:
-        offload.install(monkeypatch)
+    if request.param != "python" and torch.cuda.is_available():
+        offload.install(monkeypatch, request.param)
     # Memory that an operation allocates is NaN until it is written.
     torch.use_deterministic_algorithms(True)
     yield request.param

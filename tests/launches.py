@@ -33,7 +33,7 @@ def pretend() -> None:
         return run(self, *args, grid=grid, warmup=True, **options)
 
     triton.JITFunction.run = warm_up
-    ops.backend_module = lambda requested, device: triton_kernels
+    ops.backend_module = lambda requested, device, operation: triton_kernels
 
 
 def launch_everything() -> None:

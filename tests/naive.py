@@ -22,6 +22,7 @@ class NaiveGCond:
         self.history = [None] * tasks  # what stability compares with
         self.winners: list[int] = []
         self.log: list[tuple[int, int, int | None]] = []
+        self.tied = False  # whether two pairs ever conflicted as badly: then rounding decides
 
     def resolve(self, gradients):
         """Takes a vector per task, or None where it has no micro-batch; returns the sum."""
@@ -59,14 +60,18 @@ class NaiveGCond:
         return float(g[k] @ g[k]) <= 2.0**-23 * terms**2
 
     def _worst(self, g, made_of, original, present):
-        best, lowest = None, 1.0
+        best, lowest, second = None, 1.0, 1.0
         for a, i in enumerate(present):
             for j in present[a + 1 :]:
                 if self._is_zero(i, g, made_of, original) or self._is_zero(j, g, made_of, original):
                     continue
                 c = cosine(g[i], g[j])
                 if c < lowest:
-                    best, lowest = (i, j), c
+                    best, lowest, second = (i, j), c, lowest
+                else:
+                    second = min(second, c)
+        if lowest < self.m.thresholds[2] - self.m.tolerance and second - lowest < 1e-9:
+            self.tied = True
         return best, lowest
 
     def _winner(self, i, j, g, floor):

@@ -1,9 +1,10 @@
-"""Runs the Triton kernels on the GPU for tests whose tensors lie on the CPU.
+"""Runs the kernels on the GPU for tests whose tensors lie on the CPU.
 
 So the tests of every operation, of the optimizer and of the recorded runs check the real kernels
 where there is a GPU, word for word as they check the interpreted ones elsewhere.
 """
 
+import importlib
 from types import SimpleNamespace
 
 import torch
@@ -11,16 +12,21 @@ from torch.utils._pytree import tree_map_only
 
 from gcond_kernels import ops
 
+ROOMS = {"triton": "gcond_kernels.triton_kernels", "cuda": "gcond_kernels.cuda"}
+LAUNCHING = (*ops.OPERATIONS, "multi_tensor_dot")
 
-def install(monkeypatch) -> None:
-    """For one test: `backend="triton"` takes CPU tensors, by way of the GPU."""
+
+def install(monkeypatch, backend: str) -> None:
+    """For one test: this backend takes CPU tensors, by way of the GPU."""
     unavailable, backend_module = ops.unavailable, ops.backend_module
+    room = offloaded_room(importlib.import_module(ROOMS[backend]))
 
-    def is_ours(backend, device):
-        return backend == "triton" and device.type == "cpu"
+    def is_ours(requested, device):
+        return requested == backend and device.type == "cpu"
 
-    def module(requested, device):
-        return OFFLOADED if is_ours(requested, device) else backend_module(requested, device)
+    def module(requested, device, operation):
+        ours = is_ours(requested, device)
+        return room if ours else backend_module(requested, device, operation)
 
     monkeypatch.setattr(
         ops, "unavailable", lambda b, d: None if is_ours(b, d) else unavailable(b, d)
@@ -28,10 +34,18 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(ops, "backend_module", module)
 
 
-def offloaded(name):
-    def call(*arguments, **options):
-        from gcond_kernels import triton_kernels
+def offloaded_room(room):
+    names = [name for name in LAUNCHING if hasattr(room, name)]
+    functions = {name: offloaded(getattr(room, name)) for name in names}
+    if "resolve" in functions:
+        functions["resolves_at_once"] = lambda accumulators, sizes: room.resolves_at_once(
+            accumulators.cuda(), sizes
+        )
+    return SimpleNamespace(**functions)
 
+
+def offloaded(function):
+    def call(*arguments, **options):
         storages = {}
 
         def to_gpu(tensor):
@@ -46,14 +60,9 @@ def offloaded(name):
             )
 
         moved, moved_options = tree_map_only(torch.Tensor, to_gpu, (arguments, options))
-        result = getattr(triton_kernels, name)(*moved, **moved_options)
+        result = function(*moved, **moved_options)
         for storage, on_gpu in storages.values():
             storage.copy_(on_gpu)
         return tree_map_only(torch.Tensor, torch.Tensor.cpu, result)
 
     return call
-
-
-OFFLOADED = SimpleNamespace(
-    **{name: offloaded(name) for name in (*ops.OPERATIONS, "multi_tensor_dot")}
-)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
 
-from gcond_kernels import ops
+from gcond_kernels import contracts, ops
 
 # One rounding of the scaled gradient and one of the sum.
 ULPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
@@ -31,7 +31,7 @@ def gradient_lists(draw, layout, seed):
 
 @given(
     SIZE_LISTS,
-    st.sampled_from(ops.ACCUMULATOR_DTYPES),
+    st.sampled_from(contracts.ACCUMULATOR_DTYPES),
     st.sampled_from([1.0, 0.3, 2.0**-16, torch.tensor(0.7)]),
     st.integers(0, 2**31),
     st.data(),

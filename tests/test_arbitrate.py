@@ -72,6 +72,8 @@ def test_decides_as_on_whole_vectors(backend, method, tasks, size, seed, data):
             return  # there, a task that sat out compares with its own gradient: see below
         decision = arbitrate(method, g, previous, state, present, backend)
         expected = naive.resolve([g[k] if present[k] else None for k in range(tasks)])
+        if naive.tied:
+            return  # two pairs left orthogonal, where that is below θ_weak, differ by rounding
         resolved = decision.weights.numpy() @ np.where(np.array(present)[:, None], g, 0.0)
         events = [
             (int(i), int(j), None if winner < 0 else int(winner))

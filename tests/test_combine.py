@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
 
-from gcond_kernels import ops
+from gcond_kernels import contracts, ops
 from gcond_kernels.python import blocks
 
 TRUE = torch.tensor(True)
@@ -45,7 +45,7 @@ def vector(*values: float) -> torch.Tensor:
 )
 def test_against_float64(backend, sizes, tasks, beta, max_norm, signs, seed, data):
     layout = layout_of(sizes)
-    dtype = data.draw(st.sampled_from(ops.ACCUMULATOR_DTYPES))
+    dtype = data.draw(st.sampled_from(contracts.ACCUMULATOR_DTYPES))
     accumulators = rows(layout, tasks, seed, dtype)
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(tasks, generator=generator).double()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
 
-from gcond_kernels import ops
+from gcond_kernels import contracts, ops
 from gcond_kernels.python import blocks
 from gcond_kernels.python.gramian import full_float32
 
@@ -30,7 +30,7 @@ def check(got: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 @given(
     SIZE_LISTS,
     st.integers(1, 5),
-    st.sampled_from(ops.ACCUMULATOR_DTYPES),
+    st.sampled_from(contracts.ACCUMULATOR_DTYPES),
     st.sampled_from([None, torch.bfloat16, torch.float32]),
     st.booleans(),
     st.integers(0, 2**31),

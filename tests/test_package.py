@@ -124,13 +124,15 @@ def test_info_names_backend_and_reasons(capsys):
 def test_the_environment_variable_chooses_the_backend(monkeypatch, capsys):
     cpu = torch.device("cpu")
     monkeypatch.setenv("GCOND_BACKEND", "python")
-    assert ops.choose_backend("auto", cpu) == "python"
+    assert ops.choose_backend("auto", cpu, "gramian") == "python"
     monkeypatch.setenv("GCOND_BACKEND", "auto")
-    assert ops.choose_backend("auto", cpu) == "python"
+    assert ops.choose_backend("auto", cpu, "gramian") == "python"
     monkeypatch.setenv("GCOND_BACKEND", "jax")
     with pytest.raises(RuntimeError, match="GCOND_BACKEND=jax cannot be used on cpu: there is no"):
-        ops.choose_backend("auto", cpu)
-    assert ops.choose_backend("python", cpu) == "python"  # an argument outranks the variable
+        ops.choose_backend("auto", cpu, "gramian")
+    assert (
+        ops.choose_backend("python", cpu, "gramian") == "python"
+    )  # an argument outranks the variable
     assert command_line.main(["info"]) == 0
     assert "GCOND_BACKEND=jax cannot be used" in capsys.readouterr().out
 
@@ -140,7 +142,7 @@ def test_a_backend_that_is_not_there_is_an_error_that_says_why():
         reason = ops.unavailable(backend, torch.device("cpu"))
         if reason is not None:
             with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot be used on cpu"):
-                ops.choose_backend(backend, torch.device("cpu"))
+                ops.choose_backend(backend, torch.device("cpu"), "gramian")
 
 
 def test_what_a_reader_looks_for_first_is_there():

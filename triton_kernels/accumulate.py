@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gcond_kernels.triton_kernels import tables
+from gcond_kernels import tables
 from gcond_kernels.triton_kernels.memory import ALIGNED, NO_TENSOR, at_element, locate, read
 
 CHUNK = 2048

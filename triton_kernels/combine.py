@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gcond_kernels import tables
 from gcond_kernels.python.combine import TRUST_RATIO_EPS as REFERENCE_EPS
-from gcond_kernels.triton_kernels import tables
 from gcond_kernels.triton_kernels.memory import (
     ALIGNED,
     NO_TENSOR,

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gcond_kernels import tables
 from gcond_kernels.python.gramian import gramian as gramian_by_matrix_products
-from gcond_kernels.triton_kernels import tables
 from gcond_kernels.triton_kernels.memory import ALIGNED, at_element, locate, read
 
 WARPS = 4
@@ -222,17 +222,6 @@ def sum_kernel(
             tl.store(cross + i * K + j, tl.where(weight != 0.0, total * weight, 0.0))
 
 
-def chunk_length(elements: int) -> int:
-    """Elements a program: few enough to give every multiprocessor work, else many.
-
-    It depends on nothing but the number of elements: the same sums on every GPU.
-    """
-    length = 4096
-    while length < 32768 and elements >= 2 * length * 2048:
-        length *= 2
-    return length
-
-
 def vector_elements(products: int) -> int:
     """Elements of a row that a thread holds.
 
@@ -259,7 +248,7 @@ def gramian(
         )
     rows = K + (momentum is not None)
     pairs, crosses = rows * (rows + 1) // 2, K * K if history is not None else 0
-    length = chunk_length(sum(sizes))
+    length = tables.chunk_length(sum(sizes))
     plan = tables.plan(
         tables.no_keys(len(sizes)),
         tuple(offsets),
@@ -336,7 +325,7 @@ def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]
     tensors = [tensor for one in lists for tensor in one]
     device = tensors[0].device if tensors else torch.device("cpu")
     sizes = tuple([tensor.numel() for tensor in lists[0]])
-    length = chunk_length(sum(sizes))
+    length = tables.chunk_length(sum(sizes))
     plan = tables.plan(
         tables.keys_of(tensors), (0,) * len(tensors), sizes * count, True, length, device
     )

@@ -8,7 +8,7 @@ Such a switch, unlike a mask that differs from lane to lane, leaves accesses 16 
 import triton
 import triton.language as tl
 
-from gcond_kernels.triton_kernels import tables
+from gcond_kernels import tables
 
 NO_TENSOR = tl.constexpr(tables.NO_TENSOR)
 ALIGNED = tl.constexpr(tables.ALIGNED)

@@ -140,27 +140,26 @@ class GCond:
         backend: str = "auto",
     ) -> ops.Arbitration:
         """One weight per task from the Gramian [K, K] and the cross-Gramian with the history."""
-        tasks = gramian.shape[0]
-        return ops.arbitrate(
-            gramian,
-            cross,
-            scale,
-            **state,
-            thresholds=self.thresholds,
-            remap_power=self.remap_power,
-            smooth=self.arbitration == "smooth",
-            max_iterations=2 * tasks if self.max_iterations is None else self.max_iterations,
-            tolerance=self.tolerance,
-            stability_weight=self.tie_breaking_weights[0],
-            strength_weight=self.tie_breaking_weights[1],
-            norm_ema_beta=self.norm_ema_beta,
+        settings = self.settings(gramian.shape[0])
+        return ops.arbitrate(gramian, cross, scale, **state, **settings, backend=backend)
+
+    def settings(self, tasks: int) -> dict[str, Any]:
+        """The settings of `ops.arbitrate` for K tasks, by name."""
+        return {
+            "thresholds": self.thresholds,
+            "remap_power": self.remap_power,
+            "smooth": self.arbitration == "smooth",
+            "max_iterations": 2 * tasks if self.max_iterations is None else self.max_iterations,
+            "tolerance": self.tolerance,
+            "stability_weight": self.tie_breaking_weights[0],
+            "strength_weight": self.tie_breaking_weights[1],
+            "norm_ema_beta": self.norm_ema_beta,
             # An absolute floor makes sense only where the average has an absolute start.
-            norm_ema_floor=0.0 if self.norm_ema_start is None else self.eps,
-            norm_cap=self.norm_cap,
-            resolved_history=self.history == "resolved",
-            eps=self.eps,
-            backend=backend,
-        )
+            "norm_ema_floor": 0.0 if self.norm_ema_start is None else self.eps,
+            "norm_cap": self.norm_cap,
+            "resolved_history": self.history == "resolved",
+            "eps": self.eps,
+        }
 
 
 def _is_count(value: Any) -> bool:

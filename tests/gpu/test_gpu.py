@@ -201,4 +201,4 @@ def test_tensors_on_another_device_than_the_current_one():
 
 def test_auto_takes_triton_on_a_gpu(monkeypatch):
     monkeypatch.delenv("GCOND_BACKEND", raising=False)
-    assert ops.choose_backend("auto", GPU) == "triton"
+    assert ops.choose_backend("auto", GPU, "gramian") == "triton"

@@ -1,4 +1,6 @@
-"""What the kernels look up: where every tensor lies, and which piece of it each program takes.
+"""What kernels look up: where every tensor lies, and which piece of it each program takes.
+
+Shared by the backends that have kernels; it knows none of them.
 
 A table of addresses is made once for a set of tensors and found again by the addresses
 themselves: gradients are allocated anew for every backward pass, mostly at the same places.
@@ -126,6 +128,17 @@ def chunk_table(sizes: tuple[int, ...], length: int, device: torch.device) -> Ch
     return Chunks(
         to_device(table, device), to_device(first.astype(np.int32), device), int(first[-1])
     )
+
+
+def chunk_length(elements: int) -> int:
+    """Elements of a piece that is summed: few enough to give every multiprocessor work, else many.
+
+    It depends on nothing but the number of elements: the same sums on every GPU.
+    """
+    length = 4096
+    while length < 32768 and elements >= 2 * length * 2048:
+        length *= 2
+    return length
 
 
 @functools.lru_cache(maxsize=REMEMBERED)

@@ -1,0 +1,34 @@
+"""accumulate: the gradients of one task are added to its accumulator, in one launch."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gcond_kernels import _cuda, tables
+from gcond_kernels.cuda.launch import cut, parts, place_of
+
+
+def accumulate(
+    accumulator: Tensor,
+    gradients: Sequence[Tensor | None],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    scale: float | Tensor,
+    overwrite: bool,
+) -> None:
+    """Adds `scale · gradient` to each gradient's segment; see `gcond_kernels.ops.accumulate`."""
+    device = accumulator.device
+    number, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
+    with tables.guard(device):
+        for part in parts(len(sizes)):
+            which = cut(tuple(offsets[part]), tuple(sizes[part]), _cuda.ACCUMULATE_CHUNK, device)
+            which.keep_if_captured()
+            _cuda.accumulate(
+                *place_of(device),
+                accumulator,
+                gradients[part],
+                which.pieces,
+                number,
+                tensor,
+                overwrite,
+            )

@@ -1,0 +1,36 @@
+#include "arbitrate.cuh"
+
+#include <vector>
+
+namespace gcond {
+namespace {
+
+HD void arbitrate_alone(const Arbitrate& arguments, void* memory) {
+  const Scratch scratch = scratch_in(memory, arguments.tasks);
+  arbitrate_in(arguments, scratch, true);
+  keep_state(arguments, scratch);
+}
+
+__global__ void __launch_bounds__(THREADS, 1)
+    arbitrate_kernel(const __grid_constant__ Arbitrate arguments) {
+  extern __shared__ double memory[];
+  arbitrate_alone(arguments, memory);
+}
+
+}  // namespace
+
+void arbitrate(const Place& place, const Arbitrate& arguments) {
+  const std::size_t bytes = scratch_bytes(arguments.tasks);
+  if (place.is_host()) {
+    std::vector<double> memory(bytes / sizeof(double) + 1);
+    arbitrate_alone(arguments, memory.data());
+    return;
+  }
+  check(cudaSetDevice(place.device), "arbitrate");
+  check(cudaFuncSetAttribute(arbitrate_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        "arbitrate");
+  launch("arbitrate", arbitrate_kernel, place, 1, bytes, false, arguments);
+}
+
+}  // namespace gcond

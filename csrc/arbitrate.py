@@ -1,0 +1,61 @@
+"""arbitrate: the resolution itself, on K×K numbers, by one block that never asks the host."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcond_kernels import _cuda, tables
+from gcond_kernels.cuda.launch import place_of
+
+Decision = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def new_decision(tasks: int, max_iterations: int, device: torch.device) -> Decision:
+    """Memory for weights [K], rows [K, K], events [max_iterations, 5] and finite []."""
+    return (
+        torch.empty(tasks, dtype=torch.float64, device=device),
+        torch.empty((tasks, tasks), dtype=torch.float64, device=device),
+        torch.empty((max_iterations, 5), dtype=torch.float64, device=device),
+        torch.empty((), dtype=torch.bool, device=device),
+    )
+
+
+def check_tasks(tasks: int) -> None:
+    """Raises a ValueError where there are too many."""
+    if tasks > _cuda.MOST_TASKS:
+        raise ValueError(
+            f"backend='cuda' arbitrates up to {_cuda.MOST_TASKS} tasks, not {tasks}: "
+            "use backend='python'"
+        )
+
+
+def arbitrate(
+    gramian: Tensor,
+    cross: Tensor | None,
+    scale: Tensor,
+    norm_ema: Tensor,
+    winners: Tensor,
+    history_gramian: Tensor,
+    history_rows: Tensor,
+    history_scale: Tensor,
+    **settings: Any,
+) -> Decision:
+    """Weights of the tasks, and the new state in place; see `gcond_kernels.ops.arbitrate`."""
+    tasks, device = gramian.shape[0], gramian.device
+    check_tasks(tasks)
+    decision = new_decision(tasks, settings["max_iterations"], device)
+    with tables.guard(device):
+        _cuda.arbitrate(
+            *place_of(device),
+            tasks,
+            gramian,
+            cross,
+            scale,
+            _cuda.State(
+                norm_ema, winners, len(winners), history_gramian, history_rows, history_scale
+            ),
+            _cuda.Settings(**settings),
+            _cuda.Decision(*decision),
+        )
+    return decision

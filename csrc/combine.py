@@ -1,0 +1,101 @@
+"""combine: one weighted sum of the accumulators is written as the gradient of every parameter.
+
+All parameters in one launch, whatever their types, with momentum and history in the same pass.
+Where the size of a tensor's gradient must be known first (momentum, clipping, trust ratios),
+launches on T numbers go before it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gcond_kernels import _cuda, tables
+from gcond_kernels.cuda.launch import cut, parts, place_of
+
+
+def combine(
+    accumulators: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    finite: Tensor,
+    outputs: Sequence[Tensor | None],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    history: Tensor | None,
+    momentum: Tensor | None,
+    momentum_steps: Tensor | None,
+    beta: float,
+    per_tensor: Tensor,
+    max_norm: float | None,
+    parameter_norms: Tensor | None,
+    trust_ratio_coef: float,
+    trust_ratio_clip: float,
+) -> None:
+    """Writes gradients, momentum and history; see `gcond_kernels.ops.combine`."""
+    tasks, device = accumulators.shape[0], accumulators.device
+    with tables.guard(device):
+        factors, clipping = factors_of(
+            per_tensor, weights, finite, outputs, momentum_steps, beta, max_norm, parameter_norms,
+            trust_ratio_coef, trust_ratio_clip,
+        )  # fmt: skip
+        for part in parts(len(sizes)):
+            which = cut(tuple(offsets[part]), tuple(sizes[part]), _cuda.COMBINE_CHUNK, device)
+            which.keep_if_captured()
+            _cuda.combine(
+                *place_of(device),
+                which.pieces,
+                tasks,
+                accumulators,
+                history,
+                momentum,
+                scale,
+                None if factors is None else factors[part],
+                beta,
+                parameter_norms is not None,
+                weights,
+                finite,
+                clipping,
+                outputs[part],
+            )
+
+
+def factors_of(
+    per_tensor: Tensor,
+    weights: Tensor,
+    finite: Tensor,
+    outputs: Sequence[Tensor | None],
+    momentum_steps: Tensor | None,
+    beta: float,
+    max_norm: float | None,
+    parameter_norms: Tensor | None,
+    trust_ratio_coef: float,
+    trust_ratio_clip: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """[T] factors of the tensors and the factor [] of all; None where there is none."""
+    tensors, device = len(outputs), weights.device
+    norms = max_norm is not None or parameter_norms is not None
+    if not tensors or (momentum_steps is None and not norms):
+        return None, None
+    factors, squares = torch.empty((2, tensors), dtype=torch.float64, device=device)
+    for part in parts(tensors):
+        arguments = _cuda.Factors(
+            len(weights),
+            len(outputs[part]),
+            len(weights) + (momentum_steps is not None),
+            per_tensor[part],
+            None if momentum_steps is None else momentum_steps[part],
+            None if parameter_norms is None else parameter_norms[part],
+            factors[part],
+            squares[part],
+            beta,
+            trust_ratio_coef,
+            trust_ratio_clip,
+            norms,
+        )
+        _cuda.factors(*place_of(device), arguments, weights, finite, outputs[part])
+    if max_norm is None:
+        return factors, None
+    clipping = torch.empty((), dtype=torch.float64, device=device)
+    _cuda.clipping(*place_of(device), squares, tensors, max_norm, clipping)
+    return factors, clipping

@@ -1,0 +1,212 @@
+// What all kernels share: types of elements, vectors of four, pieces of tensors.
+//
+// A function marked HD compiles for the GPU and for the host, where a driver runs the same pieces
+// in the same order; tests on machines without a GPU execute it there. Products that are added
+// are written fmaf, and nothing else is contracted: both sides round alike.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cmath>
+#include <cstdint>
+
+#define HD __host__ __device__ __forceinline__
+
+namespace gcond {
+
+constexpr int THREADS = 256;
+constexpr int WARP = 32;
+constexpr int WARPS = THREADS / WARP;
+
+// Elements that a thread reads and writes at once: 16 bytes of float32, 8 of two-byte types. Then
+// neighbouring threads touch neighbouring bytes, whatever types take part.
+constexpr int VECTOR = 4;
+
+// Tensors of one launch: their addresses travel with it, as 8 KB of arguments. No table is
+// copied to the device beforehand, and a graph may capture tensors never seen before.
+constexpr int MOST_TENSORS = 1000;
+
+// Codes of the types, in step with gcond_kernels/tables.py.
+enum Type : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT64 = 3, NO_TENSOR = 7 };
+
+// An address with the code of its type in the upper four bits, which no address uses.
+using Packed = std::uint64_t;
+constexpr int TYPE_SHIFT = 60;
+
+HD Type type_of(Packed packed) { return static_cast<Type>(packed >> TYPE_SHIFT); }
+
+HD void* address_of(Packed packed) {
+  return reinterpret_cast<void*>(packed & ((Packed(1) << TYPE_SHIFT) - 1));
+}
+
+struct Addresses {
+  Packed of[MOST_TENSORS];
+};
+
+// Where the segment of a tensor lies in every row of flat storage.
+struct Segment {
+  std::int64_t offset;
+  std::int64_t size;
+};
+
+// A tensor, and which piece of it.
+struct Chunk {
+  std::int32_t tensor;
+  std::int32_t piece;
+};
+
+// A matrix of flat storage, [rows, stride]; null where there is none.
+struct Rows {
+  void* data;
+  Type type;
+  std::int64_t stride;  // in elements
+};
+
+HD float to_float(float value) { return value; }
+HD float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+HD float to_float(__half value) { return __half2float(value); }
+HD float to_float(double value) { return static_cast<float>(value); }
+
+template <class T>
+HD T from_float(float value);
+template <>
+HD float from_float<float>(float value) { return value; }
+template <>
+HD __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
+template <>
+HD __half from_float<__half>(float value) { return __float2half_rn(value); }
+template <>
+HD double from_float<double>(float value) { return value; }
+
+// V elements that are read or written together.
+template <class T, int V>
+struct alignas(V * sizeof(T) > 16 ? 16 : V * sizeof(T)) Pack {
+  T of[V];
+};
+
+template <int V>
+struct Values {
+  float of[V];
+};
+
+template <int V, class T>
+HD Values<V> load(const T* from) {
+  const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
+  Values<V> values;
+#pragma unroll
+  for (int e = 0; e < V; ++e) values.of[e] = to_float(pack.of[e]);
+  return values;
+}
+
+template <int V, class T>
+HD void store(T* to, const Values<V>& values) {
+  Pack<T, V> pack;
+#pragma unroll
+  for (int e = 0; e < V; ++e) pack.of[e] = from_float<T>(values.of[e]);
+  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+}
+
+// Calls `run` with a null pointer of the type; nothing for NO_TENSOR.
+template <class F>
+HD void with_type(Type type, F run) {
+  switch (type) {
+    case FLOAT32: run(static_cast<float*>(nullptr)); break;
+    case BFLOAT16: run(static_cast<__nv_bfloat16*>(nullptr)); break;
+    case FLOAT16: run(static_cast<__half*>(nullptr)); break;
+    case FLOAT64: run(static_cast<double*>(nullptr)); break;
+    case NO_TENSOR: break;
+  }
+}
+
+// Writes V values to elements `at` and on of a tensor.
+template <int V>
+HD void store_as(Type type, void* base, std::int64_t at, const Values<V>& values) {
+  with_type(type, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    store<V>(static_cast<T*>(base) + at, values);
+  });
+}
+
+template <int V>
+HD Values<V> load_as(Type type, const void* base, std::int64_t at) {
+  Values<V> values{};
+  with_type(type, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    values = load<V>(static_cast<const T*>(base) + at);
+  });
+  return values;
+}
+
+// Elements of a row of flat storage as they lie in memory: 2 or 4 bytes each. Loads of many rows
+// are on their way at once where none of them is converted before the last has been issued; a
+// branch on the type between two of them would wait for the first.
+template <int V>
+struct Raw {
+  static_assert(V == 1 || V == 4, "one element, or a vector");
+  std::uint32_t of[V];
+};
+
+template <int V>
+HD Raw<V> load_raw(const void* base, bool two_bytes, std::int64_t at) {
+  Raw<V> raw{};
+  if (two_bytes) {
+    const auto* from = static_cast<const std::uint16_t*>(base) + at;
+    if constexpr (V == 1) {
+      raw.of[0] = *from;
+    } else {
+      const auto pairs = *reinterpret_cast<const Pack<std::uint32_t, 2>*>(from);
+      raw.of[0] = pairs.of[0];
+      raw.of[1] = pairs.of[1];
+    }
+  } else {
+    const auto* from = static_cast<const std::uint32_t*>(base) + at;
+    const auto pack = *reinterpret_cast<const Pack<std::uint32_t, V>*>(from);
+#pragma unroll
+    for (int e = 0; e < V; ++e) raw.of[e] = pack.of[e];
+  }
+  return raw;
+}
+
+HD float bits_to_float(std::uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+HD float half_bits_to_float(std::uint32_t bits) {
+  __half_raw raw;
+  raw.x = static_cast<unsigned short>(bits);
+  return __half2float(__half(raw));
+}
+
+template <int V>
+HD Values<V> converted(const Raw<V>& raw, Type type) {
+  Values<V> values;
+#pragma unroll
+  for (int e = 0; e < V; ++e) {
+    // The lower half of a pair comes first.
+    const std::uint32_t pair = raw.of[V == 1 ? 0 : e / 2];
+    const std::uint32_t half = e % 2 ? pair >> 16 : pair & 0xffff;
+    if (type == FLOAT32) {
+      values.of[e] = bits_to_float(raw.of[e]);
+    } else if (type == BFLOAT16) {
+      values.of[e] = bits_to_float(half << 16);
+    } else {
+      values.of[e] = half_bits_to_float(half);
+    }
+  }
+  return values;
+}
+
+// How many whole vectors of a piece may be accessed as such: all, or none.
+HD bool is_vector_boundary(const void* address) {
+  return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
+}
+
+}  // namespace gcond

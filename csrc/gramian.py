@@ -1,0 +1,110 @@
+"""gramian: every inner product that the method needs, from one read of the accumulators.
+
+Two launches. In the first each block reads its piece of all rows once and sums every product in
+float32; in the second the pieces' sums are added up in float64, in a fixed order.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gcond_kernels import _cuda, tables
+from gcond_kernels.cuda.launch import Cut, cut, parts, place_of
+from gcond_kernels.python.gramian import gramian as gramian_by_matrix_products
+
+
+class Sums(NamedTuple):
+    """Memory for the products of K tasks and of the momentum, if any.
+
+    Attributes:
+        partials: [P, C] float32: each product over each piece; P counts those with momentum and
+            history, whether there are any or not.
+        total: [K, K] float64.
+        cross: [K, K] float64, or None without history.
+        per_tensor: [T, R, R] float64, R = K, or K + 1 with momentum.
+    """
+
+    partials: Tensor
+    total: Tensor
+    cross: Tensor | None
+    per_tensor: Tensor
+
+    def returned(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `gramian` returns them."""
+        cross = self.total.new_empty(0, 0) if self.cross is None else self.cross
+        return self.total, cross, self.per_tensor
+
+
+def new_sums(tasks: int, momentum: bool, history: bool, which: Cut) -> Sums:
+    """Memory for the sums over these pieces."""
+    device, rows = which.segments.device, tasks + momentum
+    products = (tasks + 1) * (tasks + 2) // 2 + tasks * tasks
+    float64 = {"dtype": torch.float64, "device": device}
+    return Sums(
+        torch.empty((products, which.chunks.total), device=device),
+        torch.empty((tasks, tasks), **float64),
+        torch.empty((tasks, tasks), **float64) if history else None,
+        torch.empty((len(which.segments), rows, rows), **float64),
+    )
+
+
+def gramian(
+    accumulators: Tensor,
+    history: Tensor | None,
+    momentum: Tensor | None,
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    scale: Tensor,
+    history_scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gramian, cross-Gramian, Gramian per tensor; see `gcond_kernels.ops.gramian`."""
+    tasks, device = accumulators.shape[0], accumulators.device
+    if tasks > _cuda.MOST_TASKS_IN_REGISTERS:
+        return gramian_by_matrix_products(
+            accumulators, history, momentum, offsets, sizes, scale, history_scale
+        )
+    which = cut(tuple(offsets), tuple(sizes), tables.chunk_length(sum(sizes)), device)
+    which.keep_if_captured()
+    sums = new_sums(tasks, momentum is not None, history is not None, which)
+    with tables.guard(device):
+        _cuda.gramian(
+            *place_of(device),
+            which.pieces,
+            tasks,
+            accumulators,
+            history,
+            momentum,
+            scale,
+            history_scale,
+            *sums,
+        )
+    return sums.returned()
+
+
+def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Gramian, and Gramian per tensor, of L lists; see `gcond_kernels.python.norms`."""
+    count, sizes = len(lists), tuple([tensor.numel() for tensor in lists[0]])
+    device = lists[0][0].device if sizes else torch.device("cpu")
+    length = tables.chunk_length(sum(sizes))
+    float64 = {"dtype": torch.float64, "device": device}
+    per_tensor = torch.empty((len(sizes), count, count), **float64)
+    totals = [torch.zeros((count, count), **float64)]
+    with tables.guard(device):
+        for part in parts(len(sizes), _cuda.MOST_TENSORS // count):
+            which = cut((0,) * len(sizes[part]), sizes[part], length, device)
+            which.keep_if_captured()
+            products = count * (count + 1) // 2
+            partials = torch.empty((products, which.chunks.total), device=device)
+            totals.append(torch.empty_like(totals[0]))
+            _cuda.lists(
+                *place_of(device),
+                which.pieces,
+                count,
+                [tensor for one in lists for tensor in one[part]],
+                partials,
+                totals[-1],
+                per_tensor[part],
+            )
+    return torch.stack(totals).sum(0) if len(totals) > 2 else totals[-1], per_tensor

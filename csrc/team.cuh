@@ -1,0 +1,71 @@
+// A block of threads on the GPU, or the one thread of the host that does the work of all of them.
+#pragma once
+
+#include "common.cuh"
+
+namespace gcond {
+
+// Runs `task` for every index below `count`, then lets every thread see what the others wrote.
+template <class F>
+HD void each(int count, F task) {
+#ifdef __CUDA_ARCH__
+  for (int index = threadIdx.x; index < count; index += THREADS) task(index);
+  __syncthreads();
+#else
+  for (int index = 0; index < count; ++index) task(index);
+#endif
+}
+
+// Runs `task` in one thread, then lets every thread see what it wrote.
+template <class F>
+HD void once(F task) {
+  each(1, [&](int) { task(); });
+}
+
+// Sum over the lanes of a warp, as a tree; every lane has it.
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int distance = WARP / 2; distance > 0; distance /= 2)
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
+  return value;
+}
+
+// The same tree on the host, of the values that the lanes would hold.
+template <class T>
+inline T warp_sum_on_host(const T* lanes) {
+  T values[WARP];
+  for (int lane = 0; lane < WARP; ++lane) values[lane] = lanes[lane];
+  for (int distance = WARP / 2; distance > 0; distance /= 2)
+    for (int lane = 0; lane < distance; ++lane) values[lane] += values[lane + distance];
+  return values[0];
+}
+
+// Sum over the warps of a block, in their order.
+template <class T>
+HD T sum_of_warps(const T* warps, int step = 1) {
+  T total = warps[0];
+#pragma unroll
+  for (int warp = 1; warp < WARPS; ++warp) total += warps[warp * step];
+  return total;
+}
+
+// Sum over the threads of a block of `value(thread)`; every thread has it.
+template <class T, class F>
+HD T block_sum(F value) {
+#ifdef __CUDA_ARCH__
+  __shared__ T warps[WARPS];
+  const T of_warp = warp_sum<T>(value(static_cast<int>(threadIdx.x)));
+  __syncthreads();  // the sum before this one has been read
+  if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = of_warp;
+  __syncthreads();
+  return sum_of_warps(warps);
+#else
+  T lanes[THREADS], warps[WARPS];
+  for (int thread = 0; thread < THREADS; ++thread) lanes[thread] = value(thread);
+  for (int warp = 0; warp < WARPS; ++warp) warps[warp] = warp_sum_on_host(lanes + warp * WARP);
+  return sum_of_warps(warps);
+#endif
+}
+
+}  // namespace gcond
