@@ -25,4 +25,4 @@ __all__ = [
 ]
 
 # How the module reads tensors: by C functions that torch offers, without a header of torch.
-_cuda.use_exchange(torch.Tensor.__dlpack_c_exchange_api__)  # type: ignore[attr-defined]
+_cuda.use_exchange(torch.Tensor.__dlpack_c_exchange_api__)

@@ -152,8 +152,12 @@ HD void combine_chunk(const Combine& c, const Resolved& resolved, const Addresse
 
 // 1 / (1 - β^t). A tensor that never had a gradient has t = 0 and is not written: any factor does.
 HD double bias_correction(std::int64_t steps, double beta) {
-  const double t = static_cast<double>(steps > 1 ? steps : 1);
-  return 1.0 / (1.0 - exp(t * log(beta)));
+  double power = 1.0, square = beta;  // by squaring: the same bits on every processor
+  for (std::int64_t left = steps > 1 ? steps : 1; left > 0; left /= 2) {
+    if (left % 2 == 1) power *= square;
+    square *= square;
+  }
+  return 1.0 / (1.0 - power);
 }
 
 // ‖m‖² of a tensor without a pass over memory: vᵀ G v with v = (1-β) w, and β for the old momentum.

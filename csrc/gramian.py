@@ -41,12 +41,12 @@ def new_sums(tasks: int, momentum: bool, history: bool, which: Cut) -> Sums:
     """Memory for the sums over these pieces."""
     device, rows = which.segments.device, tasks + momentum
     products = (tasks + 1) * (tasks + 2) // 2 + tasks * tasks
-    float64 = {"dtype": torch.float64, "device": device}
+    total = torch.empty((tasks, tasks), dtype=torch.float64, device=device)
     return Sums(
         torch.empty((products, which.chunks.total), device=device),
-        torch.empty((tasks, tasks), **float64),
-        torch.empty((tasks, tasks), **float64) if history else None,
-        torch.empty((len(which.segments), rows, rows), **float64),
+        total,
+        torch.empty_like(total) if history else None,
+        total.new_empty((len(which.segments), rows, rows)),
     )
 
 
@@ -78,7 +78,10 @@ def gramian(
             momentum,
             scale,
             history_scale,
-            *sums,
+            sums.partials,
+            sums.total,
+            sums.cross,
+            sums.per_tensor,
         )
     return sums.returned()
 
@@ -88,9 +91,8 @@ def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]
     count, sizes = len(lists), tuple([tensor.numel() for tensor in lists[0]])
     device = lists[0][0].device if sizes else torch.device("cpu")
     length = tables.chunk_length(sum(sizes))
-    float64 = {"dtype": torch.float64, "device": device}
-    per_tensor = torch.empty((len(sizes), count, count), **float64)
-    totals = [torch.zeros((count, count), **float64)]
+    totals = [torch.zeros((count, count), dtype=torch.float64, device=device)]
+    per_tensor = totals[0].new_empty((len(sizes), count, count))
     with tables.guard(device):
         for part in parts(len(sizes), _cuda.MOST_TENSORS // count):
             which = cut((0,) * len(sizes[part]), sizes[part], length, device)

@@ -7,7 +7,7 @@ launches themselves, set the pace. Larger models are left to three operations of
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,8 +50,8 @@ def resolve(
     parameter_norms: Tensor | None,
     trust_ratio_coef: float,
     trust_ratio_clip: float,
-    state: dict[str, Tensor],
-    settings: dict[str, Any],
+    state: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Decision]:
     """What `gramian` and `arbitrate` return; `outputs` are written."""
     tasks, device = len(accumulators), accumulators.device
@@ -73,7 +73,10 @@ def resolve(
             momentum,
             momentum is not None and norms,
             scale,
-            *sums,
+            sums.partials,
+            sums.total,
+            sums.cross,
+            sums.per_tensor,
             _cuda.State(
                 state["norm_ema"],
                 state["winners"],

@@ -66,8 +66,8 @@ class Accumulator:
         self.dtype = dtype
         self.history_dtype = history_dtype
         self.segments: list[Segment] = []
-        self.offsets: list[int] = []
-        self.sizes: list[int] = []
+        self.offsets: tuple[int, ...] = ()
+        self.sizes: tuple[int, ...] = ()
         self.touched: list[bool] = []
         self.counts = [0] * tasks
         self.rows = torch.empty(tasks, 0, dtype=dtype)
@@ -103,8 +103,8 @@ class Accumulator:
             count = len(self.segments) + len(segments)
             self.momentum_steps = widened(self.momentum_steps, count, device)
         self.segments += segments
-        self.offsets += [segment.offset for segment in segments]
-        self.sizes += [segment.parameter.numel() for segment in segments]
+        self.offsets += tuple(segment.offset for segment in segments)
+        self.sizes += tuple(segment.parameter.numel() for segment in segments)
         self.touched += [False] * len(segments)
         self._known.update(segment.parameter for segment in segments)
 

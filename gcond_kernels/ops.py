@@ -593,7 +593,7 @@ def resolve(
     sizes: Sequence[int],
     *,
     scale: Tensor,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Any],
     settings: Mapping[str, Any],
     history: Tensor | None = None,
     momentum: Tensor | None = None,
@@ -611,11 +611,23 @@ def resolve(
     there are at most 8 tasks and 1,000 tensors); else the three are called in turn.
 
     Args:
-        accumulators: as for `gramian`, like `offsets`, `sizes`, `scale` and `history`.
-        outputs: as for `combine`, like `momentum` and all that follow.
+        accumulators: [K, N'] float32 or bfloat16.
+        outputs: as for `combine`.
+        offsets: T starts of the segments, in elements.
+        sizes: T lengths of the segments.
+        scale: [K] float64; where it is 0 the task takes no part.
         state: what `arbitrate` changes, by name: norm_ema, winners, history_gramian,
             history_rows, history_scale.
         settings: the settings of `arbitrate`, by name, from thresholds to eps.
+        history: [K, N'], read, then set to the accumulators; None keeps none.
+        momentum: [N'] float32, as for `combine`, like all that follow.
+        momentum_steps: [T] int64.
+        beta: β in [0, 1).
+        max_norm: bound of the norm of all outputs together.
+        parameter_norms: [T] float64; turns the sign update on.
+        trust_ratio_coef: factor of the sign update.
+        trust_ratio_clip: bound of the ratio of the sign update.
+        backend: see `choose_backend`.
 
     Raises:
         ValueError: as of the three; nothing has been written.

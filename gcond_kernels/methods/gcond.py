@@ -140,8 +140,8 @@ class GCond:
         backend: str = "auto",
     ) -> ops.Arbitration:
         """One weight per task from the Gramian [K, K] and the cross-Gramian with the history."""
-        settings = self.settings(gramian.shape[0])
-        return ops.arbitrate(gramian, cross, scale, **state, **settings, backend=backend)
+        given: dict[str, Any] = {**state, **self.settings(gramian.shape[0])}
+        return ops.arbitrate(gramian, cross, scale, **given, backend=backend)
 
     def settings(self, tasks: int) -> dict[str, Any]:
         """The settings of `ops.arbitrate` for K tasks, by name."""
