@@ -1,18 +1,23 @@
-"""What one `accumulate` costs the host before the launch: 300 gradients, addresses seen before.
+"""What the operations cost the host before their launches: 300 tensors, two tasks, tables known.
 
-    python bench/host_time.py [--output FILE.json]
+    GCOND_CUDA_HOST=1 TRITON_INTERPRET=1 python bench/host_time.py [--output FILE.json]
 
-Needs no GPU: the launch itself is left out. Beside it stands one call of `data_ptr` for each of
-the 300 tensors, the least that any table of addresses costs in Python.
+Needs no GPU: the launches themselves, some microseconds each, are left out. Triton's are replaced
+by calls that do nothing; the CUDA backend is given tables of no pieces, for which its driver on
+the host has next to nothing to do. Beside them stands one call of `data_ptr` for each of the 300
+tensors, the least that any table of addresses costs in Python.
 """
 
 import argparse
+import importlib
 import json
+import os
 import platform
 import statistics
 import timeit
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -21,17 +26,25 @@ from rich.console import Console
 from rich.table import Table
 
 import gcond_kernels
-from gcond_kernels import ops, triton_kernels
+from gcond_kernels import GCond, ops
 
-TENSORS = 300
+TENSORS, TASKS = 300, 2
 ROUNDS, CALLS = 15, 200
 TARGET = 60e-6
+
+KERNELS = {
+    "accumulate": ["accumulate_kernel"],
+    "gramian": ["products_kernel", "sum_kernel"],
+    "arbitrate": ["arbitrate_kernel"],
+    "combine": ["combine_kernel", "factor_kernel"],
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
     arguments = parser.parse_args()
+    without_launches()
     figures = {name: seconds(call) for name, call in calls().items()}
     machine = {
         "cpu": cpu_name(),
@@ -41,12 +54,12 @@ def main() -> None:
         "gcond_kernels": gcond_kernels.__version__,
     }
     table = Table(title=", ".join(f"{key} {value}" for key, value in machine.items()))
-    for heading in ("300 tensors", "median", "quartiles"):
+    for heading in (f"{TENSORS} tensors", "median", "quartiles"):
         table.add_column(heading)
     for name, (low, median, high) in figures.items():
         table.add_row(name, f"{median * 1e6:.0f} µs", f"{low * 1e6:.0f}-{high * 1e6:.0f} µs")
     Console().print(table)
-    print(f"{ROUNDS} rounds of {CALLS} calls; target of the backend: {TARGET * 1e6:.0f} µs")
+    print(f"{ROUNDS} rounds of {CALLS} calls; target of accumulate: {TARGET * 1e6:.0f} µs")
     if arguments.output:
         named = {
             n: dict(zip(("low", "median", "high"), f, strict=True)) for n, f in figures.items()
@@ -56,27 +69,72 @@ def main() -> None:
 
 def calls() -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
-    sizes = [7] * TENSORS
-    offsets = list(range(0, 32 * TENSORS, 32))
-    row = torch.zeros(32 * TENSORS)
+    sizes = (7,) * TENSORS
+    offsets = tuple(range(0, 32 * TENSORS, 32))
     gradients = [torch.randn(size) for size in sizes]
-    without_launches()
-    return {
-        "data_ptr of each": lambda: list(map(torch.Tensor.data_ptr, gradients)),
-        "accumulate of the backend, as the optimizer calls it": lambda: triton_kernels.accumulate(
-            row, gradients, offsets, sizes, 1.0, False
-        ),
-        "ops.accumulate, with its checks": lambda: ops.accumulate(
-            row, gradients, offsets, sizes, backend="triton"
-        ),
+    timed: dict[str, Callable[[], object]] = {
+        "data_ptr of each": lambda: list(map(torch.Tensor.data_ptr, gradients))
     }
+    for backend in ("triton", "cuda"):
+        timed |= operations(backend, gradients, offsets, sizes)
+    return timed
+
+
+def operations(
+    backend: str, gradients: list[torch.Tensor], offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> dict[str, Callable[[], object]]:
+    """The operations of one backend, without and with the checks of the public functions."""
+    rows, history = torch.zeros(TASKS, 32 * TENSORS), torch.zeros(TASKS, 32 * TENSORS).bfloat16()
+    momentum, steps = torch.zeros(32 * TENSORS), torch.zeros(TENSORS, dtype=torch.int64)
+    scale, finite = torch.ones(TASKS, dtype=torch.float64), torch.tensor(True)
+    per_tensor = torch.zeros(TENSORS, TASKS, TASKS, dtype=torch.float64)
+    small, method = torch.eye(TASKS, dtype=torch.float64), GCond()
+    state = method.new_state(TASKS, torch.device("cpu"))
+    room = ops.backend_module(backend, torch.device("cpu"), "resolve")
+    settings: dict[str, Any] = method.settings(TASKS)
+    with_momentum = {"momentum": momentum, "momentum_steps": steps, "beta": 0.9}
+    return {
+        f"{backend}: accumulate": lambda: room.accumulate(
+            rows[0], gradients, offsets, sizes, 1.0, False
+        ),
+        f"{backend}: gramian": lambda: room.gramian(
+            rows, history, None, offsets, sizes, scale, scale
+        ),
+        f"{backend}: arbitrate": lambda: room.arbitrate(small, small, scale, **state, **settings),
+        f"{backend}: combine": lambda: room.combine(
+            rows, scale, scale, finite, gradients, offsets, sizes, history, momentum, steps, 0.9,
+            per_tensor, None, None, 0.0, 0.0,
+        ),
+        f"{backend}: ops.accumulate, with its checks": lambda: ops.accumulate(
+            rows[0], gradients, offsets, sizes, backend=backend
+        ),
+        f"{backend}: ops.resolve, with its checks": lambda: ops.resolve(
+            rows, gradients, offsets, sizes, scale=scale, state=state, settings=settings,
+            history=history, **with_momentum, backend=backend,
+        ),
+    }  # fmt: skip
 
 
 def without_launches() -> None:
-    """Puts a launch that does nothing in the place of Triton's."""
-    # Not by name: the package's attribute of that name is the function, not its module.
-    triton_kernels.accumulate.__globals__["accumulate_kernel"] = NoLaunch()
-    ops.unavailable = lambda backend, device: None
+    """Replaces Triton's launches by nothing, and leaves those in CUDA C++ no pieces."""
+    for operation, names in KERNELS.items():
+        module = importlib.import_module(f"gcond_kernels.triton_kernels.{operation}")
+        for name in names:
+            setattr(module, name, NoLaunch())
+    launch = importlib.import_module("gcond_kernels.cuda.launch")
+    cut, known = launch.cut, {}
+
+    def of_no_pieces(*key: Any) -> Any:
+        if key not in known:
+            whole = cut(*key)
+            pieces = launch._cuda.Pieces(
+                whole.segments, whole.chunks.table, whole.chunks.first, 0, 0, key[2]
+            )
+            known[key] = whole._replace(pieces=pieces)
+        return known[key]
+
+    for operation in ("accumulate", "gramian", "combine", "resolve"):
+        importlib.import_module(f"gcond_kernels.cuda.{operation}").cut = of_no_pieces
 
 
 class NoLaunch:
@@ -88,10 +146,13 @@ class NoLaunch:
 
 def seconds(call: Callable[[], object]) -> tuple[float, float, float]:
     """Quartiles of the time of one call."""
+    call()
     times = [t / CALLS for t in timeit.repeat(call, number=CALLS, repeat=ROUNDS)]
     low, median, high = statistics.quantiles(times, n=4)
     return low, median, high
 
 
 if __name__ == "__main__":
+    if os.environ.get("GCOND_CUDA_HOST") != "1" or os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("set GCOND_CUDA_HOST=1 and TRITON_INTERPRET=1 (make bench-host does)")
     main()

@@ -26,7 +26,7 @@ def accumulate(
             _cuda.accumulate(
                 *place_of(device),
                 accumulator,
-                gradients[part],
+                _cuda.Addresses(gradients[part]),
                 which.pieces,
                 number,
                 tensor,

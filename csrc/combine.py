@@ -34,12 +34,13 @@ def combine(
 ) -> None:
     """Writes gradients, momentum and history; see `gcond_kernels.ops.combine`."""
     tasks, device = accumulators.shape[0], accumulators.device
+    all_parts = [(part, _cuda.Addresses(outputs[part])) for part in parts(len(sizes))]
     with tables.guard(device):
         factors, clipping = factors_of(
-            per_tensor, weights, finite, outputs, momentum_steps, beta, max_norm, parameter_norms,
-            trust_ratio_coef, trust_ratio_clip,
+            per_tensor, weights, finite, all_parts, momentum_steps, beta, max_norm,
+            parameter_norms, trust_ratio_coef, trust_ratio_clip,
         )  # fmt: skip
-        for part in parts(len(sizes)):
+        for part, addresses in all_parts:
             which = cut(tuple(offsets[part]), tuple(sizes[part]), _cuda.COMBINE_CHUNK, device)
             which.keep_if_captured()
             _cuda.combine(
@@ -56,7 +57,7 @@ def combine(
                 weights,
                 finite,
                 clipping,
-                outputs[part],
+                addresses,
             )
 
 
@@ -64,7 +65,7 @@ def factors_of(
     per_tensor: Tensor,
     weights: Tensor,
     finite: Tensor,
-    outputs: Sequence[Tensor | None],
+    all_parts: Sequence[tuple[slice, _cuda.Addresses]],
     momentum_steps: Tensor | None,
     beta: float,
     max_norm: float | None,
@@ -73,15 +74,15 @@ def factors_of(
     trust_ratio_clip: float,
 ) -> tuple[Tensor | None, Tensor | None]:
     """[T] factors of the tensors and the factor [] of all; None where there is none."""
-    tensors, device = len(outputs), weights.device
+    tensors, device = len(per_tensor), weights.device
     norms = max_norm is not None or parameter_norms is not None
     if not tensors or (momentum_steps is None and not norms):
         return None, None
     factors, squares = torch.empty((2, tensors), dtype=torch.float64, device=device)
-    for part in parts(tensors):
+    for part, addresses in all_parts:
         arguments = _cuda.Factors(
             len(weights),
-            len(outputs[part]),
+            part.stop - part.start,
             len(weights) + (momentum_steps is not None),
             per_tensor[part],
             None if momentum_steps is None else momentum_steps[part],
@@ -93,7 +94,7 @@ def factors_of(
             trust_ratio_clip,
             norms,
         )
-        _cuda.factors(*place_of(device), arguments, weights, finite, outputs[part])
+        _cuda.factors(*place_of(device), arguments, weights, finite, addresses)
     if max_norm is None:
         return factors, None
     clipping = torch.empty((), dtype=torch.float64, device=device)

@@ -104,7 +104,7 @@ def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]
                 *place_of(device),
                 which.pieces,
                 count,
-                [tensor for one in lists for tensor in one[part]],
+                _cuda.Addresses([tensor for one in lists for tensor in one[part]]),
                 partials,
                 totals[-1],
                 per_tensor[part],

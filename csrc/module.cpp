@@ -37,12 +37,12 @@ struct Pieces {
         length(length_) {}
 };
 
-void accumulate_(int device, std::uintptr_t stream, py::handle accumulator, py::handle gradients,
+void accumulate_(int device, std::uintptr_t stream, py::handle accumulator, const Addresses& gradients,
                  const Pieces& pieces, float scale, py::handle scale_tensor, bool overwrite) {
   const Rows target = rows_of(accumulator), factor = rows_of(scale_tensor);
   const Accumulate arguments{target.data, target.type, pieces.segments, pieces.chunks,
                              scale,       factor.data, factor.type,     overwrite};
-  accumulate({device, stream}, arguments, addresses_of(gradients), pieces.count);
+  accumulate({device, stream}, arguments, gradients, pieces.count);
 }
 
 Gramian gramian_of(const Pieces& pieces, py::handle accumulators, py::handle history,
@@ -73,12 +73,12 @@ void gramian_(int device, std::uintptr_t stream, const Pieces& pieces, int tasks
 }
 
 void lists_(int device, std::uintptr_t stream, const Pieces& pieces, int count,
-            py::handle tensors, py::handle partials, py::handle total, py::handle per_tensor) {
+            const Addresses& tensors, py::handle partials, py::handle total,
+            py::handle per_tensor) {
   const auto none = py::none();
   Totals totals = totals_of(count, false, none, none, total, none, per_tensor);
   totals.stored = count;
-  lists({device, stream}, gramian_of(pieces, none, none, none, partials), addresses_of(tensors),
-        totals);
+  lists({device, stream}, gramian_of(pieces, none, none, none, partials), tensors, totals);
 }
 
 Settings settings_of(const py::sequence& thresholds, double remap_power, bool smooth,
@@ -132,12 +132,12 @@ Combine combine_of(const Pieces& pieces, int tasks, py::handle accumulators, py:
 void combine_(int device, std::uintptr_t stream, const Pieces& pieces, int tasks,
               py::handle accumulators, py::handle history, py::handle momentum, py::handle scale,
               py::handle factors, double beta, bool signs, py::handle weights, py::handle finite,
-              py::handle clipping, py::handle outputs) {
+              py::handle clipping, const Addresses& outputs) {
   combine({device, stream},
           combine_of(pieces, tasks, accumulators, history, momentum, scale, factors, beta, signs),
           {address<const double>(weights), address<const bool>(finite),
            address<const double>(clipping)},
-          addresses_of(outputs), pieces.count);
+          outputs, pieces.count);
 }
 
 Factors factors_of(int tasks, int tensors, int rows, py::handle per_tensor,
@@ -159,10 +159,9 @@ Factors factors_of(int tasks, int tensors, int rows, py::handle per_tensor,
 }
 
 void factors_(int device, std::uintptr_t stream, const Factors& arguments, py::handle weights,
-              py::handle finite, py::handle outputs) {
+              py::handle finite, const Addresses& outputs) {
   factors({device, stream}, arguments,
-          {address<const double>(weights), address<const bool>(finite), nullptr},
-          addresses_of(outputs));
+          {address<const double>(weights), address<const bool>(finite), nullptr}, outputs);
 }
 
 void clipping_(int device, std::uintptr_t stream, py::handle squares, int tensors, double max_norm,
@@ -177,7 +176,7 @@ void resolve_(int device, std::uintptr_t stream, const Pieces& pieces, int tasks
               py::handle cross, py::handle per_tensor, const State& state,
               const Settings& settings, const Decision& decision, const Factors& factors,
               double beta, py::handle found_factors, py::object max_norm, bool signs,
-              py::handle outputs) {
+              const Addresses& outputs) {
   const auto none = py::none();
   Resolve r{
       gramian_of(pieces, accumulators, history, momentum_products ? momentum : py::handle(none), partials),
@@ -189,7 +188,7 @@ void resolve_(int device, std::uintptr_t stream, const Pieces& pieces, int tasks
       max_norm.is_none() ? NO_BOUND : max_norm.cast<double>()};
   r.totals = totals_of(tasks, momentum_products, scale, none, total, cross, per_tensor);
   r.totals.history_scale = state.history_scale;
-  resolve({device, stream}, r, addresses_of(outputs));
+  resolve({device, stream}, r, outputs);
 }
 
 // CUDA's answer to a kernel being prepared for a device: none where it can run there.
@@ -216,6 +215,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("COMBINE_CHUNK") = COMBINE_CHUNK;
   module.attr("ARCHITECTURES") = GCOND_ARCHITECTURES;
 
+  py::class_<Addresses>(module, "Addresses").def(py::init(&addresses_of));
   py::class_<Pieces>(module, "Pieces").def(
       py::init<py::handle, py::handle, py::handle, int, int, int>());
   py::class_<Settings>(module, "Settings").def(py::init(&settings_of),

@@ -105,6 +105,6 @@ def resolve(
             factors,
             max_norm,
             parameter_norms is not None,
-            outputs,
+            _cuda.Addresses(outputs),
         )
     return sums.returned(), decision

@@ -16,6 +16,11 @@ ACCUMULATE_CHUNK: int
 COMBINE_CHUNK: int
 ARCHITECTURES: str
 
+class Addresses:
+    """Where up to MOST_TENSORS tensors lie, and their types. The tensors must outlive it."""
+
+    def __init__(self, tensors: Sequence[Tensor | None], /) -> None: ...
+
 class Pieces:
     """How tensors are cut into pieces. It holds addresses: the tables must outlive it."""
 
@@ -97,7 +102,7 @@ def accumulate(
     device: int,
     stream: int,
     accumulator: Tensor,
-    gradients: Sequence[Tensor | None],
+    gradients: Addresses,
     pieces: Pieces,
     scale: float,
     scale_tensor: Tensor | None,
@@ -125,7 +130,7 @@ def lists(
     stream: int,
     pieces: Pieces,
     count: int,
-    tensors: Sequence[Tensor],
+    tensors: Addresses,
     partials: Tensor,
     total: Tensor,
     per_tensor: Tensor,
@@ -149,7 +154,7 @@ def factors(
     arguments: Factors,
     weights: Tensor,
     finite: Tensor,
-    outputs: Sequence[Tensor | None],
+    outputs: Addresses,
     /,
 ) -> None: ...
 def clipping(
@@ -170,7 +175,7 @@ def combine(
     weights: Tensor,
     finite: Tensor,
     clipping: Tensor | None,
-    outputs: Sequence[Tensor | None],
+    outputs: Addresses,
     /,
 ) -> None: ...
 def resolve(
@@ -195,6 +200,6 @@ def resolve(
     found_factors: Tensor | None,
     max_norm: float | None,
     signs: bool,
-    outputs: Sequence[Tensor | None],
+    outputs: Addresses,
     /,
 ) -> None: ...

@@ -51,6 +51,9 @@ def _operation_lines(device: torch.device) -> list[str]:
     except RuntimeError as error:
         return [f"  {error}"]
     lines = [f"  {operation:<12} {backend}" for operation, backend in chosen.items()]
+    if device.type == "cuda" and not os.environ.get("GCOND_BACKEND"):
+        lines = [f"{line:<23} {ops.MEASURED[op]}" for line, op in zip(lines, chosen, strict=True)]
+        lines.append(f"  the first of those that are there: {ops.MEASURED_HOW}")
     for backend in ops.BACKENDS:
         reason = ops.unavailable(backend, device)
         if reason is not None:

@@ -1,4 +1,4 @@
-"""What is particular to the CUDA C++ backend: one launch, many tensors, what it says when it cannot.
+"""What is particular to the CUDA C++ backend: one launch, many tensors, what it refuses.
 
 Here its code runs on the host (GCOND_CUDA_HOST=1); tests/gpu checks the launches.
 """
@@ -219,13 +219,12 @@ def test_a_resolution_that_cannot_be_done_changes_nothing():
 def test_what_the_module_itself_refuses():
     from gcond_kernels import _cuda
 
-    nothing = _cuda.Pieces(None, None, None, 0, 0, 1)
     for tensors, message in (
         ([torch.ones(1)] * 1001, "at most 1000 tensors in a launch, not 1001"),
         ([torch.ones(1).int()], "a tensor of a type that no kernel reads"),
     ):
         with pytest.raises(ValueError, match=message):
-            _cuda.lists(-1, 0, nothing, 1, tensors, None, None, None)
+            _cuda.Addresses(tensors)
 
 
 @pytest.mark.skipif(

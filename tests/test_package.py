@@ -11,7 +11,7 @@ import torch
 
 import gcond_kernels
 from gcond_kernels import __main__ as command_line
-from gcond_kernels import ops
+from gcond_kernels import info, ops
 
 try:
     import tomllib
@@ -119,6 +119,17 @@ def test_info_names_backend_and_reasons(capsys):
     for backend in ("cuda", "triton"):
         if ops.unavailable(backend, torch.device("cpu")):
             assert f"not {backend}: " in printed
+
+
+def test_info_says_what_auto_goes_by_on_a_gpu(monkeypatch):
+    monkeypatch.delenv("GCOND_BACKEND", raising=False)
+    monkeypatch.setattr(ops, "unavailable", lambda b, d: "too old" if b == "cuda" else None)
+    lines = info._operation_lines(torch.device("cuda"))
+    for operation, line in zip(ops.OPERATIONS, lines, strict=False):
+        assert line.split()[:2] == [operation, "triton"]
+        assert ops.MEASURED[operation] in line
+    assert "not cuda: too old" in "\n".join(lines)
+    assert "neither has been timed on a GPU yet" in "\n".join(lines)
 
 
 def test_the_environment_variable_chooses_the_backend(monkeypatch, capsys):
