@@ -50,7 +50,7 @@ bench-cpu: $(VENV)/.demo
 	$(BIN)/python bench/resolution_cpu.py $(ARGS)
 
 bench-host: $(VENV)/.demo
-	TRITON_INTERPRET=1 $(BIN)/python bench/host_time.py $(ARGS)
+	GCOND_CUDA_HOST=1 TRITON_INTERPRET=1 $(BIN)/python bench/host_time.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	PYTHON=$(BIN)/python bench/gpu_check.sh gpu_check_output

@@ -6,6 +6,7 @@ extension module `gcond_kernels._cuda`, by nvcc and ninja. They need no torch.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.absolute()
 SOURCES = [  # the one that takes longest first
     "resolve.cu",
     "gramian.cu",
@@ -31,20 +32,26 @@ ARCHITECTURES = "80;90;100"
 
 # One rounding for a product and one for a sum, on the GPU and on the host alike, except where the
 # code says fmaf.
-NVCC_FLAGS = (
+COMPILER_FLAGS = (
     "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off,"
     "-fno-strict-aliasing,-Wall,-Wno-unknown-pragmas"
 )
+# CUDA's runtime becomes part of the module. No kernel calls one of another file: there is no device
+# code to link.
+LINKER_FLAGS = (
+    "-shared -cudart static -nodlink -Xlinker --exclude-libs,ALL,--version-script,exports"
+)
+# What other libraries of the process may see of the module: of the C++ library, nothing.
+EXPORTS = "{ global: PyInit__cuda; local: *; };\n"
 
-RULES = """
-ninja_required_version = 1.5
+RULES = """ninja_required_version = 1.5
 rule compile
-  command = {nvcc} {flags} {targets} $includes -MD -MF $out.d -c $in -o $out
+  command = {nvcc} {compiler_flags} $options -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = nvcc $in
 rule link
-  command = {nvcc} -shared -cudart static -Xlinker --exclude-libs,ALL $in -o $out
+  command = {nvcc} {linker_flags} $in -o $out
   description = link $out
 """
 
@@ -74,7 +81,20 @@ def find_nvcc() -> str:
         return str(nvcc)
     if nvcc := shutil.which("nvcc"):
         return nvcc
-    raise missing("nvcc is neither in CUDA_HOME/bin nor on PATH: install the CUDA toolkit")
+    raise missing(
+        "nvcc is not on PATH, and CUDA_HOME is not set: install the CUDA toolkit, or set CUDA_HOME"
+    )
+
+
+def host_compiler() -> list[str]:
+    """What nvcc is told of the C++ compiler; nothing where it finds one itself."""
+    if compiler := os.environ.get("CXX"):
+        if shutil.which(compiler) is None:
+            raise missing(f"there is no C++ compiler {compiler!r} (CXX)")
+        return ["-ccbin", compiler]
+    if not os.environ.get("NVCC_CCBIN") and shutil.which("g++") is None:
+        raise missing("there is no C++ compiler: install g++, or name another in CXX")
+    return []
 
 
 def find_ninja() -> str:
@@ -88,20 +108,33 @@ def find_ninja() -> str:
     return str(Path(BIN_DIR) / "ninja")
 
 
-def include_folders() -> list[str]:
-    """Where pybind11.h and Python.h are."""
+def python_headers() -> str:
+    """Where Python.h is."""
+    folder = sysconfig.get_paths()["include"]
+    if not (Path(folder) / "Python.h").is_file():
+        raise missing(f"there is no Python.h in {folder}: install Python's development files")
+    return folder
+
+
+def pybind11_headers(folder: Path) -> str:
+    """Where pybind11's headers are, seen from `folder`: a copy, at a place that stays.
+
+    Those of an isolated build are gone after it, and the next would have to compile again.
+    """
     try:
         import pybind11
     except ImportError:
         raise missing("pybind11 is not installed: pip install pybind11") from None
-    python = sysconfig.get_paths()["include"]
-    if not (Path(python) / "Python.h").is_file():
-        raise missing(f"there is no Python.h in {python}: install Python's development files")
-    return [pybind11.get_include(), python]
+    copy = folder / f"pybind11-{pybind11.__version__}"
+    if not copy.is_dir():
+        incomplete = copy.with_suffix(".incomplete")
+        shutil.copytree(pybind11.get_include(), incomplete, dirs_exist_ok=True)
+        incomplete.rename(copy)
+    return copy.name
 
 
-def targets(nvcc: str) -> tuple[str, str]:
-    """What nvcc is told to compile for, and the same in words."""
+def architectures(nvcc: str) -> list[str]:
+    """What to compile for, such as 80, 90, 100: each is known to nvcc."""
     listed = os.environ.get("GCOND_CUDA_ARCHS") or ARCHITECTURES
     names = re.split(r"[;, ]+", listed.strip())
     if not all(re.fullmatch(r"\d{2,3}[af]?", name) for name in names):
@@ -112,19 +145,54 @@ def targets(nvcc: str) -> tuple[str, str]:
         )
     except (OSError, subprocess.CalledProcessError) as error:
         raise missing(f"{nvcc} does not run: {error}") from None
-    known = set(re.findall(r"compute_(\w+)", answer.stdout))
+    known = sorted({int(number) for number in re.findall(r"compute_(\d+)", answer.stdout)})
     for name in names:
-        if name.rstrip("af") not in known:
-            raise missing(f"{nvcc} does not know sm_{name}; it knows {', '.join(sorted(known))}")
-    flags = [f"-gencode arch=compute_{name},code=sm_{name}" for name in names]
-    # And code that later GPUs compile for themselves.
-    flags.append(f"-gencode arch=compute_{names[-1]},code=compute_{names[-1]}")
-    return " ".join(flags), ", ".join([*(f"sm_{name}" for name in names), f"PTX {names[-1]}"])
+        if int(name.rstrip("af")) not in known:
+            raise missing(
+                f"{nvcc} does not know sm_{name}: set GCOND_CUDA_ARCHS to some of "
+                f"{';'.join(map(str, known))}, or install another CUDA toolkit"
+            )
+    return names
 
 
-def escaped(path: object) -> str:
-    """A path as ninja reads it."""
-    return re.sub(r"([$ :])", r"$\1", str(path))
+def targets(names: list[str]) -> list[str]:
+    """What nvcc is told to compile for: these, and code that later GPUs compile for themselves."""
+    codes = [(name, f"sm_{name}") for name in names] + [(names[-1], f"compute_{names[-1]}")]
+    return [f"-gencode=arch=compute_{name},code={code}" for name, code in codes]
+
+
+def words(arguments: list[str]) -> str:
+    """A command's arguments as the shell reads them, once ninja has read them."""
+    return shlex.join(arguments).replace("$", "$$")
+
+
+def build_file(module: str, folder: Path) -> str:
+    """What ninja is told: it works in `folder`, and makes `module` there.
+
+    Paths are relative: then it does not matter what characters are in that of this project.
+    """
+    nvcc, names = find_nvcc(), architectures(find_nvcc())
+    tool = words([nvcc, *host_compiler()])
+    lines = [
+        RULES.format(nvcc=tool, compiler_flags=COMPILER_FLAGS, linker_flags=LINKER_FLAGS),
+        f"cuda = {words(targets(names))}",
+    ]
+    said = ", ".join([*(f"sm_{name}" for name in names), f"PTX {names[-1]}"])
+    # Only these see Python: the kernels serve any.
+    python = [f"-I{pybind11_headers(folder)}", f"-I{python_headers()}"]
+    lines.append(f"""python = {words([*python, f'-DGCOND_ARCHITECTURES="{said}"'])}""")
+    for source in SOURCES:
+        lines.append(f"build {source}.o: compile ../../../csrc/{source}")
+        lines.append(f"  options = {'$python' if source.endswith('.cpp') else '$cuda'}")
+    objects = " ".join(f"{source}.o" for source in SOURCES)
+    lines.append(f"build {module}: link {objects} | exports")
+    return "\n".join([*lines, f"default {module}", ""])
+
+
+def write_if_new(file: Path, text: str) -> None:
+    """Writes a file that ninja compares the age of."""
+    if not file.is_file() or file.read_text() != text:
+        file.write_text(text)
 
 
 class BuildCuda(build_ext):
@@ -132,49 +200,46 @@ class BuildCuda(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compiles csrc/ and links it to where setuptools wants the module."""
-        nvcc, ninja, includes = find_nvcc(), find_ninja(), include_folders()
-        if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
-            raise missing("there is no C++ compiler: install g++")
-        flags, words = targets(nvcc)
+        ninja = find_ninja()
+        result = Path(self.get_ext_fullpath(ext.name)).absolute()
         version = f"cp{sys.version_info.major}{sys.version_info.minor}"
         folder = ROOT / "build" / "cuda" / version
         folder.mkdir(parents=True, exist_ok=True)
-        result = Path(self.get_ext_fullpath(ext.name)).absolute()
+        write_if_new(folder / "exports", EXPORTS)
+        (folder / "build.ninja").write_text(build_file(result.name, folder))
+        if subprocess.run([ninja, "-C", str(folder)]).returncode:
+            raise missing("their compilation failed, as said above")
         result.parent.mkdir(parents=True, exist_ok=True)
-        lines = [RULES.format(nvcc=escaped(nvcc), flags=NVCC_FLAGS, targets=flags)]
-        objects = []
-        for source in SOURCES:
-            made = folder / f"{source}.o"
-            objects.append(escaped(made))
-            lines.append(f"build {escaped(made)}: compile {escaped(ROOT / 'csrc' / source)}")
-            if source.endswith(".cpp"):  # the only ones that see Python: the kernels serve any
-                options = [f"-I{escaped(path)}" for path in includes]
-                options.append(f"'-DGCOND_ARCHITECTURES=\"{words}\"'")
-                lines.append(f"  includes = {' '.join(options)}")
-        module = folder / result.name
-        lines.append(f"build {escaped(module)}: link {' '.join(objects)}")
-        lines.append(f"default {escaped(module)}\n")
-        (folder / "build.ninja").write_text("\n".join(lines))
-        try:
-            subprocess.run([ninja, "-C", str(folder)], check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise missing(f"ninja failed, see above: {error}") from None
-        shutil.copy2(module, result)
+        shutil.copy2(folder / result.name, result)
+
+
+def check_machine() -> None:
+    """Raises what can be known to be missing before an environment is made for the build."""
+    if not sys.platform.startswith("linux"):
+        raise missing(f"they are built on Linux, not on {sys.platform}")
+    architectures(find_nvcc())
+    host_compiler()
+    python_headers()
 
 
 def options() -> dict[str, object]:
     """What setup() is told beyond pyproject.toml."""
     if not wanted():
         return {}
-    if not sys.platform.startswith("linux"):
-        raise missing(f"they are built on Linux, not on {sys.platform}")
-    find_nvcc()  # before an environment is made for nothing
-    return {
+    check_machine()
+    told: dict[str, object] = {
         "ext_modules": [Extension("gcond_kernels._cuda", [f"csrc/{name}" for name in SOURCES])],
         "cmdclass": {"build_ext": BuildCuda},
-        # pip's build isolation installs these: only here, for the pure wheel needs neither.
-        "setup_requires": ["pybind11>=2.12", "ninja>=1.11"],
     }
+    # By this command pip and build ask what to install for an isolated build: only here, for the
+    # pure wheel needs neither. Said to any other, setuptools would fetch them by itself.
+    if "egg_info" in sys.argv:
+        told["setup_requires"] = ["pybind11>=2.12", "ninja>=1.11"]
+    return told
 
 
-setup(**options())
+try:
+    told = options()
+except SetupError as error:
+    sys.exit(f"error: {error}")  # without a traceback, as setup() ends
+setup(**told)

@@ -5,7 +5,9 @@
 #
 # All parts run even where one fails; each leaves a log in OUTDIR, and the figures are in
 # OUTDIR/kernels_<GPU>.json. The exit status is 0 where all parts passed. It works from a plain
-# checkout: PYTHON (default python3) needs torch, triton, numpy and pytest, not this package.
+# checkout: PYTHON (default python3) needs torch, triton, numpy and pytest, not this package. The
+# CUDA C++ kernels are compiled for the GPU at hand, which needs nvcc, pybind11 and ninja; without
+# them that part fails, and the others go on with Triton alone.
 set -euo pipefail
 
 if [ $# -ne 1 ]; then
@@ -22,34 +24,34 @@ trap 'rm -rf "$work"' EXIT
 # Not in the checkout, where `import gcond_kernels` would find the package without its backends.
 cd "$work"
 export PYTHONUNBUFFERED=1
+export PATH="$PATH:/usr/local/cuda/bin"
 
-found=$("$python" -c 'import gcond_kernels; print(gcond_kernels.__file__)' 2>/dev/null || true)
-if [ "$found" != "$root/gcond_kernels/__init__.py" ]; then
-    # As an installation would lay it out.
-    mkdir "$work/site"
-    cp -R "$root/gcond_kernels" "$work/site/gcond_kernels"
-    cp -R "$root/python" "$work/site/gcond_kernels/python"
-    cp -R "$root/triton_kernels" "$work/site/gcond_kernels/triton_kernels"
-    export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
-fi
+# As an installation would lay it out, but for the compiled module, which is made here for this GPU.
+site=$work/site/gcond_kernels
+mkdir "$work/site"
+cp -R "$root/gcond_kernels" "$site"
+rm -f "$site"/_cuda.*.so
+cp -R "$root/python" "$site/python"
+cp -R "$root/triton_kernels" "$site/triton_kernels"
+mkdir "$site/cuda"
+cp "$root"/csrc/*.py "$site/cuda"
+export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 
-summary=""
-all_passed=true
-allowed=0
+notes=$work/notes # a line for each part: one that runs beside others has no variables to set
 began=$SECONDS
+allowed=0
+
+# allow SECONDS: for the parts that follow; what they do not need, later ones get.
+allow() { allowed=$((allowed + $1)); }
 
 # note NAME RESULT SECONDS: a line of the summary.
-note() {
-    summary+=$(printf '%-16s %-34s %5s s' "$1" "$2" "$3")$'\n'
-    if [[ "$2" != passed ]]; then all_passed=false; fi
-}
+note() { printf '%-16s %-34s %5s s\n' "$1" "$2" "$3" >>"$notes"; }
 
-# part NAME SECONDS COMMAND...: runs it for so long at most; what it does not need, later ones get.
+# part NAME COMMAND...: runs it for as long as is allowed at most.
 part() {
     local name=$1 start=$SECONDS status=0
-    allowed=$((allowed + $2))
     local limit=$((allowed - (SECONDS - began)))
-    shift 2
+    shift
     printf '\n== %s (at most %d s): %s\n' "$name" "$limit" "$*"
     timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$out/$name.log" || status=$?
     local seconds=$((SECONDS - start))
@@ -62,34 +64,36 @@ part() {
 }
 
 finish() {
-    printf '\n== summary\n%s' "$summary"
-    if $all_passed; then
-        echo "all passed"
-        exit 0
+    printf '\n== summary\n'
+    cat "$notes"
+    if grep -q -v ' passed ' "$notes"; then
+        echo "FAILED"
+        exit 1
     fi
-    echo "FAILED"
-    exit 1
+    echo "all passed"
+    exit 0
 }
 
-pytest() { # NAME SECONDS ARGUMENTS...
-    local name=$1 seconds=$2
-    shift 2
-    part "$name" "$seconds" "$python" -m pytest -q --rootdir="$root" -c "$root/pyproject.toml" \
+pytest() { # NAME ARGUMENTS...
+    local name=$1
+    shift
+    part "$name" "$python" -m pytest -q --rootdir="$root" -c "$root/pyproject.toml" \
         -p no:cacheprovider "$@"
 }
 
-sanitizer() { # TOOL SECONDS VARIABLE=VALUE...
-    local tool=$1 seconds=$2
-    shift 2
-    if [ -z "$checker" ]; then
-        printf '\n== %s\n' "$tool"
-        echo "compute-sanitizer not found on PATH or in /usr/local/cuda/bin" | tee "$out/$tool.log"
-        note "$tool" "failed: compute-sanitizer not found" 0
+sanitizer() { # TOOL BACKEND
+    local name=$1_$2
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "compute-sanitizer not found on PATH or in /usr/local/cuda/bin" | tee "$out/$name.log"
+        note "$name" "failed: compute-sanitizer not found" 0
         return 1
     fi
+    local variables=(TMPDIR="$work/$name") # it keeps files there that two must not share
+    mkdir "$work/$name"
+    if [ "$1" = memcheck ]; then variables+=(PYTORCH_NO_CUDA_MEMORY_CACHING=1); fi
     # Triton starts compilers, which are no matter for the checker.
-    part "$tool" "$seconds" env "$@" "$checker" --tool "$tool" --error-exitcode 1 \
-        --target-processes application-only "$python" "$root/bench/sanitize.py"
+    part "$name" env "${variables[@]}" compute-sanitizer --tool "$1" --error-exitcode 1 \
+        --target-processes application-only "$python" "$root/bench/sanitize.py" --backend "$2"
 }
 
 # Versions, and whether there is a GPU at all.
@@ -108,31 +112,77 @@ if not torch.cuda.is_available():
 properties = torch.cuda.get_device_properties(0)
 print(properties.name, f"with compute capability {properties.major}.{properties.minor}")
 END
-if ! part versions 30 "$python" "$work/versions.py"; then
-    for name in tests_gpu benchmark sanitize memcheck racecheck tests_kernels; do
+allow 25
+if ! part versions "$python" "$work/versions.py"; then
+    for name in build tests_gpu benchmark sanitizers tests_kernels; do
         note "$name" "not run" 0
     done
     finish
 fi
+read -r architecture gpu < <("$python" -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}", torch.cuda.get_device_name(0))')
 
-pytest tests_gpu 100 -m gpu "$root/tests/gpu" || true
+# The build works in a copy: the checkout stays as it is. Without pyproject.toml, which asks for a
+# recent setuptools, and without a package index: nothing is fetched.
+mkdir "$work/source"
+cp -R "$root/setup.py" "$root/csrc" "$work/source"
+cat >"$work/build.sh" <<'END'
+set -euo pipefail
+cd "$1/source"
+command -v nvcc || echo "nvcc not found on PATH or in /usr/local/cuda/bin"
+PIP_NO_INDEX=1 GCOND_BUILD_CUDA=1 GCOND_CUDA_ARCHS=$2 "$3" -W ignore setup.py --quiet \
+    build_ext --build-lib "$1/site"
+"$3" -c 'import gcond_kernels.cuda; print("built for", gcond_kernels._cuda.ARCHITECTURES)'
+END
+allow 90
+backends=(triton)
+if part build bash "$work/build.sh" "$work" "$architecture" "$python"; then
+    backends+=(cuda)
+else
+    rm -f "$site"/_cuda.*.so
+fi
 
-gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name(0))' || echo GPU)
-part benchmark 110 "$python" "$root/bench/kernels_gpu.py" \
+# Once without a checker: it compiles Triton's kernels, which the checkers then find compiled.
+allow 40
+for backend in "${backends[@]}"; do
+    part "sanitize_$backend" "$python" "$root/bench/sanitize.py" --backend "$backend" || true
+done
+
+allow 75
+pytest tests_gpu -m gpu "$root/tests/gpu" || true
+
+allow 180
+part benchmark "$python" "$root/bench/kernels_gpu.py" \
     --output "$out/kernels_${gpu//[^A-Za-z0-9]/-}.json" || true
 
-# Once without a checker: it compiles the kernels, which the checkers then find compiled.
-part sanitize 60 "$python" "$root/bench/sanitize.py" || true
-checker=$(PATH="$PATH:/usr/local/cuda/bin" command -v compute-sanitizer || true)
-sanitizer memcheck 50 PYTORCH_NO_CUDA_MEMORY_CACHING=1 || true
-sanitizer racecheck 50 || true
+# All at once: most of their time each of them waits for itself, not for the GPU.
+allow 70
+checks=()
+for backend in "${backends[@]}"; do
+    for tool in memcheck racecheck synccheck; do
+        sanitizer "$tool" "$backend" >/dev/null &
+        checks+=($!)
+    done
+done
+for check in "${checks[@]}"; do
+    wait "$check" || true
+done
+for backend in "${backends[@]}"; do
+    for tool in memcheck racecheck synccheck; do
+        printf '\n== %s\n' "${tool}_$backend"
+        tail -n 20 "$out/${tool}_$backend.log"
+    done
+done
 
 # Last, because they gain most from the time that is left over.
+allow 60
 if "$python" -c 'import hypothesis' 2>/dev/null; then
     processes=()
     # Most of the time goes into compiling, on the CPU.
     if "$python" -c 'import xdist' 2>/dev/null; then processes=(-n 8); fi
-    pytest tests_kernels 135 "${processes[@]}" \
+    pytest tests_kernels "${processes[@]}" \
         "$root"/tests/test_{accumulate,gramian,arbitrate,combine,traces}.py || true
 else
     echo "hypothesis is not installed for $python: of the tests only tests/gpu was run"

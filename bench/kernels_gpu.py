@@ -1,12 +1,18 @@
-"""The Triton operations on a GPU, beside a copy of as many bytes in the same run.
+"""Every operation on a GPU, by each backend, beside a copy of as many bytes in the same run.
 
-    python bench/kernels_gpu.py [--output FILE.json] [--millions 100] [--tasks 2 4 8]
+    python bench/kernels_gpu.py [--output FILE.json] [--millions 2.5 28 88 1000] [--tasks 2 4 8]
 
 The bytes that must move per parameter, with gradients of e bytes and K tasks: accumulate e + 4
 in the first micro-batch, which overwrites, and e + 8 in a later one; gramian 4K + 2K with a
 bfloat16 history; combine 4K + 8 + 4 + 2K with momentum, float32 outputs and the new history. The
 copy reads half of the bytes and writes half. "fraction" is the time of the copy divided by the
 time of the operation.
+
+On the device a call is timed as a CUDA graph that is replayed, without what it costs the host; the
+backends and the copy take turns, round by round. "cuda, one launch" is a whole resolution in one
+cooperative launch, "cuda, apart" the three operations one after the other; `ops.resolve` takes the
+one that has a target. Fractions have targets from 80 M parameters on: below, the caches and the
+launches themselves count, and the copy, which the caches serve too, is no measure.
 """
 
 import argparse
@@ -17,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,23 +34,69 @@ import gcond_kernels
 from gcond_kernels import GCond, GCondFused, ops
 
 DEVICE = torch.device("cuda", 0)
+BACKENDS = ("triton", "cuda")
+MILLIONS = (2.5, 28.0, 88.0, 1000.0)
 ROUNDS = 31
+# Where one call takes milliseconds its time hardly varies, and a round is two of them.
+ROUNDS_OF_LONG_CALLS = 9
 WARM_UP = 10
 # Calls before the clock starts: while the device is busy with them the host gets ahead of it.
 LEAD = 5
 # A round of some milliseconds, far longer than the clock's grain.
-BYTES_A_ROUND = 20e9
-LEAST_REPETITIONS = 5
+BYTES_A_ROUND = 16e9
+LEAST_REPETITIONS = 2
+# A round of what moves next to nothing.
+REPETITIONS_OF_SMALL = 200
 # Calls timed on the host before it waits: few enough that no launch waits for a full queue.
 BATCH = 20
+# A longer copy goes over the same memory again: far beyond any cache, and gigabytes are left over.
+MOST_BYTES_OF_COPY = 2_000_000_000
+# Free memory that torch and the graphs need beside the tensors.
+SPARE_BYTES = 2_000_000_000
 
 # Weights and biases in turn, as in a real model.
 PAIRS, BIAS = 150, 1024
 SMALL_PAIRS, SMALL_BIAS, SMALL_PARAMETERS = 71, 128, 2_500_000
+# Below this a model has as few and small tensors as SMALL_PAIRS and SMALL_BIAS say.
+SMALL_MODEL = 10_000_000
 TRAINED_LAYERS, TRAINED_WIDTH = 5, 2048
 MOST_TASKS_WITH_TARGET = 8
+LEAST_PARAMETERS_WITH_TARGET = 80_000_000
+NAME_WIDTH, WAY_WIDTH = 54, 16
 
 Figure = dict[str, Any]
+Run = Callable[[], object]
+
+
+class Way(NamedTuple):
+    """Who does it: a backend, and where it has several forms which of them."""
+
+    backend: str
+    form: str = ""
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, self))
+
+
+TRITON, APART, AT_ONCE = Way("triton"), Way("cuda", "apart"), Way("cuda", "one launch")
+
+
+class Case(NamedTuple):
+    """What is measured: an operation on so many parameters, tensors and tasks."""
+
+    operation: str
+    parameters: int = 0
+    tensors: int = 0
+    tasks: int = 0
+    what: str = ""
+
+    def __str__(self) -> str:
+        parts = [self.operation + (f" {self.what}" if self.what else "")]
+        if self.tasks:
+            parts.append(f"K = {self.tasks}")
+        if self.parameters:
+            parts.append(f"{self.parameters / 1e6:.4g} M in {self.tensors} tensors")
+        return ", ".join(parts)
 
 
 class Target(NamedTuple):
@@ -80,7 +133,9 @@ MEMORY = Target("bytes_per_parameter_and_task", 6.0)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
-    parser.add_argument("--millions", type=float, default=100.0, help="parameters, in millions")
+    parser.add_argument(
+        "--millions", type=float, nargs="+", default=MILLIONS, help="parameters, in millions"
+    )
     parser.add_argument(
         "--tasks", type=int, nargs="+", default=[2, 4, 8], help="numbers of tasks K"
     )
@@ -96,32 +151,61 @@ def main() -> int:
     torch.manual_seed(0)
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print_row("figure", "time (quartiles)", "copy", "fraction (quartiles)", "target", "")
-    figures: list[Figure] = []
+    backends = available()
+    if not backends:
+        return 1
+    record: dict[str, Any] = {"machine": about, "backends": backends, "figures": []}
+    print_row("figure", "by", "time (quartiles)", "copy", "fraction (quartiles)", "target", "")
+    parameters = [round(millions * 1e6) for millions in arguments.millions]
     failed = False
-    for group in groups(arguments.tasks, round(arguments.millions * 1e6)):
-        try:
-            for figure in group:
-                print_figure(figure)
-                figures.append(figure)
-                if arguments.output:  # now: what comes later may fail, or be stopped
-                    record = {"machine": about, "figures": figures}
-                    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-        except Exception as error:
-            print(f"failed: {type(error).__name__}: {error}", flush=True)
-            failed = True
-    print(f"medians of {ROUNDS} rounds; the fraction is copy / time, round by round")
+    for group in groups(backends, arguments.tasks, parameters):
+        failed |= not finished(group, record, arguments.output)
+        gc.collect()  # the tensors of a group that failed too
+        torch.cuda.empty_cache()
+    print(f"medians of {ROUNDS} rounds, of {ROUNDS_OF_LONG_CALLS} where a call takes milliseconds;")
+    print("the fraction is copy / time, round by round")
+    print_comparison(record["figures"])
     return int(failed)
 
 
-def groups(tasks: Sequence[int], parameters: int) -> Iterator[Iterator[Figure]]:
-    """All figures, in groups that share their tensors."""
-    yield accumulate_figures(parameters)
+def available() -> list[str]:
+    """The backends that run here; says why another does not."""
+    reasons = {backend: ops.unavailable(backend, DEVICE) for backend in BACKENDS}
+    for backend, reason in reasons.items():
+        if reason is not None:
+            print(f"not {backend}: {reason}")
+    return [backend for backend, reason in reasons.items() if reason is None]
+
+
+def finished(group: Iterator[Figure], record: dict[str, Any], output: Path | None) -> bool:
+    """Prints and keeps the figures of a group; whether all could be measured."""
+    fine = True
+    try:
+        for figure in group:
+            print_figure(figure)
+            fine &= "error" not in figure
+            record["figures"].append(figure)
+            if output:  # now: what comes later may fail, or be stopped
+                output.write_text(json.dumps(record, indent=1) + "\n")
+    except Exception as error:
+        print(f"failed: {type(error).__name__}: {error}", flush=True)
+        return False
+    return fine
+
+
+def groups(
+    backends: Sequence[str], tasks: Sequence[int], sizes: Sequence[int]
+) -> Iterator[Iterator[Figure]]:
+    """All figures, in groups that share their tensors; what takes longest comes last."""
     for count in tasks:
-        yield operation_figures(count, parameters)
-    yield small_figures()
-    yield host_figures()
-    yield memory_figures()
+        yield arbitrate_figures(backends, count)
+    yield host_figures(backends)
+    for backend in backends:
+        yield memory_figures(backend)
+    for parameters in sorted(sizes):
+        yield accumulate_figures(backends, parameters)
+        for count in tasks:
+            yield operation_figures(backends, count, parameters)
 
 
 # What is measured.
@@ -147,10 +231,20 @@ class Storage:
         self.method = GCond()
         self.state = self.method.new_state(tasks, DEVICE)
         self.state["history_scale"] += 1.0
-        self.products = self.gramian()
-        self.decision = self.arbitrate()
 
-    def gramian(self) -> ops.Gramians:
+    @staticmethod
+    def bytes_of(tasks: int, parameters: int) -> int:
+        """What it takes on the device: rows, history, momentum, outputs, and two means."""
+        return parameters * (4 * tasks + 2 * tasks + 4 + 4 + 8)
+
+    def sample(self) -> tuple[ops.Gramians, ops.Arbitration]:
+        """Products and a decision from the first elements, by none of the backends measured."""
+        head, past = self.rows[:, :4096].double(), self.history[:, :4096].double()
+        per_tensor = head.new_zeros(len(self.sizes), len(head), len(head))
+        products = ops.Gramians(head @ head.T, head @ past.T, per_tensor)
+        return products, self.arbitrate(products, "python")
+
+    def gramian(self, backend: str) -> ops.Gramians:
         """All inner products, as of now."""
         return ops.gramian(
             self.rows,
@@ -159,116 +253,209 @@ class Storage:
             scale=self.scale,
             history=self.history,
             history_scale=self.state["history_scale"],
-            backend="triton",
+            backend=backend,
         )
 
-    def arbitrate(self) -> ops.Arbitration:
-        """The weights that follow from the products found last."""
-        total, cross, _ = self.products
-        return self.method.resolve(total, cross, self.scale, self.state, "triton")
+    def arbitrate(self, products: ops.Gramians, backend: str) -> ops.Arbitration:
+        """The weights that follow from the products."""
+        return self.method.resolve(products.total, products.cross, self.scale, self.state, backend)
 
-    def combine(self) -> None:
-        """Writes outputs, momentum and history by the last decision."""
+    def combine(
+        self, products: ops.Gramians, decision: ops.Arbitration, backend: str
+    ) -> ops.Arbitration:
+        """Writes outputs, momentum and history by the decision, and gives it back."""
         ops.combine(
             self.rows,
             self.outputs,
             self.offsets,
             self.sizes,
-            weights=self.decision.weights,
+            weights=decision.weights,
             scale=self.scale,
-            finite=self.decision.finite,
-            per_tensor=self.products.per_tensor,
+            finite=decision.finite,
+            per_tensor=products.per_tensor,
             history=self.history,
             momentum=self.momentum,
             momentum_steps=self.steps,
             beta=0.9,
-            backend="triton",
+            backend=backend,
+        )
+        return decision
+
+    def resolve_apart(self, backend: str) -> ops.Arbitration:
+        """A whole resolution by the three operations, one after the other."""
+        products = self.gramian(backend)
+        return self.combine(products, self.arbitrate(products, backend), backend)
+
+    def resolve_at_once(self) -> object:
+        """A whole resolution in one launch, whether `ops.resolve` would take that or not."""
+        return ops.backend_module("cuda", DEVICE, "resolve").resolve(
+            self.rows,
+            self.outputs,
+            self.offsets,
+            self.sizes,
+            self.scale,
+            self.history,
+            self.momentum,
+            self.steps,
+            0.9,
+            None,
+            None,
+            1e-4,
+            100.0,
+            self.state,
+            self.method.settings(len(self.rows)),
         )
 
-    def resolve(self) -> None:
-        """A whole resolution."""
-        self.products = self.gramian()
-        self.decision = self.arbitrate()
-        self.combine()
+    def resolve(self, backend: str) -> object:
+        """A whole resolution as the optimizer asks for it."""
+        return ops.resolve(
+            self.rows,
+            self.outputs,
+            self.offsets,
+            self.sizes,
+            scale=self.scale,
+            state=self.state,
+            settings=self.method.settings(len(self.rows)),
+            history=self.history,
+            momentum=self.momentum,
+            momentum_steps=self.steps,
+            beta=0.9,
+            backend=backend,
+        )
+
+    def resolutions(self, backends: Sequence[str]) -> dict[Way, Run]:
+        """A whole resolution by each backend, in each form that can be had."""
+        runs: dict[Way, Run] = {}
+        if "triton" in backends:
+            runs[TRITON] = lambda: self.resolve_apart("triton")
+        if "cuda" in backends:
+            runs[APART] = lambda: self.resolve_apart("cuda")
+            # Would it be so with rows of one element? Then nothing but their size is against it.
+            if resolves_at_once(self.rows[:, :1], self.sizes):
+                runs[AT_ONCE] = self.resolve_at_once
+        return runs
+
+    def way_taken(self, backend: str) -> Way:
+        """How `ops.resolve` does it."""
+        if backend == "triton":
+            return TRITON
+        return AT_ONCE if resolves_at_once(self.rows, self.sizes) else APART
 
 
-def accumulate_figures(parameters: int) -> Iterator[Figure]:
-    """Device time of accumulate, for gradients of two types."""
-    sizes = sizes_of(parameters, PAIRS, BIAS)
-    total = sum(sizes)
-    for dtype in (torch.float32, torch.bfloat16):
-        later = accumulate_of(sizes, dtype)
-        first = accumulate_of(sizes, dtype, overwrite=True)
-        name, e = f"accumulate {str(dtype)[6:]}", dtype.itemsize
-        yield beside_copy(f"{name}, first micro-batch", first, total * (e + 4), OPERATION)
-        yield beside_copy(f"{name}, later micro-batch", later, total * (e + 8), OPERATION)
+def resolves_at_once(rows: torch.Tensor, sizes: Sequence[int]) -> bool:
+    """Whether `ops.resolve` does with one launch."""
+    room = ops.backend_module("cuda", DEVICE, "resolve")
+    return bool(room.resolves_at_once(rows, sizes))
 
 
-def operation_figures(tasks: int, parameters: int) -> Iterator[Figure]:
+def operation_figures(backends: Sequence[str], tasks: int, parameters: int) -> Iterator[Figure]:
     """Device time of gramian, combine and a whole resolution."""
-    storage = Storage(tasks, sizes_of(parameters, PAIRS, BIAS))
-    reading, writing = storage.total * 6 * tasks, storage.total * (6 * tasks + 12)
-    for name, run, budget, target in (
-        ("gramian", storage.gramian, reading, OPERATION),
-        ("combine", storage.combine, writing, OPERATION),
-        ("resolution", storage.resolve, reading + writing, RESOLUTION),
-    ):
-        known = target if tasks <= MOST_TASKS_WITH_TARGET else None
-        millions = storage.total / 1e6
-        yield beside_copy(f"{name}, K = {tasks}, {millions:.0f} M", run, budget, known)
+    sizes = model_of(parameters)
+    total, small = sum(sizes), parameters < SMALL_MODEL
+    reading, writing = total * 6 * tasks, total * (6 * tasks + 12)
+    resolution = Case("resolution", total, len(sizes), tasks)
+    lacking = lacking_memory(Storage.bytes_of(tasks, total), reading + writing)
+    if lacking:
+        yield {**named(resolution), "skipped": lacking}
+        return
+    storage = Storage(tasks, sizes)
+    products, decision = storage.sample()
+    with_target = tasks <= MOST_TASKS_WITH_TARGET
+    bandwidth = OPERATION if with_target and total >= LEAST_PARAMETERS_WITH_TARGET else None
+
+    gramians = {Way(b): lambda b=b: storage.gramian(b) for b in backends}
+    targets = dict.fromkeys(gramians, bandwidth)
+    yield from beside_copy(resolution._replace(operation="gramian"), gramians, reading, targets)
+    combines = {Way(b): lambda b=b: storage.combine(products, decision, b) for b in backends}
+    yield from beside_copy(resolution._replace(operation="combine"), combines, writing, targets)
+    whole = RESOLUTION if bandwidth else GRAPH if small and tasks == 2 else None
+    targets = {storage.way_taken(backend): whole for backend in backends}
+    runs = storage.resolutions(backends)
+    yield from beside_copy(resolution, runs, reading + writing, targets)
 
 
-def small_figures() -> Iterator[Figure]:
-    """A resolution that takes no longer than its launches, by graph and by single calls."""
-    storage = Storage(2, sizes_of(SMALL_PARAMETERS, SMALL_PAIRS, SMALL_BIAS))
-    name = f"resolution, K = 2, {storage.total / 1e6:.1f} M in {len(storage.sizes)} tensors"
-    yield on_host(f"{name}, eager, host", storage.resolve, EAGER)
-    replay = captured(storage.resolve)
-    yield beside_copy(f"{name}, graph", replay, storage.total * (12 * 2 + 12), GRAPH)
-
-
-def host_figures() -> Iterator[Figure]:
-    """What one accumulate costs the host, without and with the checks of the public function."""
-    sizes = sizes_of(SMALL_PARAMETERS, PAIRS, SMALL_BIAS)
-    name = f"accumulate of {len(sizes)} tensors"
-    yield on_host(f"{name}, host", accumulate_of(sizes, torch.float32), ACCUMULATE)
-    checked = accumulate_of(sizes, torch.float32, checked=True)
-    yield on_host(f"{name} with checks, host", checked, ACCUMULATE)
+def accumulate_figures(backends: Sequence[str], parameters: int) -> Iterator[Figure]:
+    """Device time of accumulate, for gradients of two types."""
+    sizes = model_of(parameters)
+    total = sum(sizes)
+    bandwidth = OPERATION if total >= LEAST_PARAMETERS_WITH_TARGET else None
+    targets = {Way(backend): bandwidth for backend in backends}
+    for dtype in (torch.float32, torch.bfloat16):
+        e = dtype.itemsize
+        for turn, budget in (("first", total * (e + 4)), ("later", total * (e + 8))):
+            case = Case("accumulate", total, len(sizes), what=f"{str(dtype)[6:]}, {turn}")
+            lacking = lacking_memory(total * (4 + e), budget)
+            if lacking:
+                yield {**named(case), "skipped": lacking}
+                continue
+            calls = accumulate_of(sizes, dtype, overwrite=turn == "first")
+            runs = {Way(backend): calls(backend) for backend in backends}
+            yield from beside_copy(case, runs, budget, targets)
+            del calls, runs  # before the next ones are made
 
 
 def accumulate_of(
     sizes: Sequence[int], dtype: torch.dtype, overwrite: bool = False, checked: bool = False
-) -> Callable[[], None]:
-    """A call of accumulate on gradients of its own; `checked` is the public function."""
+) -> Callable[[str], Run]:
+    """Makes calls of accumulate by a backend, on the same gradients; `checked`: as is public."""
     offsets, lengths = offsets_of(sizes), list(sizes)
     accumulator = torch.randn(sum(sizes), device=DEVICE)
     gradients = [torch.randn(size, dtype=dtype, device=DEVICE) for size in sizes]
-    direct = ops.backend_module("triton", DEVICE, "accumulate").accumulate
 
-    def run() -> None:
-        direct(accumulator, gradients, offsets, lengths, 1.0, overwrite)
+    def call_of(backend: str) -> Run:
+        direct = ops.backend_module(backend, DEVICE, "accumulate").accumulate
 
-    def run_checked() -> None:
-        ops.accumulate(
-            accumulator, gradients, offsets, lengths, overwrite=overwrite, backend="triton"
-        )
+        def run() -> None:
+            direct(accumulator, gradients, offsets, lengths, 1.0, overwrite)
 
-    return run_checked if checked else run
+        def run_checked() -> None:
+            ops.accumulate(
+                accumulator, gradients, offsets, lengths, overwrite=overwrite, backend=backend
+            )
+
+        return run_checked if checked else run
+
+    return call_of
 
 
-def memory_figures() -> Iterator[Figure]:
+def arbitrate_figures(backends: Sequence[str], tasks: int) -> Iterator[Figure]:
+    """Device time of arbitrate, which moves next to nothing."""
+    storage = Storage(tasks, [1024])
+    products, _ = storage.sample()
+    runs = {Way(b): lambda b=b: storage.arbitrate(products, b) for b in backends}
+    yield from beside_copy(Case("arbitrate", tasks=tasks), runs, 0, {})
+
+
+def host_figures(backends: Sequence[str]) -> Iterator[Figure]:
+    """What single calls cost the host; accumulate also with the checks of the public function."""
+    storage = Storage(2, model_of(SMALL_PARAMETERS))
+    case = Case("host: resolution", storage.total, len(storage.sizes), 2)
+    for backend in backends:
+        way = storage.way_taken(backend)
+        yield on_host(case, way, lambda b=backend: storage.resolve(b), EAGER)
+    if "cuda" in backends:
+        yield on_host(case, APART, lambda: storage.resolve_apart("cuda"), None)
+    sizes = sizes_of(SMALL_PARAMETERS, PAIRS, SMALL_BIAS)
+    for checked, what in ((False, ""), (True, "with checks")):
+        case = Case("host: accumulate", sum(sizes), len(sizes), what=what)
+        calls = accumulate_of(sizes, torch.float32, checked=checked)
+        for backend in backends:
+            yield on_host(case, Way(backend), calls(backend), ACCUMULATE)
+
+
+def memory_figures(backend: str) -> Iterator[Figure]:
     """How much the peak of device memory grows with the tasks."""
-    peak_of_training(2)  # from here on torch has what it keeps for good: room for products, say
+    peak_of_training(2, backend)  # from here on torch has what it keeps for good
     peaks = {}
     for tasks in (2, 4):
-        peaks[tasks], parameters = peak_of_training(tasks)
+        peaks[tasks], parameters = peak_of_training(tasks, backend)
     growth = (peaks[4] - peaks[2]) / 2 / parameters
-    name = f"peak memory of training, {parameters / 1e6:.0f} M, K = 2 to 4"
-    record = {"peak_bytes": peaks, "parameters": parameters, MEMORY.quantity: growth}
-    yield {"name": name, **record, **judged(MEMORY, growth)}
+    case = Case("peak memory, K = 2 to 4", parameters, 2 * TRAINED_LAYERS)
+    record = {"peak_bytes": peaks, MEMORY.quantity: growth}
+    yield {**named(case, Way(backend)), **record, **judged(MEMORY, growth)}
 
 
-def peak_of_training(tasks: int) -> tuple[int, int]:
+def peak_of_training(tasks: int, backend: str) -> tuple[int, int]:
     """Bytes that a window of training has allocated at most, and the number of parameters."""
     model = torch.nn.Sequential()
     for _ in range(TRAINED_LAYERS):
@@ -276,7 +463,7 @@ def peak_of_training(tasks: int) -> tuple[int, int]:
     model.to(DEVICE)
     weights = {f"task {task}": 1.0 for task in range(tasks)}
     base = torch.optim.SGD(model.parameters(), lr=1e-3)
-    optimizer = GCondFused(base, weights, accumulation_steps=2, backend="triton")
+    optimizer = GCondFused(base, weights, accumulation_steps=2, backend=backend)
     x = torch.randn(64, TRAINED_WIDTH, device=DEVICE)
     gc.collect()
     torch.cuda.reset_peak_memory_stats(DEVICE)
@@ -286,6 +473,13 @@ def peak_of_training(tasks: int) -> tuple[int, int]:
     optimizer.step()
     peak = torch.cuda.max_memory_allocated(DEVICE) - before
     return peak, sum(p.numel() for p in model.parameters())
+
+
+def model_of(parameters: int) -> list[int]:
+    """Elements of each tensor of a model with about so many parameters."""
+    if parameters < SMALL_MODEL:
+        return sizes_of(parameters, SMALL_PAIRS, SMALL_BIAS)
+    return sizes_of(parameters, PAIRS, BIAS)
 
 
 def sizes_of(parameters: int, pairs: int, bias: int) -> list[int]:
@@ -305,42 +499,86 @@ def offsets_of(sizes: Sequence[int]) -> list[int]:
 # How it is measured.
 
 
-def beside_copy(name: str, run: Callable[[], object], budget: int, target: Target | None) -> Figure:
-    """Times `run` and a copy that moves `budget` bytes; the two take turns, round by round."""
-    source = torch.empty(budget // 2, dtype=torch.uint8, device=DEVICE).random_()
+def lacking_memory(needed: int, budget: int) -> str | None:
+    """Says so where the tensors and the two buffers of the copy are more than is free."""
+    needed += min(budget, 2 * MOST_BYTES_OF_COPY) + SPARE_BYTES
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(DEVICE)
+    if needed <= free:
+        return None
+    return f"needs {needed / 1e9:.1f} GB of GPU memory, {free / 1e9:.1f} GB are free"
+
+
+def beside_copy(
+    case: Case, runs: dict[Way, Run], budget: int, targets: dict[Way, Target | None]
+) -> Iterator[Figure]:
+    """Times the runs and a copy that moves `budget` bytes; all take turns, round by round."""
+    ready: dict[Way, Run] = {}
+    for way, run in runs.items():
+        try:
+            ready[way] = captured(run)
+        except Exception as error:  # the others can be measured still
+            yield broken(case, way, error)
+    every = list(ready.values())
+    if budget:
+        every.append(captured(copy_of(budget)))
+    repetitions = repetitions_of(budget)
+    for run in every:
+        for _ in range(min(WARM_UP, repetitions)):
+            run()
+    rounds = [
+        [device_seconds(run, repetitions) for run in every] for _ in range(rounds_of(repetitions))
+    ]
+    for place, way in enumerate(ready):
+        record: Figure = {"bytes": budget, "seconds": quartiles([each[place] for each in rounds])}
+        if budget:
+            record["copy_seconds"] = quartiles([each[-1] for each in rounds])
+            record["fraction"] = quartiles([each[-1] / each[place] for each in rounds])
+        target = targets.get(way)
+        value = record[target.quantity]["median"] if target else 0.0
+        yield {**named(case, way), **record, **judged(target, value)}
+
+
+def repetitions_of(budget: int) -> int:
+    """How many calls make a round."""
+    if budget == 0:
+        return REPETITIONS_OF_SMALL
+    return max(LEAST_REPETITIONS, round(BYTES_A_ROUND / budget))
+
+
+def rounds_of(repetitions: int) -> int:
+    """How many rounds there are."""
+    return ROUNDS if repetitions > LEAST_REPETITIONS else ROUNDS_OF_LONG_CALLS
+
+
+def copy_of(budget: int) -> Run:
+    """A copy that reads half of so many bytes and writes half."""
+    times = -(-budget // (2 * MOST_BYTES_OF_COPY))
+    source = torch.empty(budget // 2 // times, dtype=torch.uint8, device=DEVICE).random_()
     copied = torch.empty_like(source)
 
     def copy() -> None:
-        copied.copy_(source)
+        for _ in range(times):
+            copied.copy_(source)
 
-    for once in (run, copy):
-        for _ in range(WARM_UP):
-            once()
-    repetitions = max(LEAST_REPETITIONS, round(BYTES_A_ROUND / budget))
-    rounds = [
-        (device_seconds(run, repetitions), device_seconds(copy, repetitions)) for _ in range(ROUNDS)
-    ]
-    record = {
-        "bytes": budget,
-        "seconds": quartiles([own for own, _ in rounds]),
-        "copy_seconds": quartiles([other for _, other in rounds]),
-        "fraction": quartiles([other / own for own, other in rounds]),
-    }
-    value = record[target.quantity]["median"] if target else 0.0
-    return {"name": name, **record, **judged(target, value)}
+    return copy
 
 
-def on_host(name: str, run: Callable[[], object], target: Target) -> Figure:
+def on_host(case: Case, way: Way, run: Run, target: Target | None) -> Figure:
     """Times how long the host is busy with a call."""
-    for _ in range(WARM_UP):
-        run()
+    try:
+        for _ in range(WARM_UP):
+            run()
+    except Exception as error:  # the others can be measured still
+        return broken(case, way, error)
     seconds = quartiles([host_seconds(run, BATCH) for _ in range(ROUNDS)])
-    return {"name": name, "seconds": seconds, **judged(target, seconds["median"])}
+    return {**named(case, way), "seconds": seconds, **judged(target, seconds["median"])}
 
 
-def device_seconds(run: Callable[[], object], repetitions: int) -> float:
+def device_seconds(run: Run, repetitions: int) -> float:
     """Seconds that one call takes on the device."""
-    for _ in range(LEAD):
+    for _ in range(min(LEAD, repetitions)):
         run()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -351,7 +589,7 @@ def device_seconds(run: Callable[[], object], repetitions: int) -> float:
     return start.elapsed_time(end) / 1e3 / repetitions
 
 
-def host_seconds(run: Callable[[], object], repetitions: int) -> float:
+def host_seconds(run: Run, repetitions: int) -> float:
     """Seconds that the host takes to issue one call; the device may be at work still."""
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -360,9 +598,9 @@ def host_seconds(run: Callable[[], object], repetitions: int) -> float:
     return (time.perf_counter() - start) / repetitions
 
 
-def captured(run: Callable[[], object]) -> Callable[[], None]:
+def captured(run: Run) -> Run:
     """The same work as a CUDA graph."""
-    run()  # a capture cannot make the tables of addresses
+    run()  # a capture cannot compile, or make the tables that kernels look up
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -374,6 +612,17 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
     """The median and the quartiles around it."""
     low, median, high = statistics.quantiles(values, n=4)
     return {"median": median, "low": low, "high": high}
+
+
+def named(case: Case, way: Way | None = None) -> Figure:
+    """What a figure is of, and by whom."""
+    by = {} if way is None else {"backend": way.backend, "form": way.form or None}
+    return {"name": str(case), **case._asdict(), **by, "target": None, "met": None}
+
+
+def broken(case: Case, way: Way, error: Exception) -> Figure:
+    """In place of a figure that could not be had."""
+    return {**named(case, way), "error": f"{type(error).__name__}: {error}"}
 
 
 def judged(target: Target | None, value: float) -> Figure:
@@ -396,6 +645,7 @@ def machine() -> dict[str, Any]:
         "driver": driver_version(),
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
+        "l2_cache_bytes": properties.L2_cache_size,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -416,12 +666,18 @@ def driver_version() -> str | None:
 
 def print_figure(figure: Figure) -> None:
     copy, target, met = figure.get("copy_seconds"), figure["target"], figure["met"]
+    by = str(Way(figure.get("backend", ""), figure.get("form") or ""))
+    for problem in ("skipped", "error"):
+        if problem in figure:
+            print(f"{figure['name']} {by} {problem}: {figure[problem]}", flush=True)
+            return
     if "seconds" in figure:
         time_text = spread(figure["seconds"], 1e6, 1) + " us"
     else:
         time_text = f"{figure[MEMORY.quantity]:.3f} B per parameter and task"
     print_row(
         figure["name"],
+        by,
         time_text,
         f"{copy['median'] * 1e6:.1f} us" if copy else "",
         spread(figure["fraction"], 1.0, 3) if copy else "",
@@ -437,10 +693,51 @@ def spread(values: dict[str, float], unit: float, digits: int) -> str:
 
 
 def print_row(*cells: str) -> None:
-    widths = (60, 31, 11, 22, 10)
-    first, *others, last = cells
-    aligned = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
-    print("  ".join([f"{first:<{widths[0]}}", *aligned, last]).rstrip(), flush=True)
+    widths = (NAME_WIDTH, WAY_WIDTH, 31, 11, 22, 10)
+    first, by, *others, last = cells
+    aligned = [f"{cell:>{width}}" for cell, width in zip(others, widths[2:], strict=True)]
+    columns = [f"{first:<{NAME_WIDTH}}", f"{by:<{WAY_WIDTH}}", *aligned, last]
+    print("  ".join(columns).rstrip(), flush=True)
+
+
+def print_comparison(figures: Sequence[Figure]) -> None:
+    """Which way of doing each thing was the fastest, for `ops.AUTO` and `resolves_at_once`."""
+    timed: dict[str, dict[str, Figure]] = {}
+    for figure in figures:
+        if "seconds" in figure:
+            by = str(Way(figure["backend"], figure["form"] or ""))
+            timed.setdefault(figure["name"], {})[by] = figure
+    wins: dict[str, Counter[str]] = {}
+    print("\nfastest, where there is a choice")
+    for name, ways in timed.items():
+        if len(ways) > 1:
+            best = print_fastest(name, ways)
+            wins.setdefault(ways[best]["operation"], Counter())[best] += 1
+    for operation, counts in wins.items():
+        by_count = ", ".join(f"{by} in {n}" for by, n in counts.most_common())
+        print(f"{operation}, of {counts.total()} cases: {by_count}")
+
+
+def print_fastest(name: str, ways: dict[str, Figure]) -> str:
+    """Prints which way took least time, and how much longer the others took."""
+    seconds = {by: figure["seconds"]["median"] for by, figure in ways.items()}
+    best = min(seconds, key=seconds.__getitem__)
+    others = [
+        f"{by} {value / seconds[best]:.2f} times as long"
+        for by, value in seconds.items()
+        if by != best
+    ]
+    columns = f"{name:<{NAME_WIDTH}}  {best:<{WAY_WIDTH}}"
+    print(f"{columns}  {'; '.join(others)}{cache_note(ways)}")
+    return best
+
+
+def cache_note(ways: dict[str, Figure]) -> str:
+    """How large the accumulators of a resolution are: `resolves_at_once` goes by that."""
+    figure = ways.get(str(AT_ONCE))
+    if figure is None:
+        return ""
+    return f" (accumulators: {4 * figure['tasks'] * figure['parameters'] / 1e6:.0f} MB)"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Every Triton operation on small tensors, for compute-sanitizer to look at; prints "fine".
+"""Every operation on small tensors, for compute-sanitizer to look at; prints "fine".
 
-    compute-sanitizer --tool memcheck --error-exitcode 1 python bench/sanitize.py
+    compute-sanitizer --tool memcheck --error-exitcode 1 python bench/sanitize.py --backend cuda
 
 With PYTORCH_NO_CUDA_MEMORY_CACHING=1 in the environment every tensor has memory of its own, so
 that memcheck sees an access beyond it. All results are compared with those of the plain torch
-backend, computed on the CPU: on the GPU little runs but the kernels.
+backend, computed on the CPU: on the GPU little runs but the kernels. Without a GPU the kernels
+run on the CPU, with TRITON_INTERPRET=1 and GCOND_CUDA_HOST=1 in the environment.
 """
 
+import argparse
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +20,8 @@ from torch import Tensor
 from gcond_kernels import GCond, ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+BACKENDS = ("triton", "cuda")
 
 Tensors = list[Tensor | None]
 
@@ -32,6 +37,22 @@ CLOSENESS = {
     torch.float16: (4e-3, 1e-3),
     torch.bfloat16: (2e-2, 2e-2),
 }
+
+
+# What a resolution may do beside the weighted sum.
+FORMS: tuple[dict[str, Any], ...] = (
+    {"name": "plain"},
+    {"name": "momentum", "beta": 0.9},
+    {"name": "clipping", "max_norm": 50.0},
+    {"name": "momentum and clipping", "beta": 0.9, "max_norm": 50.0},
+    {"name": "signs", "signs": True},
+    {"name": "momentum and signs", "beta": 0.9, "signs": True},
+    {"name": "no history", "beta": 0.9, "max_norm": 50.0, "history": None},
+    {"name": "bfloat16 rows", "beta": 0.9, "accumulators": torch.bfloat16},
+    {"name": "float16 history", "history": torch.float16},
+    {"name": "not finite", "beta": 0.9, "max_norm": 50.0, "infinite": True},
+    {"name": "not finite, signs", "beta": 0.9, "signs": True, "infinite": True},
+)
 
 
 class Layout(NamedTuple):
@@ -63,22 +84,68 @@ def layouts() -> Iterator[Layout]:
         yield Layout(name, offsets, list(SIZES), end)
 
 
-def main() -> None:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=BACKENDS, help="only this one; default: all there are")
+    chosen = parser.parse_args().backend
+    # Small tensors all over: a second thread gains nothing, and waits long where cores are shared.
+    torch.set_num_threads(1)
+    tried = []
+    for backend in [chosen] if chosen else BACKENDS:
+        reason = ops.unavailable(backend, torch.device(DEVICE))
+        if reason is None:
+            check_all(Check(backend))
+            tried.append(backend)
+        else:
+            print(f"{backend} skipped: {reason}")
+    if not tried:
+        print("nothing was checked", file=sys.stderr)
+        return 1
+    print(f"fine: {', '.join(tried)}")
+    return 0
+
+
+class Check:
+    """Runs operations by one backend and compares what comes out with the reference."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def __call__(self, what: str, run: Callable[..., Sequence[Tensor]], *inputs: Any) -> None:
+        """Runs on copies of the inputs with either backend; raises where the results differ."""
+        expected = run("python", *copied(inputs, "cpu"))
+        results = run(self.backend, *copied(inputs, DEVICE))
+        for number, (result, reference) in enumerate(zip(results, expected, strict=True)):
+            relative, absolute = CLOSENESS.get(reference.dtype, (0.0, 0.0))
+            torch.testing.assert_close(
+                result.cpu(),
+                reference,
+                rtol=relative,
+                atol=absolute,
+                equal_nan=True,
+                msg=lambda message, n=number: f"{what}, result {n}: {message}",
+            )
+        print(f"{self.backend}: {what}", flush=True)
+
+
+def check_all(check: Check) -> None:
+    """Every operation by one backend."""
     torch.manual_seed(0)
     # Memory that an operation allocates is NaN until it is written.
     torch.use_deterministic_algorithms(True)
     for layout in layouts():
-        check_accumulate(layout)
-        check_gramian(layout)
-        check_combine(layout)
-    check_arbitrate()
-    check_lists()
+        check_accumulate(check, layout)
+        check_gramian(check, layout)
+        check_combine(check, layout)
+        if check.backend == "cuda":  # the other calls the three that have been checked
+            check_resolve(check, layout)
+    check_arbitrate(check)
+    check_lists(check)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    print("fine")
 
 
-def check_accumulate(layout: Layout) -> None:
+def check_accumulate(check: Check, layout: Layout) -> None:
     """Gradients of all types, missing and misaligned ones; set, then added to."""
 
     def run(
@@ -99,12 +166,11 @@ def check_accumulate(layout: Layout) -> None:
     for dtype, scale in ((torch.float32, 0.5), (torch.bfloat16, torch.tensor(0.5))):
         accumulator = layout.rows(1, dtype)[0]
         gradients = [tensors_of(layout.sizes, turn) for turn in range(2)]
-        compare(f"accumulate in {dtype}, {layout.name}", run, accumulator, *gradients, scale)
+        check(f"accumulate in {dtype}, {layout.name}", run, accumulator, *gradients, scale)
 
 
-def check_gramian(layout: Layout) -> None:
+def check_gramian(check: Check, layout: Layout) -> None:
     """All kinds of rows, up to as many as the kernel takes."""
-    sizes = torch.tensor(layout.sizes)
 
     def run(
         backend: str,
@@ -114,7 +180,7 @@ def check_gramian(layout: Layout) -> None:
         history_scale: Tensor,
         momentum: Tensor | None,
     ) -> list[Tensor]:
-        total, cross, per_tensor = ops.gramian(
+        products = ops.gramian(
             rows,
             layout.offsets,
             layout.sizes,
@@ -124,10 +190,7 @@ def check_gramian(layout: Layout) -> None:
             momentum=momentum,
             backend=backend,
         )
-        # As means: the sums of thousands of products are far from 1. No tensor hides another.
-        means = [per_tensor.cpu() / (sizes + 1)[:, None, None]]
-        means += [sums.cpu() / sizes.sum() for sums in (total, cross) if sums is not None]
-        return means
+        return as_means(layout, *products)
 
     for tasks, dtype, history_dtype, with_momentum in (
         (2, torch.float32, None, False),
@@ -138,10 +201,19 @@ def check_gramian(layout: Layout) -> None:
         history = None if history_dtype is None else layout.rows(tasks, history_dtype)
         momentum = layout.rows(1)[0] if with_momentum else None
         name = f"gramian, K = {tasks}, {layout.name}"
-        compare(name, run, layout.rows(tasks, dtype), scale, history, scale.clone(), momentum)
+        check(name, run, layout.rows(tasks, dtype), scale, history, scale.clone(), momentum)
 
 
-def check_combine(layout: Layout) -> None:
+def as_means(
+    layout: Layout, total: Tensor, cross: Tensor | None, per_tensor: Tensor
+) -> list[Tensor]:
+    """Sums of thousands of products, far from 1, as means. No tensor hides another."""
+    sizes = torch.tensor(layout.sizes)
+    means = [per_tensor.cpu() / (sizes + 1)[:, None, None]]
+    return means + [sums.cpu() / sizes.sum() for sums in (total, cross) if sums is not None]
+
+
+def check_combine(check: Check, layout: Layout) -> None:
     """Momentum, clipping, sign update, steps that are not finite; many rows and few."""
     T = len(layout.sizes)
     for tasks, dtype, beta, options in (
@@ -174,7 +246,7 @@ def check_combine(layout: Layout) -> None:
             backend="python",
         ).per_tensor
         name = f"combine, K = {tasks}, {', '.join(options) or 'plain'}, {layout.name}"
-        compare(name, combining(layout, beta), rows, tensors_of(layout.sizes, tasks), inputs)
+        check(name, combining(layout, beta), rows, tensors_of(layout.sizes, tasks), inputs)
 
 
 def combining(layout: Layout, beta: float) -> Callable[..., list[Tensor]]:
@@ -197,7 +269,72 @@ def combining(layout: Layout, beta: float) -> Callable[..., list[Tensor]]:
     return run
 
 
-def check_arbitrate() -> None:
+def check_resolve(check: Check, layout: Layout) -> None:
+    """Whole resolutions of any number of tasks: all forms where segments are aligned, then some."""
+    for tasks in range(1, 9):
+        for form in FORMS if layout.name == "aligned" else FORMS[tasks % 3 :: 3]:
+            method = GCond(history="resolved" if tasks % 2 else "raw", tolerance=1e-5)
+            dtype = form.get("accumulators", torch.float32)
+            steps = [conflicting(layout.rows(tasks, dtype)) for _ in range(2)]
+            if form.get("infinite"):  # in the second step, which must leave the state of the first
+                steps[1][tasks // 2, layout.offsets[3]] = float("inf")
+            inputs = resolution_inputs(layout, tasks, form)
+            inputs["state"] = method.new_state(tasks, torch.device("cpu"))
+            name = f"resolve, K = {tasks}, {form['name']}, {layout.name}"
+            run = resolving(layout, method)
+            check(name, run, steps, tensors_of(layout.sizes, tasks), inputs)
+
+
+def conflicting(rows: Tensor) -> Tensor:
+    """Rows that point away from each other, some more than others."""
+    return (rows - 1.1 * rows.float().mean(0)).to(rows.dtype)
+
+
+def resolution_inputs(layout: Layout, tasks: int, form: dict[str, Any]) -> dict[str, Any]:
+    """What a resolution of this form is given beside rows, outputs and state."""
+    T, moving = len(layout.sizes), "beta" in form
+    history = form.get("history", torch.bfloat16)
+    return {
+        "scale": torch.rand(tasks, dtype=torch.float64) + 0.5,
+        "history": None if history is None else layout.rows(tasks, history),
+        "momentum": layout.rows(1)[0] if moving else None,
+        "momentum_steps": torch.arange(T) if moving else None,
+        "beta": form.get("beta", 0.0),
+        "max_norm": form.get("max_norm"),
+        "parameter_norms": 100 * torch.rand(T).double() if "signs" in form else None,
+    }
+
+
+def resolving(layout: Layout, method: GCond) -> Callable[..., list[Tensor]]:
+    """Some resolutions in a row; gives back all that they decide and all that they change."""
+
+    def run(
+        backend: str, steps: list[Tensor], outputs: Tensors, inputs: dict[str, Any]
+    ) -> list[Tensor]:
+        results: list[Tensor | None] = []
+        state = inputs["state"]
+        for rows in steps:
+            products, decision = ops.resolve(
+                rows,
+                outputs,
+                layout.offsets,
+                layout.sizes,
+                settings=method.settings(len(rows)),
+                trust_ratio_coef=1.0,
+                backend=backend,
+                **inputs,
+            )
+            changed = [inputs[name] for name in ("history", "momentum", "momentum_steps")]
+            kept = [tensor for name, tensor in state.items() if name != "history_gramian"]
+            results += [copied(each, "cpu") for each in (*decision, *outputs, *changed, *kept)]
+            last = ops.Gramians(state["history_gramian"], None, products.per_tensor)
+            results += [*as_means(layout, *products), *as_means(layout, *last)]
+        return [tensor for tensor in results if tensor is not None]
+
+    return run
+
+
+def check_arbitrate(check: Check) -> None:
     """Some steps in a row, one of them not finite: decisions and the state they leave."""
     for tasks, method in (
         (2, GCond()),
@@ -225,10 +362,10 @@ def check_arbitrate() -> None:
         if tasks > 2:
             scale[1] = 0.0
         state = method.new_state(tasks, torch.device("cpu"))
-        compare(f"arbitrate, K = {tasks}", run, steps, scale, state)
+        check(f"arbitrate, K = {tasks}", run, steps, scale, state)
 
 
-def check_lists() -> None:
+def check_lists(check: Check) -> None:
     """Norms and cosines of tensors that lie anywhere."""
 
     def run(backend: str, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
@@ -242,10 +379,10 @@ def check_lists() -> None:
         [tensor for tensor in tensors_of(SIZES, turn, missing=False) if tensor is not None]
         for turn in (0, 3)
     )
-    compare("norms of lists", run, a, b)
+    check("norms of lists", run, a, b)
     aligned = [torch.randn(size) for size in SIZES]
-    compare("norms of aligned lists", run, aligned, [tensor + 1.0 for tensor in aligned])
-    compare("norms of empty tensors", run, [torch.zeros(0)], [torch.zeros(0)])
+    check("norms of aligned lists", run, aligned, [tensor + 1.0 for tensor in aligned])
+    check("norms of empty tensors", run, [torch.zeros(0)], [torch.zeros(0)])
 
 
 def tensors_of(sizes: Sequence[int], turn: int, missing: bool = True) -> Tensors:
@@ -259,23 +396,6 @@ def tensors_of(sizes: Sequence[int], turn: int, missing: bool = True) -> Tensors
         tensor = buffer[1:] if place % 3 == 0 else buffer[:-1].clone()
         tensors.append(None if missing and place % 5 == 4 else tensor)
     return tensors
-
-
-def compare(what: str, run: Callable[..., Sequence[Tensor]], *inputs: Any) -> None:
-    """Runs on copies of the inputs with either backend; raises where the results differ."""
-    expected = run("python", *copied(inputs, "cpu"))
-    results = run("triton", *copied(inputs, DEVICE))
-    for number, (result, reference) in enumerate(zip(results, expected, strict=True)):
-        relative, absolute = CLOSENESS.get(reference.dtype, (0.0, 0.0))
-        torch.testing.assert_close(
-            result.cpu(),
-            reference,
-            rtol=relative,
-            atol=absolute,
-            equal_nan=True,
-            msg=lambda message, n=number: f"{what}, result {n}: {message}",
-        )
-    print(what, flush=True)
 
 
 def copied(value: Any, device: str) -> Any:
@@ -292,4 +412,4 @@ def copied(value: Any, device: str) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

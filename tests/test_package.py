@@ -1,5 +1,6 @@
 """The package as it is installed, imported and asked about itself."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,9 @@ except ImportError:  # Python 3.10, where pytest brings tomli
 
 ROOT = Path(__file__).parent.parent
 
+# Packages that stand outside gcond_kernels/, by the names that they are installed under.
+ROOMS = {"cuda": "csrc", "python": "python", "triton_kernels": "triton_kernels"}
+
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
@@ -33,6 +37,7 @@ def wheel(tmp_path_factory) -> Path:
         [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(source)],
         check=True,
         capture_output=True,
+        env={name: os.environ[name] for name in os.environ if name != "GCOND_BUILD_CUDA"},
     )
     (built,) = folder.glob("*.whl")
     return built
@@ -43,16 +48,18 @@ def test_the_wheel_is_pure_and_complete(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == {"gcond_kernels"}  # and no top-level `python`, `tests` or `triton_kernels`
-    files = ("__init__.py", "py.typed", "python/gramian.py", "triton_kernels/combine.py")
-    for file in files:
+    kinds = {Path(name).suffix for name in names if ".dist-info/" not in name}
+    assert kinds == {".py", ".pyi", ".typed"}  # nothing compiled, and nothing to compile
+    files = ("py.typed", "_cuda.pyi", "python/gramian.py", "triton_kernels/combine.py")
+    for file in (*files, "cuda/gramian.py"):
         assert f"gcond_kernels/{file}" in names
     sources = [
         f"gcond_kernels/{path.relative_to(ROOT / 'gcond_kernels')}"
         for path in (ROOT / "gcond_kernels").rglob("*.py")
     ] + [
         f"gcond_kernels/{room}/{path.name}"
-        for room in ("python", "triton_kernels")
-        for path in (ROOT / room).glob("*.py")
+        for room, folder in ROOMS.items()
+        for path in (ROOT / folder).glob("*.py")
     ]
     assert set(sources) <= set(names)
 

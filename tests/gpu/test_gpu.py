@@ -1,4 +1,4 @@
-"""The Triton backend on a real GPU: what no interpreter can show."""
+"""The kernels on a real GPU: what no interpreter and no driver on the host can show."""
 
 import pytest
 import torch
@@ -14,19 +14,65 @@ GPU = torch.device("cuda:0")
 SIZES = [100_003, 17, 0, 4096, 1_000_000, 1]
 
 
-class Resolution:
-    """All four operations on tensors that stay where they are."""
+def why_not(backend):
+    """Why a backend is not tested here; without a GPU the mark above says so for all."""
+    return ops.unavailable(backend, GPU) if torch.cuda.is_available() else None
 
-    def __init__(self, tasks: int, sizes: list[int], *, momentum: bool = True) -> None:
+
+def backends(*names):
+    marks = {
+        name: pytest.mark.skipif(bool(why_not(name)), reason=f"{name}: {why_not(name)}")
+        for name in names
+    }
+    return pytest.mark.parametrize(
+        "backend", [pytest.param(name, marks=mark) for name, mark in marks.items()]
+    )
+
+
+both = backends("triton", "cuda")
+needs_triton, needs_cuda = backends("triton"), backends("cuda")
+
+
+@pytest.fixture(params=["triton", "cuda", "cuda, one launch"])
+def way(request, monkeypatch):
+    """A backend, by `ops.resolve` with its three operations apart or, where it can, at once."""
+    backend, _, form = request.param.partition(", ")
+    if why_not(backend):
+        pytest.skip(f"{backend}: {why_not(backend)}")
+    if backend == "cuda":
+        resolve_at_once(monkeypatch, bool(form))
+    return backend
+
+
+def resolve_at_once(monkeypatch, wanted):
+    """Makes `ops.resolve` take one launch of the CUDA backend, or none, whatever the size."""
+    room = ops.backend_module("cuda", GPU, "resolve")
+    monkeypatch.setattr(room, "resolves_at_once", lambda accumulators, sizes: wanted)
+
+
+class Resolution:
+    """All operations on tensors that stay where they are.
+
+    Args:
+        backend: that does it.
+        tasks: K.
+        sizes: elements of each tensor.
+        options: of `ops.resolve`; `momentum` and `history` say whether there is any, and `signs`
+            whether it is the sign update.
+    """
+
+    def __init__(
+        self, backend, tasks, sizes=SIZES, *, momentum=True, history=True, signs=False, **options
+    ):
         torch.manual_seed(0)
-        self.layout = layout_of(sizes)
+        self.backend, self.layout = backend, layout_of(sizes)
         mask = self.layout.mask().to(GPU)
         self.gradients = [
             [torch.randn(size, device=GPU, dtype=dtype) for size in sizes]
             for dtype in [torch.float32, torch.bfloat16, torch.float16, torch.float64] * 2
         ][:tasks]
         self.rows = torch.zeros(tasks, self.layout.length, device=GPU)
-        self.history = (torch.randn_like(self.rows) * mask).bfloat16()
+        self.history = (torch.randn_like(self.rows) * mask).bfloat16() if history else None
         self.momentum = torch.randn(self.layout.length, device=GPU) * mask if momentum else None
         self.steps = torch.zeros(len(sizes), dtype=torch.int64, device=GPU) if momentum else None
         self.outputs = [torch.empty(size, device=GPU) for size in sizes]
@@ -34,35 +80,45 @@ class Resolution:
         self.method = GCond()
         self.state = self.method.new_state(tasks, GPU)
         self.state["history_scale"] += 1.0
+        self.options = {"beta": 0.9 if momentum else 0.0, **options}
+        if signs:
+            self.options["parameter_norms"] = torch.rand(len(sizes), device=GPU).double()
+
+    def accumulate(self):
+        given = self.layout.offsets, self.layout.sizes
+        for row, gradients in zip(self.rows, self.gradients, strict=True):
+            ops.accumulate(row, gradients, *given, overwrite=True, backend=self.backend)
+            ops.accumulate(row, gradients, *given, scale=0.5, backend=self.backend)
 
     def run(self) -> list[torch.Tensor]:
-        offsets, sizes = self.layout.offsets, self.layout.sizes
-        for row, gradients in zip(self.rows, self.gradients, strict=True):
-            ops.accumulate(row, gradients, offsets, sizes, overwrite=True, backend="triton")
-            ops.accumulate(row, gradients, offsets, sizes, scale=0.5, backend="triton")
-        products = ops.gramian(
-            self.rows, offsets, sizes, scale=self.scale, history=self.history,
-            history_scale=self.state["history_scale"], momentum=self.momentum, backend="triton",
+        self.accumulate()
+        products, decision = ops.resolve(
+            self.rows, self.outputs, self.layout.offsets, self.layout.sizes, scale=self.scale,
+            state=self.state, settings=self.method.settings(len(self.rows)), history=self.history,
+            momentum=self.momentum, momentum_steps=self.steps, backend=self.backend, **self.options,
         )  # fmt: skip
-        decision = self.method.resolve(
-            products.total, products.cross, self.scale, self.state, "triton"
-        )
-        ops.combine(
-            self.rows, self.outputs, offsets, sizes, weights=decision.weights, scale=self.scale,
-            finite=decision.finite, per_tensor=products.per_tensor, history=self.history,
-            momentum=self.momentum, momentum_steps=self.steps,
-            beta=0.9 if self.momentum is not None else 0.0, max_norm=1.0, backend="triton",
-        )  # fmt: skip
-        return [*self.outputs, products.total, products.cross, decision.weights, decision.rows]
+        results = [*self.outputs, *products, decision.weights, decision.rows, decision.finite]
+        return [tensor for tensor in results if tensor is not None]
+
+    def kept(self) -> list[torch.Tensor]:
+        """All that one step leaves to the next."""
+        kept = [self.rows, self.history, self.momentum, self.steps, *self.state.values()]
+        return [tensor for tensor in kept if tensor is not None]
 
     def snapshot(self) -> list[torch.Tensor]:
-        kept = [self.rows, self.history, self.momentum, self.steps, *self.state.values()]
-        return [tensor.clone() for tensor in kept if tensor is not None]
+        return [tensor.clone() for tensor in self.kept()]
 
     def restore(self, snapshot: list[torch.Tensor]) -> None:
-        kept = [self.rows, self.history, self.momentum, self.steps, *self.state.values()]
-        for tensor, before in zip([t for t in kept if t is not None], snapshot, strict=True):
+        for tensor, before in zip(self.kept(), snapshot, strict=True):
             tensor.copy_(before)
+
+
+def graph_of(run):
+    """A CUDA graph of the call, and what the call returned: a replay writes it again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -70,8 +126,8 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 8])
-def test_a_hundred_runs_give_the_same_bits(tasks):
-    resolution = Resolution(tasks, SIZES)
+def test_a_hundred_runs_give_the_same_bits(way, tasks):
+    resolution = Resolution(way, tasks, max_norm=1.0)
     start = resolution.snapshot()
     first = [tensor.clone() for tensor in resolution.run()]
     end = resolution.snapshot()
@@ -81,18 +137,38 @@ def test_a_hundred_runs_give_the_same_bits(tasks):
         assert same(resolution.snapshot(), end)
 
 
-def test_a_graph_replays_with_changed_contents():
-    resolution = Resolution(3, SIZES)
+@needs_cuda
+@pytest.mark.parametrize("tasks", range(1, 9))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": False},
+        {},
+        {"momentum": False, "max_norm": 1.0},
+        {"max_norm": 1.0},
+        {"history": False},
+        {"signs": True},
+    ],
+    ids=lambda options: ", ".join(options) or "momentum",
+)
+def test_one_launch_gives_the_bits_of_three_operations(monkeypatch, backend, tasks, options):
+    results = []
+    for at_once in (True, False):
+        resolve_at_once(monkeypatch, at_once)
+        resolution = Resolution(backend, tasks, **options)
+        for _ in range(3):
+            found = resolution.run()
+        results.append([*found, *resolution.kept()])
+    assert same(*results)
+    assert all(tensor.isfinite().all() for tensor in results[0])
+
+
+@pytest.mark.parametrize("tasks", [2, 3])
+def test_a_graph_replays_with_changed_contents(way, tasks):
+    resolution = Resolution(way, tasks, max_norm=1.0)
     resolution.run()  # compiles, and makes the tables
     start = resolution.snapshot()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        resolution.run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = resolution.run()
+    graph, captured = graph_of(resolution.run)
     for seed in range(3):
         torch.manual_seed(seed)
         for gradients in resolution.gradients:
@@ -107,19 +183,38 @@ def test_a_graph_replays_with_changed_contents():
         assert same(resolution.snapshot(), end)
 
 
-def test_a_capture_of_tensors_not_seen_before_says_what_to_do():
+@needs_triton
+def test_a_capture_of_tensors_not_seen_before_says_what_to_do(backend):
     layout = layout_of([1000])
     row, gradient = torch.zeros(layout.length, device=GPU), torch.randn(1000, device=GPU)
     other = torch.randn(1000, device=GPU)
     arguments = (layout.offsets, layout.sizes)
-    ops.accumulate(row, [gradient], *arguments, backend="triton")
+    ops.accumulate(row, [gradient], *arguments, backend=backend)
     graph = torch.cuda.graph(torch.cuda.CUDAGraph())
     with pytest.raises(RuntimeError, match="before the capture"), graph:
-        ops.accumulate(row, [other], *arguments, backend="triton")
+        ops.accumulate(row, [other], *arguments, backend=backend)
 
 
-def test_nothing_waits_for_the_device():
-    resolution = Resolution(3, SIZES)
+@needs_cuda
+@pytest.mark.parametrize("at_once", [True, False], ids=["one launch", "apart"])
+def test_a_capture_takes_tensors_not_seen_before(monkeypatch, backend, at_once):
+    resolve_at_once(monkeypatch, at_once)
+    seen = Resolution(backend, 3, max_norm=1.0)
+    seen.run()  # makes the tables, which know the sizes alone
+    resolution = Resolution(backend, 3, max_norm=1.0)
+    assert resolution.outputs[0].data_ptr() != seen.outputs[0].data_ptr()
+    start = resolution.snapshot()
+    graph, captured = graph_of(resolution.run)
+    graph.replay()
+    replayed = [tensor.clone() for tensor in captured]
+    end = resolution.snapshot()
+    resolution.restore(start)
+    assert same(resolution.run(), replayed)
+    assert same(resolution.snapshot(), end)
+
+
+def test_nothing_waits_for_the_device(way):
+    resolution = Resolution(way, 3, max_norm=1.0)
     resolution.run()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -129,7 +224,23 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_row_of_more_than_2_31_elements():
+@both
+@pytest.mark.parametrize("options", [{}, {"max_norm": 1.0}, {"signs": True}], ids=str)
+def test_more_than_a_thousand_tensors(backend, options):
+    sizes = [7 * (t % 5) for t in range(2503)]
+    results = {}
+    for name in (backend, "python"):
+        resolution = Resolution(name, 2, sizes, **options)
+        resolution.run()
+        # Signs of numbers that are nearly zero may differ.
+        written = [] if "signs" in options else resolution.outputs
+        results[name] = [*written, resolution.rows, resolution.momentum]
+    for ours, reference in zip(*results.values(), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+@both
+def test_a_row_of_more_than_2_31_elements(backend):
     sizes = [2**31 + 5, 1000]
     layout = layout_of(sizes)
     needed = 2 * 2 * layout.length * 3
@@ -141,9 +252,9 @@ def test_a_row_of_more_than_2_31_elements():
     gradients[0][-1], gradients[0][0] = 4.0, 2.0
     one = torch.ones(2, dtype=torch.float64, device=GPU)
     for k in range(2):
-        ops.accumulate(rows[k], gradients, layout.offsets, sizes, overwrite=True, backend="triton")
+        ops.accumulate(rows[k], gradients, layout.offsets, sizes, overwrite=True, backend=backend)
     assert torch.equal(rows[1, : sizes[0]], gradients[0])
-    products = ops.gramian(rows, layout.offsets, sizes, scale=one, backend="triton")
+    products = ops.gramian(rows, layout.offsets, sizes, scale=one, backend=backend)
     # Sums of a few powers of two: exact in float32 within a piece, in float64 across them.
     exact = 0.25 * (sum(sizes) - 2) + 16.0 + 4.0
     assert (products.total == exact).all()
@@ -153,30 +264,31 @@ def test_a_row_of_more_than_2_31_elements():
     ops.combine(
         rows, outputs, layout.offsets, sizes, weights=one, scale=one,
         finite=torch.ones((), dtype=torch.bool, device=GPU), per_tensor=products.per_tensor,
-        backend="triton",
+        backend=backend,
     )  # fmt: skip
     assert (outputs[0][0], outputs[0][-1]) == (4.0, 8.0)
     assert (outputs[0][1:-1] == 1.0).all()
     assert (outputs[1] == 1.0).all()
 
 
+@both
 @pytest.mark.parametrize("update", ["momentum", "lion_lars"])
-def test_training_is_that_of_the_reference_and_resolve_waits_for_nothing(update):
-    def trained(backend):
+def test_training_is_that_of_the_reference_and_resolve_waits_for_nothing(backend, update):
+    def trained(by):
         torch.manual_seed(0)
         model = torch.nn.Sequential(
             torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 4)
         ).to(GPU)
         optimizer = GCondFused(
             torch.optim.SGD(model.parameters(), lr=0.05), {"a": 1.0, "b": 0.5},
-            accumulation_steps=4, momentum=0.9, update=update, backend=backend,
+            accumulation_steps=4, momentum=0.9, update=update, backend=by,
         )  # fmt: skip
         for step in range(8):
             for _ in range(4):
                 x = torch.randn(16, 20, device=GPU)
                 y = model(x)
                 optimizer.backward({"a": y.square().mean(), "b": (y - x[:, :4]).abs().mean()})
-            if backend == "triton" and step > 3:
+            if by != "python" and step > 3:
                 torch.cuda.set_sync_debug_mode("error")
             try:
                 optimizer.resolve()
@@ -186,19 +298,22 @@ def test_training_is_that_of_the_reference_and_resolve_waits_for_nothing(update)
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     # The same in float32, summed in another order.
-    assert torch.allclose(trained("triton"), trained("python"), rtol=1e-3, atol=1e-5)
+    assert torch.allclose(trained(backend), trained("python"), rtol=1e-3, atol=1e-5)
 
 
+@both
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_tensors_on_another_device_than_the_current_one():
+def test_tensors_on_another_device_than_the_current_one(backend):
     layout = layout_of([5000])
     row = torch.zeros(layout.length, device="cuda:1")
     gradient = torch.randn(5000, device="cuda:1")
     with torch.cuda.device(0):
-        ops.accumulate(row, [gradient], layout.offsets, layout.sizes, backend="triton")
+        ops.accumulate(row, [gradient], layout.offsets, layout.sizes, backend=backend)
     assert torch.equal(row[:5000], gradient)
 
 
-def test_auto_takes_triton_on_a_gpu(monkeypatch):
+@pytest.mark.parametrize("operation", ops.OPERATIONS)
+def test_auto_takes_the_first_backend_that_is_there(monkeypatch, operation):
     monkeypatch.delenv("GCOND_BACKEND", raising=False)
-    assert ops.choose_backend("auto", GPU, "gramian") == "triton"
+    there = [backend for backend in ops.AUTO[operation] if why_not(backend) is None]
+    assert ops.choose_backend("auto", GPU, operation) == there[0]
