@@ -3,8 +3,7 @@
 namespace gcond {
 namespace {
 
-// Vectors of every thread in a full piece: all loads are on their way before the first is used.
-constexpr int UNROLLED = ACCUMULATE_CHUNK / (THREADS * VECTOR);
+constexpr int UNROLLED = 4;
 
 template <class A>
 struct Target {
@@ -13,15 +12,17 @@ struct Target {
   bool overwrite;
 };
 
-// Sets or adds to U vectors of V elements, THREADS vectors apart; rounded once.
+// Sets or adds to the vectors; rounded once.
 template <int U, int V, class A, class G>
-HD void add(const Target<A>& target, const G* gradient, std::int64_t at) {
-  Values<V> added[U], sums[U]{};
+HD void add(const Target<A>& target, const G* gradient, const Vectors<U, V>& vectors) {
+  Values<V> added[U]{}, sums[U]{};
 #pragma unroll
-  for (int u = 0; u < U; ++u) added[u] = load<V>(gradient + at + u * THREADS * V);
+  for (int u = 0; u < U; ++u)
+    if (vectors.has(u)) added[u] = load<V>(gradient + vectors.begin(u));
   if (!target.overwrite) {
 #pragma unroll
-    for (int u = 0; u < U; ++u) sums[u] = load<V>(target.data + at + u * THREADS * V);
+    for (int u = 0; u < U; ++u)
+      if (vectors.has(u)) sums[u] = load<V>(target.data + vectors.begin(u));
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {
@@ -31,46 +32,36 @@ HD void add(const Target<A>& target, const G* gradient, std::int64_t at) {
       added[u].of[e] = target.overwrite ? value * target.scale
                                         : fmaf(value, target.scale, sums[u].of[e]);
     }
-    store<V>(target.data + at + u * THREADS * V, added[u]);
+    if (vectors.has(u)) store<V>(target.data + vectors.begin(u), added[u]);
   }
-}
-
-// What one thread does of a piece: the whole piece, its whole vectors, or what is left.
-template <class A, class G>
-HD void add_piece(const Target<A>& target, const G* gradient, std::int64_t first, int count,
-                  bool wide, int thread) {
-  if (wide && count == ACCUMULATE_CHUNK) {
-    add<UNROLLED, VECTOR>(target, gradient, first + thread * VECTOR);
-    return;
-  }
-  const int whole = wide ? count / VECTOR * VECTOR : 0;
-  for (int at = thread * VECTOR; at < whole; at += THREADS * VECTOR)
-    add<1, VECTOR>(target, gradient, first + at);
-  for (int at = whole + thread; at < count; at += THREADS) add<1, 1>(target, gradient, first + at);
 }
 
 // Where a parameter has no gradient.
 template <class A>
-HD void clear_piece(A* target, std::int64_t first, int count, int thread) {
-  for (int at = thread; at < count; at += THREADS) target[first + at] = from_float<A>(0.0f);
+HD void clear_piece(A* target, int count, int thread) {
+  for (int at = thread; at < count; at += THREADS) target[at] = from_float<A>(0.0f);
 }
 
 template <class A>
 HD void accumulate_piece(const Accumulate& arguments, Packed gradient, const Segment& segment,
                          std::int64_t first, int count, int thread) {
-  A* target = static_cast<A*>(arguments.accumulator) + segment.offset;
+  A* target = static_cast<A*>(arguments.accumulator) + segment.offset + first;
   if (type_of(gradient) == NO_TENSOR) {
-    if (arguments.overwrite) clear_piece(target, first, count, thread);
+    if (arguments.overwrite) clear_piece(target, count, thread);
     return;
   }
   float scale = arguments.scale;
   if (arguments.scale_tensor != nullptr)
     scale = load_as<1>(arguments.scale_type, arguments.scale_tensor, 0).of[0];
   const Target<A> scaled{target, scale, arguments.overwrite};
+  // Pieces begin at vector boundaries of the tensor.
   const bool wide = is_vector_boundary(target) && is_vector_boundary(address_of(gradient));
+  const int whole = wide ? count / VECTOR * VECTOR : 0;
   with_type(type_of(gradient), [&](auto* null) {
     using G = std::remove_pointer_t<decltype(null)>;
-    add_piece(scaled, static_cast<const G*>(address_of(gradient)), first, count, wide, thread);
+    const G* from = static_cast<const G*>(address_of(gradient)) + first;
+    for_vectors<UNROLLED>(thread, whole, count,
+                          [&](const auto& vectors) { add(scaled, from, vectors); });
   });
 }
 

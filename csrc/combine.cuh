@@ -69,44 +69,74 @@ struct Output {
   float factor;
 };
 
-// What is done with U vectors of V elements, THREADS vectors apart, `at` elements into the piece.
+// What is to be done with one task's row, and its vectors, on their way.
 template <int U, int V>
-HD void combine_at(const Combine& c, const Resolved& resolved, const Output& output,
-                   std::int64_t start, int at) {
-  constexpr int STEP = THREADS * V;
-  const bool moving = c.momentum.data != nullptr && resolved.finite && output.type != NO_TENSOR;
-  float* momentum = static_cast<float*>(c.momentum.data) + start + at;
-  Values<V> total[U]{}, old[U]{};
-  if (moving) {
+struct RowAhead {
+  Share share;
+  Raw<V> raw[U];
+};
+
+template <int U, int V>
+HD RowAhead<U, V> load_row(const Combine& c, const Resolved& resolved, int task,
+                           std::int64_t start, const Vectors<U, V>& vectors) {
+  RowAhead<U, V> row{};
+  row.share = share_of(c, resolved, task);
+  if (!row.share.weighted && !row.share.kept) return row;
+  const bool narrow = c.accumulators.type != FLOAT32;
 #pragma unroll
-    for (int u = 0; u < U; ++u) old[u] = load<V>(momentum + u * STEP);
-  }
+  for (int u = 0; u < U; ++u)
+    if (vectors.has(u))
+      row.raw[u] = load_raw<V>(c.accumulators.data, narrow,
+                               task * c.accumulators.stride + start + vectors.begin(u));
+  return row;
+}
+
+// Σ_k weight_k · row_k of the vectors; each row goes into the history on the way. The next row is
+// loaded before one is used.
+template <int U, int V>
+HD void add_rows(Values<V> (&total)[U], const Combine& c, const Resolved& resolved,
+                 std::int64_t start, const Vectors<U, V>& vectors) {
+  RowAhead<U, V> next = load_row(c, resolved, 0, start, vectors);
   for (int k = 0; k < c.tasks; ++k) {
-    const Share share = share_of(c, resolved, k);
-    if (!share.weighted && !share.kept) continue;
-    const std::int64_t row = k * c.accumulators.stride + start + at;
-    Raw<V> raw[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u)
-      raw[u] = load_raw<V>(c.accumulators.data, c.accumulators.type != FLOAT32, row + u * STEP);
+    const RowAhead<U, V> row = next;
+    if (k + 1 < c.tasks) next = load_row(c, resolved, k + 1, start, vectors);
+    if (!row.share.weighted && !row.share.kept) continue;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      const Values<V> values = converted(raw[u], c.accumulators.type);
-      if (share.kept) store_as<V>(c.history.type, c.history.data, row + u * STEP, values);
-      if (share.weighted) {
+      const Values<V> values = converted(row.raw[u], c.accumulators.type);
+      if (row.share.kept && vectors.has(u))
+        store_as<V>(c.history.type, c.history.data,
+                    k * c.history.stride + start + vectors.begin(u), values);
+      if (row.share.weighted) {
 #pragma unroll
         for (int e = 0; e < V; ++e)
-          total[u].of[e] = fmaf(share.weight, values.of[e], total[u].of[e]);
+          total[u].of[e] = fmaf(row.share.weight, values.of[e], total[u].of[e]);
       }
     }
   }
+}
+
+// What is done with the vectors of a piece that begins at `start` in the rows.
+template <int U, int V>
+HD void combine_vectors(const Combine& c, const Resolved& resolved, const Output& output,
+                        std::int64_t start, const Vectors<U, V>& vectors) {
+  const bool moving = c.momentum.data != nullptr && resolved.finite && output.type != NO_TENSOR;
+  float* momentum = static_cast<float*>(c.momentum.data) + start;
+  Values<V> total[U]{}, old[U]{};
+  if (moving) {
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+      if (vectors.has(u)) old[u] = load<V>(momentum + vectors.begin(u));
+  }
+  add_rows<U, V>(total, c, resolved, start, vectors);
   const float beta = static_cast<float>(c.beta);
 #pragma unroll
   for (int u = 0; u < U; ++u) {
+    if (!vectors.has(u)) continue;
     if (moving) {
 #pragma unroll
       for (int e = 0; e < V; ++e) total[u].of[e] = fmaf(beta, old[u].of[e], total[u].of[e]);
-      store<V>(momentum + u * STEP, total[u]);
+      store<V>(momentum + vectors.begin(u), total[u]);
     }
 #pragma unroll
     for (int e = 0; e < V; ++e) {
@@ -114,7 +144,7 @@ HD void combine_at(const Combine& c, const Resolved& resolved, const Output& out
       if (c.signs) value = value > 0.0f ? 1.0f : value < 0.0f ? -1.0f : 0.0f;
       value *= output.factor;
     }
-    store_as<V>(output.type, output.data, output.first + at + u * STEP, total[u]);
+    store_as<V>(output.type, output.data, output.first + vectors.begin(u), total[u]);
   }
 }
 
@@ -127,7 +157,7 @@ HD bool combine_is_wide(const Combine& c, Packed output, std::int64_t offset) {
 // What one thread does of a piece.
 HD void combine_chunk(const Combine& c, const Resolved& resolved, const Addresses& outputs,
                       int chunk, int thread) {
-  constexpr int UNROLLED = 4, TILE = UNROLLED * THREADS * VECTOR;
+  constexpr int UNROLLED = 4;
   const Chunk piece = c.chunks[chunk];
   const Segment segment = c.segments[piece.tensor];
   const std::int64_t first = static_cast<std::int64_t>(piece.piece) * c.length;
@@ -140,14 +170,10 @@ HD void combine_chunk(const Combine& c, const Resolved& resolved, const Addresse
   const Output output{address_of(packed), type_of(packed), first, static_cast<float>(factor)};
 
   const bool wide = combine_is_wide(c, packed, segment.offset);
-  const int tiles = wide ? count / TILE * TILE : 0;
-  for (int at = 0; at < tiles; at += TILE)
-    combine_at<UNROLLED, VECTOR>(c, resolved, output, start, at + thread * VECTOR);
   const int whole = wide ? count / VECTOR * VECTOR : 0;
-  for (int at = tiles + thread * VECTOR; at < whole; at += THREADS * VECTOR)
-    combine_at<1, VECTOR>(c, resolved, output, start, at);
-  for (int at = whole + thread; at < count; at += THREADS)
-    combine_at<1, 1>(c, resolved, output, start, at);
+  for_vectors<UNROLLED>(thread, whole, count, [&](const auto& vectors) {
+    combine_vectors(c, resolved, output, start, vectors);
+  });
 }
 
 // 1 / (1 - β^t). A tensor that never had a gradient has t = 0 and is not written: any factor does.

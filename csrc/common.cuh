@@ -188,23 +188,44 @@ HD float half_bits_to_float(std::uint32_t bits) {
 template <int V>
 HD Values<V> converted(const Raw<V>& raw, Type type) {
   Values<V> values;
-#pragma unroll
-  for (int e = 0; e < V; ++e) {
-    // The lower half of a pair comes first.
+  const auto half = [&](int e) {  // the lower half of a pair comes first
     const std::uint32_t pair = raw.of[V == 1 ? 0 : e / 2];
-    const std::uint32_t half = e % 2 ? pair >> 16 : pair & 0xffff;
-    if (type == FLOAT32) {
-      values.of[e] = bits_to_float(raw.of[e]);
-    } else if (type == BFLOAT16) {
-      values.of[e] = bits_to_float(half << 16);
-    } else {
-      values.of[e] = half_bits_to_float(half);
-    }
+    return e % 2 ? pair >> 16 : pair & 0xffff;
+  };
+  if (type == FLOAT32) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) values.of[e] = bits_to_float(raw.of[e]);
+  } else if (type == BFLOAT16) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) values.of[e] = bits_to_float(half(e) << 16);
+  } else {
+#pragma unroll
+    for (int e = 0; e < V; ++e) values.of[e] = half_bits_to_float(half(e));
   }
   return values;
 }
 
-// How many whole vectors of a piece may be accessed as such: all, or none.
+// Where the vectors of a thread begin in a piece: U of V elements, THREADS vectors apart. Those
+// from `end` on are not there; all that are there are loaded before the first is used.
+template <int U, int V>
+struct Vectors {
+  static constexpr int STEP = THREADS * V;
+  int at, end;
+
+  HD int begin(int u) const { return at + u * STEP; }
+  HD bool has(int u) const { return U == 1 || begin(u) < end; }
+};
+
+// Calls `run` for all vectors of a thread in a piece: whole ones of the first `whole` elements, and
+// the elements after them one by one.
+template <int U, class F>
+HD void for_vectors(int thread, int whole, int count, F run) {
+  for (int at = thread * VECTOR; at < whole; at += U * THREADS * VECTOR)
+    run(Vectors<U, VECTOR>{at, whole});
+  for (int at = whole + thread; at < count; at += U * THREADS) run(Vectors<U, 1>{at, count});
+}
+
+// Whether elements from here on may be accessed as vectors, of whatever type.
 HD bool is_vector_boundary(const void* address) {
   return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
 }

@@ -47,23 +47,56 @@ struct Totals {
   int stored;  // rows of the products: as R, or more than that
 };
 
-// Adds the products of U vectors of V elements of every row, THREADS vectors apart.
-template <int K, int U, int V>
-HD void add_products(Products<K>& sums, const Gramian& g, std::int64_t at) {
-  Raw<V> own[U][K + 1], past[U][K];
-  const bool narrow = g.accumulators.type != FLOAT32, narrow_past = g.history.type != FLOAT32;
+// Products of all pairs of rows.
+template <int K, int V>
+HD void add_pairs(Products<K>& sums, const Values<V> (&rows)[K + 1]) {
+  int product = 0;
+#pragma unroll
+  for (int i = 0; i <= K; ++i) {
+#pragma unroll
+    for (int j = i; j <= K; ++j, ++product) {
+#pragma unroll
+      for (int e = 0; e < V; ++e)
+        sums.of[product] = fmaf(rows[i].of[e], rows[j].of[e], sums.of[product]);
+    }
+  }
+}
+
+// Products of all tasks with the history of one.
+template <int K, int V>
+HD void add_crosses(Products<K>& sums, const Values<V> (&rows)[K + 1], const Values<V>& past,
+                    int task) {
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+    float& sum = sums.of[Products<K>::PAIRS + i * K + task];
+#pragma unroll
+    for (int e = 0; e < V; ++e) sum = fmaf(rows[i].of[e], past.of[e], sum);
+  }
+}
+
+// What is known of the history when the kernel is compiled: a branch on it between the loads would
+// wait for those before it.
+enum Past : int { NO_HISTORY, TWO_BYTES, FOUR_BYTES };
+
+// Adds the products of the vectors of every row; `start` is where the piece begins in the rows.
+template <int K, Past PAST, int U, int V>
+HD void add_products(Products<K>& sums, const Gramian& g, std::int64_t start,
+                     const Vectors<U, V>& vectors) {
+  Raw<V> own[U][K + 1]{}, past[U][K]{};
+  const bool narrow = g.accumulators.type != FLOAT32;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const std::int64_t here = at + u * THREADS * V;
+    if (!vectors.has(u)) continue;
+    const std::int64_t here = start + vectors.begin(u);
 #pragma unroll
     for (int k = 0; k < K; ++k)
       own[u][k] = load_raw<V>(g.accumulators.data, narrow, k * g.accumulators.stride + here);
-    own[u][K] = g.momentum.data ? load_raw<V>(g.momentum.data, false, here) : Raw<V>{};
+    if (g.momentum.data) own[u][K] = load_raw<V>(g.momentum.data, false, here);
+    if constexpr (PAST != NO_HISTORY) {
 #pragma unroll
-    for (int k = 0; k < K; ++k)
-      past[u][k] = g.history.data
-                       ? load_raw<V>(g.history.data, narrow_past, k * g.history.stride + here)
-                       : Raw<V>{};
+      for (int k = 0; k < K; ++k)
+        past[u][k] = load_raw<V>(g.history.data, PAST == TWO_BYTES, k * g.history.stride + here);
+    }
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {
@@ -71,27 +104,11 @@ HD void add_products(Products<K>& sums, const Gramian& g, std::int64_t at) {
 #pragma unroll
     for (int k = 0; k < K; ++k) rows[k] = converted(own[u][k], g.accumulators.type);
     rows[K] = converted(own[u][K], FLOAT32);
-    int product = 0;
+    add_pairs<K, V>(sums, rows);
+    if constexpr (PAST != NO_HISTORY) {
+      const Type type = PAST == FOUR_BYTES ? FLOAT32 : g.history.type;
 #pragma unroll
-    for (int i = 0; i <= K; ++i) {
-#pragma unroll
-      for (int j = i; j <= K; ++j, ++product) {
-#pragma unroll
-        for (int e = 0; e < V; ++e)
-          sums.of[product] = fmaf(rows[i].of[e], rows[j].of[e], sums.of[product]);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < K; ++j) {
-      const Values<V> other = converted(past[u][j], g.history.type);
-#pragma unroll
-      for (int i = 0; i < K; ++i) {
-#pragma unroll
-        for (int e = 0; e < V; ++e) {
-          float& sum = sums.of[Products<K>::PAIRS + i * K + j];
-          sum = fmaf(rows[i].of[e], other.of[e], sum);
-        }
-      }
+      for (int k = 0; k < K; ++k) add_crosses<K, V>(sums, rows, converted(past[u][k], type), k);
     }
   }
 }
@@ -106,7 +123,6 @@ HD bool rows_are_wide(const Rows& rows, std::int64_t offset) {
 template <int K>
 HD void sum_piece(Products<K>& sums, const Gramian& g, int chunk, int thread) {
   constexpr int UNROLLED = K <= 2 ? 4 : K <= 4 ? 2 : 1;
-  constexpr int TILE = UNROLLED * THREADS * VECTOR;
   const Chunk piece = g.chunks[chunk];
   const Segment segment = g.segments[piece.tensor];
   const std::int64_t first = static_cast<std::int64_t>(piece.piece) * g.length;
@@ -117,14 +133,18 @@ HD void sum_piece(Products<K>& sums, const Gramian& g, int chunk, int thread) {
                     rows_are_wide(g.history, segment.offset) &&
                     rows_are_wide(g.momentum, segment.offset);
 
-  const int tiles = wide ? count / TILE * TILE : 0;
-  for (int at = 0; at < tiles; at += TILE)
-    add_products<K, UNROLLED, VECTOR>(sums, g, start + at + thread * VECTOR);
   const int whole = wide ? count / VECTOR * VECTOR : 0;
-  for (int at = tiles + thread * VECTOR; at < whole; at += THREADS * VECTOR)
-    add_products<K, 1, VECTOR>(sums, g, start + at);
-  for (int at = whole + thread; at < count; at += THREADS)
-    add_products<K, 1, 1>(sums, g, start + at);
+  const auto sum_with = [&](auto past) {
+    for_vectors<UNROLLED>(thread, whole, count, [&](const auto& vectors) {
+      add_products<K, decltype(past)::value>(sums, g, start, vectors);
+    });
+  };
+  if (g.history.data == nullptr)
+    sum_with(std::integral_constant<Past, NO_HISTORY>{});
+  else if (g.history.type == FLOAT32)
+    sum_with(std::integral_constant<Past, FOUR_BYTES>{});
+  else
+    sum_with(std::integral_constant<Past, TWO_BYTES>{});
 }
 
 // Adds up the sums of all threads of a block, and stores them as those of one piece.

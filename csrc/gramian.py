@@ -65,10 +65,10 @@ def gramian(
         return gramian_by_matrix_products(
             accumulators, history, momentum, offsets, sizes, scale, history_scale
         )
-    which = cut(tuple(offsets), tuple(sizes), tables.chunk_length(sum(sizes)), device)
-    which.keep_if_captured()
-    sums = new_sums(tasks, momentum is not None, history is not None, which)
     with tables.guard(device):
+        which = cut(tuple(offsets), tuple(sizes), tables.chunk_length(sum(sizes)), device)
+        which.keep_if_captured()
+        sums = new_sums(tasks, momentum is not None, history is not None, which)
         _cuda.gramian(
             *place_of(device),
             which.pieces,

@@ -11,22 +11,25 @@ struct ListProducts {
   float of[L * (L + 1) / 2];
 };
 
-// U vectors of V elements, THREADS vectors apart, of one tensor.
+// The vectors of one tensor, from `first` on.
 template <int U, int V>
-HD void load_vectors(Values<V> (&values)[U], Packed tensor, std::int64_t at) {
+HD void load_vectors(Values<V> (&values)[U], Packed tensor, std::int64_t first,
+                     const Vectors<U, V>& vectors) {
   with_type(type_of(tensor), [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    const T* from = static_cast<const T*>(address_of(tensor)) + at;
+    const T* from = static_cast<const T*>(address_of(tensor)) + first;
 #pragma unroll
-    for (int u = 0; u < U; ++u) values[u] = load<V>(from + u * THREADS * V);
+    for (int u = 0; u < U; ++u)
+      if (vectors.has(u)) values[u] = load<V>(from + vectors.begin(u));
   });
 }
 
 template <int L, int U, int V>
-HD void add_products(ListProducts<L>& sums, const Packed (&tensors)[L], std::int64_t at) {
+HD void add_products(ListProducts<L>& sums, const Packed (&tensors)[L], std::int64_t first,
+                     const Vectors<U, V>& vectors) {
   Values<V> values[L][U]{};
 #pragma unroll
-  for (int l = 0; l < L; ++l) load_vectors<U, V>(values[l], tensors[l], at);
+  for (int l = 0; l < L; ++l) load_vectors<U, V>(values[l], tensors[l], first, vectors);
   int product = 0;
 #pragma unroll
   for (int i = 0; i < L; ++i) {
@@ -46,7 +49,6 @@ HD void add_products(ListProducts<L>& sums, const Packed (&tensors)[L], std::int
 template <int L>
 HD void sum_piece(ListProducts<L>& sums, const Gramian& g, const Addresses& addresses, int chunk,
                   int thread) {
-  constexpr int TILE = UNROLLED * THREADS * VECTOR;
   const Chunk piece = g.chunks[chunk];
   const std::int64_t first = static_cast<std::int64_t>(piece.piece) * g.length;
   const std::int64_t left = g.segments[piece.tensor].size - first;
@@ -58,14 +60,10 @@ HD void sum_piece(ListProducts<L>& sums, const Gramian& g, const Addresses& addr
     tensors[l] = addresses.of[l * g.tensors + piece.tensor];
     wide = wide && is_vector_boundary(address_of(tensors[l]));
   }
-  const int tiles = wide ? count / TILE * TILE : 0;
-  for (int at = 0; at < tiles; at += TILE)
-    add_products<L, UNROLLED, VECTOR>(sums, tensors, first + at + thread * VECTOR);
   const int whole = wide ? count / VECTOR * VECTOR : 0;
-  for (int at = tiles + thread * VECTOR; at < whole; at += THREADS * VECTOR)
-    add_products<L, 1, VECTOR>(sums, tensors, first + at);
-  for (int at = whole + thread; at < count; at += THREADS)
-    add_products<L, 1, 1>(sums, tensors, first + at);
+  for_vectors<UNROLLED>(thread, whole, count, [&](const auto& vectors) {
+    add_products<L>(sums, tensors, first, vectors);
+  });
 }
 
 template <int L>
@@ -84,7 +82,7 @@ HD void list_products_of_chunk(const Gramian& g, const Addresses& addresses, int
 }
 
 template <int L>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     list_products_kernel(const __grid_constant__ Gramian g,
                          const __grid_constant__ Addresses addresses) {
   list_products_of_chunk<L>(g, addresses, static_cast<int>(blockIdx.x));

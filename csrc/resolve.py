@@ -56,14 +56,14 @@ def resolve(
     """What `gramian` and `arbitrate` return; `outputs` are written."""
     tasks, device = len(accumulators), accumulators.device
     norms = max_norm is not None or parameter_norms is not None
-    which = cut(tuple(offsets), tuple(sizes), tables.chunk_length(sum(sizes)), device)
-    which.keep_if_captured()
-    sums = new_sums(tasks, momentum is not None and norms, history is not None, which)
-    decision = new_decision(tasks, settings["max_iterations"], device)
-    factors = squares = None
-    if momentum is not None or norms:
-        factors, squares = torch.empty((2, len(sizes)), dtype=torch.float64, device=device)
     with tables.guard(device):
+        which = cut(tuple(offsets), tuple(sizes), tables.chunk_length(sum(sizes)), device)
+        which.keep_if_captured()
+        sums = new_sums(tasks, momentum is not None and norms, history is not None, which)
+        decision = new_decision(tasks, settings["max_iterations"], device)
+        factors = squares = None
+        if momentum is not None or norms:
+            factors, squares = torch.empty((2, len(sizes)), dtype=torch.float64, device=device)
         _cuda.resolve(
             *place_of(device),
             which.pieces,
