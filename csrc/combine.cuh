@@ -71,15 +71,17 @@ struct Output {
 
 // What is to be done with one task's row, and its vectors, on their way.
 template <int U, int V>
-struct RowAhead {
+struct Row {
   Share share;
   Raw<V> raw[U];
 };
 
+// The row of a task; of one that there is not, nothing is to be done.
 template <int U, int V>
-HD RowAhead<U, V> load_row(const Combine& c, const Resolved& resolved, int task,
-                           std::int64_t start, const Vectors<U, V>& vectors) {
-  RowAhead<U, V> row{};
+HD Row<U, V> load_row(const Combine& c, const Resolved& resolved, int task, std::int64_t start,
+                      const Vectors<U, V>& vectors) {
+  Row<U, V> row{};
+  if (task >= c.tasks) return row;
   row.share = share_of(c, resolved, task);
   if (!row.share.weighted && !row.share.kept) return row;
   const bool narrow = c.accumulators.type != FLOAT32;
@@ -91,28 +93,34 @@ HD RowAhead<U, V> load_row(const Combine& c, const Resolved& resolved, int task,
   return row;
 }
 
-// Σ_k weight_k · row_k of the vectors; each row goes into the history on the way. The next row is
-// loaded before one is used.
+// Adds weight · row; the row goes into the history on the way.
+template <int U, int V>
+HD void add_row(Values<V> (&total)[U], const Row<U, V>& row, const Combine& c, int task,
+                std::int64_t start, const Vectors<U, V>& vectors) {
+  if (!row.share.weighted && !row.share.kept) return;
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const Values<V> values = converted(row.raw[u], c.accumulators.type);
+    if (row.share.kept && vectors.has(u))
+      store_as<V>(c.history.type, c.history.data,
+                  task * c.history.stride + start + vectors.begin(u), values);
+    if (row.share.weighted) {
+#pragma unroll
+      for (int e = 0; e < V; ++e)
+        total[u].of[e] = fmaf(row.share.weight, values.of[e], total[u].of[e]);
+    }
+  }
+}
+
+// All rows, two of them at a time: both are loaded before one is used.
 template <int U, int V>
 HD void add_rows(Values<V> (&total)[U], const Combine& c, const Resolved& resolved,
                  std::int64_t start, const Vectors<U, V>& vectors) {
-  RowAhead<U, V> next = load_row(c, resolved, 0, start, vectors);
-  for (int k = 0; k < c.tasks; ++k) {
-    const RowAhead<U, V> row = next;
-    if (k + 1 < c.tasks) next = load_row(c, resolved, k + 1, start, vectors);
-    if (!row.share.weighted && !row.share.kept) continue;
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const Values<V> values = converted(row.raw[u], c.accumulators.type);
-      if (row.share.kept && vectors.has(u))
-        store_as<V>(c.history.type, c.history.data,
-                    k * c.history.stride + start + vectors.begin(u), values);
-      if (row.share.weighted) {
-#pragma unroll
-        for (int e = 0; e < V; ++e)
-          total[u].of[e] = fmaf(row.share.weight, values.of[e], total[u].of[e]);
-      }
-    }
+  for (int k = 0; k < c.tasks; k += 2) {
+    const Row<U, V> first = load_row(c, resolved, k, start, vectors);
+    const Row<U, V> second = load_row(c, resolved, k + 1, start, vectors);
+    add_row(total, first, c, k, start, vectors);
+    add_row(total, second, c, k + 1, start, vectors);
   }
 }
 

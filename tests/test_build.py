@@ -443,10 +443,9 @@ def loads_on_their_way(instructions: list[str]) -> int:
     ("kernel", "loads", "stores"),
     [
         ("accumulate_kernel", 8, 4),
-        ("combine_kernel", 8, 4),  # a tile of the momentum, and one of the first row
-        # Rows, history and momentum; of 5 to 7 tasks rows are used before history is asked for.
-        *((f"products_kernel<{k}>", (2 * k + 1) * UNROLLED[k], 0) for k in (1, 2, 3, 4, 8)),
-        *((f"products_kernel<{k}>", k + 1, 0) for k in (5, 6, 7)),
+        ("combine_kernel", 12, 4),  # a tile of the momentum, of the first row and of the second
+        # Rows, history and momentum.
+        *((f"products_kernel<{k}>", (2 * k + 1) * UNROLLED[k], 0) for k in K),
         *((f"resolve_kernel<{k}>", (2 * k + 1) * UNROLLED[k], 4) for k in K),
     ],
 )
