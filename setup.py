@@ -137,8 +137,11 @@ def architectures(nvcc: str) -> list[str]:
     """What to compile for, such as 80, 90, 100: each is known to nvcc."""
     listed = os.environ.get("GCOND_CUDA_ARCHS") or ARCHITECTURES
     names = re.split(r"[;, ]+", listed.strip())
-    if not all(re.fullmatch(r"\d{2,3}[af]?", name) for name in names):
-        raise missing(f"GCOND_CUDA_ARCHS={listed!r} is no list of architectures such as 80;90;100")
+    if not all(re.fullmatch(r"\d{2,3}", name) and int(name) >= 80 for name in names):
+        raise missing(
+            f"GCOND_CUDA_ARCHS={listed!r} is no list of architectures from 80 on such as 80;90;100"
+        )
+    names.sort(key=int)  # the last one's PTX is for GPUs to come
     try:
         answer = subprocess.run(
             [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
@@ -147,7 +150,7 @@ def architectures(nvcc: str) -> list[str]:
         raise missing(f"{nvcc} does not run: {error}") from None
     known = sorted({int(number) for number in re.findall(r"compute_(\d+)", answer.stdout)})
     for name in names:
-        if int(name.rstrip("af")) not in known:
+        if int(name) not in known:
             raise missing(
                 f"{nvcc} does not know sm_{name}: set GCOND_CUDA_ARCHS to some of "
                 f"{';'.join(map(str, known))}, or install another CUDA toolkit"

@@ -11,6 +11,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <stdexcept>
+#include <type_traits>
 
 #define HD __host__ __device__ __forceinline__
 
@@ -86,6 +88,15 @@ struct alignas(V * sizeof(T) > 16 ? 16 : V * sizeof(T)) Pack {
   T of[V];
 };
 
+// A GPU refuses a vector that does not begin where one may; the host, which would not, checks.
+template <class P>
+HD void check_alignment(const void* address) {
+#ifndef __CUDA_ARCH__
+  if (reinterpret_cast<std::uintptr_t>(address) % alignof(P) != 0)
+    throw std::logic_error("a vector at an address that is not a multiple of its size");
+#endif
+}
+
 template <int V>
 struct Values {
   float of[V];
@@ -93,6 +104,7 @@ struct Values {
 
 template <int V, class T>
 HD Values<V> load(const T* from) {
+  check_alignment<Pack<T, V>>(from);
   const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
   Values<V> values;
 #pragma unroll
@@ -102,6 +114,7 @@ HD Values<V> load(const T* from) {
 
 template <int V, class T>
 HD void store(T* to, const Values<V>& values) {
+  check_alignment<Pack<T, V>>(to);
   Pack<T, V> pack;
 #pragma unroll
   for (int e = 0; e < V; ++e) pack.of[e] = from_float<T>(values.of[e]);
@@ -156,12 +169,14 @@ HD Raw<V> load_raw(const void* base, bool two_bytes, std::int64_t at) {
     if constexpr (V == 1) {
       raw.of[0] = *from;
     } else {
+      check_alignment<Pack<std::uint32_t, 2>>(from);
       const auto pairs = *reinterpret_cast<const Pack<std::uint32_t, 2>*>(from);
       raw.of[0] = pairs.of[0];
       raw.of[1] = pairs.of[1];
     }
   } else {
     const auto* from = static_cast<const std::uint32_t*>(base) + at;
+    check_alignment<Pack<std::uint32_t, V>>(from);
     const auto pack = *reinterpret_cast<const Pack<std::uint32_t, V>*>(from);
 #pragma unroll
     for (int e = 0; e < V; ++e) raw.of[e] = pack.of[e];

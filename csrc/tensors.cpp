@@ -24,7 +24,8 @@ void use_exchange(const py::capsule& capsule) {
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (offered == nullptr) throw py::error_already_set();
   while (offered != nullptr && offered->version.major != 1) offered = offered->previous;
-  if (offered == nullptr) throw std::runtime_error("torch offers no DLPack exchange of version 1");
+  if (offered == nullptr || offered->tensor_from_object == nullptr)
+    throw std::runtime_error("torch offers no DLPack exchange of version 1 that reads tensors");
   exchange = offered;
 }
 

@@ -278,6 +278,57 @@ def test_ties_go_to_the_first_pair(backend):
     assert decision.events[:2, :2].tolist() == [[0, 1], [2, 3]]
 
 
+def test_ties_of_one_task_go_to_its_first_pair(backend):
+    g = np.array([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
+    method = GCond(max_iterations=1)
+    state = method.new_state(3, torch.device("cpu"))
+    decision = arbitrate(method, g, np.zeros_like(g), state, backend=backend)
+    assert decision.events[0, :3].tolist() == [0, 1, -1]
+
+
+def test_cosines_beyond_minus_one_by_rounding_are_ties(backend):
+    # Inner products as float32 sums leave them: both pairs are anti-parallel.
+    S = -torch.ones(4, 4, dtype=torch.float64)
+    S += 2.0 * torch.eye(4, dtype=torch.float64)
+    S[2, 3] = S[3, 2] = -1.0 - 1e-7
+    method = GCond(max_iterations=1)
+    scale = torch.ones(4, dtype=torch.float64)
+    decision = method.resolve(S, None, scale, method.new_state(4, torch.device("cpu")), backend)
+    assert decision.events[0, :3].tolist() == [0, 1, -1]
+
+
+def test_a_cosine_of_the_critical_threshold_is_critical_in_the_smooth_form_alone(backend):
+    S = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
+    scale = torch.ones(2, dtype=torch.float64)
+    for arbitration, zone in (("smooth", 2), ("zones", 1)):
+        method = GCond(thresholds=(-0.5, -0.25, 0.0), arbitration=arbitration)
+        state = method.new_state(2, torch.device("cpu"))
+        decision = method.resolve(S, None, scale, state, backend)
+        assert decision.events[0, 4] == zone
+        winner = int(decision.events[0, 3])
+        assert decision.rows[winner].tolist() == [float(k == winner) for k in range(2)]
+
+
+def test_the_average_of_the_norms_never_falls_below_its_floor(backend):
+    method = GCond.published(eps=0.25, norm_ema_beta=0.0)
+    state = method.new_state(2, torch.device("cpu"))
+    g = np.array([[1e-3, 0.0], [0.0, 2.0]])
+    arbitrate(method, g, np.zeros_like(g), state, backend=backend)
+    assert state["norm_ema"].tolist() == [0.25, 2.0]
+
+
+def test_the_inner_products_of_a_task_that_sat_out_are_kept(backend):
+    method = GCond()
+    state = method.new_state(2, torch.device("cpu"))
+    g = np.array([[1.0, 2.0], [3.0, -1.0]])
+    arbitrate(method, g, np.zeros_like(g), state, backend=backend)
+    first = state["history_gramian"].clone()
+    arbitrate(method, 2.0 * g, g, state, [True, False], backend=backend)
+    assert state["history_gramian"][0, 0] == 4.0 * first[0, 0]
+    assert torch.equal(state["history_gramian"][1], first[1])
+    assert state["history_gramian"][0, 1] == first[0, 1]
+
+
 def test_wrong_shapes_are_refused(backend):
     method = GCond()
     state = method.new_state(2, torch.device("cpu"))

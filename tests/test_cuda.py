@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from flat import layout_of, misaligned, rows, unwritten
+from flat import Layout, layout_of, misaligned, rows, unwritten
 from hypothesis import given
 from hypothesis import strategies as st
 from sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
@@ -23,11 +23,19 @@ UNAVAILABLE = ops.unavailable("cuda", CPU)
 needs_host_driver = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
 
 
+def packed_layout_of(sizes):
+    """Segments without gaps: hardly any begins where a vector may."""
+    offsets = [sum(sizes[:t]) for t in range(len(sizes))]
+    return Layout(offsets, list(sizes), sum(sizes))
+
+
 class Problem:
     """What a resolution reads and writes, the same for the same seed."""
 
-    def __init__(self, sizes, tasks, seed, *, history, momentum, dtype, method, broken):
-        layout = layout_of(sizes)
+    def __init__(
+        self, sizes, tasks, seed, *, history, momentum, dtype, method, broken, packed=False
+    ):
+        layout = packed_layout_of(sizes) if packed else layout_of(sizes)
         self.offsets, self.sizes, self.method = layout.offsets, layout.sizes, method
         self.accumulators = rows(layout, tasks, seed, dtype)
         self.accumulators -= 0.9 * self.accumulators.float().mean(0).to(dtype)
@@ -87,14 +95,16 @@ METHODS = st.sampled_from(
     METHODS,
     st.sampled_from([False, False, False, True]),
     st.sampled_from(["", "clip", "signs"]),
+    st.booleans(),
 )
 def test_one_launch_gives_the_bits_of_the_operations_apart(
-    sizes, tasks, seed, history, momentum, dtype, method, broken, size_rule
+    sizes, tasks, seed, history, momentum, dtype, method, broken, size_rule, packed
 ):
     options = {"clip": {"max_norm": 0.1}, "signs": {"parameter_norms": None}}.get(size_rule, {})
     if size_rule == "signs":
         options = {"parameter_norms": torch.linspace(0.0, 3.0, len(sizes)).double()}
     given = {"history": history, "momentum": momentum, "dtype": dtype, "method": method}
+    given["packed"] = packed
     results = []
     for at_once in (True, False):
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -103,6 +113,35 @@ def test_one_launch_gives_the_bits_of_the_operations_apart(
     for number, (a, b) in enumerate(zip(*results, strict=True)):
         assert same_bits(a, b), number
     assert not any(out.isnan().any() for out in problem.outputs if out is not None)
+
+
+@needs_host_driver
+@pytest.mark.parametrize("sizes", [[4096, 5000], [4099, 5000], [3, 8192, 4101], [8, 4096]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_no_vector_is_read_where_none_may_begin(sizes, dtype, shift):
+    """On the host a misaligned vector is an error; here rows, tensors and starts are misaligned."""
+    layout = packed_layout_of(sizes)
+    length = layout.length + 3  # the second row begins somewhere
+    accumulators = unwritten(2 * length + shift, dtype=dtype)[shift:].view(2, length)
+    accumulators.copy_(torch.randn(2, length))
+    history = torch.randn(2, length).bfloat16()
+    gradients = [misaligned(torch.randn(size)) for size in sizes]
+    ops.accumulate(accumulators[1], gradients, layout.offsets, sizes, backend="cuda")
+    method = GCond()
+    one = torch.ones(2, dtype=torch.float64)
+    products, decision = ops.resolve(
+        accumulators, gradients, layout.offsets, sizes, scale=one,
+        state=method.new_state(2, CPU), settings=method.settings(2), history=history,
+        momentum=torch.zeros(length), momentum_steps=torch.zeros(len(sizes), dtype=torch.int64),
+        beta=0.5, backend="cuda",
+    )  # fmt: skip
+    used = accumulators[:, : layout.length].double()
+    # Float32 sums of 16 thousand products at most.
+    assert torch.allclose(products.total, used @ used.T, rtol=1e-4, atol=1e-2)
+    expected = decision.weights @ used
+    assert torch.allclose(torch.cat(gradients).double(), expected, rtol=1e-5, atol=1e-5)
+    ops.multi_tensor_cosine_similarity(gradients, list(layout.split(history[1])), backend="cuda")
 
 
 @needs_host_driver
@@ -265,6 +304,13 @@ def test_what_is_said_where_the_extension_is_not_built(monkeypatch):
         assert "not built: GCOND_BUILD_CUDA=1 pip install ." in ops.unavailable(
             "cuda", torch.device(device)
         )
+
+
+def test_a_module_that_cannot_be_imported_is_a_reason_and_no_crash(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcond_kernels._cuda", None)
+    monkeypatch.delattr("gcond_kernels._cuda", raising=False)
+    problem = ops._cuda_problem(torch.device("cuda", 0))
+    assert problem.startswith("its extension is there, but cannot be imported: ")
 
 
 def test_auto_takes_per_operation_the_first_that_is_there(monkeypatch):

@@ -1,5 +1,6 @@
 """The package as it is installed, imported and asked about itself."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -137,6 +138,19 @@ def test_info_says_what_auto_goes_by_on_a_gpu(monkeypatch):
         assert ops.MEASURED[operation] in line
     assert "not cuda: too old" in "\n".join(lines)
     assert "neither has been timed on a GPU yet" in "\n".join(lines)
+
+
+def test_what_auto_goes_by_was_measured():
+    seconds = json.loads((ROOT / "bench/results/host_time.json").read_text())["seconds"]
+    for operation in ops.OPERATIONS:
+        checks = ", with its checks" if operation == "resolve" else ""
+        name = f"ops.{operation}" if operation == "resolve" else operation
+        medians = {b: seconds[f"{b}: {name}{checks}"]["median"] for b in ("cuda", "triton")}
+        if operation == "gramian":
+            medians["cuda"] -= seconds["cuda: gramian, sums on the host"]["median"]
+        for backend, median in medians.items():
+            assert f"{backend} {median * 1e6:.0f} µs" in ops.MEASURED[operation]
+        assert ops.AUTO[operation] == (*sorted(medians, key=medians.__getitem__), "python")
 
 
 def test_the_environment_variable_chooses_the_backend(monkeypatch, capsys):

@@ -162,6 +162,7 @@ def test_what_stands_in_the_way_is_said(monkeypatch):
     assert "not on mps" in ops.unavailable("triton", torch.device("mps"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(ops, "_cuda_unavailable", lambda device: "not here")
     turing = torch.device("cuda", 7)
     assert "8.0, this GPU has 7.5" in ops.unavailable("triton", turing)
     assert ops.choose_backend("auto", turing, "gramian") == "python"
