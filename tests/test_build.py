@@ -446,6 +446,7 @@ def loads_on_their_way(instructions: list[str]) -> int:
     [
         ("accumulate_kernel", 8, 4),
         ("combine_kernel", 12, 4),  # a tile of the momentum, of the first row and of the second
+        *((f"list_products_kernel<{lists}>", 4, 0) for lists in (1, 2)),  # a tile of one list
         # Rows, history and momentum.
         *((f"products_kernel<{k}>", (2 * k + 1) * UNROLLED[k], 0) for k in K),
         *((f"resolve_kernel<{k}>", (2 * k + 1) * UNROLLED[k], 4) for k in K),
@@ -457,3 +458,6 @@ def test_memory_is_read_16_bytes_at_a_time_and_a_tile_at_once(kernel, loads, sto
     assert loads_on_their_way(instructions) >= loads
     written = [i for i in instructions if i.startswith("STG") and ".128" in i]
     assert len(written) >= stores
+    # Where the rows are of two bytes: as many vectors, half as wide; the momentum is not.
+    narrow = [i for i in instructions if i.startswith("LDG") and ".64" in i]
+    assert len(narrow) >= loads // 2
