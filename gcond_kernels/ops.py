@@ -103,8 +103,14 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     return f"there is no such backend; choose from {', '.join(('auto', *BACKENDS))}"
 
 
+@functools.cache
+def _is_installed(module: str) -> bool:
+    """Asked for every micro-batch: looking for what is not there takes 20 µs."""
+    return importlib.util.find_spec(module) is not None
+
+
 def _triton_unavailable(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed("triton"):
         return "Triton is not installed: pip install triton (Linux only)"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type == "cuda" and interpreted:
@@ -128,25 +134,36 @@ def _triton_unavailable(device: torch.device) -> str | None:
 
 
 def _cuda_unavailable(device: torch.device) -> str | None:
-    if importlib.util.find_spec("gcond_kernels._cuda") is None:
+    if not _is_installed("gcond_kernels._cuda"):
         return (
             "its CUDA C++ extension is not built: GCOND_BUILD_CUDA=1 pip install . compiles it "
             "(needs nvcc)"
         )
     if device.type == "cpu":
         if os.environ.get("GCOND_CUDA_HOST") == "1":
-            return None
+            return _cuda_import_problem()
         return (
             "its kernels need a GPU; with GCOND_CUDA_HOST=1 in the environment they run on the "
             "CPU, compiled for it, which is for tests"
         )
+    if device in _cuda_works_on:
+        return None
     if device.type != "cuda" or torch.version.hip is not None:
         return f"its kernels run on NVIDIA GPUs, not on {'ROCm' if torch.version.hip else device}"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    return None if device in _cuda_works_on else _cuda_problem(device)
+    return _cuda_problem(device)
+
+
+def _cuda_import_problem() -> str | None:
+    """Why the extension, which is there, cannot be used: another system, or another torch."""
+    try:
+        importlib.import_module("gcond_kernels.cuda")
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return f"its extension is there, but cannot be imported: {error}"
+    return None
 
 
 # Found to run the compiled kernels. What failed once, for want of memory, say, is asked again.
@@ -155,10 +172,10 @@ _cuda_works_on: set[torch.device] = set()
 
 def _cuda_problem(device: torch.device) -> str | None:
     """Why the compiled kernels do not run on this GPU: its driver, or what they were built for."""
-    try:
-        from gcond_kernels import _cuda, cuda  # noqa: F401
-    except (ImportError, AttributeError, RuntimeError) as error:
-        return f"its extension is there, but cannot be imported: {error}"
+    if problem := _cuda_import_problem():
+        return problem
+    from gcond_kernels import _cuda
+
     with torch.cuda.device(device):
         problem = _cuda.problem_on(device.index)
     if problem:

@@ -294,12 +294,7 @@ except RuntimeError as error:
 
 
 def test_what_is_said_where_the_extension_is_not_built(monkeypatch):
-    find_spec = ops.importlib.util.find_spec
-    monkeypatch.setattr(
-        ops.importlib.util,
-        "find_spec",
-        lambda name: None if name == "gcond_kernels._cuda" else find_spec(name),
-    )
+    monkeypatch.setattr(ops, "_is_installed", lambda module: module != "gcond_kernels._cuda")
     for device in ("cpu", "cuda"):
         assert "not built: GCOND_BUILD_CUDA=1 pip install ." in ops.unavailable(
             "cuda", torch.device(device)
@@ -307,10 +302,14 @@ def test_what_is_said_where_the_extension_is_not_built(monkeypatch):
 
 
 def test_a_module_that_cannot_be_imported_is_a_reason_and_no_crash(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gcond_kernels._cuda", None)
-    monkeypatch.delattr("gcond_kernels._cuda", raising=False)
-    problem = ops._cuda_problem(torch.device("cuda", 0))
-    assert problem.startswith("its extension is there, but cannot be imported: ")
+    def fails(name):
+        raise ImportError(f"{name}: GLIBC_9.9 not found")
+
+    monkeypatch.setattr(ops.importlib, "import_module", fails)
+    said = "its extension is there, but cannot be imported: gcond_kernels.cuda: GLIBC_9.9 not found"
+    assert ops._cuda_problem(torch.device("cuda", 0)) == said
+    if UNAVAILABLE is None:
+        assert ops.unavailable("cuda", CPU) == said
 
 
 def test_auto_takes_per_operation_the_first_that_is_there(monkeypatch):
