@@ -43,11 +43,11 @@ HD void clear_piece(A* target, int count, int thread) {
 }
 
 template <class A>
-HD void accumulate_piece(const Accumulate& arguments, Packed gradient, const Segment& segment,
-                         std::int64_t first, int count, int thread) {
-  A* target = static_cast<A*>(arguments.accumulator) + segment.offset + first;
+HD void accumulate_piece(const Accumulate& arguments, Packed gradient, const Piece& piece,
+                         int thread) {
+  A* target = static_cast<A*>(arguments.accumulator) + piece.offset + piece.first;
   if (type_of(gradient) == NO_TENSOR) {
-    if (arguments.overwrite) clear_piece(target, count, thread);
+    if (arguments.overwrite) clear_piece(target, piece.count, thread);
     return;
   }
   float scale = arguments.scale;
@@ -56,27 +56,23 @@ HD void accumulate_piece(const Accumulate& arguments, Packed gradient, const Seg
   const Target<A> scaled{target, scale, arguments.overwrite};
   // Pieces begin at vector boundaries of the tensor.
   const bool wide = is_vector_boundary(target) && is_vector_boundary(address_of(gradient));
-  const int whole = wide ? count / VECTOR * VECTOR : 0;
+  const int whole = wide ? piece.count / VECTOR * VECTOR : 0;
   with_type(type_of(gradient), [&](auto* null) {
     using G = std::remove_pointer_t<decltype(null)>;
-    const G* from = static_cast<const G*>(address_of(gradient)) + first;
-    for_vectors<UNROLLED>(thread, whole, count,
+    const G* from = static_cast<const G*>(address_of(gradient)) + piece.first;
+    for_vectors<UNROLLED>(thread, whole, piece.count,
                           [&](const auto& vectors) { add(scaled, from, vectors); });
   });
 }
 
 HD void accumulate_chunk(const Accumulate& arguments, const Addresses& gradients, int chunk,
                          int thread) {
-  const Chunk piece = arguments.chunks[chunk];
-  const Segment segment = arguments.segments[piece.tensor];
-  const std::int64_t first = static_cast<std::int64_t>(piece.piece) * ACCUMULATE_CHUNK;
-  const std::int64_t left = segment.size - first;
-  const int count = left < ACCUMULATE_CHUNK ? static_cast<int>(left) : ACCUMULATE_CHUNK;
+  const Piece piece = piece_of(arguments.segments, arguments.chunks, chunk, ACCUMULATE_CHUNK);
   const Packed gradient = gradients.of[piece.tensor];
   if (arguments.type == FLOAT32)
-    accumulate_piece<float>(arguments, gradient, segment, first, count, thread);
+    accumulate_piece<float>(arguments, gradient, piece, thread);
   else
-    accumulate_piece<__nv_bfloat16>(arguments, gradient, segment, first, count, thread);
+    accumulate_piece<__nv_bfloat16>(arguments, gradient, piece, thread);
 }
 
 __global__ void __launch_bounds__(THREADS)

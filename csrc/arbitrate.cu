@@ -20,17 +20,18 @@ __global__ void __launch_bounds__(THREADS, 1)
 }  // namespace
 
 void arbitrate(const Place& place, const Arbitrate& arguments) {
-  const std::size_t bytes = scratch_bytes(arguments.tasks);
+  const int doubles = scratch_doubles(arguments.tasks);
   if (place.is_host()) {
-    std::vector<double> memory(bytes / sizeof(double) + 1);
+    std::vector<double> memory(doubles);
     arbitrate_alone(arguments, memory.data());
     return;
   }
   check(cudaSetDevice(place.device), "arbitrate");
   check(cudaFuncSetAttribute(arbitrate_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
+                             doubles * static_cast<int>(sizeof(double))),
         "arbitrate");
-  launch("arbitrate", arbitrate_kernel, place, 1, bytes, false, arguments);
+  launch("arbitrate", arbitrate_kernel, place, 1, doubles * sizeof(double), false,
+         arguments);
 }
 
 }  // namespace gcond

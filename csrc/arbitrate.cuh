@@ -78,12 +78,13 @@ struct Scratch {
   }* common;
 };
 
-HD std::size_t scratch_bytes(int tasks) {
-  const std::size_t K = static_cast<std::size_t>(tasks);
-  return (2 * K * K + 11 * K) * sizeof(double) + sizeof(Scratch::Common);
+// How much memory that is.
+HD constexpr int scratch_doubles(int tasks) {
+  return 2 * tasks * tasks + 11 * tasks +
+         static_cast<int>((sizeof(Scratch::Common) + sizeof(double) - 1) / sizeof(double));
 }
 
-// Cuts a piece of memory of `scratch_bytes`, aligned for float64, into the parts.
+// Cuts a piece of memory of so many float64 into the parts.
 HD Scratch scratch_in(void* memory, int tasks) {
   const int K = tasks;
   double* at = static_cast<double*>(memory);

@@ -21,15 +21,6 @@ def new_decision(tasks: int, max_iterations: int, device: torch.device) -> Decis
     )
 
 
-def check_tasks(tasks: int) -> None:
-    """Raises a ValueError where there are too many."""
-    if tasks > _cuda.MOST_TASKS:
-        raise ValueError(
-            f"backend='cuda' arbitrates up to {_cuda.MOST_TASKS} tasks, not {tasks}: "
-            "use backend='python'"
-        )
-
-
 def arbitrate(
     gramian: Tensor,
     cross: Tensor | None,
@@ -43,7 +34,11 @@ def arbitrate(
 ) -> Decision:
     """Weights of the tasks, and the new state in place; see `gcond_kernels.ops.arbitrate`."""
     tasks, device = gramian.shape[0], gramian.device
-    check_tasks(tasks)
+    if tasks > _cuda.MOST_TASKS:
+        raise ValueError(
+            f"backend='cuda' arbitrates up to {_cuda.MOST_TASKS} tasks, not {tasks}: "
+            "use backend='python'"
+        )
     decision = new_decision(tasks, settings["max_iterations"], device)
     with tables.guard(device):
         _cuda.arbitrate(
@@ -53,7 +48,11 @@ def arbitrate(
             cross,
             scale,
             _cuda.State(
-                norm_ema, winners, len(winners), history_gramian, history_rows, history_scale
+                norm_ema=norm_ema,
+                winners=winners,
+                history_gramian=history_gramian,
+                history_rows=history_rows,
+                history_scale=history_scale,
             ),
             _cuda.Settings(**settings),
             _cuda.Decision(*decision),

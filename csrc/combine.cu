@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(THREADS)
 
 HD void factor_of(const Factors& arguments, const ResolvedAt& resolved, const Addresses& outputs,
                   int tensor) {
-  const bool written = type_of(outputs.of[tensor]) != NO_TENSOR && *resolved.finite;
+  const bool written = is_written(outputs, tensor) && *resolved.finite;
   find_factor(arguments, resolved.weights, tensor, written);
   count_step(arguments, tensor, written);
 }

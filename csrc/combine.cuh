@@ -166,20 +166,17 @@ HD bool combine_is_wide(const Combine& c, Packed output, std::int64_t offset) {
 HD void combine_chunk(const Combine& c, const Resolved& resolved, const Addresses& outputs,
                       int chunk, int thread) {
   constexpr int UNROLLED = 4;
-  const Chunk piece = c.chunks[chunk];
-  const Segment segment = c.segments[piece.tensor];
-  const std::int64_t first = static_cast<std::int64_t>(piece.piece) * c.length;
-  const std::int64_t left = segment.size - first;
-  const int count = left < c.length ? static_cast<int>(left) : c.length;
-  const std::int64_t start = segment.offset + first;
+  const Piece piece = piece_of(c.segments, c.chunks, chunk, c.length);
+  const std::int64_t start = piece.offset + piece.first;
   const Packed packed = outputs.of[piece.tensor];
   double factor = resolved.finite ? resolved.clipping : 0.0;
   if (resolved.finite && c.factors != nullptr) factor *= c.factors[piece.tensor];
-  const Output output{address_of(packed), type_of(packed), first, static_cast<float>(factor)};
+  const Output output{address_of(packed), type_of(packed), piece.first,
+                      static_cast<float>(factor)};
 
-  const bool wide = combine_is_wide(c, packed, segment.offset);
-  const int whole = wide ? count / VECTOR * VECTOR : 0;
-  for_vectors<UNROLLED>(thread, whole, count, [&](const auto& vectors) {
+  const bool wide = combine_is_wide(c, packed, piece.offset);
+  const int whole = wide ? piece.count / VECTOR * VECTOR : 0;
+  for_vectors<UNROLLED>(thread, whole, piece.count, [&](const auto& vectors) {
     combine_vectors(c, resolved, output, start, vectors);
   });
 }
@@ -224,6 +221,10 @@ HD void find_factor(const Factors& f, const double* weights, int tensor, bool wr
     }
   }
   f.factors[tensor] = factor;
+}
+
+HD bool is_written(const Addresses& outputs, int tensor) {
+  return type_of(outputs.of[tensor]) != NO_TENSOR;
 }
 
 HD void count_step(const Factors& f, int tensor, bool written) {

@@ -59,6 +59,22 @@ struct Chunk {
   std::int32_t piece;
 };
 
+// One piece: `count` elements of a tensor from `first` on.
+struct Piece {
+  int tensor;
+  int count;
+  std::int64_t offset;  // of the tensor's segment
+  std::int64_t first;
+};
+
+HD Piece piece_of(const Segment* segments, const Chunk* chunks, int chunk, int length) {
+  const Chunk found = chunks[chunk];
+  const Segment segment = segments[found.tensor];
+  const std::int64_t first = static_cast<std::int64_t>(found.piece) * length;
+  const std::int64_t left = segment.size - first;
+  return {found.tensor, left < length ? static_cast<int>(left) : length, segment.offset, first};
+}
+
 // A matrix of flat storage, [rows, stride]; null where there is none.
 struct Rows {
   void* data;

@@ -123,19 +123,15 @@ HD bool rows_are_wide(const Rows& rows, std::int64_t offset) {
 template <int K>
 HD void sum_piece(Products<K>& sums, const Gramian& g, int chunk, int thread) {
   constexpr int UNROLLED = K <= 2 ? 4 : K <= 4 ? 2 : 1;
-  const Chunk piece = g.chunks[chunk];
-  const Segment segment = g.segments[piece.tensor];
-  const std::int64_t first = static_cast<std::int64_t>(piece.piece) * g.length;
-  const std::int64_t left = segment.size - first;
-  const int count = left < g.length ? static_cast<int>(left) : g.length;
-  const std::int64_t start = segment.offset + first;
-  const bool wide = rows_are_wide(g.accumulators, segment.offset) &&
-                    rows_are_wide(g.history, segment.offset) &&
-                    rows_are_wide(g.momentum, segment.offset);
+  const Piece piece = piece_of(g.segments, g.chunks, chunk, g.length);
+  const std::int64_t start = piece.offset + piece.first;
+  const bool wide = rows_are_wide(g.accumulators, piece.offset) &&
+                    rows_are_wide(g.history, piece.offset) &&
+                    rows_are_wide(g.momentum, piece.offset);
 
-  const int whole = wide ? count / VECTOR * VECTOR : 0;
+  const int whole = wide ? piece.count / VECTOR * VECTOR : 0;
   const auto sum_with = [&](auto past) {
-    for_vectors<UNROLLED>(thread, whole, count, [&](const auto& vectors) {
+    for_vectors<UNROLLED>(thread, whole, piece.count, [&](const auto& vectors) {
       add_products<K, decltype(past)::value>(sums, g, start, vectors);
     });
   };

@@ -91,15 +91,15 @@ def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]
     count, sizes = len(lists), tuple([tensor.numel() for tensor in lists[0]])
     device = lists[0][0].device if sizes else torch.device("cpu")
     length = tables.chunk_length(sum(sizes))
-    totals = [torch.zeros((count, count), dtype=torch.float64, device=device)]
-    per_tensor = totals[0].new_empty((len(sizes), count, count))
+    per_tensor = torch.empty((len(sizes), count, count), dtype=torch.float64, device=device)
+    totals = []
     with tables.guard(device):
         for part in parts(len(sizes), _cuda.MOST_TENSORS // count):
             which = cut((0,) * len(sizes[part]), sizes[part], length, device)
             which.keep_if_captured()
             products = count * (count + 1) // 2
             partials = torch.empty((products, which.chunks.total), device=device)
-            totals.append(torch.empty_like(totals[0]))
+            totals.append(per_tensor.new_empty((count, count)))
             _cuda.lists(
                 *place_of(device),
                 which.pieces,
@@ -109,4 +109,6 @@ def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]
                 totals[-1],
                 per_tensor[part],
             )
-    return torch.stack(totals).sum(0) if len(totals) > 2 else totals[-1], per_tensor
+    if len(totals) == 1:
+        return totals[0], per_tensor
+    return sum(totals, per_tensor.new_zeros((count, count))), per_tensor

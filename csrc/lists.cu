@@ -49,10 +49,7 @@ HD void add_products(ListProducts<L>& sums, const Packed (&tensors)[L], std::int
 template <int L>
 HD void sum_piece(ListProducts<L>& sums, const Gramian& g, const Addresses& addresses, int chunk,
                   int thread) {
-  const Chunk piece = g.chunks[chunk];
-  const std::int64_t first = static_cast<std::int64_t>(piece.piece) * g.length;
-  const std::int64_t left = g.segments[piece.tensor].size - first;
-  const int count = left < g.length ? static_cast<int>(left) : g.length;
+  const Piece piece = piece_of(g.segments, g.chunks, chunk, g.length);
   Packed tensors[L];
   bool wide = true;
 #pragma unroll
@@ -60,9 +57,9 @@ HD void sum_piece(ListProducts<L>& sums, const Gramian& g, const Addresses& addr
     tensors[l] = addresses.of[l * g.tensors + piece.tensor];
     wide = wide && is_vector_boundary(address_of(tensors[l]));
   }
-  const int whole = wide ? count / VECTOR * VECTOR : 0;
-  for_vectors<UNROLLED>(thread, whole, count, [&](const auto& vectors) {
-    add_products<L>(sums, tensors, first, vectors);
+  const int whole = wide ? piece.count / VECTOR * VECTOR : 0;
+  for_vectors<UNROLLED>(thread, whole, piece.count, [&](const auto& vectors) {
+    add_products<L>(sums, tensors, piece.first, vectors);
   });
 }
 

@@ -4,8 +4,6 @@
 
 namespace gcond {
 
-constexpr int MOST_LISTS = 2;
-
 // `addresses` holds the tensors of the first list, then those of the second; the segments' offsets
 // are not used, the sizes are.
 void lists(const Place& place, const Gramian& arguments, const Addresses& addresses,

@@ -101,10 +101,13 @@ Settings settings_of(const py::sequence& thresholds, double remap_power, bool sm
           resolved_history};
 }
 
-State state_of(py::handle norm_ema, py::handle winners, int window, py::handle history_gramian,
+State state_of(py::handle norm_ema, py::handle winners, py::handle history_gramian,
                py::handle history_rows, py::handle history_scale) {
-  return {address<double>(norm_ema),        address<std::int64_t>(winners), window,
-          address<double>(history_gramian), address<double>(history_rows),
+  return {address<double>(norm_ema),
+          address<std::int64_t>(winners),
+          static_cast<int>(read(winners).shape[0]),
+          address<double>(history_gramian),
+          address<double>(history_rows),
           address<double>(history_scale)};
 }
 
@@ -208,7 +211,6 @@ PYBIND11_MODULE(_cuda, module) {
   using namespace gcond;
   module.doc() = "The kernels in CUDA C++, and the driver that runs them on the host.";
   module.attr("MOST_TENSORS") = MOST_TENSORS;
-  module.attr("MOST_LISTS") = MOST_LISTS;
   module.attr("MOST_TASKS") = MOST_TASKS;
   module.attr("MOST_TASKS_IN_REGISTERS") = MOST_TASKS_IN_REGISTERS;
   module.attr("ACCUMULATE_CHUNK") = ACCUMULATE_CHUNK;
@@ -223,7 +225,9 @@ PYBIND11_MODULE(_cuda, module) {
       py::arg("max_iterations"), py::arg("tolerance"), py::arg("stability_weight"),
       py::arg("strength_weight"), py::arg("norm_ema_beta"), py::arg("norm_ema_floor"),
       py::arg("norm_cap"), py::arg("resolved_history"), py::arg("eps"));
-  py::class_<State>(module, "State").def(py::init(&state_of));
+  py::class_<State>(module, "State").def(py::init(&state_of),
+      py::kw_only(), py::arg("norm_ema"), py::arg("winners"), py::arg("history_gramian"),
+      py::arg("history_rows"), py::arg("history_scale"));
   py::class_<Decision>(module, "Decision").def(py::init(&decision_of));
   py::class_<Factors>(module, "Factors").def(py::init(&factors_of));
 

@@ -3,7 +3,6 @@
 #include <cooperative_groups.h>
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 namespace gcond {
@@ -12,10 +11,6 @@ namespace {
 constexpr int MOST_DEVICES = 64;
 
 HD bool clips(const Resolve& r) { return r.max_norm < INFINITY; }
-
-HD bool is_written(const Addresses& outputs, int tensor) {
-  return type_of(outputs.of[tensor]) != NO_TENSOR;
-}
 
 // What was found, in the memory of the block.
 HD Resolved resolved_in(const Scratch& scratch, double clipping) {
@@ -35,7 +30,7 @@ HD void keep(const Resolve& r, const Addresses& outputs, const Scratch& scratch)
 template <int K>
 __global__ void __launch_bounds__(THREADS, 1)
     resolve_kernel(const __grid_constant__ Resolve r, const __grid_constant__ Addresses outputs) {
-  __shared__ double memory[(2 * K * K + 11 * K) + sizeof(Scratch::Common) / sizeof(double) + 1];
+  __shared__ double memory[scratch_doubles(K)];
   auto grid = cooperative_groups::this_grid();
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   const int thread = static_cast<int>(threadIdx.x), number = block * THREADS + thread;
@@ -102,7 +97,7 @@ void resolve_on_host(const Resolve& r, const Addresses& outputs) {
   for (int chunk = 0; chunk < r.gramian.chunk_count; ++chunk)
     products_of_chunk<K>(r.gramian, chunk);
   add_up(r.gramian, r.totals, 0, 1);
-  std::vector<double> memory(scratch_bytes(K) / sizeof(double) + 1);
+  std::vector<double> memory(scratch_doubles(K));
   const Scratch scratch = scratch_in(memory.data(), K);
   arbitrate_in(r.arbitrate, scratch, true);
   double clipping = 1.0;

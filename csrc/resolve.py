@@ -77,14 +77,7 @@ def resolve(
             sums.total,
             sums.cross,
             sums.per_tensor,
-            _cuda.State(
-                state["norm_ema"],
-                state["winners"],
-                len(state["winners"]),
-                state["history_gramian"],
-                state["history_rows"],
-                state["history_scale"],
-            ),
+            _cuda.State(**state),
             _cuda.Settings(**settings),
             _cuda.Decision(*decision),
             _cuda.Factors(

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 MOST_TENSORS: int
-MOST_LISTS: int
 MOST_TASKS: int
 MOST_TASKS_IN_REGISTERS: int
 ACCUMULATE_CHUNK: int
@@ -60,13 +59,12 @@ class State:
 
     def __init__(
         self,
+        *,
         norm_ema: Tensor,
         winners: Tensor,
-        window: int,
         history_gramian: Tensor,
         history_rows: Tensor,
         history_scale: Tensor,
-        /,
     ) -> None: ...
 
 class Decision:

@@ -687,7 +687,8 @@ def resolve(
     )  # fmt: skip
     room = backend_module(backend, device, "resolve")
     at_once = hasattr(room, "resolve") and room.resolves_at_once(accumulators, sizes)
-    (total, cross, per_tensor), decision = (room.resolve if at_once else _resolve_apart)(
+    run = room.resolve if at_once else functools.partial(_resolve_apart, backend)
+    (total, cross, per_tensor), decision = run(
         accumulators,
         outputs,
         offsets,
@@ -703,13 +704,13 @@ def resolve(
         trust_ratio_clip,
         state,
         settings,
-        *(() if at_once else (backend,)),
     )
     products = Gramians(total, None if history is None else cross, per_tensor)
     return products, Arbitration(*decision)
 
 
 def _resolve_apart(
+    backend: str,
     accumulators: Tensor,
     outputs: Sequence[Tensor | None],
     offsets: Sequence[int],
@@ -725,7 +726,6 @@ def _resolve_apart(
     trust_ratio_clip: float,
     state: Mapping[str, Any],
     settings: Mapping[str, Any],
-    backend: str,
 ) -> Any:
     """The three operations in turn. All has been checked."""
     device = accumulators.device
