@@ -45,21 +45,25 @@ if settings is not None:
     settings.register_profile("interpreted", max_examples=15, phases=PHASES, **COMMON)
     settings.load_profile("project")
 
-CPU = torch.device("cpu")
+# Where there is a GPU the kernels run on that, and by way of it serve CPU tensors.
+WHERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MISSING = {backend: ops.unavailable(backend, WHERE) for backend in ops.BACKENDS}
 
 
 def parameter(backend):
-    """The backend as a parameter of tests: on CPU tensors, by way of the GPU, or skipped."""
-    reason = ops.unavailable(backend, CPU)
-    if backend != "python" and torch.cuda.is_available():
-        reason = ops.unavailable(backend, torch.device("cuda"))
-        return pytest.param(
-            backend, marks=[pytest.mark.gpu, pytest.mark.skipif(bool(reason), reason=reason or "")]
-        )
-    return pytest.param(backend, marks=pytest.mark.skipif(bool(reason), reason=reason or ""))
+    """The backend as a parameter of tests."""
+    on_gpu = backend != "python" and torch.cuda.is_available()
+    return pytest.param(backend, marks=[pytest.mark.gpu] if on_gpu else [])
 
 
-@pytest.fixture(params=map(parameter, ops.BACKENDS))
+def pytest_terminal_summary(terminalreporter):
+    """Says once, instead of for every test, which backend was not there, and why."""
+    for backend, reason in MISSING.items():
+        if reason is not None:
+            terminalreporter.write_line(f"NOT TESTED: backend {backend!r}: {reason}")
+
+
+@pytest.fixture(params=[parameter(b) for b in ops.BACKENDS if MISSING[b] is None])
 def backend(request, monkeypatch):
     """Every backend, on CPU tensors; where there is a GPU the kernels run on that."""
     interpreted = request.param == "triton" and INTERPRETED
