@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from gcond_kernels import ops
 from gcond_kernels.contracts import GRADIENT_DTYPES
 
 # Segments start at multiples of this many elements: 128 bytes of float32, 64 of bfloat16.
 ALIGNMENT = 32
+
+# Gradients that a backward pass may pile up before they are added to a row and freed: beyond some
+# tens of megabytes a launch moves memory at full speed, and more would only be kept for longer.
+BUCKET_BYTES = 32 << 20
 
 
 class Segment(NamedTuple):
@@ -58,12 +65,19 @@ class Accumulator:
         segments: T segments, in the order in which their parameters were first seen.
         counts: micro-batches of each task in this window.
         touched: whether a tensor had a gradient in this window, from any task.
+        bucketed: whether gradients are taken while the backward pass runs, or after it.
     """
 
     def __init__(
-        self, tasks: int, dtype: torch.dtype, history_dtype: torch.dtype | None, momentum: bool
+        self,
+        tasks: int,
+        dtype: torch.dtype,
+        history_dtype: torch.dtype | None,
+        momentum: bool,
+        bucketed: bool = False,
     ) -> None:
         self.dtype = dtype
+        self.bucketed = bucketed
         self.history_dtype = history_dtype
         self.segments: list[Segment] = []
         self.offsets: tuple[int, ...] = ()
@@ -74,11 +88,13 @@ class Accumulator:
         self.history = None if history_dtype is None else self.rows.to(history_dtype)
         self.momentum = torch.empty(0) if momentum else None
         self.momentum_steps = torch.empty(0, dtype=torch.int64) if momentum else None
-        self._known: set[Tensor] = set()
+        self._place: dict[Tensor, int] = {}
+        self._hooks: dict[Tensor, RemovableHandle] = {}
+        self._harvest: Harvest | None = None
 
     def knows(self, parameter: Tensor) -> bool:
         """Whether the parameter has a segment."""
-        return parameter in self._known
+        return parameter in self._place
 
     def grow(self, parameters: Sequence[tuple[Tensor, str]]) -> None:
         """Appends segments for new parameters; what is there keeps its place and content.
@@ -102,28 +118,60 @@ class Accumulator:
             self.momentum = widened(self.momentum, end, device)
             count = len(self.segments) + len(segments)
             self.momentum_steps = widened(self.momentum_steps, count, device)
+        for place, segment in enumerate(segments, start=len(self.segments)):
+            self._place[segment.parameter] = place
         self.segments += segments
         self.offsets += tuple(segment.offset for segment in segments)
         self.sizes += tuple(segment.parameter.numel() for segment in segments)
         self.touched += [False] * len(segments)
-        self._known.update(segment.parameter for segment in segments)
 
-    def harvest(self, task: int, backend: str) -> None:
-        """Adds every `.grad` to the task's row and frees it.
+    @contextmanager
+    def harvesting(self, task: int, scale: float | Tensor, backend: str) -> Iterator[None]:
+        """Adds `scale` times every `.grad` that a backward pass within leaves, and frees it.
+
+        Where the pass fails, or a gradient cannot be accumulated, the row of the task is as it was
+        if none of this pass was added yet; else the task is without a micro-batch again.
 
         Raises:
-            ValueError: a gradient cannot be accumulated; nothing has been added.
+            ValueError: a gradient cannot be accumulated.
         """
-        gradients = gradients_in_order(self.segments, self.sizes, self.rows.device)
-        # Autograd and `gradients_in_order` have checked all that `ops.accumulate` would check.
-        ops.backend_module(backend, self.rows.device, "accumulate").accumulate(
-            self.rows[task], gradients, self.offsets, self.sizes, 1.0, self.counts[task] == 0
-        )
+        if self.bucketed:
+            self._hook_parameters()
+        harvest = self._harvest = Harvest(self, task, scale, backend)
+        try:
+            yield
+            harvest.finish()
+        except BaseException:
+            # A part of this micro-batch is in the row: with the ones before it, no mean of theirs.
+            if harvest.taken:
+                self.counts[task] = 0
+            raise
+        finally:
+            self._harvest = None
         self.counts[task] += 1
-        for index, gradient in enumerate(gradients):
-            if gradient is not None:
-                self.touched[index] = True
-                self.segments[index].parameter.grad = None
+
+    def _hook_parameters(self) -> None:
+        """Lets every parameter say when its gradient is there; copies come without hooks."""
+        if len(self._hooks) == len(self.segments):
+            return
+        # Not the accumulator itself: parameters often outlive their optimizer.
+        tell = tell_harvest_of(weakref.ref(self))
+        for segment in self.segments:
+            p = segment.parameter
+            if p not in self._hooks:
+                self._hooks[p] = p.register_post_accumulate_grad_hook(tell)  # type: ignore[no-untyped-call]
+
+    def remove_hooks(self) -> None:
+        """Takes the hooks off the parameters."""
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+
+    def __del__(self) -> None:
+        self.remove_hooks()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hooks": {}, "_harvest": None}
 
     def drop_gradients(self) -> None:
         """Forgets every `.grad`."""
@@ -151,7 +199,10 @@ class Accumulator:
             The tasks whose addition had to stay.
         """
         kept = [k for k, count in enumerate(before) if self.counts[k] > count > 0]
-        self.counts = [self.counts[k] if k in kept else n for k, n in enumerate(before)]
+        self.counts = [
+            now if k in kept else min(now, count)
+            for k, (now, count) in enumerate(zip(self.counts, before, strict=True))
+        ]
         if not any(self.counts):
             self.start_window()
         return kept
@@ -182,10 +233,6 @@ class Accumulator:
                 there, here = ("no ", "") if own is not None else ("", "no ")
                 raise ValueError(f"the state has {there}{name}, this optimizer has {here}{name}")
         for i, shape in zip(state["parameters"], state["shapes"], strict=True):
-            if i >= len(parameters):
-                raise ValueError(
-                    f"the state has a parameter number {i}, this optimizer only {len(parameters)}"
-                )
             parameter, name = parameters[i]
             if list(parameter.shape) != shape:
                 raise ValueError(
@@ -219,6 +266,90 @@ class Accumulator:
             if self.momentum is not None and self.momentum_steps is not None:
                 self.segments[t].view(self.momentum).copy_(there.view(state["momentum"]))
                 self.momentum_steps[t] = state["momentum_steps"][s]
+
+
+class Harvest:
+    """One backward pass of one task: its gradients go into the task's row, a bucket at a time.
+
+    A bucket is launched when the next gradient comes, not when it is full: by then the hooks that
+    others have on its last parameter have run.
+
+    Attributes:
+        taken: places of the segments that have been added.
+    """
+
+    def __init__(self, target: Accumulator, task: int, scale: float | Tensor, backend: str) -> None:
+        self.target = target
+        self.task = task
+        self.scale = scale
+        self.backend = backend
+        self.overwrite = target.counts[task] == 0
+        self.taken: set[int] = set()
+        self.bucket: dict[int, None] = {}
+        self.bytes = 0
+
+    def gradient_is_there(self, place: int, gradient: Tensor) -> None:
+        """The pass has finished a gradient."""
+        if self.bytes >= BUCKET_BYTES:
+            self._add(list(self.bucket))
+            self.bucket.clear()
+            self.bytes = 0
+        if place not in self.bucket:
+            self.bucket[place] = None
+            self.bytes += gradient.numel() * gradient.element_size()
+
+    def finish(self) -> None:
+        """The pass is over: what is left is added, and segments without a gradient cleared."""
+        segments = self.target.segments
+        self._add([t for t in sorted(self.taken) if segments[t].parameter.grad is not None])
+        self._add([t for t in range(len(segments)) if t not in self.taken])
+
+    def _add(self, places: Sequence[int]) -> None:
+        # A parameter's gradient may come in parts, each with a hook call of its own: where a module
+        # is used in several reentrant checkpoints. Only the first part may overwrite.
+        first = [t for t in places if t not in self.taken]
+        again = [t for t in places if t in self.taken]
+        if first:
+            self._launch(first, self.overwrite)
+            self.taken.update(first)
+        if again:
+            self._launch(again, False)
+
+    def _launch(self, places: Sequence[int], overwrite: bool) -> None:
+        target = self.target
+        segments = [target.segments[t] for t in places]
+        sizes = [target.sizes[t] for t in places]
+        gradients = gradients_in_order(segments, sizes, target.rows.device)
+        if not overwrite and all(gradient is None for gradient in gradients):
+            return
+        # Autograd and `gradients_in_order` have checked all that `ops.accumulate` would check.
+        ops.backend_module(self.backend, target.rows.device, "accumulate").accumulate(
+            target.rows[self.task],
+            gradients,
+            [target.offsets[t] for t in places],
+            sizes,
+            self.scale,
+            overwrite,
+        )
+        for t, segment, gradient in zip(places, segments, gradients, strict=True):
+            if gradient is not None:
+                target.touched[t] = True
+                segment.parameter.grad = None
+
+
+def tell_harvest_of(accumulator: weakref.ref[Accumulator]) -> Callable[[Tensor], None]:
+    """A hook for parameters, which says that a gradient is there to the harvest that runs, if any.
+
+    Backward passes of others find none, and keep their gradients.
+    """
+
+    def tell(parameter: Tensor) -> None:
+        owner = accumulator()
+        harvest = None if owner is None else owner._harvest
+        if harvest is not None and parameter.grad is not None:
+            harvest.gradient_is_there(harvest.target._place[parameter], parameter.grad)
+
+    return tell
 
 
 def check_parameter(parameter: Tensor, name: str, device: torch.device) -> None:

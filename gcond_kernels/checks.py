@@ -48,6 +48,32 @@ def check_steps(accumulation_steps: object, mode: object, tasks: int) -> None:
         )
 
 
+def check_choice(option: str, value: object, allowed: Sequence[str]) -> None:
+    """One of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"{option} must be {' or '.join(map(repr, allowed))}, not {value!r}")
+
+
+def check_count(option: str, value: object) -> None:
+    """A whole number, 0 or more."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 0:
+        raise ValueError(f"{option} must be a whole number, 0 or more, not {value!r}")
+
+
+def check_nonfinite(on_nonfinite: object, grad_scaler: object) -> None:
+    """What is done about gradients that are not finite, and the scaler of the losses."""
+    check_choice("on_nonfinite", on_nonfinite, ("skip", "drop_task", "raise"))
+    if grad_scaler is None:
+        return
+    if not isinstance(grad_scaler, torch.amp.GradScaler):
+        raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, not {grad_scaler!r}")
+    if on_nonfinite == "raise" and grad_scaler.is_enabled():
+        raise ValueError(
+            "on_nonfinite='raise' does not go with grad_scaler: a scaler finds its scale by "
+            "overflows, which are no faults; use 'skip'"
+        )
+
+
 def check_range(option: str, value: object, low: float, high: float, *, open_low: bool) -> None:
     """A number in [low, high), or in (low, high)."""
     number = isinstance(value, Real) and not isinstance(value, bool)

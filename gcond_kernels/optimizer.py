@@ -11,11 +11,15 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from gcond_kernels import ops
+from gcond_kernels import ops, tables
 from gcond_kernels.accumulator import Accumulator
+from gcond_kernels.base_step import step_if
 from gcond_kernels.checks import (
     check_base,
+    check_choice,
+    check_count,
     check_loss,
+    check_nonfinite,
     check_range,
     check_steps,
     check_storage,
@@ -24,12 +28,16 @@ from gcond_kernels.checks import (
     check_update,
     warn_of_double_smoothing,
 )
+from gcond_kernels.loss_scale import LossScale
 from gcond_kernels.methods import GCond
+from gcond_kernels.nonfinite import describe, nonfinite_tasks, without_tasks
+from gcond_kernels.recorder import Recorder
 from gcond_kernels.report import Report, Resolution
+from gcond_kernels.saving import check_window, in_own_order
 
 Loss: TypeAlias = "Tensor | Callable[[], Tensor]"
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class GCondFused(torch.optim.Optimizer):
@@ -65,12 +73,30 @@ class GCondFused(torch.optim.Optimizer):
         accumulator_dtype: torch.float32, or torch.bfloat16 for half the memory; bfloat16 loses
             small gradients beside large sums.
         history_dtype: torch.bfloat16 or torch.float32.
+        harvest: "bucketed" takes gradients from a backward pass while it runs, some 32 MB at a
+            time; "whole" takes all of them when it is over, which keeps a whole gradient alive, but
+            loses nothing where a pass fails in the middle (see `backward`).
+        on_nonfinite: what becomes of a step in which a task's gradient holds a NaN or an infinity.
+            "skip": it is left out; parameters and all state stay as they are. "drop_task": that
+            task sits it out, as one without a micro-batch does; without any other, "skip".
+            "raise": `resolve` raises and changes nothing; for that it waits for the device. May be
+            set at any time.
+        grad_scaler: a `torch.amp.GradScaler`. `backward` scales the losses with it and accumulates
+            gradients without the scale; `step` tells it of overflows. After each step call its
+            `update`; `unscale_` is not to be called. `scaler.step(optimizer)` is `step()`.
+        record_steps: how many of the latest steps `recorder` keeps; 0 records nothing.
         backend: "auto", "python", "triton" or "cuda"; see `gcond_kernels.ops.choose_backend`.
+
+    Attributes:
+        recorder: what happened in the latest steps; see `gcond_kernels.recorder.Recorder`.
 
     Raises:
         TypeError, ValueError: an option is out of its range; the message names it.
         RuntimeError: the backend that was asked for is not there.
     """
+
+    # So GradScaler.step calls `step` and leaves the rest to it.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -87,6 +113,10 @@ class GCondFused(torch.optim.Optimizer):
         max_norm: float | None = None,
         accumulator_dtype: torch.dtype = torch.float32,
         history_dtype: torch.dtype = torch.bfloat16,
+        harvest: Literal["bucketed", "whole"] = "bucketed",
+        on_nonfinite: Literal["skip", "drop_task", "raise"] = "skip",
+        grad_scaler: torch.amp.GradScaler | None = None,
+        record_steps: int = 1000,
         backend: str = "auto",
     ) -> None:
         check_base(base)
@@ -101,6 +131,9 @@ class GCondFused(torch.optim.Optimizer):
         check_range("trust_ratio_coef", trust_ratio_coef, 0.0, math.inf, open_low=True)
         check_range("trust_ratio_clip", trust_ratio_clip, 0.0, math.inf, open_low=True)
         check_storage(accumulator_dtype, history_dtype)
+        check_choice("harvest", harvest, ("bucketed", "whole"))
+        check_nonfinite(on_nonfinite, grad_scaler)
+        check_count("record_steps", record_steps)
         parameters = [p for group in base.param_groups for p in group["params"]]
         for operation in ops.OPERATIONS:  # raises now rather than in training
             ops.choose_backend(backend, parameters[0].device, operation)
@@ -117,6 +150,8 @@ class GCondFused(torch.optim.Optimizer):
         self.trust_ratio_coef = float(trust_ratio_coef)
         self.trust_ratio_clip = float(trust_ratio_clip)
         self.max_norm = max_norm
+        self.on_nonfinite = on_nonfinite
+        self.grad_scaler = grad_scaler
         self.backend = backend
         self._names = tuple(self.tasks)
         self._schedule = schedule(len(tasks), accumulation_steps, mode)
@@ -125,15 +160,20 @@ class GCondFused(torch.optim.Optimizer):
             accumulator_dtype,
             history_dtype if self.method.needs_history else None,
             self.beta > 0.0,
+            harvest == "bucketed",
         )
-        self._method_state = self.method.new_state(len(tasks), parameters[0].device)
+        device = parameters[0].device
+        self._method_state = self.method.new_state(len(tasks), device)
+        # On the device, like all that changes in a step, for replays of a CUDA graph to count too:
+        # resolutions, those that were skipped, and of each task those that it was not finite in.
+        self._counters = torch.zeros(2 + len(tasks), dtype=torch.int64, device=device)
         self._shares: list[float] = []
         self._scale_tensor = torch.empty(0)
+        self._loss_scale = None if grad_scaler is None else LossScale(grad_scaler)
         self._position = 0
         self._resolved = False
-        self._steps = 0
-        self._skipped_steps = 0
         self._last: Resolution | None = None
+        self.recorder = Recorder(self._names, self.method.thresholds, record_steps)
         # What resolve() wrote to `.grad`, to tell it from a gradient of somebody else's.
         self._written: list[weakref.ref[Tensor]] = []
         if self.beta > 0.0:
@@ -208,7 +248,9 @@ class GCondFused(torch.optim.Optimizer):
                 is accumulated. Where a later loss fails in its function or its backward pass,
                 the gradients of those before it are taken back in the first micro-batch of a
                 window; later that would need a copy of the accumulators, so they stay, each
-                task is divided by its own count of micro-batches, and a warning says so.
+                task is divided by its own count of micro-batches, and a warning says so. Where
+                a backward pass fails after a bucket of it was added, its task forgets the
+                micro-batches that it had in this window, and a warning says that.
             RuntimeError: the window is full already, or a parameter has a `.grad` that came
                 from elsewhere.
         """
@@ -227,7 +269,7 @@ class GCondFused(torch.optim.Optimizer):
         try:
             for task in order:
                 tensors_left -= 1
-                self._backward_one(task, losses[task], retain_graph=tensors_left > 0)
+                self._backward_one(task, losses[task], tensors_left > 0)
         except BaseException as error:
             self._accumulator.drop_gradients()
             self._take_back(before, error)
@@ -239,8 +281,12 @@ class GCondFused(torch.optim.Optimizer):
         if not isinstance(loss, Tensor):
             loss = loss()
             check_loss(task, loss)
-        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-        self._accumulator.harvest(self._names.index(task), self.backend)
+        unscale: float | Tensor = 1.0
+        if self._loss_scale is not None:
+            unscale = self._loss_scale.inverse(self._device())
+            loss = self._loss_scale.scaled(loss)
+        with self._accumulator.harvesting(self._names.index(task), unscale, self.backend):
+            loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
 
     def resolve(self) -> None:
         """Resolves the window's conflicts and writes `.grad`; to clip or log before `step`.
@@ -249,17 +295,18 @@ class GCondFused(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: nothing was accumulated, or the window is resolved already.
+            FloatingPointError: with on_nonfinite="raise": a gradient is not finite. Nothing has
+                changed: `on_nonfinite` may be set to go on.
         """
         if self._resolved:
             raise RuntimeError("resolve() was called already in this window: call step()")
+        self._check_anything_accumulated()
         acc = self._accumulator
-        if not any(acc.counts):
-            raise RuntimeError("nothing was accumulated: call backward(losses) before step()")
         # What may fail for want of memory comes before what changes state.
         gradients = acc.new_gradients()
         norms = self._parameter_norms() if self.update == "lion_lars" else None
         scale = self._scale()
-        self._method_state = {k: v.to(scale.device) for k, v in self._method_state.items()}
+        self._move_to(scale.device)
         products, decision = ops.resolve(
             acc.rows,
             gradients,
@@ -276,15 +323,19 @@ class GCondFused(torch.optim.Optimizer):
             parameter_norms=norms,
             trust_ratio_coef=self.trust_ratio_coef,
             trust_ratio_clip=self.trust_ratio_clip,
+            between=None if self.on_nonfinite == "skip" else self._between,
             backend=self.backend,
         )
+        if self.on_nonfinite == "skip":
+            self._nonfinite = nonfinite_tasks(products.total)
         for segment, gradient in zip(acc.segments, gradients, strict=True):
             segment.parameter.grad = gradient
         self._written = [weakref.ref(g) for g in gradients if g is not None]
         self._resolved = True
-        self._steps += 1
+        self._count(decision)
         self._last = Resolution(
-            step=self._steps,
+            counters=self._counters,
+            nonfinite=self._nonfinite,
             counts=list(acc.counts),
             parameter_names=[segment.name for segment in acc.segments],
             per_tensor=products.per_tensor,
@@ -293,29 +344,72 @@ class GCondFused(torch.optim.Optimizer):
             norm_ema=self._method_state["norm_ema"],
             winners=self._method_state["winners"],
         )
+        self.recorder.record(
+            self._counters[0],
+            self._last.parameter_names,
+            products.total,
+            products.per_tensor,
+            decision,
+            self._nonfinite,
+        )
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def _between(self, products: ops.Gramians, scale: Tensor) -> tuple[ops.Gramians, Tensor]:
+        """What on_nonfinite other than "skip" does between the two passes."""
+        self._nonfinite = nonfinite_tasks(products.total)
+        if self.on_nonfinite == "drop_task":
+            return without_tasks(products, scale, self._nonfinite)
+        if tables.is_capturing(scale.device):
+            raise RuntimeError(
+                "on_nonfinite='raise' asks the device in every step, which a CUDA graph cannot: "
+                "use 'skip' or 'drop_task'"
+            )
+        names = [segment.name for segment in self._accumulator.segments]
+        where = describe(products.per_tensor, self._names, names)
+        if where is not None:
+            raise FloatingPointError(
+                f"the gradient holds a NaN, an infinity, or values beyond 1e19 in {where}. Nothing "
+                "was changed; to go on, set optimizer.on_nonfinite to 'skip' or 'drop_task' and "
+                "call step() again"
+            )
+        return products, scale
+
+    def _count(self, decision: ops.Arbitration) -> None:
+        """One more resolution, perhaps a skipped one, perhaps with tasks that are not finite."""
+        skipped = (~decision.finite).view(1)
+        happened = torch.cat([torch.ones_like(skipped), skipped, self._nonfinite])
+        self._counters += happened
+
+    def step(self, closure: Callable[[], object] | None = None) -> None:  # type: ignore[override]
         """Resolves where `resolve` has not been called, steps the base optimizer, starts a window.
 
         A window that is not full is used as it is. Where a gradient held a NaN or an infinity,
-        the base optimizer is not stepped and no state changes.
+        the base optimizer is not stepped and no state changes (but see `on_nonfinite`). With
+        torch's fused optimizers, and with `capturable=True`, the device sees to that; with any
+        other the host reads one flag, and on a GPU waits for it.
+
+        Args:
+            closure: must do nothing; there are trainers that call `step` with such a one.
 
         Raises:
-            TypeError: a closure was given.
-            RuntimeError: nothing was accumulated.
+            TypeError: the closure computes a loss.
+            RuntimeError: nothing was accumulated; or GradScaler.unscale_ was called on this
+                optimizer, or its step without `grad_scaler=`, or its update was not called.
         """
-        if closure is not None:
+        self._check_scaler_calls()
+        if not self._resolved:
+            self._check_anything_accumulated()
+        if closure is not None and closure() is not None:
             raise TypeError(
-                "GCondFused.step takes no closure: call backward(losses) for each micro-batch"
+                "GCondFused.step takes no closure that computes a loss: call backward(losses) for "
+                "each micro-batch"
             )
         if not self._resolved:
             self.resolve()
         assert self._last is not None
-        # On a GPU this waits for the device.
-        if bool(self._last.decision.finite):
-            self.base.step()
-        else:
-            self._skipped_steps += 1
+        finite = self._last.decision.finite
+        if self._loss_scale is not None:
+            self._loss_scale.tell(~finite | self._nonfinite.any())
+        step_if(finite, self.base)
         self._accumulator.start_window()
         self._position = 0
         self._resolved = False
@@ -328,7 +422,52 @@ class GCondFused(torch.optim.Optimizer):
         """
         if self._last is None:
             raise RuntimeError("there is nothing to report before the first resolve() or step()")
-        return self._last.report(self._names, self._skipped_steps)
+        return self._last.report(self._names)
+
+    def advise(self) -> str:
+        """Whether there is a conflict worth resolving in this run, in plain words.
+
+        From the steps that `recorder` holds; on a GPU this waits for the device.
+        """
+        advice = self.recorder.advise()
+        if self.mode == "stochastic":
+            advice += (
+                "\n\nIn stochastic mode the tasks' gradients come from different micro-batches: "
+                "their cosines hold the noise of those too. Some steps in exact mode show the "
+                "conflict itself."
+            )
+        return advice
+
+    def _device(self) -> torch.device:
+        return self._accumulator.rows.device
+
+    def _move_to(self, device: torch.device) -> None:
+        """What was made before the parameters were moved follows them."""
+        if self._counters.device != device:
+            self._counters = self._counters.to(device)
+            self._method_state = {k: v.to(device) for k, v in self._method_state.items()}
+
+    def _check_anything_accumulated(self) -> None:
+        if not any(self._accumulator.counts):
+            raise RuntimeError("nothing was accumulated: call backward(losses) before step()")
+
+    def _check_scaler_calls(self) -> None:
+        """What GradScaler.step leaves on the optimizer that it steps tells how it was used."""
+        if "found_inf" not in self.__dict__:
+            return
+        scale = self.__dict__.get("grad_scale")
+        if self._loss_scale is not None and scale is not None:
+            return
+        del self.grad_scale, self.found_inf  # type: ignore[attr-defined]
+        if self._loss_scale is None:
+            raise RuntimeError(
+                "GradScaler.step was called on an optimizer that was not told of the scaler: give "
+                "GCondFused(..., grad_scaler=scaler), and losses without a scale to backward()"
+            )
+        raise RuntimeError(
+            "GradScaler.unscale_ was called on a GCondFused, whose gradients have no scale: "
+            "leave the call out; .grad may be clipped right after resolve()"
+        )
 
     def _check_window_open(self) -> None:
         if self._resolved:
@@ -339,7 +478,20 @@ class GCondFused(torch.optim.Optimizer):
             )
 
     def _take_back(self, before: list[int], error: BaseException) -> None:
-        """Undoes what a failed `backward` added, or says what had to stay."""
+        """Undoes what a failed `backward` added, or says what had to stay, or was lost."""
+        counts = self._accumulator.counts
+        lost = [
+            f"{count} of {name!r}"
+            for name, count, now in zip(self._names, before, counts, strict=True)
+            if now < count
+        ]
+        if lost:
+            warnings.warn(
+                f"a backward pass failed ({type(error).__name__}) after a part of its gradient was "
+                f"accumulated; the micro-batches of its task before it are lost ({', '.join(lost)})"
+                ", and what follows in this window counts alone. harvest='whole' would keep them",
+                stacklevel=3,
+            )
         kept = [repr(self._names[task]) for task in self._accumulator.take_back(before)]
         if kept:
             warnings.warn(
@@ -424,8 +576,7 @@ class GCondFused(torch.optim.Optimizer):
                 "accumulation_steps": self.accumulation_steps,
                 "position": self._position,
             },
-            "steps": self._steps,
-            "skipped_steps": self._skipped_steps,
+            "counters": self._counters,
             "method": dict(self._method_state),
             "accumulator": self._accumulator.state_dict([p for p, _ in self._parameters()]),
         }
@@ -437,6 +588,9 @@ class GCondFused(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken; tensors are moved to this process's device.
 
+        Where the parameters have names, here and in the state (a base optimizer made of
+        `model.named_parameters()`), they are matched by those, whatever their order in a group.
+
         Raises:
             ValueError: the state is of other tasks, parameters, a window of another shape, or a
                 plain optimizer; the message names the difference and nothing has changed.
@@ -444,6 +598,7 @@ class GCondFused(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        state_dict = in_own_order(state_dict, self.base.param_groups)
         own = self._check_state(state_dict)
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "gcond"})
         self._accumulator.load_state_dict(own["accumulator"], list(self._parameters()))
@@ -451,8 +606,8 @@ class GCondFused(torch.optim.Optimizer):
             key: own["method"][key].to(value.device, value.dtype, copy=True)
             for key, value in self._method_state.items()
         }
+        self._counters = own["counters"].to(self._counters.device, copy=True)
         self._position = own["window"]["position"]
-        self._steps, self._skipped_steps = own["steps"], own["skipped_steps"]
         self._resolved = False
         self._last = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -473,13 +628,7 @@ class GCondFused(torch.optim.Optimizer):
             raise ValueError(
                 f"the state has tasks {own['tasks']}, this optimizer {list(self._names)}"
             )
-        window = own["window"]
-        for option in ("mode", "accumulation_steps"):
-            if window["position"] > 0 and window[option] != getattr(self, option):
-                raise ValueError(
-                    f"the state was taken in the middle of a window with {option}="
-                    f"{window[option]!r}, this optimizer has {getattr(self, option)!r}"
-                )
+        check_window(own["window"], self.mode, self.accumulation_steps)
         for key, value in self._method_state.items():
             there = own["method"].get(key)
             if there is None or there.shape != value.shape:

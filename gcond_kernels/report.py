@@ -42,7 +42,10 @@ class Report:
         step: how many resolutions there have been, this one included.
         skipped: a gradient held a NaN or an infinity, or was so large (some 1e19) that its square
             leaves float32: `.grad` is zero, the step is left out.
-        skipped_steps: how many calls of `step` left the base optimizer out so far.
+        skipped_steps: how many resolutions were skipped so far.
+        nonfinite_tasks: the tasks whose gradient was not finite in this one. With
+            on_nonfinite="drop_task" they took no part in it.
+        nonfinite_steps: task → in how many resolutions its gradient was not finite so far.
         micro_batches: task → micro-batches that it had in the window.
         norms: task → norm of its accumulated gradient (loss weight and mean included).
         norm_ema: task → moving average of that norm.
@@ -59,6 +62,8 @@ class Report:
     step: int
     skipped: bool
     skipped_steps: int
+    nonfinite_tasks: list[str]
+    nonfinite_steps: dict[str, int]
     micro_batches: dict[str, int]
     norms: dict[str, float]
     norm_ema: dict[str, float]
@@ -87,7 +92,8 @@ class Report:
 class Resolution:
     """What a report is made from: tensors that stay on the device until somebody asks."""
 
-    step: int
+    counters: Tensor  # [2 + K] int64: resolutions, skipped ones, those with each task not finite
+    nonfinite: Tensor  # [K] bool
     counts: Sequence[int]
     parameter_names: Sequence[str]
     per_tensor: Tensor  # [T, R, R]
@@ -96,20 +102,25 @@ class Resolution:
     norm_ema: Tensor  # [K]
     winners: Tensor  # [W]
 
-    def report(self, tasks: Sequence[str], skipped_steps: int) -> Report:
+    def report(self, tasks: Sequence[str]) -> Report:
         """Reads everything back; on a GPU this waits for the device."""
         K = len(tasks)
         S = self.gramian.cpu()
         weights = self.decision.weights.cpu()
         skipped = not bool(self.decision.finite)
+        step, skipped_steps, *nonfinite_steps = self.counters.tolist()
 
         def named(values: Sequence[float]) -> dict[str, float]:
             return dict(zip(tasks, values, strict=True))
 
         return Report(
-            step=self.step,
+            step=step,
             skipped=skipped,
             skipped_steps=skipped_steps,
+            nonfinite_tasks=[
+                task for task, bad in zip(tasks, self.nonfinite.tolist(), strict=True) if bad
+            ],
+            nonfinite_steps=dict(zip(tasks, nonfinite_steps, strict=True)),
             micro_batches=dict(zip(tasks, self.counts, strict=True)),
             norms=named(S.diagonal().sqrt().tolist()),
             norm_ema=named(self.norm_ema.tolist()),

@@ -147,17 +147,26 @@ def settings_tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
     return to_device(np.array(values), device)
 
 
+class CaptureMissError(RuntimeError):
+    """A table is not there yet, and cannot be copied to the device while a graph is captured."""
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
     """The array on the device, without waiting for it.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured: it could not hold the host's copy.
+        CaptureMissError: a CUDA graph is being captured: it could not hold the host's copy.
     """
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cpu":
         return tensor
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
+    if is_capturing(device):
+        raise CaptureMissError(
             "a CUDA graph is being captured on tensors that this operation has not seen before: "
             "run it once on the same tensors before the capture"
         )
@@ -166,7 +175,7 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
 
 def keep_if_captured(*tables: Tensor) -> None:
     """Holds on to tables that a graph under capture will read at every replay."""
-    if tables[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(tables[0].device):
         _captured.update((id(table), table) for table in tables)
 
 

@@ -183,7 +183,7 @@ def shorter() -> nn.Module:
         ),
         (model_of, {"method": GCond(dominance_window=2)}, r"winners \[3\], this one \[2\]"),
         (wider, {}, r"parameter 0 has shape \[9, 4\], in the state it has \[8, 4\]"),
-        (shorter, {}, "a parameter number 2, this optimizer only 2"),
+        (shorter, {}, "parameter group 0 has 4 parameters in the state, here 2"),
     ],
 )
 def test_a_state_of_something_else_is_refused_and_nothing_changes(backend, make, options, words):

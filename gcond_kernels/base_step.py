@@ -1,0 +1,103 @@
+"""Stepping the wrapped optimizer, or leaving the step out, as a flag on the device says."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gcond_kernels import tables
+
+
+def step_if(wanted: Tensor, base: torch.optim.Optimizer) -> None:
+    """Steps the optimizer where `wanted` is True; else parameters and state stay as they are.
+
+    - torch's fused optimizers take the flag with them: their kernels leave the step out.
+    - With `capturable=True`, or while a CUDA graph is captured, the step is made and undone on the
+      device, from copies of parameters and state that live as long as the step.
+    - Any other optimizer counts its steps on the host, which has to know: it reads the flag, and
+      on a GPU waits for it, once a step.
+
+    Args:
+        wanted: [] bool.
+        base: any torch optimizer.
+    """
+    if takes_flag(base):
+        step_with_flag(wanted, base)
+    elif undoes_on_device(wanted.device, base):
+        step_and_undo(wanted, base)
+    elif bool(wanted):
+        base.step()
+
+
+def takes_flag(base: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's own kernels leave a step out where `found_inf` is 1."""
+    if not getattr(base, "_step_supports_amp_scaling", False):
+        return False
+    if not all(group.get("fused") for group in base.param_groups):
+        return False
+    # torch's fused SGD allocates its buffers unfilled and fills them in the first step: where that
+    # is left out, the second would read what happened to be there.
+    return not isinstance(base, torch.optim.SGD) or not any(
+        group["momentum"] and base.state.get(p, {}).get("momentum_buffer") is None
+        for group in base.param_groups
+        for p in group["params"]
+        if p.grad is not None
+    )
+
+
+def step_with_flag(wanted: Tensor, base: torch.optim.Optimizer) -> None:
+    """By the attributes through which torch's GradScaler tells a fused optimizer."""
+    base.grad_scale = None  # type: ignore[attr-defined]
+    base.found_inf = (~wanted).to(torch.float32)  # type: ignore[attr-defined]
+    try:
+        base.step()
+    finally:
+        del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
+
+
+def undoes_on_device(device: torch.device, base: torch.optim.Optimizer) -> bool:
+    """Whether the host must not, or need not, know of a step that is left out."""
+    capturable = all(group.get("capturable") for group in base.param_groups)
+    return capturable or tables.is_capturing(device)
+
+
+@torch.no_grad()
+def step_and_undo(wanted: Tensor, base: torch.optim.Optimizer) -> None:
+    """Makes the step, then puts back what it changed where it was not wanted.
+
+    State that the step has added had no value before, which only the host can put back: it reads
+    the flag then, in an optimizer's first step.
+
+    Raises:
+        RuntimeError: this is a first step, and a CUDA graph is being captured.
+    """
+    before = {key: value.clone() for key, value in changed_by_step(base).items()}
+    base.step()
+    after = changed_by_step(base)
+    for key, value in before.items():
+        torch.where(wanted, after[key], value, out=after[key])
+    added = after.keys() - before.keys()
+    if not added:
+        return
+    if tables.is_capturing(wanted.device):
+        raise RuntimeError(
+            f"{type(base).__name__} makes its state in its first step, which a CUDA graph must not "
+            "capture: make one step before the capture"
+        )
+    if not bool(wanted):
+        for parameter, name in added:
+            del base.state[parameter][name]
+            if not base.state[parameter]:
+                del base.state[parameter]
+
+
+def changed_by_step(base: torch.optim.Optimizer) -> dict[tuple[Tensor, str], Tensor]:
+    """Every parameter with a gradient, named "", and the tensors of its state by their names."""
+    found: dict[tuple[Tensor, str], Tensor] = {}
+    for group in base.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                found[p, ""] = p
+                state = base.state.get(p, {})
+                found.update({(p, k): v for k, v in state.items() if isinstance(v, Tensor)})
+    return found

@@ -1,0 +1,82 @@
+"""What a saved state must agree with, and the order of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# What torch.compile and DistributedDataParallel put before the names of a model's parameters.
+WRAPPERS = ("_orig_mod.", "module.")
+
+
+def check_window(window: Mapping[str, Any], mode: str, accumulation_steps: int) -> None:
+    """Raises a ValueError where a window that has begun cannot go on with these settings."""
+    own = {"mode": mode, "accumulation_steps": accumulation_steps}
+    for option, value in own.items():
+        if window["position"] > 0 and window[option] != value:
+            raise ValueError(
+                f"the state was taken in the middle of a window with {option}="
+                f"{window[option]!r}, this optimizer has {value!r}"
+            )
+
+
+def in_own_order(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state with the parameters of each group in the order that they have here, by their names.
+
+    Where a group has no names, here or in the state, its order stays: they are matched by place.
+
+    Args:
+        state_dict: as GCondFused makes it.
+        groups: the parameter groups of this process's optimizer.
+
+    Raises:
+        ValueError: the groups do not match; the message names the difference.
+    """
+    saved = state_dict["param_groups"]
+    if len(saved) != len(groups):
+        raise ValueError(
+            f"the state has {len(saved)} parameter groups, this optimizer {len(groups)}"
+        )
+    ordered = [group_in_order(n, *pair) for n, pair in enumerate(zip(saved, groups, strict=True))]
+    if ordered == [group["params"] for group in saved]:
+        return state_dict
+    # A parameter is known by its place in the state; this is where that place is now.
+    now = {place: new for new, place in enumerate(p for group in ordered for p in group)}
+    own = dict(state_dict["gcond"])
+    own["accumulator"] = dict(own["accumulator"])
+    own["accumulator"]["parameters"] = [now[p] for p in own["accumulator"]["parameters"]]
+    matched = [
+        {**there, "params": places, "param_names": list(here["param_names"])}
+        if here.get("param_names")
+        else {**there, "params": places}
+        for there, here, places in zip(saved, groups, ordered, strict=True)
+    ]
+    return {**state_dict, "param_groups": matched, "gcond": own}
+
+
+def group_in_order(number: int, there: Mapping[str, Any], here: Mapping[str, Any]) -> list[int]:
+    """The places of one group's parameters, in the order that they have here."""
+    places: list[int] = list(there["params"])
+    if len(places) != len(here["params"]):
+        raise ValueError(
+            f"parameter group {number} has {len(places)} parameters in the state, here "
+            f"{len(here['params'])}"
+        )
+    if not there.get("param_names") or not here.get("param_names"):
+        return places
+    saved, own = bare(there["param_names"]), bare(here["param_names"])
+    if missing := sorted(set(saved) ^ set(own)):
+        where = "in the state" if missing[0] in saved else "in this optimizer"
+        raise ValueError(f"parameter group {number} has {missing[0]} only {where}")
+    place = dict(zip(saved, places, strict=True))
+    return [place[name] for name in own]
+
+
+def bare(names: Sequence[str]) -> list[str]:
+    """Names of parameters without what wrappers of the model put before them."""
+    found = []
+    for name in names:
+        for wrapper in WRAPPERS:
+            name = name.replace(wrapper, "")
+        found.append(name)
+    return found

@@ -1,0 +1,318 @@
+"""Taking gradients while a backward pass runs: the bits of after it, no trace of failures."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from test_optimizer import TASKS, batches, flat_parameters, losses_of, model_of, same, sgd
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gcond_kernels import GCondFused, accumulator
+
+KINDS = ["whole", "bucketed"]
+
+
+@pytest.fixture(autouse=True)
+def _small_buckets(monkeypatch):
+    """One gradient fills a bucket."""
+    monkeypatch.setattr(accumulator, "BUCKET_BYTES", 8)
+
+
+def trained(model, loss_of, harvest, backend="python", steps=3, **options):
+    """Parameters and the optimizer's state after some windows."""
+    options = {"accumulation_steps": 2, "momentum": 0.5} | options
+    optimizer = GCondFused(sgd(model), TASKS, harvest=harvest, backend=backend, **options)
+    for batch in batches(2 * steps):
+        losses = loss_of(model, batch)
+        if optimizer.backward({task: losses[task] for task in optimizer.active_tasks}):
+            optimizer.step()
+    return flat_parameters(model), optimizer.state_dict()["gcond"]
+
+
+class Launches:
+    """Counts how many tensors each launch of accumulate was of."""
+
+    def __init__(self, monkeypatch):
+        self.sizes = []
+        original = accumulator.Harvest._launch
+
+        def launch(harvest, places, overwrite):
+            self.sizes.append(len(places))
+            original(harvest, places, overwrite)
+
+        monkeypatch.setattr(accumulator.Harvest, "_launch", launch)
+
+
+@pytest.mark.parametrize("mode", ["exact", "stochastic"])
+def test_buckets_give_the_same_bits(backend, mode):
+    results = [trained(model_of(), losses_of, kind, backend, mode=mode) for kind in KINDS]
+    assert same(*results)
+
+
+def test_buckets_are_launched_while_the_pass_runs(monkeypatch):
+    launches = Launches(monkeypatch)
+    trained(model_of(), losses_of, "bucketed", steps=1)
+    # Four parameters: three buckets of one while the pass runs, and the last after it.
+    assert launches.sizes == [1, 1, 1, 1] * 4
+    launches.sizes.clear()
+    trained(model_of(), losses_of, "whole", steps=1)
+    assert launches.sizes == [4] * 4
+    launches.sizes.clear()
+    monkeypatch.setattr(accumulator, "BUCKET_BYTES", 32 << 20)
+    trained(model_of(), losses_of, "bucketed", steps=1)
+    assert launches.sizes == [4] * 4
+
+
+def test_gradients_are_freed_while_the_pass_runs():
+    alive, most = set(), []
+    first, second, third = (nn.Linear(4, 4, bias=False) for _ in range(3))
+    model = nn.Sequential(first, second, third)
+    optimizer = GCondFused(sgd(model), {"a": 1.0})
+    optimizer.backward({"a": model(torch.ones(4)).sum()})
+    optimizer.step()
+    optimizer.zero_grad()
+
+    def watch(p):
+        alive.add(id(p))
+        most.append(sum(q.grad is not None for q in model.parameters()))
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(watch)
+    optimizer.backward({"a": model(torch.ones(4)).sum()})
+    assert most == [1, 1, 1]
+    assert len(alive) == 3
+
+
+def checkpointed(use_reentrant):
+    def losses(model, x):
+        x = x.clone().requires_grad_(True)
+        hidden = checkpoint(model[0], x, use_reentrant=use_reentrant)
+        # The same layer twice: reentrant, its gradient comes in two parts.
+        again = checkpoint(model[0], hidden[:, :4], use_reentrant=use_reentrant)
+        y = checkpoint(model[2], again.tanh(), use_reentrant=use_reentrant)
+        return {"a": (y[:, 0] - 1).pow(2).mean(), "b": (y.sum(1) + 1).pow(2).mean()}
+
+    return losses
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("mode", ["exact", "stochastic"])
+def test_activation_checkpointing(backend, use_reentrant, mode):
+    if use_reentrant and mode == "exact":
+        # Reentrant checkpoints go through one backward pass alone: as functions then.
+        def loss_of(model, x):
+            return {task: lambda task=task: checkpointed(True)(model, x)[task] for task in TASKS}
+    else:
+        loss_of = checkpointed(use_reentrant)
+    results = [trained(model_of(), loss_of, kind, backend, mode=mode) for kind in KINDS]
+    plain = trained(model_of(), plain_twice, "whole", backend, mode=mode)
+    for result in results:
+        # In parts the gradient is summed in another order.
+        assert torch.allclose(result[0], plain[0], rtol=1e-5, atol=1e-6)
+
+
+def plain_twice(model, x):
+    y = model[2](model[0](model[0](x)[:, :4]).tanh())
+    return {"a": (y[:, 0] - 1).pow(2).mean(), "b": (y.sum(1) + 1).pow(2).mean()}
+
+
+def test_a_gradient_that_comes_in_parts_is_added_up(monkeypatch):
+    launches = Launches(monkeypatch)
+    x = batches(1)[0].requires_grad_(True)
+    model = model_of()
+    optimizer = GCondFused(sgd(model, 0.0), {"a": 1.0})
+
+    def loss():
+        parts = [checkpoint(model[k], y, use_reentrant=True) for k, y in ((0, x), (0, 2 * x))]
+        between = checkpoint(model[2], parts[0] + parts[1], use_reentrant=True)
+        return between.pow(2).mean()
+
+    optimizer.backward({"a": loss})
+    assert len(launches.sizes) > 4
+    optimizer.step()
+    written = {name: p.grad.clone() for name, p in model.named_parameters()}
+    optimizer.zero_grad()
+    loss().backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(written[name], p.grad, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("harvest", KINDS)
+def test_compiled_models(compiler, harvest):
+    torch._dynamo.reset()
+    model = model_of()
+    compiled = torch.compile(model, backend=compiler)
+    got = trained(model, lambda _, x: losses_of(compiled, x), harvest)
+    expected = trained(model_of(), losses_of, harvest)
+    # The compiler may fuse what eager rounds twice.
+    assert torch.allclose(got[0], expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_other_backward_passes_keep_their_gradients():
+    model = model_of()
+    optimizer = GCondFused(sgd(model), TASKS)
+    optimizer.backward(losses_of(model, batches(1)[0]))
+    optimizer.step()
+    optimizer.zero_grad()
+    losses_of(model, batches(1)[0])["a"].backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_hooks_of_others_see_and_may_replace_the_gradient(backend):
+    p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    optimizer = GCondFused(
+        torch.optim.SGD([p, q], lr=0.0), {"a": 1.0}, accumulation_steps=2, backend=backend
+    )
+    optimizer.backward({"a": p.sum() + q.sum()})
+
+    def double(parameter):  # registered after this optimizer's own
+        parameter.grad = 2 * parameter.grad
+
+    p.register_post_accumulate_grad_hook(double)
+    optimizer.backward({"a": p.sum() + q.sum()})
+    optimizer.step()
+    assert torch.equal(p.grad, torch.full((4,), 1.5))
+    assert torch.equal(q.grad, torch.ones(4))
+
+
+class Fails(torch.autograd.Function):
+    """The identity, whose backward pass may fail."""
+
+    broken = False
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if Fails.broken:
+            raise ArithmeticError("in the middle")
+        return gradient
+
+
+def fragile(model, x):
+    """Fails, if it does, after the gradients of the last layer are there."""
+    y = model[2](Fails.apply(model[0](x)).tanh())
+    return {"a": (y[:, 0] - 1).pow(2).mean(), "b": (y[:, 0] + y[:, 1] + 1).pow(2).mean()}
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """Breaks the backward passes from now on."""
+    return lambda broken=True: monkeypatch.setattr(Fails, "broken", broken)
+
+
+def functions(model, x):
+    return {task: lambda task=task: fragile(model, x)[task] for task in TASKS}
+
+
+def test_a_pass_that_fails_in_the_first_micro_batch_leaves_nothing(backend, fail):
+    x = batches(3)
+    model, twin = model_of(), model_of()
+    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=2, backend=backend)
+    fail()
+    with pytest.raises(ArithmeticError):
+        optimizer.backward(functions(model, x[0]))
+    assert optimizer._accumulator.counts == [0, 0]
+    assert all(p.grad is None for p in model.parameters())
+    fail(False)
+    calm = GCondFused(sgd(twin), TASKS, accumulation_steps=2, backend=backend)
+    for batch in x[1:]:
+        optimizer.backward(functions(model, batch))
+        calm.backward(functions(twin, batch))
+    optimizer.step()
+    calm.step()
+    assert torch.equal(flat_parameters(model), flat_parameters(twin))
+
+
+def test_a_pass_that_fails_later_costs_its_task_the_window_so_far(backend, fail):
+    x = batches(4)
+    model, twin = model_of(), model_of()
+    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=3, backend=backend)
+    optimizer.backward(functions(model, x[0]))
+    fail()
+    with (
+        pytest.warns(UserWarning, match=r"micro-batches of its task before it are lost \(1 of 'a'"),
+        pytest.raises(ArithmeticError),
+    ):
+        optimizer.backward(functions(model, x[1]))
+    fail(False)
+    assert all(p.grad is None for p in model.parameters())
+    for batch in x[2:]:
+        optimizer.backward(functions(model, batch))
+    optimizer.step()
+    assert optimizer.report().micro_batches == {"a": 2, "b": 3}
+    # As if the first micro-batch had had no loss of a.
+    calm = GCondFused(sgd(twin), TASKS, accumulation_steps=3, backend=backend)
+    for batch in (x[0], *x[2:]):
+        calm.backward(functions(twin, batch))
+        if batch is x[0]:
+            calm._accumulator.counts[0] = 0
+    calm.step()
+    assert torch.equal(flat_parameters(model), flat_parameters(twin))
+
+
+def test_whole_keeps_the_window_where_a_pass_fails(backend, fail):
+    x = batches(3)
+    model, twin = model_of(), model_of()
+    options = {"accumulation_steps": 2, "harvest": "whole", "backend": backend}
+    optimizer, calm = (
+        GCondFused(sgd(model), TASKS, **options),
+        GCondFused(sgd(twin), TASKS, **options),
+    )
+    optimizer.backward(functions(model, x[0]))
+    fail()
+    with pytest.raises(ArithmeticError):
+        optimizer.backward(functions(model, x[1]))
+    fail(False)
+    optimizer.backward(functions(model, x[2]))
+    for batch in (x[0], x[2]):
+        calm.backward(functions(twin, batch))
+    optimizer.step()
+    calm.step()
+    assert torch.equal(flat_parameters(model), flat_parameters(twin))
+
+
+def test_optimizers_that_are_gone_leave_no_hooks():
+    model = model_of()
+    for _ in range(3):
+        optimizer = GCondFused(sgd(model), TASKS)
+        optimizer.backward(losses_of(model, batches(1)[0]))
+        optimizer.step()
+        gone = weakref.ref(optimizer._accumulator)
+        del optimizer
+        gc.collect()
+        assert gone() is None
+        model.zero_grad()
+    assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_copies_have_hooks_of_their_own(monkeypatch):
+    model, x = model_of(), batches(2)
+    optimizer = GCondFused(sgd(model), TASKS)
+    optimizer.backward(losses_of(model, x[0]))
+    optimizer.step()
+    model_2, optimizer_2 = copy.deepcopy((model, optimizer))
+    launches = Launches(monkeypatch)
+    optimizer_2.backward(losses_of(model_2, x[1]))
+    assert launches.sizes == [1] * 8
+    optimizer_2.step()
+    optimizer.backward(losses_of(model, x[1]))
+    optimizer.step()
+    assert torch.equal(flat_parameters(model), flat_parameters(model_2))
+
+
+def test_a_parameter_without_gradient_in_a_first_micro_batch_is_cleared(backend):
+    p, q = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(8))
+    optimizer = GCondFused(torch.optim.SGD([p, q], lr=0.0), {"a": 1.0}, accumulation_steps=2)
+    for window in range(2):
+        optimizer.backward({"a": p.sum() + (q.sum() if window == 0 else 0.0)})
+        optimizer.backward({"a": p.sum() + q.sum()})
+        optimizer.step()
+        assert torch.equal(p.grad, torch.ones(8))
+        assert torch.equal(q.grad, torch.full((8,), 1.0 if window == 0 else 0.5))
