@@ -60,14 +60,16 @@ def check_count(option: str, value: object) -> None:
         raise ValueError(f"{option} must be a whole number, 0 or more, not {value!r}")
 
 
-def check_nonfinite(on_nonfinite: object, grad_scaler: object) -> None:
-    """What is done about gradients that are not finite, and the scaler of the losses."""
-    check_choice("on_nonfinite", on_nonfinite, ("skip", "drop_task", "raise"))
-    if grad_scaler is None:
-        return
-    if not isinstance(grad_scaler, torch.amp.GradScaler):
+def check_scaler(grad_scaler: object) -> None:
+    """The scaler of the losses."""
+    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
         raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, not {grad_scaler!r}")
-    if on_nonfinite == "raise" and grad_scaler.is_enabled():
+
+
+def check_nonfinite(on_nonfinite: object, grad_scaler: torch.amp.GradScaler | None) -> None:
+    """What is done about gradients that are not finite."""
+    check_choice("on_nonfinite", on_nonfinite, ("skip", "drop_task", "raise"))
+    if on_nonfinite == "raise" and grad_scaler is not None and grad_scaler.is_enabled():
         raise ValueError(
             "on_nonfinite='raise' does not go with grad_scaler: a scaler finds its scale by "
             "overflows, which are no faults; use 'skip'"

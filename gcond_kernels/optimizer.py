@@ -21,6 +21,7 @@ from gcond_kernels.checks import (
     check_loss,
     check_nonfinite,
     check_range,
+    check_scaler,
     check_steps,
     check_storage,
     check_task_names,
@@ -132,6 +133,7 @@ class GCondFused(torch.optim.Optimizer):
         check_range("trust_ratio_clip", trust_ratio_clip, 0.0, math.inf, open_low=True)
         check_storage(accumulator_dtype, history_dtype)
         check_choice("harvest", harvest, ("bucketed", "whole"))
+        check_scaler(grad_scaler)
         check_nonfinite(on_nonfinite, grad_scaler)
         check_count("record_steps", record_steps)
         parameters = [p for group in base.param_groups for p in group["params"]]
@@ -150,8 +152,8 @@ class GCondFused(torch.optim.Optimizer):
         self.trust_ratio_coef = float(trust_ratio_coef)
         self.trust_ratio_clip = float(trust_ratio_clip)
         self.max_norm = max_norm
-        self.on_nonfinite = on_nonfinite
         self.grad_scaler = grad_scaler
+        self.on_nonfinite = on_nonfinite
         self.backend = backend
         self._names = tuple(self.tasks)
         self._schedule = schedule(len(tasks), accumulation_steps, mode)
@@ -218,6 +220,16 @@ class GCondFused(torch.optim.Optimizer):
         So a loop that calls this for every micro-batch, as is the habit, does no harm.
         """
         self.base.zero_grad(set_to_none)
+
+    @property
+    def on_nonfinite(self) -> str:
+        """What becomes of a step in which a gradient is not finite; may be set at any time."""
+        return self._on_nonfinite
+
+    @on_nonfinite.setter
+    def on_nonfinite(self, choice: str) -> None:
+        check_nonfinite(choice, self.grad_scaler)
+        self._on_nonfinite = choice
 
     # One window: backward … backward, resolve, step.
 
