@@ -169,8 +169,6 @@ class GCondFused(torch.optim.Optimizer):
         # On the device, like all that changes in a step, for replays of a CUDA graph to count too:
         # resolutions, those that were skipped, and of each task those that it was not finite in.
         self._counters = torch.zeros(2 + len(tasks), dtype=torch.int64, device=device)
-        self._shares: list[float] = []
-        self._scale_tensor = torch.empty(0)
         self._loss_scale = None if grad_scaler is None else LossScale(grad_scaler)
         self._position = 0
         self._resolved = False
@@ -550,11 +548,9 @@ class GCondFused(torch.optim.Optimizer):
             weight / count if count else 0.0
             for weight, count in zip(self.tasks.values(), acc.counts, strict=True)
         ]
-        # The same from step to step, mostly: made anew it would wait for the device.
-        if shares != self._shares or self._scale_tensor.device != acc.rows.device:
-            self._shares = shares
-            self._scale_tensor = torch.tensor(shares, dtype=torch.float64, device=acc.rows.device)
-        return self._scale_tensor
+        scale = tables.settings_tensor(tuple(shares), acc.rows.device)
+        tables.keep_if_captured(scale)
+        return scale
 
     def _parameter_norms(self) -> Tensor:
         """[T] float64, the norm of every parameter tensor."""

@@ -7,7 +7,7 @@ themselves: gradients are allocated anew for every backward pass, mostly at the 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import NamedTuple
@@ -102,14 +102,60 @@ def plan(
         length: elements of a piece.
         device: where the tables are to lie.
     """
+    kinds = kinds_of(keys, offsets, rows_aligned)
+    table = rows_without_addresses(kinds, offsets, sizes, device)
+    rows = np.stack([keys[0], kinds, offsets, sizes], 1).astype(np.int64)
+    chunks = chunk_table(sizes, length, device)
+    if not any(keys[0]):
+        return Plan(table, types_of(keys), chunks)
+    return Plan(to_device(rows, device), types_of(keys), chunks)
+
+
+def plan_under_capture(
+    keys: tuple[Addresses, Types],
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+    rows_aligned: bool,
+    length: int,
+    device: torch.device,
+    write: Callable[[Tensor, Addresses], Tensor],
+) -> Plan:
+    """The same for tensors that are first met while a CUDA graph is captured.
+
+    Nothing can be copied from the host then, but launches are captured: `write(table, addresses)`
+    returns a copy of the table with the addresses, which travel with its launches. The plan is not
+    remembered: the table is filled when the graph is replayed, not before.
+
+    Raises:
+        CaptureMissError: the operation has not run yet on tensors of these sizes and types.
+    """
+    table = rows_without_addresses(kinds_of(keys, offsets, rows_aligned), offsets, sizes, device)
+    keep_if_captured(table)
+    return Plan(write(table, keys[0]), types_of(keys), chunk_table(sizes, length, device))
+
+
+def kinds_of(
+    keys: tuple[Addresses, Types], offsets: Sequence[int], rows_aligned: bool
+) -> tuple[int, ...]:
+    """What a program has to know of each tensor: its type, or that there is none, and ALIGNED."""
     address, offset = np.array(keys[0], dtype=np.int64), np.array(offsets, dtype=np.int64)
     codes = [NO_TENSOR if dtype is None else TYPE_CODES[dtype] for dtype in keys[1]]
-    kinds = np.broadcast_to(np.array(codes, dtype=np.int64), address.shape)
     aligned = (address % VECTOR_BYTES == 0) & (offset % VECTOR_ELEMENTS == 0) & rows_aligned
-    rows = np.stack([address, kinds + ALIGNED * aligned, offset, np.array(sizes, np.int64)], 1)
-    types = sum({1 << TYPE_CODES[d] for d in keys[1] if d is not None})
-    chunks = chunk_table(sizes, length, device)
-    return Plan(to_device(rows.reshape(-1, 4), device), types, chunks)
+    return tuple((np.array(codes, dtype=np.int64) + ALIGNED * aligned).tolist())
+
+
+def types_of(keys: tuple[Addresses, Types]) -> int:
+    """Bit mask of the type codes that occur."""
+    return sum({1 << TYPE_CODES[dtype] for dtype in keys[1] if dtype is not None})
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def rows_without_addresses(
+    kinds: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """The rows of a plan, [T, 4] int64, with zeros for the addresses."""
+    rows = np.array([(0, *row) for row in zip(kinds, offsets, sizes, strict=True)], dtype=np.int64)
+    return to_device(rows.reshape(-1, 4), device)
 
 
 def no_keys(tensors: int) -> tuple[Addresses, Types]:

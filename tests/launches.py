@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from gcond_kernels import GCond, ops, triton_kernels
+from gcond_kernels.triton_kernels import memory
 
 
 def pretend() -> None:
@@ -69,6 +70,12 @@ def launch_everything() -> None:
     ops.combine(torch.ones(1, 1), [torch.empty(1)], [0], [1], **given | {
         "weights": one[:1], "scale": one[:1], "per_tensor": torch.ones(1, 1, 1).double(),
     })  # fmt: skip
+    # As while a graph is captured; addresses of any size, and of none, are one variant.
+    table = torch.zeros(130, 4, dtype=torch.int64)
+    for addresses in ([0, 1, 16] + 127 * [0x7F0000000000], list(range(130))):
+        memory.with_addresses(table, tuple(addresses))
+    (variants,) = (caches[0] for caches in memory.write_addresses.device_caches.values())
+    assert len(variants) == 1
     ops.multi_tensor_norm([torch.randn(1)])
     ops.multi_tensor_norm([])
     ops.multi_tensor_cosine_similarity([torch.randn(9, 9)], [torch.randn(9, 9).half()])

@@ -53,6 +53,44 @@ def test_a_plan_is_found_again_by_addresses_types_and_sizes_alone():
     assert misses([storage[:4], storage[32:39]], layout_of([4, 7])) == 1
 
 
+@pytest.fixture
+def captured(monkeypatch):
+    """As while a CUDA graph is captured: what is not in a table yet cannot be copied to the GPU."""
+    copied, plan = tables.to_device, tables.plan
+    monkeypatch.setattr(tables, "is_capturing", lambda device: True)
+
+    def no_copies(array, device):
+        if tables.is_capturing(device):
+            raise tables.CaptureMissError("run it once before the capture")
+        return copied(array, device)
+
+    monkeypatch.setattr(tables, "to_device", no_copies)
+    monkeypatch.setattr(tables, "plan", plan.__wrapped__)  # on the CPU addresses come back
+    return lambda on: monkeypatch.setattr(tables, "is_capturing", lambda device: on)
+
+
+@needs_interpreter
+def test_tensors_that_a_capture_meets_first(captured):
+    """Their addresses travel with launches: 70 tensors, more than one launch takes."""
+    layout = layout_of([5, 0, 3000, 8] * 17 + [4, 1])
+    gradients = [torch.randn(size) for size in layout.sizes]
+    gradients[0] = gradients[3] = None
+    given = (layout.offsets, layout.sizes)
+    expected = rows(layout, 1, 0)[0]
+    row = expected.clone()
+    tables.rows_without_addresses.cache_clear()
+    with pytest.raises(tables.CaptureMissError, match="before the capture"):
+        ops.accumulate(row, gradients, *given, backend="triton")
+    captured(False)
+    for _ in range(2):
+        ops.accumulate(expected, gradients, *given, backend="triton")
+    ops.accumulate(row, gradients, *given, backend="triton")
+    captured(True)
+    gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
+    ops.accumulate(row, gradients, *given, backend="triton")
+    assert torch.equal(row, expected)
+
+
 @needs_interpreter
 def test_elements_beyond_2_31():
     # Memory that is only reserved: nothing but the pages that are used becomes real.

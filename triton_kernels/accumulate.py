@@ -7,7 +7,14 @@ import triton.language as tl
 from torch import Tensor
 
 from gcond_kernels import tables
-from gcond_kernels.triton_kernels.memory import ALIGNED, NO_TENSOR, at_element, locate, read
+from gcond_kernels.triton_kernels.memory import (
+    ALIGNED,
+    NO_TENSOR,
+    at_element,
+    locate,
+    plan_of,
+    read,
+)
 
 CHUNK = 2048
 WARPS = 4
@@ -71,7 +78,7 @@ def accumulate(
 ) -> None:
     """Adds `scale · gradient` to each gradient's segment; see `gcond_kernels.ops.accumulate`."""
     device = accumulator.device
-    plan = tables.plan(
+    plan = plan_of(
         tables.keys_of(gradients),
         tuple(offsets),
         tuple(sizes),

@@ -20,6 +20,7 @@ from gcond_kernels.triton_kernels.memory import (
     NO_TENSOR,
     at_element,
     locate,
+    plan_of,
     throughout,
     write,
 )
@@ -237,7 +238,7 @@ def combine(
     K, device = accumulators.shape[0], accumulators.device
     if not sizes:
         return
-    plan = tables.plan(
+    plan = plan_of(
         tables.keys_of(outputs),
         tuple(offsets),
         tuple(sizes),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gcond_kernels import tables
 from gcond_kernels.python.gramian import gramian as gramian_by_matrix_products
-from gcond_kernels.triton_kernels.memory import ALIGNED, at_element, locate, read
+from gcond_kernels.triton_kernels.memory import ALIGNED, at_element, locate, plan_of, read
 
 WARPS = 4
 # One product of every pair of rows must stay in registers: beyond this many rows they do not,
@@ -249,7 +249,7 @@ def gramian(
     rows = K + (momentum is not None)
     pairs, crosses = rows * (rows + 1) // 2, K * K if history is not None else 0
     length = tables.chunk_length(sum(sizes))
-    plan = tables.plan(
+    plan = plan_of(
         tables.no_keys(len(sizes)),
         tuple(offsets),
         tuple(sizes),
@@ -326,7 +326,7 @@ def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]
     device = tensors[0].device if tensors else torch.device("cpu")
     sizes = tuple([tensor.numel() for tensor in lists[0]])
     length = tables.chunk_length(sum(sizes))
-    plan = tables.plan(
+    plan = plan_of(
         tables.keys_of(tensors), (0,) * len(tensors), sizes * count, True, length, device
     )
     chunks = tables.chunk_table(sizes, length, device)  # the plan's would be of all lists

@@ -5,13 +5,53 @@ the right one are switched off for the whole program: no branch, and no bytes mo
 Such a switch, unlike a mask that differs from lane to lane, leaves accesses 16 bytes wide.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from gcond_kernels import tables
 
 NO_TENSOR = tl.constexpr(tables.NO_TENSOR)
 ALIGNED = tl.constexpr(tables.ALIGNED)
+
+# Addresses that travel with one launch, where no table can be copied to the device.
+ADDRESSES = 64
+# Triton compiles anew for numbers that are 1, multiples of 16, or fit in 32 bits. Doubled, made odd
+# and moved this far all addresses are of one kind.
+ADDRESS_SHIFT = 1 << 62
+SHIFT = tl.constexpr(ADDRESS_SHIFT)
+
+
+def plan_of(*arguments: Any) -> tables.Plan:
+    """`tables.plan`; while a CUDA graph is captured, also for tensors that are new to it."""
+    try:
+        return tables.plan(*arguments)
+    except tables.CaptureMissError:
+        return tables.plan_under_capture(*arguments, write=with_addresses)
+
+
+def with_addresses(table: Tensor, addresses: tables.Addresses) -> Tensor:
+    """A copy of a plan's rows [T, 4] with these addresses, made by launches alone."""
+    tensors = len(addresses)
+    padded = -(-tensors // ADDRESSES) * ADDRESSES
+    rows = table.new_empty((padded, 4))
+    rows[:tensors].copy_(table)
+    with tables.guard(table.device):
+        for first in range(0, tensors, ADDRESSES):
+            moved = [2 * a + 1 + ADDRESS_SHIFT for a in addresses[first : first + ADDRESSES]]
+            moved += [1 + ADDRESS_SHIFT] * (ADDRESSES - len(moved))
+            write_addresses[(1,)](rows, first, tuple(moved), num_warps=1)
+    return rows[:tensors]
+
+
+@triton.jit(do_not_specialize=["first"])
+def write_addresses(rows, first, addresses):
+    """Writes a tuple of addresses into the first column of rows [T, 4], from row `first` on."""
+    for number in tl.static_range(len(addresses)):
+        place = rows + 4 * (tl.cast(first, tl.int64) + number)
+        tl.store(place, (addresses[number] - SHIFT) >> 1)
 
 
 @triton.jit
