@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test cuda lint info bench-cpu bench-host gpu-check clean
+.PHONY: help demo test cuda lint info bench-cpu bench-host bench-memory gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make info       versions, device, and which backend serves which operation"
 	@echo "make bench-cpu  a resolution on the CPU beside a copy of the same bytes"
 	@echo "make bench-host what a launch over 300 tensors costs the host; needs no GPU"
+	@echo "make bench-memory what a window and its step keep, in bytes per parameter"
 	@echo "make gpu-check  tests, figures and sanitizers on an NVIDIA GPU; results in gpu_check_output/"
 	@echo "make clean      remove the environment and what was built"
 	@echo 'Options go in ARGS, for example: make demo ARGS="--images ~/photos"'
@@ -51,6 +52,9 @@ bench-cpu: $(VENV)/.demo
 
 bench-host: $(VENV)/.demo
 	GCOND_CUDA_HOST=1 TRITON_INTERPRET=1 $(BIN)/python bench/host_time.py $(ARGS)
+
+bench-memory: $(VENV)/.demo
+	$(BIN)/python bench/memory.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	PYTHON=$(BIN)/python bench/gpu_check.sh gpu_check_output

@@ -82,16 +82,16 @@ def measure(tasks: int, millions: float) -> dict[str, float]:
 
     def resolve() -> tuple[float, float]:
         start = time.perf_counter()
-        per_tensor, cross = ops.gramian(
+        products = ops.gramian(
             rows, offsets, sizes, scale=scale, history=history,
             history_scale=state["history_scale"],
         )  # fmt: skip
         middle = time.perf_counter()
-        decision = method.resolve(per_tensor.sum(0), cross, scale, state)
+        decision = method.resolve(products.total, products.cross, scale, state)
         ops.combine(
             rows, outputs, offsets, sizes, weights=decision.weights, scale=scale,
-            finite=decision.finite, per_tensor=per_tensor, history=history, momentum=momentum,
-            momentum_steps=steps, beta=0.9,
+            finite=decision.finite, per_tensor=products.per_tensor, history=history,
+            momentum=momentum, momentum_steps=steps, beta=0.9,
         )  # fmt: skip
         nonlocal weights
         weights = decision.weights

@@ -44,10 +44,16 @@ class Segment(NamedTuple):
         start = row.storage_offset() + self.offset
         return row.as_strided(self.parameter.shape, self.stride, start)
 
-    def new_gradient(self) -> Tensor:
-        """Unfilled memory for `.grad`, in the segment's memory order, not the parameter's now."""
+    def new_gradient(self, row: Tensor) -> Tensor:
+        """Memory for `.grad`, in the segment's memory order, not the parameter's now.
+
+        It is the segment of the row [N'] where that is of the gradient's type. The row has been
+        read when the gradient is written, and is overwritten before it is read again.
+        """
         p = self.parameter
         dtype: torch.dtype = getattr(p, "grad_dtype", None) or p.dtype
+        if dtype == row.dtype:
+            return self.view(row)
         return torch.empty_strided(p.shape, self.stride, dtype=dtype, device=p.device)
 
 
@@ -179,9 +185,9 @@ class Accumulator:
             segment.parameter.grad = None
 
     def new_gradients(self) -> list[Tensor | None]:
-        """Fresh memory for `.grad`; None where no task had a gradient, or where it was frozen."""
+        """Memory for `.grad`; None where no task had a gradient, or where it was frozen."""
         return [
-            s.new_gradient() if touched and s.parameter.requires_grad else None
+            s.new_gradient(self.rows[0]) if touched and s.parameter.requires_grad else None
             for s, touched in zip(self.segments, self.touched, strict=True)
         ]
 

@@ -519,7 +519,8 @@ def combine(
     Args:
         accumulators: [K, N'] float32 or bfloat16. Rows of weight 0 are not read.
         outputs: T tensors of `GRADIENT_DTYPES` without gaps in memory, to be written in memory
-            order whatever the shape, or None.
+            order whatever the shape, or None. An output of the accumulators' type may be the
+            tensor's own segment of their first row: that is read before it is written.
         offsets: T starts of the segments, in elements.
         sizes: T lengths of the segments.
         weights: [K] float64.

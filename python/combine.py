@@ -51,6 +51,13 @@ def combine(
     for tensor, start, stop in blocks(
         offsets, sizes, accumulators.shape[0] + 2, accumulators.device
     ):
+        # Before the output is written, which may lie in a row of the accumulators.
+        if history is not None:
+            if len(taking_part) == len(row_weights):
+                history[:, start:stop] = accumulators[:, start:stop]
+            else:
+                for task in taking_part:
+                    history[task, start:stop] = accumulators[task, start:stop]
         output = outputs[tensor]
         if output is not None:
             first = offsets[tensor]
@@ -68,12 +75,6 @@ def combine(
                 torch.mul(direction, factors[tensor], out=target)
             elif factors[tensor] != 1.0:
                 target.mul_(factors[tensor])
-        if history is not None:
-            if len(taking_part) == len(row_weights):
-                history[:, start:stop] = accumulators[:, start:stop]
-            else:
-                for task in taking_part:
-                    history[task, start:stop] = accumulators[task, start:stop]
 
 
 def weighted_rows(rows: Tensor, weights: Sequence[float], total: Tensor | None) -> Tensor:

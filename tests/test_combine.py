@@ -336,3 +336,39 @@ def test_a_gramian_of_other_tensors_is_refused(backend):
                 momentum=torch.zeros(layout.length), momentum_steps=steps, backend=backend,
             )  # fmt: skip
         assert steps.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tasks", [1, 2, 9])
+@pytest.mark.parametrize("finite", [True, False])
+@pytest.mark.parametrize("options", [{}, {"beta": 0.9}, {"max_norm": 0.1}, {"signs": True}])
+def test_outputs_in_the_first_row_itself(backend, dtype, tasks, finite, options):
+    """An optimizer whose gradients are of the accumulators' type needs no memory for `.grad`."""
+    options = dict(options)
+    layout = layout_of([3, 0, 1024, 1023, 4097, 1])
+    scale = torch.full((tasks,), 0.5).double()
+    scale[-1] = 0.0 if tasks > 2 else 0.5  # a task that takes no part
+    weights = torch.linspace(-1.0, 2.0, tasks).double()
+    weights[0] = 0.0 if tasks == 9 else 1.0  # the first row's own share
+    results = []
+    for inside in (False, True):
+        accumulators, history = rows(layout, tasks, 0, dtype), rows(layout, tasks, 1, dtype)
+        given = {"weights": weights, "scale": scale, "finite": torch.tensor(finite)}
+        if options.get("beta"):
+            given["momentum"] = rows(layout, 1, 2)[0]
+            given["momentum_steps"] = torch.ones(6, dtype=torch.int64)
+        if options.pop("signs", False) or "parameter_norms" in options:
+            options["parameter_norms"] = torch.ones(6).double()
+        given["per_tensor"] = gramian_of(accumulators, layout, scale, given.get("momentum"))
+        outputs = [unwritten(size, dtype=dtype) for size in layout.sizes]
+        if inside:
+            outputs = layout.split(accumulators[0])
+        outputs[3] = None
+        ops.combine(
+            accumulators, outputs, layout.offsets, layout.sizes, **given, **options,
+            history=history, backend=backend,
+        )  # fmt: skip
+        written = [output.clone() for output in outputs if output is not None]
+        results.append([*written, history, *(given[k] for k in given if "momentum" in k)])
+    for apart, within in zip(*results, strict=True):
+        assert torch.equal(apart, within)

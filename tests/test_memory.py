@@ -1,14 +1,17 @@
 """Peak memory, read from torch's allocator: CUDA's own statistics, or the profiler's on the CPU."""
 
-from collections.abc import Callable
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-from gcond_kernels import GCondFused
+from gcond_kernels import GCondFused, accumulator
 from gcond_kernels.python import blocks
+
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
+from memory import peak_bytes
 
 WIDTH = 256
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -18,28 +21,17 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def _small_scratch(monkeypatch):
     """Scratch memory is bounded (8 MB) whatever the model; beside this small one it would show."""
     monkeypatch.setattr(blocks, "SCRATCH_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(accumulator, "BUCKET_BYTES", WIDTH * WIDTH)  # a quarter of a layer
 
 
-def peak_bytes(run: Callable[[], None], device: str) -> int:
-    """The most that `run` had allocated at any time, beyond what was there before."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
-        run()
-    events = recording.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    assert changes, "the profiler recorded no allocation"
-    now = peak = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        now += change
-        peak = max(peak, now)
-    return peak
-
-
-def window(tasks: int, micro_batches: int, device: str, as_functions: bool = True):
+def window(
+    tasks: int,
+    micro_batches: int,
+    device: str,
+    as_functions: bool = True,
+    batch: int = 64,
+    **options,
+):
     """A whole window of GCondFused, from the first micro-batch to the step."""
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(8)]).to(device)
@@ -47,8 +39,9 @@ def window(tasks: int, micro_batches: int, device: str, as_functions: bool = Tru
         torch.optim.SGD(model.parameters(), lr=0.1),
         {f"t{k}": 1.0 for k in range(tasks)},
         accumulation_steps=micro_batches,
+        **options,
     )
-    x = torch.randn(64, WIDTH, device=device)
+    x = torch.randn(batch, WIDTH, device=device)
 
     def run():
         for _ in range(micro_batches):
@@ -76,6 +69,18 @@ def test_peak_grows_with_the_tasks_by_the_accumulators_alone(device):
         # and the numbers of K×K size.
         growth = (peak - peaks[1]) / (tasks - 1) / size if tasks > 1 else 6.0
         assert 5.9 <= growth <= 6.1, peaks
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_are_alive_a_bucket_at_a_time(device):
+    peaks = {}
+    for harvest in ("bucketed", "whole"):
+        run, size = window(2, 2, device, batch=1, harvest=harvest)
+        peaks[harvest] = peak_bytes(run, device) / size
+    # 6 bytes per parameter and task; then 4 for two layers of eight, the one that waits for its
+    # launch and the one whose gradient is being made, or for all. What `step` writes needs none.
+    assert 12.0 <= peaks["bucketed"] <= 12.0 + 4 * 2 / 8 + 0.2, peaks
+    assert 12.0 + 4 <= peaks["whole"] <= 12.0 + 4 + 0.2, peaks
 
 
 def test_the_measure_sees_graphs_that_are_kept():

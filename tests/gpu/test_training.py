@@ -1,0 +1,190 @@
+"""Training on a real GPU: whole windows that never wait for it, or that a CUDA graph replays."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gcond_kernels import GCondFused, ops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
+]
+GPU = torch.device("cuda:0")
+TASKS = {"a": 1.0, "b": 0.5}
+WINDOW = 4
+
+BASES = {
+    "AdamW fused": lambda p: torch.optim.AdamW(
+        p, lr=0.01, betas=(0.0, 0.9), fused=True, capturable=True
+    ),
+    "AdamW capturable": lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.0, 0.9), capturable=True),
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=0.01, fused=True),
+}
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    reason = ops.unavailable(request.param, GPU)
+    if reason:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+class Training:
+    """A model, its optimizer, and inputs that stay where they are."""
+
+    def __init__(self, backend, base, **options):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Linear(20, 300), nn.Tanh(), nn.Linear(300, 30), nn.LayerNorm(30), nn.Linear(30, 4)
+        ).to(GPU)
+        options = {"accumulation_steps": WINDOW, "momentum": 0.9} | options
+        self.optimizer = GCondFused(
+            BASES[base](self.model.parameters()), TASKS, backend=backend, **options
+        )
+        self.inputs = torch.empty(WINDOW, 16, 20, device=GPU)
+        self.bad = torch.zeros((), device=GPU)
+
+    def feed(self, seed, bad=0.0):
+        generator = torch.Generator().manual_seed(seed)
+        self.inputs.copy_(torch.randn(WINDOW, 16, 20, generator=generator))
+        self.bad.fill_(bad)
+
+    def window(self):
+        for x in self.inputs:
+            y = self.model(x)
+            losses = {"a": y.square().mean() + self.bad * y.sum(), "b": (y - x[:, :4]).abs().mean()}
+            self.optimizer.backward({task: losses[task] for task in self.optimizer.active_tasks})
+        self.optimizer.step()
+        if self.optimizer.grad_scaler is not None:
+            self.optimizer.grad_scaler.update()
+
+    def kept(self):
+        """All that training leaves, copied."""
+        state = copy.deepcopy(self.optimizer.state_dict())
+        return [p.detach().clone() for p in self.model.parameters()], state
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mode": "stochastic"},
+        {"harvest": "whole"},
+        {"on_nonfinite": "drop_task"},
+        {"max_norm": 1.0},
+        {"update": "lion_lars"},
+        {"grad_scaler": True},
+    ],
+    ids=str,
+)
+def test_nothing_in_backward_or_step_waits_for_the_device(backend, base, options):
+    if "grad_scaler" in options:
+        options = {"grad_scaler": torch.amp.GradScaler("cuda")}
+    training = Training(backend, base, **options)
+    for seed in range(2):
+        training.feed(seed)
+        training.window()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            training.window()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert training.optimizer.report().step == 4
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("mode", ["exact", "stochastic"])
+@pytest.mark.parametrize("harvest", ["bucketed", "whole"])
+@pytest.mark.parametrize("on_nonfinite", ["skip", "drop_task"])
+def test_a_graph_of_a_whole_window(backend, base, mode, harvest, on_nonfinite):
+    options = {"mode": mode, "harvest": harvest, "on_nonfinite": on_nonfinite}
+    eager, captured = Training(backend, base, **options), Training(backend, base, **options)
+    for training in (eager, captured):
+        # On a side stream, as torch asks for what is to be captured after it.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for seed in range(3):
+                training.feed(seed)
+                training.window()
+        torch.cuda.current_stream().wait_stream(stream)
+    captured.optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.window()
+    for seed, bad in ((10, 0.0), (11, math.nan), (12, 0.0), (13, math.inf), (14, 0.0)):
+        eager.feed(seed, bad)
+        captured.feed(seed, bad)
+        eager.window()
+        graph.replay()
+        assert same(eager.kept(), captured.kept())
+        ours, theirs = captured.optimizer.report(), eager.optimizer.report()
+        assert ours.skipped == theirs.skipped == (bool(bad) and on_nonfinite == "skip")
+        assert ours.nonfinite_steps == theirs.nonfinite_steps
+        assert ours.step == theirs.step
+    assert [row["step"] for row in captured.optimizer.recorder.rows()] == list(range(1, 9))
+
+
+def test_raise_cannot_be_captured(backend):
+    training = Training(backend, "AdamW fused", on_nonfinite="raise")
+    for seed in range(2):
+        training.feed(seed)
+        training.window()
+    with (
+        pytest.raises(RuntimeError, match="use 'skip' or 'drop_task'"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        training.window()
+
+
+@pytest.mark.parametrize("by_scaler", [False, True])
+def test_half_precision_with_a_scaler(backend, by_scaler):
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**24, growth_interval=1000)
+    training = Training(backend, "AdamW fused", grad_scaler=scaler)
+    for seed in range(12):
+        training.feed(seed)
+        for x in training.inputs:
+            with torch.autocast("cuda", dtype=torch.float16):
+                y = training.model(x)
+            losses = {"a": y.square().mean(), "b": (y - x[:, :4]).abs().mean()}
+            training.optimizer.backward(losses)
+        if by_scaler:
+            scaler.step(training.optimizer)
+        else:
+            training.optimizer.step()
+        scaler.update()
+    report = training.optimizer.report()
+    assert 0 < report.skipped_steps < 12  # float16 overflows at first, and then no more
+    assert scaler.get_scale() == 2.0 ** (24 - report.skipped_steps)
+    assert all(p.isfinite().all() for p in training.model.parameters())
+
+
+def test_an_optimizer_that_the_host_must_tell_is_skipped_too(backend):
+    training = Training(backend, "AdamW fused")
+    training.optimizer.base = torch.optim.SGD(training.model.parameters(), lr=0.1, momentum=0.9)
+    training.feed(0)
+    training.window()
+    before = training.kept()
+    training.feed(1, math.nan)
+    training.window()
+    after = training.kept()
+    for _, state in (before, after):
+        state["gcond"].pop("counters")
+    assert same(before, after)
