@@ -79,6 +79,41 @@ def test_autocast(backend):
     assert (got - expected).norm() <= 0.03 * expected.norm()
 
 
+class Normalized(nn.Module):
+    """Layers whose statistics mixed precision must not spoil."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.LayerNorm(8))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_normalization_under_autocast_with_a_scaler(backend):
+    model, twin, scaler = Normalized(), Normalized(), scaler_of()
+    optimizer = GCondFused(
+        sgd(model), TASKS, accumulation_steps=2, method=no_conflict(), grad_scaler=scaler,
+        backend=backend,
+    )  # fmt: skip
+    plain = sgd(twin)
+    for batch in batches(8):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses, same_losses = losses_of(model, batch), losses_of(twin, batch)
+        (sum(TASKS[task] * loss for task, loss in same_losses.items()) / 2).backward()
+        if optimizer.backward(losses):
+            optimizer.step()
+            scaler.update()
+            plain.step()
+            plain.zero_grad()
+    assert model.body[1].num_batches_tracked == 8
+    assert torch.allclose(model.body[1].running_var, twin.body[1].running_var, rtol=0.01)
+    # The tasks' gradients are rounded to bfloat16 one by one here, and as their sum there.
+    assert torch.allclose(flat_parameters(model), flat_parameters(twin), atol=0.01)
+
+
 # GradScaler.
 
 

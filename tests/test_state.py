@@ -210,3 +210,83 @@ def test_a_plain_state_is_refused_with_a_way_out(backend):
         optimizer.load_state_dict(plain)
     with pytest.raises(ValueError, match="format 99"):
         optimizer.load_state_dict(plain | {"gcond": {"version": 99}})
+
+
+def named_optimizer(model, names, backend="python", split=None, **options) -> GCondFused:
+    """An optimizer over the named parameters in this order, in one group or cut into two."""
+    parameters = dict(model.named_parameters())
+    listed = [(name, parameters[name.removeprefix("module.")]) for name in names]
+    groups = [listed] if split is None else [listed[:split], listed[split:]]
+    base = torch.optim.AdamW(
+        [{"params": group, "lr": 0.05 / n} for n, group in enumerate(groups, start=1)],
+        betas=(0.0, 0.9),
+    )
+    return GCondFused(base, TASKS, backend=backend, **(OPTIONS | options))
+
+
+NAMES = ["0.weight", "0.bias", "2.weight", "2.bias"]
+TURNED = ["0.bias", "0.weight", "2.bias", "2.weight"]
+
+
+@pytest.mark.parametrize("at", [3, 4])
+@pytest.mark.parametrize("split", [None, 2])
+def test_parameters_in_another_order_are_matched_by_their_names(backend, at, split):
+    x = batches(9)
+    model = model_of()
+    optimizer = named_optimizer(model, NAMES, backend, split)
+    train(model, optimizer, x[:at])
+    resumed = copy.deepcopy(model)
+    other = named_optimizer(resumed, TURNED, backend, split)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert other.param_groups[0]["param_names"] == TURNED[:split]
+    train(model, optimizer, x[at:])
+    train(resumed, other, x[at:])
+    # The Gramian sums the tensors in another order.
+    assert torch.allclose(flat_parameters(model), flat_parameters(resumed), rtol=1e-5, atol=1e-7)
+    # The same way back, and its own order is still its own.
+    state = copy.deepcopy(other.state_dict())
+    other.load_state_dict(state)
+    assert same(state, other.state_dict())
+
+
+def test_names_that_wrappers_of_a_model_have_put_before_do_not_count():
+    model, x = model_of(), batches(4)
+    optimizer = named_optimizer(model, [f"module.{name}" for name in NAMES])
+    train(model, optimizer, x)
+    resumed = copy.deepcopy(model)
+    other = named_optimizer(resumed, TURNED)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    train(model, optimizer, x)
+    train(resumed, other, x)
+    assert torch.allclose(flat_parameters(model), flat_parameters(resumed), rtol=1e-5, atol=1e-7)
+
+
+def test_without_names_they_are_matched_by_place():
+    model, x = model_of(), batches(4)
+    optimizer = named_optimizer(model, NAMES)
+    train(model, optimizer, x)
+    state = through_a_file(optimizer.state_dict())
+    twin = copy.deepcopy(model)
+    other = optimizer_of(twin)
+    other.load_state_dict(state)
+    train(model, optimizer, x)
+    train(twin, other, x)
+    assert torch.equal(flat_parameters(model), flat_parameters(twin))
+
+
+def test_other_names_and_groups_are_refused():
+    model, x = model_of(), batches(4)
+    optimizer = named_optimizer(model, NAMES)
+    train(model, optimizer, x)
+    state = optimizer.state_dict()
+    twin = model_of()
+    other = named_optimizer(twin, NAMES, split=2)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="the state has 1 parameter groups, this optimizer 2"):
+        other.load_state_dict(state)
+    renamed = copy.deepcopy(state)
+    renamed["param_groups"][0]["param_names"][2] = "head.weight"
+    other = named_optimizer(twin, NAMES)
+    with pytest.raises(ValueError, match=r"parameter group 0 has 2\.weight only in this optimizer"):
+        other.load_state_dict(renamed)
+    assert same(before["gcond"], other.state_dict()["gcond"])
