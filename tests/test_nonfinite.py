@@ -209,3 +209,15 @@ def test_the_count_survives_a_checkpoint(backend):
         report = each.optimizer.report()
         assert (report.step, report.skipped_steps) == (4, 1)
         assert report.nonfinite_steps == {"a": 1, "b": 2, "c": 1}
+
+
+@pytest.mark.parametrize("history", ["raw", "resolved"])
+def test_drop_task_leaves_the_others_their_history(backend, history):
+    """The winner is the more stable task, though the other is the stronger one now."""
+    stable, other = torch.eye(SIZE)[0], torch.eye(SIZE)[1]
+    run = Run(backend, on_nonfinite="drop_task", method=GCond(history=history))
+    run.step({"a": stable, "b": stable, "c": other})
+    run.step({"a": stable, "b": stable * math.nan, "c": other - 5 * stable})
+    (conflict,) = run.optimizer.report().conflicts
+    assert conflict.tasks == ("a", "c")
+    assert conflict.winner == "a"
