@@ -158,10 +158,11 @@ def check_loss(task: str, loss: object) -> None:
 def warn_of_double_smoothing(base: torch.optim.Optimizer) -> None:
     """Warns where both this wrapper and the wrapped optimizer average the gradient."""
     for group in base.param_groups:
-        name = next(iter({"betas", "momentum"} & group.keys()), None)
-        value = group[name] if name else 0.0
-        beta = float(value[0] if isinstance(value, (tuple, list)) else value)
-        if name and beta > 0.0:
+        for name in ("betas", "momentum"):
+            value = group.get(name) or 0.0
+            beta = float(value[0] if isinstance(value, (tuple, list)) else value)
+            if beta <= 0.0:
+                continue
             warnings.warn(
                 f"the gradient is smoothed twice: by momentum in GCondFused and by {name}={value} "
                 f"in {type(base).__name__}. Set momentum=0 here, or "

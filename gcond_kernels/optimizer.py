@@ -6,6 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -39,6 +40,39 @@ from gcond_kernels.saving import check_window, in_own_order
 Loss: TypeAlias = "Tensor | Callable[[], Tensor]"
 
 STATE_VERSION = 2
+
+
+@dataclass
+class Progress:
+    """What changes from call to call, in one object.
+
+    Trainers wrap an optimizer in an object that borrows its methods and reads its attributes, but
+    keeps those that are set (Lightning's does). So nothing is set on the optimizer itself.
+
+    Attributes:
+        on_nonfinite: what becomes of a step in which a gradient is not finite.
+        method_state: the small tensors of the method.
+        counters: [2 + K] int64: resolutions, those that were skipped, and of each task those in
+            which its gradient was not finite. On the device, so that replays of a CUDA graph count.
+        nonfinite: [K] bool: tasks whose gradient was not finite in the last resolution.
+        position: micro-batches of this window so far.
+        resolved: whether `.grad` holds this window's result.
+        last: the last resolution.
+        written: what it wrote to `.grad`, to tell it from a gradient of somebody else's.
+    """
+
+    on_nonfinite: str
+    method_state: dict[str, Tensor]
+    counters: Tensor
+    nonfinite: Tensor
+    position: int = 0
+    resolved: bool = False
+    last: Resolution | None = None
+    written: list[weakref.ref[Tensor]] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references cannot be copied; without them a .grad counts as somebody else's.
+        return {**self.__dict__, "written": [], "last": None}
 
 
 class GCondFused(torch.optim.Optimizer):
@@ -153,7 +187,6 @@ class GCondFused(torch.optim.Optimizer):
         self.trust_ratio_clip = float(trust_ratio_clip)
         self.max_norm = max_norm
         self.grad_scaler = grad_scaler
-        self.on_nonfinite = on_nonfinite
         self.backend = backend
         self._names = tuple(self.tasks)
         self._schedule = schedule(len(tasks), accumulation_steps, mode)
@@ -165,17 +198,14 @@ class GCondFused(torch.optim.Optimizer):
             harvest == "bucketed",
         )
         device = parameters[0].device
-        self._method_state = self.method.new_state(len(tasks), device)
-        # On the device, like all that changes in a step, for replays of a CUDA graph to count too:
-        # resolutions, those that were skipped, and of each task those that it was not finite in.
-        self._counters = torch.zeros(2 + len(tasks), dtype=torch.int64, device=device)
         self._loss_scale = None if grad_scaler is None else LossScale(grad_scaler)
-        self._position = 0
-        self._resolved = False
-        self._last: Resolution | None = None
+        self._now = Progress(
+            on_nonfinite,
+            self.method.new_state(len(tasks), device),
+            torch.zeros(2 + len(tasks), dtype=torch.int64, device=device),
+            torch.zeros(len(tasks), dtype=torch.bool, device=device),
+        )
         self.recorder = Recorder(self._names, self.method.thresholds, record_steps)
-        # What resolve() wrote to `.grad`, to tell it from a gradient of somebody else's.
-        self._written: list[weakref.ref[Tensor]] = []
         if self.beta > 0.0:
             warn_of_double_smoothing(base)
 
@@ -222,21 +252,21 @@ class GCondFused(torch.optim.Optimizer):
     @property
     def on_nonfinite(self) -> str:
         """What becomes of a step in which a gradient is not finite; may be set at any time."""
-        return self._on_nonfinite
+        return self._now.on_nonfinite
 
     @on_nonfinite.setter
     def on_nonfinite(self, choice: str) -> None:
         check_nonfinite(choice, self.grad_scaler)
-        self._on_nonfinite = choice
+        self._now.on_nonfinite = choice
 
     # One window: backward … backward, resolve, step.
 
     @property
     def active_tasks(self) -> tuple[str, ...]:
         """The tasks whose losses the next `backward` takes; none once the window is full."""
-        if self._position >= self.accumulation_steps:
+        if self._now.position >= self.accumulation_steps:
             return ()
-        return tuple(self._names[task] for task in self._schedule[self._position])
+        return tuple(self._names[task] for task in self._schedule[self._now.position])
 
     def backward(self, losses: Mapping[str, Loss]) -> bool:
         """Back-propagates one micro-batch and accumulates each task's gradient.
@@ -284,8 +314,8 @@ class GCondFused(torch.optim.Optimizer):
             self._accumulator.drop_gradients()
             self._take_back(before, error)
             raise
-        self._position += 1
-        return self._position == self.accumulation_steps
+        self._now.position += 1
+        return self._now.position == self.accumulation_steps
 
     def _backward_one(self, task: str, loss: Loss, retain_graph: bool) -> None:
         if not isinstance(loss, Tensor):
@@ -308,7 +338,7 @@ class GCondFused(torch.optim.Optimizer):
             FloatingPointError: with on_nonfinite="raise": a gradient is not finite. Nothing has
                 changed: `on_nonfinite` may be set to go on.
         """
-        if self._resolved:
+        if self._now.resolved:
             raise RuntimeError("resolve() was called already in this window: call step()")
         self._check_anything_accumulated()
         acc = self._accumulator
@@ -323,7 +353,7 @@ class GCondFused(torch.optim.Optimizer):
             acc.offsets,
             acc.sizes,
             scale=scale,
-            state=self._method_state,
+            state=self._now.method_state,
             settings=self.method.settings(len(self.tasks)),
             history=acc.history,
             momentum=acc.momentum,
@@ -336,38 +366,40 @@ class GCondFused(torch.optim.Optimizer):
             between=None if self.on_nonfinite == "skip" else self._between,
             backend=self.backend,
         )
-        if self.on_nonfinite == "skip":
-            self._nonfinite = nonfinite_tasks(products.total)
         for segment, gradient in zip(acc.segments, gradients, strict=True):
             segment.parameter.grad = gradient
-        self._written = [weakref.ref(g) for g in gradients if g is not None]
-        self._resolved = True
-        self._count(decision)
-        self._last = Resolution(
-            counters=self._counters,
-            nonfinite=self._nonfinite,
+        self._now.written = [weakref.ref(g) for g in gradients if g is not None]
+        self._now.resolved = True
+        if self.on_nonfinite == "skip":
+            self._now.nonfinite = nonfinite_tasks(products.total)
+        self._note(products, decision)
+
+    def _note(self, products: ops.Gramians, decision: ops.Arbitration) -> None:
+        """Counts and records a resolution; all of it stays on the device."""
+        now, acc = self._now, self._accumulator
+        skipped = (~decision.finite).view(1)
+        now.counters += torch.cat([torch.ones_like(skipped), skipped, now.nonfinite])
+        names = [segment.name for segment in acc.segments]
+        now.last = Resolution(
+            counters=now.counters,
+            nonfinite=now.nonfinite,
             counts=list(acc.counts),
-            parameter_names=[segment.name for segment in acc.segments],
+            parameter_names=names,
             per_tensor=products.per_tensor,
             gramian=products.total,
             decision=decision,
-            norm_ema=self._method_state["norm_ema"],
-            winners=self._method_state["winners"],
+            norm_ema=now.method_state["norm_ema"],
+            winners=now.method_state["winners"],
         )
         self.recorder.record(
-            self._counters[0],
-            self._last.parameter_names,
-            products.total,
-            products.per_tensor,
-            decision,
-            self._nonfinite,
+            now.counters[0], names, products.total, products.per_tensor, decision, now.nonfinite
         )
 
     def _between(self, products: ops.Gramians, scale: Tensor) -> tuple[ops.Gramians, Tensor]:
         """What on_nonfinite other than "skip" does between the two passes."""
-        self._nonfinite = nonfinite_tasks(products.total)
+        self._now.nonfinite = nonfinite_tasks(products.total)
         if self.on_nonfinite == "drop_task":
-            return without_tasks(products, scale, self._nonfinite)
+            return without_tasks(products, scale, self._now.nonfinite)
         if tables.is_capturing(scale.device):
             raise RuntimeError(
                 "on_nonfinite='raise' asks the device in every step, which a CUDA graph cannot: "
@@ -382,12 +414,6 @@ class GCondFused(torch.optim.Optimizer):
                 "call step() again"
             )
         return products, scale
-
-    def _count(self, decision: ops.Arbitration) -> None:
-        """One more resolution, perhaps a skipped one, perhaps with tasks that are not finite."""
-        skipped = (~decision.finite).view(1)
-        happened = torch.cat([torch.ones_like(skipped), skipped, self._nonfinite])
-        self._counters += happened
 
     def step(self, closure: Callable[[], object] | None = None) -> None:  # type: ignore[override]
         """Resolves where `resolve` has not been called, steps the base optimizer, starts a window.
@@ -406,23 +432,32 @@ class GCondFused(torch.optim.Optimizer):
                 optimizer, or its step without `grad_scaler=`, or its update was not called.
         """
         self._check_scaler_calls()
-        if not self._resolved:
+        if not self._now.resolved:
             self._check_anything_accumulated()
-        if closure is not None and closure() is not None:
+        if closure is not None:
+            self._call(closure)
+        if not self._now.resolved:
+            self.resolve()
+        assert self._now.last is not None
+        finite = self._now.last.decision.finite
+        if self._loss_scale is not None:
+            self._loss_scale.tell(~finite | self._now.nonfinite.any())
+        step_if(finite, self.base)
+        self._accumulator.start_window()
+        self._now.position = 0
+        self._now.resolved = False
+
+    def _call(self, closure: Callable[[], object]) -> None:
+        result = closure()
+        gradients = [s.parameter.grad for s in self._accumulator.segments]
+        computed = not self._now.resolved and any(g is not None for g in gradients)
+        if result is not None or computed:
+            if not self._now.resolved:
+                self._accumulator.drop_gradients()
             raise TypeError(
                 "GCondFused.step takes no closure that computes a loss: call backward(losses) for "
                 "each micro-batch"
             )
-        if not self._resolved:
-            self.resolve()
-        assert self._last is not None
-        finite = self._last.decision.finite
-        if self._loss_scale is not None:
-            self._loss_scale.tell(~finite | self._nonfinite.any())
-        step_if(finite, self.base)
-        self._accumulator.start_window()
-        self._position = 0
-        self._resolved = False
 
     def report(self) -> Report:
         """The last resolution as plain Python numbers. On a GPU this waits for the device.
@@ -430,9 +465,9 @@ class GCondFused(torch.optim.Optimizer):
         Raises:
             RuntimeError: there has been none since the start or the last `load_state_dict`.
         """
-        if self._last is None:
+        if self._now.last is None:
             raise RuntimeError("there is nothing to report before the first resolve() or step()")
-        return self._last.report(self._names)
+        return self._now.last.report(self._names)
 
     def advise(self) -> str:
         """Whether there is a conflict worth resolving in this run, in plain words.
@@ -453,9 +488,9 @@ class GCondFused(torch.optim.Optimizer):
 
     def _move_to(self, device: torch.device) -> None:
         """What was made before the parameters were moved follows them."""
-        if self._counters.device != device:
-            self._counters = self._counters.to(device)
-            self._method_state = {k: v.to(device) for k, v in self._method_state.items()}
+        if self._now.counters.device != device:
+            self._now.counters = self._now.counters.to(device)
+            self._now.method_state = {k: v.to(device) for k, v in self._now.method_state.items()}
 
     def _check_anything_accumulated(self) -> None:
         if not any(self._accumulator.counts):
@@ -480,9 +515,9 @@ class GCondFused(torch.optim.Optimizer):
         )
 
     def _check_window_open(self) -> None:
-        if self._resolved:
+        if self._now.resolved:
             raise RuntimeError("resolve() has written .grad: call step() before backward()")
-        if self._position == self.accumulation_steps:
+        if self._now.position == self.accumulation_steps:
             raise RuntimeError(
                 f"the window of {self.accumulation_steps} micro-batches is full: call step()"
             )
@@ -529,7 +564,7 @@ class GCondFused(torch.optim.Optimizer):
 
     def _clear_gradients(self) -> None:
         """Makes way for one task's gradients; nothing that others computed is thrown away."""
-        own = {id(gradient()) for gradient in self._written}
+        own = {id(gradient()) for gradient in self._now.written}
         for segment in self._accumulator.segments:
             gradient = segment.parameter.grad
             if gradient is not None and id(gradient) not in own:
@@ -539,7 +574,7 @@ class GCondFused(torch.optim.Optimizer):
                     "its own, or drop it with zero_grad()"
                 )
         self._accumulator.drop_gradients()
-        self._written = []
+        self._now.written = []
 
     def _scale(self) -> Tensor:
         """[K] λ_k / n_k, which makes an accumulated sum the weighted mean gradient (eq. 1)."""
@@ -571,7 +606,7 @@ class GCondFused(torch.optim.Optimizer):
         Raises:
             RuntimeError: between resolve() and step(): `.grad` is in no state dict.
         """
-        if self._resolved:
+        if self._now.resolved:
             raise RuntimeError("there is a resolved gradient in .grad: call step() before saving")
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -582,10 +617,10 @@ class GCondFused(torch.optim.Optimizer):
             "window": {
                 "mode": self.mode,
                 "accumulation_steps": self.accumulation_steps,
-                "position": self._position,
+                "position": self._now.position,
             },
-            "counters": self._counters,
-            "method": dict(self._method_state),
+            "counters": self._now.counters,
+            "method": dict(self._now.method_state),
             "accumulator": self._accumulator.state_dict([p for p, _ in self._parameters()]),
         }
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -610,14 +645,14 @@ class GCondFused(torch.optim.Optimizer):
         own = self._check_state(state_dict)
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "gcond"})
         self._accumulator.load_state_dict(own["accumulator"], list(self._parameters()))
-        self._method_state = {
+        self._now.method_state = {
             key: own["method"][key].to(value.device, value.dtype, copy=True)
-            for key, value in self._method_state.items()
+            for key, value in self._now.method_state.items()
         }
-        self._counters = own["counters"].to(self._counters.device, copy=True)
-        self._position = own["window"]["position"]
-        self._resolved = False
-        self._last = None
+        self._now.counters = own["counters"].to(self._now.counters.device, copy=True)
+        self._now.position = own["window"]["position"]
+        self._now.resolved = False
+        self._now.last = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -637,7 +672,7 @@ class GCondFused(torch.optim.Optimizer):
                 f"the state has tasks {own['tasks']}, this optimizer {list(self._names)}"
             )
         check_window(own["window"], self.mode, self.accumulation_steps)
-        for key, value in self._method_state.items():
+        for key, value in self._now.method_state.items():
             there = own["method"].get(key)
             if there is None or there.shape != value.shape:
                 raise ValueError(
@@ -649,8 +684,7 @@ class GCondFused(torch.optim.Optimizer):
         return own
 
     def __getstate__(self) -> dict[str, Any]:
-        # Weak references cannot be copied; without them a .grad counts as somebody else's.
-        return {**self.__dict__, "_written": [], "_last": None}
+        return dict(self.__dict__)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

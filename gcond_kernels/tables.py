@@ -112,13 +112,13 @@ def plan(
 
 
 def plan_under_capture(
+    write: Callable[[Tensor, Addresses], Tensor],
     keys: tuple[Addresses, Types],
     offsets: tuple[int, ...],
     sizes: tuple[int, ...],
     rows_aligned: bool,
     length: int,
     device: torch.device,
-    write: Callable[[Tensor, Addresses], Tensor],
 ) -> Plan:
     """The same for tensors that are first met while a CUDA graph is captured.
 

@@ -150,14 +150,14 @@ def test_drop_task_with_a_task_of_weight_zero_alone_left(backend):
 def test_raise_names_task_and_parameter_and_changes_nothing(backend, bad, place, tasks):
     run = Run(backend, on_nonfinite="raise")
     run.step(gradients(1))
-    counters = run.optimizer._counters.clone()
+    counters = run.optimizer._now.counters.clone()
     run.window(gradients(2, **dict.fromkeys(tasks, (place, bad))))
     before = run.kept()
     for _ in range(2):  # and again
         with pytest.raises(FloatingPointError, match=rf"task '{tasks[0]}': p[;.]"):
             run.optimizer.step()
         assert same(before, run.kept())
-        assert torch.equal(counters, run.optimizer._counters)
+        assert torch.equal(counters, run.optimizer._now.counters)
         assert run.p.grad is None
     run.optimizer.on_nonfinite = "drop_task"
     run.optimizer.step()

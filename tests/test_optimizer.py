@@ -714,6 +714,25 @@ def test_calls_out_of_order_are_refused(backend):
         optimizer.step()
 
 
+def test_a_closure_that_does_nothing_is_accepted_and_one_that_computes_is_not(backend):
+    model, x = model_of(), batches(3)
+    optimizer = GCondFused(sgd(model), TASKS, backend=backend)
+    calls = []
+    with pytest.raises(RuntimeError, match="nothing was accumulated"):
+        optimizer.step(lambda: calls.append("too early"))
+    optimizer.backward(losses_of(model, x[0]))
+    before = flat_parameters(model)
+    with pytest.raises(TypeError, match="takes no closure that computes a loss"):
+        optimizer.step(lambda: losses_of(model, x[0])["a"])
+    with pytest.raises(TypeError, match="takes no closure that computes a loss"):
+        optimizer.step(lambda: losses_of(model, x[0])["a"].backward())
+    assert torch.equal(before, flat_parameters(model))
+    optimizer.step(lambda: calls.append("called"))
+    assert calls == ["called"]
+    assert not torch.equal(before, flat_parameters(model))
+    assert optimizer.report().step == 1
+
+
 def test_task_that_is_not_active_is_refused(backend):
     model, x = model_of(), batches(1)
     optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=2, mode="stochastic")
@@ -879,7 +898,7 @@ def test_the_written_gradients_are_freed_in_the_next_window(backend):
     assert model[0].weight.grad is None
     gc.collect()
     assert len(gc.get_referrers(address)) <= 2
-    assert optimizer._written == []
+    assert optimizer._now.written == []
 
 
 def test_a_weight_of_zero_switches_a_task_off(backend):

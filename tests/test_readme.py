@@ -6,17 +6,40 @@ from pathlib import Path
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_example_runs_and_trains(capsys):
-    examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(examples) == 2
-    for number, code in enumerate(examples):
-        names = {}
-        exec(code, names)
-        if number == 0:
-            report = names["optimizer"].report()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def run(number):
+    """What an example leaves behind."""
+    names = {}
+    exec(EXAMPLES[number], names)
+    return names
+
+
+def test_the_first_example_trains(capsys):
+    report = run(0)["optimizer"].report()
     assert report.step == 10
     assert report.micro_batches == {"l1": 4, "mse": 4}
     assert "cosines" in capsys.readouterr().out
+
+
+def test_the_example_of_conflicts_finds_one(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run(1)
+    assert (tmp_path / "conflicts.png").stat().st_size > 10_000
+    assert len(names["rows"]) == 300
+    assert capsys.readouterr().out.startswith(names["optimizer"].advise().split("\n")[0])
+
+
+def test_the_example_of_mixed_precision_trains():
+    names = run(2)
+    assert names["optimizer"].report().step == 10
+    assert names["optimizer"].report().skipped_steps < 10
+
+
+def test_the_other_examples_run():
+    assert len(EXAMPLES) == 4
+    run(3)
 
 
 def test_every_file_that_is_named_exists():

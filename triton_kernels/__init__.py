@@ -1,8 +1,8 @@
 """The backend in Triton: the four operations, a launch or two each, whatever the tensors.
 
 Nothing here waits for the device; a CUDA graph can capture every operation once it has run on
-tensors of the same sizes and types. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU,
-interpreted: slow, for tests.
+tensors of the same sizes and types. With TRITON_INTERPRET=1 in the environment the kernels run on
+the CPU, interpreted: slow, for tests.
 """
 
 from gcond_kernels.triton_kernels.accumulate import accumulate

@@ -29,7 +29,7 @@ def plan_of(*arguments: Any) -> tables.Plan:
     try:
         return tables.plan(*arguments)
     except tables.CaptureMissError:
-        return tables.plan_under_capture(*arguments, write=with_addresses)
+        return tables.plan_under_capture(with_addresses, *arguments)
 
 
 def with_addresses(table: Tensor, addresses: tables.Addresses) -> Tensor:

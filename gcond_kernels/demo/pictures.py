@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,23 +18,22 @@ from torch import Tensor
 from gcond_kernels import GCond
 from gcond_kernels.demo.digits import Digits
 from gcond_kernels.demo.photos import Photos
-from gcond_kernels.demo.summary import ZONES, cosines, scores, zone_shares
+from gcond_kernels.demo.summary import cosines, scores, zone_shares
 from gcond_kernels.demo.training import Run, device_of
+from gcond_kernels.plot import BLACK, BLUE, GREY, SKY, VERMILION, shade_zones
 
 Draw: TypeAlias = "Callable[[Sequence[Run]], Figure]"
 
-# Okabe and Ito's colours, which colour-blind people can tell apart; line styles and markers
-# differ too, and the widths, so that lines on top of each other stay visible.
+# Line styles and markers differ too, and the widths, so that lines on top of each other stay
+# visible.
 METHOD_STYLES: dict[str, dict[str, Any]] = {
-    "plain sum": {"color": "#56B4E9", "linestyle": "-", "linewidth": 4.0, "marker": "o"},
-    "GCond exact": {"color": "#D55E00", "linestyle": "-", "linewidth": 1.6, "marker": "s"},
-    "GCond stochastic": {"color": "#000000", "linestyle": ":", "linewidth": 1.6, "marker": "^"},
+    "plain sum": {"color": SKY, "linestyle": "-", "linewidth": 4.0, "marker": "o"},
+    "GCond exact": {"color": VERMILION, "linestyle": "-", "linewidth": 1.6, "marker": "s"},
+    "GCond stochastic": {"color": BLACK, "linestyle": ":", "linewidth": 1.6, "marker": "^"},
 }
 MARKER_SIZES = {"o": 13.0, "s": 9.0, "^": 6.0}
-TASK_STYLES = ({"color": "#0072B2", "marker": "o"}, {"color": "#D55E00", "marker": "^"})
-ZONE_COLORS = {"none": "#FFFFFF", "mild": "#FFF4D6", "moderate": "#FFE0A3", "critical": "#FFC46B"}
-RIGHT, WRONG = "#000000", "#D55E00"
-GREY = "#999999"
+TASK_STYLES = ({"color": BLUE, "marker": "o"}, {"color": VERMILION, "marker": "^"})
+RIGHT, WRONG = BLACK, VERMILION
 SMOOTHING = 0.9
 EXAMPLES = 6
 DIGIT_EXAMPLES = 10
@@ -143,8 +141,8 @@ def cosine_picture(runs: Sequence[Run]) -> Figure:
         len(compared), 2, squeeze=False, sharey=True, width_ratios=(4, 1), sharex="col"
     )
     for (left, right), run in zip(rows, compared, strict=True):
-        shade_zones(left, labels=True)
-        shade_zones(right, labels=False)
+        shade_zones(left, GCond().thresholds, labels=True)
+        shade_zones(right, GCond().thresholds, labels=False)
         scatter_steps(left, run)
         left.set_title(row_title(run), fontsize=13)
         left.set_ylabel("cosine similarity", fontsize=12)
@@ -167,29 +165,6 @@ def row_title(run: Run) -> str:
         f"{run.method.name} (gradients {data}): "
         f"conflict in {100.0 * (1.0 - shares['none']):.0f} % of {len(cosines(run))} steps"
     )
-
-
-def shade_zones(axes: Axes, labels: bool) -> None:
-    """Colours GCond's zones, and names them."""
-    critical, main, weak = GCond().thresholds
-    bounds = (1.05, weak, main, critical, -1.05)
-    for zone, (high, low) in zip(ZONES, pairwise(bounds), strict=True):
-        axes.axhspan(low, high, color=ZONE_COLORS[zone], zorder=0)
-        axes.axhline(low, color=GREY, linewidth=0.8, zorder=1)
-        if labels:
-            # θ_crit itself is critical; the other thresholds belong to the zone above them.
-            bound = f"at most {high:.1f}" if zone == "critical" else f"below {high:.1f}"
-            text = "no conflict" if zone == "none" else f"{zone} ({bound})".replace("-", "−")
-            axes.text(
-                1.0,
-                (high + low) / 2,
-                f"{text} ",
-                transform=axes.get_yaxis_transform(),
-                horizontalalignment="right",
-                verticalalignment="center",
-                fontsize=11,
-            )
-    axes.set_ylim(-1.05, 1.05)
 
 
 def scatter_steps(axes: Axes, run: Run) -> None:

@@ -13,11 +13,10 @@ from rich.table import Table
 from torch import Tensor
 
 import gcond_kernels
-from gcond_kernels import report
 from gcond_kernels.demo.scenes import Scene
 from gcond_kernels.demo.training import Evaluation, Run
+from gcond_kernels.recorder import ALL_ZONES
 
-ZONES = ("none", *report.ZONES)
 RARE, FREQUENT = 0.1, 0.3  # shares of steps with a conflict
 WEAK = -0.1  # cosine; gradients above it are close to orthogonal
 
@@ -30,7 +29,7 @@ def cosines(run: Run) -> list[float]:
 def zone_shares(run: Run) -> dict[str, float] | None:
     """Zone → share of the steps with a cosine; None where there was none, as in plain sum."""
     zones = [step.zone for step in run.history if step.zone is not None]
-    return {zone: zones.count(zone) / len(zones) for zone in ZONES} if zones else None
+    return {zone: zones.count(zone) / len(zones) for zone in ALL_ZONES} if zones else None
 
 
 def difference(a: Tensor, b: Tensor) -> tuple[float, float]:

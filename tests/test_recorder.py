@@ -1,0 +1,624 @@
+"""The history of conflicts: what is kept, what is read from it, and its picture."""
+
+import copy
+import csv
+import io
+import math
+import pickle
+import subprocess
+import sys
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from host_reads import HostReads
+from torch import nn
+
+from gcond_kernels import GCond, GCondFused, ops, plot, recorder
+from gcond_kernels.plot import plot_conflicts
+from gcond_kernels.recorder import ALL_ZONES, Recorder, zone_of
+
+THRESHOLDS = (-0.8, -0.5, 0.0)
+NAMES = ("first.weight", "first.bias", "last.weight")
+
+
+def gradients_of(tasks: int, seed: int, tensors: int = len(NAMES)) -> list[torch.Tensor]:
+    """Per tensor the gradients of all tasks: [K, 5] float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(tasks, 5, generator=generator, dtype=torch.float64) for _ in range(tensors)]
+
+
+def two_tasks(cosine: float) -> list[torch.Tensor]:
+    """One tensor in which the gradients of two tasks have this cosine."""
+    other = [cosine, math.sqrt(1.0 - cosine**2)]
+    return [torch.tensor([[1.0, 0.0], other], dtype=torch.float64)]
+
+
+def add(
+    kept: Recorder, gradients, number=1, names=NAMES, dropped=(), skipped=False, momentum=False
+) -> None:
+    """Records one step; `dropped` are tasks without a finite gradient."""
+    K = len(kept.tasks)
+    gone = torch.tensor([task in dropped for task in range(K)])
+    rows = torch.stack(gradients)  # [T, K, n]
+    rows = rows.masked_fill(gone[:, None], math.nan if skipped else 0.0)
+    if momentum:  # a row beyond the tasks', opposed to all of them
+        rows = torch.cat([rows, -rows.sum(1, keepdim=True)], dim=1)
+    per_tensor = rows @ rows.mT
+    gramian = per_tensor.sum(0)[:K, :K].contiguous()
+    method = GCond(thresholds=kept.thresholds)
+    scale = torch.ones(K, dtype=torch.float64)
+    decision = method.resolve(
+        gramian, gramian, scale, method.new_state(K, torch.device("cpu")), backend="python"
+    )
+    number = torch.as_tensor(number)
+    kept.record(number, names[: len(gradients)], gramian, per_tensor, decision, gone)
+
+
+def filled(steps: int, tasks: int = 2, keep: int = 1000, **options) -> Recorder:
+    kept = Recorder([f"task{task}" for task in range(tasks)], THRESHOLDS, keep)
+    for number in range(1, steps + 1):
+        add(kept, gradients_of(tasks, number), number, **options)
+    return kept
+
+
+def with_cosines(cosines, thresholds=THRESHOLDS) -> Recorder:
+    kept = Recorder("ab", thresholds, 1000)
+    for number, cosine in enumerate(cosines, start=1):
+        add(kept, two_tasks(cosine), number)
+    return kept
+
+
+# What is kept.
+
+
+def test_only_the_latest_steps_are_kept_oldest_first():
+    kept = Recorder("ab", THRESHOLDS, 4)
+    for number in range(1, 12):
+        add(kept, gradients_of(2, number), number)
+        expected = list(range(max(1, number - 3), number + 1))
+        assert [row["step"] for row in kept.rows()] == expected
+        assert len(kept) == len(expected)
+
+
+def test_steps_keep_the_order_they_came_in_whatever_their_number():
+    kept = Recorder("ab", THRESHOLDS, 3)
+    for number in (1, 2, 3, 4, 2):  # as after loading an older state
+        add(kept, gradients_of(2, number), number)
+    assert [row["step"] for row in kept.rows()] == [3, 4, 2]
+
+
+def test_nothing_is_kept_of_no_steps():
+    kept = filled(3, keep=0)
+    assert len(kept) == 0
+    assert kept.rows() == kept.layers() == []
+    assert "record_steps is 0" in kept.advise()
+
+
+def test_a_recorder_without_a_step_is_empty():
+    kept = Recorder("ab", THRESHOLDS, 5)
+    assert len(kept) == 0
+    assert kept.rows() == kept.layers() == []
+    assert "train some steps" in kept.advise()
+    kept.clear()
+
+
+def test_clear_forgets_in_place():
+    kept = filled(7, keep=5)
+    ring = kept._ring
+    kept.clear()
+    assert len(kept) == 0
+    assert kept.rows() == kept.layers() == []
+    add(kept, gradients_of(2, 0), 8)
+    assert kept._ring is ring  # a CUDA graph goes on writing there
+    assert [row["step"] for row in kept.rows()] == [8]
+    assert [row["compared"] for row in kept.layers()] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 8])
+@pytest.mark.parametrize("names", [NAMES, NAMES[:1]])
+@pytest.mark.parametrize("max_iterations", [None, 0])
+def test_nothing_is_read_from_the_device_while_recording(tasks, names, max_iterations):
+    kept = Recorder([f"task{task}" for task in range(tasks)], THRESHOLDS, 3)
+    G = gradients_of(tasks, 0, len(names))
+    per_tensor = torch.stack([g @ g.T for g in G])
+    method = GCond(max_iterations=max_iterations)
+    state = method.new_state(tasks, torch.device("cpu"))
+    scale = torch.ones(tasks, dtype=torch.float64)
+    total = per_tensor.sum(0)
+    decision = method.resolve(total, total, scale, state, backend="python")
+    dropped, number = torch.zeros(tasks, dtype=torch.bool), torch.tensor(1)
+    with HostReads() as reads:
+        for _ in range(5):
+            kept.record(number, names, total, per_tensor, decision, dropped)
+    assert reads.found == []
+    assert len(kept) == 3
+    assert [row["conflicts"] for row in kept.rows()] == [
+        int((decision.events[:, 0] >= 0).sum())
+    ] * 3
+
+
+def test_a_replayed_graph_would_record_every_step():
+    # The same host code again and again: all that differs lies in tensors.
+    kept = Recorder("ab", THRESHOLDS, 4)
+    number = torch.tensor(0)
+    for _ in range(6):
+        number += 1
+        add(kept, two_tasks(-0.5), number)
+    assert [row["step"] for row in kept.rows()] == [3, 4, 5, 6]
+
+
+def test_what_was_given_may_be_written_over_afterwards():
+    kept = Recorder("ab", THRESHOLDS, 4)
+    number, G = torch.tensor(1), torch.eye(2, dtype=torch.float64)
+    events = torch.full((4, 5), math.nan, dtype=torch.float64)
+    weights, finite = torch.ones(2, dtype=torch.float64), torch.tensor(True)
+    decision = ops.Arbitration(weights, G, events, finite)
+    kept.record(number, NAMES[:1], G, G[None], decision, torch.zeros(2, dtype=torch.bool))
+    before = kept.rows()
+    for tensor in (number, G, events, weights, finite):
+        tensor.zero_()
+    assert kept.rows() == before
+
+
+def test_a_first_step_in_a_capture_is_not_recorded_and_said(monkeypatch):
+    kept = Recorder("ab", THRESHOLDS, 4)
+    monkeypatch.setattr(recorder, "is_capturing", lambda device: True)
+    with pytest.warns(UserWarning, match="one step before the capture"):
+        add(kept, two_tasks(0.5))
+    assert len(kept) == 0
+    monkeypatch.setattr(recorder, "is_capturing", lambda device: False)
+    add(kept, two_tasks(0.5))
+    monkeypatch.setattr(recorder, "is_capturing", lambda device: True)
+    add(kept, two_tasks(0.5))
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda kept: pickle.loads(pickle.dumps(kept))])
+@pytest.mark.parametrize("steps", [0, 7])
+def test_a_copy_goes_on_by_itself(twin_of, steps):
+    kept = filled(steps, tasks=3, keep=5)
+    twin = twin_of(kept)
+    assert twin.rows() == kept.rows()
+    assert twin.layers() == kept.layers()
+    before = kept.rows()
+    add(twin, gradients_of(3, 8), 8)
+    assert twin.rows()[-1]["step"] == 8
+    assert kept.rows() == before
+
+
+# Rows.
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 8])
+def test_rows_are_what_numpy_computes(tasks):
+    kept = filled(6, tasks=tasks, momentum=True)
+    names = kept.tasks
+    for number, row in enumerate(kept.rows(), start=1):
+        G = torch.cat(gradients_of(tasks, number), dim=1).numpy()
+        norms = np.linalg.norm(G, axis=1)
+        cosines = {
+            f"cosine/{names[i]}/{names[j]}": G[i] @ G[j] / (norms[i] * norms[j])
+            for i, j in combinations(range(tasks), 2)
+        }
+        assert {key: row[key] for key in row if key.startswith("cosine/")} == pytest.approx(cosines)
+        assert [row[f"norm/{task}"] for task in names] == pytest.approx(norms)
+        smallest = min(cosines.values(), default=None)
+        assert row["min_cosine"] == (None if smallest is None else pytest.approx(smallest))
+        assert row["step"] == number
+        assert not row["skipped"]
+        assert not any(row[f"dropped/{task}"] for task in names)
+        if smallest is None or smallest >= 0.0:
+            assert (row["conflicts"], row["winner"]) == (0, None)
+            assert [row[f"weight/{task}"] for task in names] == [1.0] * tasks
+        else:
+            assert row["conflicts"] > 0
+            worst = min(cosines, key=cosines.get)
+            assert row["winner"] in worst.split("/")[1:]
+            assert [row[f"weight/{task}"] for task in names] != [1.0] * tasks
+
+
+def test_rows_hold_plain_values_for_a_table():
+    rows = filled(4, tasks=3).rows()
+    kinds = {bool, int, float, str, type(None)}
+    assert all(type(value) in kinds for row in rows for value in row.values())
+    table = io.StringIO()
+    writer = csv.DictWriter(table, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    assert len(table.getvalue().splitlines()) == 5
+
+
+def test_one_task_has_no_pairs():
+    kept = filled(3, tasks=1)
+    row = kept.rows()[0]
+    assert row["zone"] is row["min_cosine"] is row["winner"] is None
+    assert not any(key.startswith("cosine/") for key in row)
+    assert kept.layers() == []
+    assert "one task alone" in kept.advise()
+
+
+@pytest.mark.parametrize(
+    ("cosine", "zone"),
+    [
+        (0.5, "none"),
+        (0.0, "none"),
+        (-1e-9, "mild"),
+        (-0.5, "mild"),
+        (-0.5001, "moderate"),
+        (-0.7999, "moderate"),
+        (-0.8, "critical"),
+        (-1.0, "critical"),
+    ],
+)
+def test_zones_at_the_thresholds(cosine, zone):
+    assert zone_of(cosine, THRESHOLDS) == zone
+    if round(cosine, 4) == cosine and cosine not in (-0.5, -0.8):  # rounding of the root decides
+        assert with_cosines([cosine]).rows()[0]["zone"] == zone
+
+
+def test_what_is_no_conflict_is_not_critical_either():
+    assert zone_of(-1.0, (-1.0, -1.0, -1.0)) == "none"
+    assert zone_of(0.1, (-0.8, -0.5, 0.2)) == "mild"
+    assert with_cosines([0.1], (-0.8, -0.5, 0.2)).rows()[0]["zone"] == "mild"
+
+
+def test_a_skipped_step_counts_only_as_skipped():
+    kept = Recorder("abc", THRESHOLDS, 10)
+    add(kept, gradients_of(3, 0), 1)
+    before = kept.layers()
+    add(kept, gradients_of(3, 1), 2, dropped=(1,), skipped=True)
+    row = kept.rows()[1]
+    assert row["skipped"]
+    assert row["zone"] is row["min_cosine"] is row["winner"] is None
+    assert [row[f"cosine/{a}/{b}"] for a, b in combinations("abc", 2)] == [None] * 3
+    assert [row[f"dropped/{task}"] for task in "abc"] == [False, True, False]
+    assert row["norm/b"] is None
+    assert row["norm/a"] > 0.0
+    assert [row[f"weight/{task}"] for task in "abc"] == [0.0] * 3
+    assert kept.layers() == before
+
+
+def test_a_dropped_task_is_compared_with_none():
+    kept = Recorder("abc", THRESHOLDS, 10)
+    add(kept, gradients_of(3, 1), 1, dropped=(1,))
+    (row,) = kept.rows()
+    assert not row["skipped"]
+    assert row["cosine/a/b"] is row["cosine/b/c"] is row["norm/b"] is None
+    assert row["cosine/a/c"] == row["min_cosine"]
+    assert [row[f"dropped/{task}"] for task in "abc"] == [False, True, False]
+    assert [layer["compared"] for layer in kept.layers()] == [1, 1, 1]  # a and c
+
+
+def test_a_task_without_a_gradient_has_a_norm_of_zero_and_no_cosine():
+    kept = Recorder("ab", THRESHOLDS, 10)
+    add(kept, [torch.tensor([[1.0, 2.0], [0.0, 0.0]], dtype=torch.float64)])
+    (row,) = kept.rows()
+    assert row["norm/b"] == 0.0
+    assert row["cosine/a/b"] is row["zone"] is None
+    assert not row["dropped/b"]
+    assert kept.layers() == []
+
+
+# Layers.
+
+
+@pytest.mark.parametrize("tasks", [2, 3])
+def test_layers_are_counted_apart(tasks):
+    kept = filled(9, tasks=tasks, keep=2, momentum=True)  # counted on, whatever the ring forgets
+    seen = dict.fromkeys(NAMES, 0)
+    below = dict.fromkeys(NAMES, 0)
+    for number in range(1, 10):
+        for name, G in zip(NAMES, gradients_of(tasks, number), strict=True):
+            for i, j in combinations(range(tasks), 2):
+                seen[name] += 1
+                below[name] += bool(G[i] @ G[j] < 0.0)
+    layers = kept.layers()
+    assert {layer["parameter"]: layer["compared"] for layer in layers} == seen
+    assert {layer["parameter"]: layer["conflicts"] for layer in layers} == below
+    assert all(layer["share"] == layer["conflicts"] / layer["compared"] for layer in layers)
+    shares = [layer["share"] for layer in layers]
+    assert shares == sorted(shares, reverse=True)
+    assert len(set(shares)) > 1
+
+
+def test_equal_shares_stay_in_the_order_of_the_model():
+    kept = Recorder("ab", THRESHOLDS, 4)
+    same, opposed = torch.ones(2, 5).double(), torch.tensor([[1.0], [-1.0]]).double().expand(2, 5)
+    add(kept, [same, opposed, same, opposed], names=("w", "x", "y", "z"))
+    assert [layer["parameter"] for layer in kept.layers()] == ["x", "z", "w", "y"]
+
+
+def test_a_parameter_of_one_task_alone_is_left_out():
+    kept = Recorder("ab", THRESHOLDS, 4)
+    shared, head = gradients_of(2, 0, 2)
+    head[1] = 0.0
+    add(kept, [shared, head], names=("shared", "head"))
+    assert [layer["parameter"] for layer in kept.layers()] == ["shared"]
+
+
+def test_parameters_may_come_while_training():
+    kept = Recorder("ab", THRESHOLDS, 4)
+    opposed = torch.tensor([[1.0], [-1.0]]).double().expand(2, 5)
+    add(kept, [opposed], 1)
+    add(kept, [opposed, opposed, -opposed], 2)
+    add(kept, [opposed, opposed, -opposed], 3)
+    counted = {layer["parameter"]: layer["conflicts"] for layer in kept.layers()}
+    assert counted == {"first.weight": 3, "first.bias": 2, "last.weight": 2}
+    assert [row["step"] for row in kept.rows()] == [1, 2, 3]
+
+
+# Advice.
+
+
+def test_advice_waits_for_enough_steps():
+    assert "Verdict: too early" in with_cosines([-0.9] * 19).advise()
+    assert "Verdict: too early" not in with_cosines([-0.9] * 20).advise()
+
+
+@pytest.mark.parametrize(
+    ("cosines", "verdict"),
+    [
+        ([0.5] * 96 + [-0.9] * 4, "hardly ever conflict"),
+        ([0.5] * 50 + [-0.03] * 50, "the conflicts are weak, with a median cosine of -0.030"),
+        ([0.5] * 50 + [-0.3] * 50, "mostly mild"),
+        ([0.5] * 90 + [-0.3] * 1 + [-0.9] * 9, "few, but not mild"),
+        ([0.5] * 90 + [-0.6] * 10, "worth resolving: it is moderate or critical in 10.0 %"),
+        ([-0.03] * 80 + [-0.9] * 20, "worth resolving: it is moderate or critical in 20.0 %"),
+    ],
+)
+def test_the_verdict_follows_the_numbers(cosines, verdict):
+    said = with_cosines(cosines).advise()
+    assert verdict in said
+    plain = "hardly" in verdict or "weak" in verdict
+    assert ("The result is close to the plain sum." in said) == plain
+    assert ("compare with the plain sum" in said) != plain
+    assert ("1 of 2 backward passes" in said) == plain
+
+
+def test_weak_conflicts_are_called_so_whatever_the_zones_are():
+    assert "the conflicts are weak" in with_cosines([-0.02] * 30, (-0.01, -0.01, 0.0)).advise()
+
+
+def test_advice_says_what_it_looked_at():
+    said = with_cosines([0.5] * 50 + [-0.2] * 25 + [-0.6] * 15 + [-0.9] * 10).advise()
+    assert "Looked at 100 steps (1 to 100)." in said
+    lines = [line.split() for line in said.splitlines()]
+    assert ["no", "conflict", "50.0", "%"] in lines
+    assert ["mild", "25.0", "%"] in lines
+    assert ["moderate", "15.0", "%"] in lines
+    assert ["critical", "10.0", "%"] in lines
+    assert "a and b conflict: in 50.0 % of 100 comparisons." in said
+    assert "The median cosine in those is -0.40." in said
+    assert "50.0 % of 100 comparisons: first.weight" in said
+    assert "Skipped" not in said
+
+
+def test_advice_names_the_worst_pair_and_layers():
+    kept = Recorder("abc", THRESHOLDS, 100)
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    opposed = torch.stack([a, b, 0.3 * a - b]).double()  # only b and c
+    agreeing = torch.stack([a, a, a]).double() * 0.01
+    for number in range(1, 25):
+        torn = opposed if number % 2 else agreeing
+        if number == 2:
+            torn = torch.stack([a, -a, -a]).double()  # a and b, a and c: a rare pair comes first
+        add(kept, [agreeing, torn], number, names=("calm", "torn"))
+    said = kept.advise()
+    assert "b and c conflict most: in 50.0 % of 24 comparisons." in said
+    assert "19.4 % of 72 comparisons: torn" in said
+    assert "calm" not in said
+
+
+def test_advice_says_what_was_left_out():
+    kept = Recorder("abc", THRESHOLDS, 100)
+    for number in range(1, 41):
+        skipped, dropped = number <= 4, (1,) if number <= 6 else ()
+        add(kept, gradients_of(3, number), number, dropped=dropped, skipped=skipped)
+    said = kept.advise()
+    assert "Skipped, as a gradient was not finite: 4 steps (10.0 %)." in said
+    assert "Without b, as it was not finite: 2 steps (5.0 %)." in said
+    assert "Without a" not in said
+
+
+def test_advice_where_nothing_could_be_compared():
+    kept = Recorder("ab", THRESHOLDS, 100)
+    for number in range(1, 31):
+        add(kept, gradients_of(2, number), number, dropped=(0, 1), skipped=True)
+    assert "Verdict: none." in kept.advise()
+
+
+# The picture.
+
+
+def open_png(path) -> tuple[int, int]:
+    from matplotlib.image import imread
+
+    height, width = imread(path).shape[:2]
+    return width, height
+
+
+@pytest.mark.parametrize(
+    ("steps", "tasks", "options"),
+    [
+        (1, 2, {}),
+        (3, 1, {}),
+        (70, 3, {}),
+        (5, 8, {}),
+        (80, 16, {"dropped": (1,)}),
+        (4, 2, {"dropped": (0,), "skipped": True}),
+    ],
+)
+def test_a_picture_of_any_run(tmp_path, steps, tasks, options):
+    path = plot_conflicts(filled(steps, tasks=tasks, **options), tmp_path / "conflicts.png")
+    assert path == tmp_path / "conflicts.png"
+    width, height = open_png(path)
+    assert width == 1430
+    assert 700 < height < 2500
+
+
+def axes_of(kept: Recorder):
+    from matplotlib.figure import Figure
+
+    figure = plot._draw(Figure, kept, kept.rows())
+    figure.canvas.draw()
+    upper, lower = figure.subfigs
+    return *upper.axes, *lower.axes
+
+
+def labels_of(axes) -> list[str]:
+    return axes.get_legend_handles_labels()[1]
+
+
+def tick_names(axes) -> list[str]:
+    return [label.get_text() for label in axes.get_yticklabels()]
+
+
+def test_few_pairs_are_drawn_each_and_many_by_their_range():
+    top, _, _ = axes_of(filled(5, tasks=3))
+    pairs = [("task0", "task1"), ("task0", "task2"), ("task1", "task2")]
+    assert labels_of(top) == [f"cosine of {a} and {b}" for a, b in pairs]
+    kept = filled(5, tasks=8)
+    top, _, _ = axes_of(kept)
+    assert labels_of(top) == ["all pairs", "smallest of all pairs"]
+    assert "28 pairs are too many" in top.get_title()
+    drawn = next(line for line in top.lines if line.get_label() == "smallest of all pairs")
+    assert list(drawn.get_ydata()) == [row["min_cosine"] for row in kept.rows()]
+
+
+def test_winners_dropped_tasks_and_skipped_steps_are_marked():
+    kept = Recorder("ab", THRESHOLDS, 10)
+    add(kept, two_tasks(-0.9), 1)
+    add(kept, two_tasks(-0.9), 2, dropped=(0,), skipped=True)
+    add(kept, two_tasks(-0.9), 3, dropped=(1,))
+    top, strip, _ = axes_of(kept)
+    assert tick_names(strip) == ["a won (1×)", "b won (0×)", "b left out (1×)", "skipped (1×)"]
+    marked = [[float(x) for x in marks.get_positions()] for marks in strip.collections]
+    assert marked == [[1.0], [], [3.0], [2.0]]
+    (line,) = [line for line in top.lines if line.get_label() == "skipped step"]
+    assert list(line.get_xdata()) == [2, 2]
+
+
+def test_zones_are_named_by_the_thresholds_there_is_room_for():
+    top, _, _ = axes_of(with_cosines([0.5], (-0.75, -0.72, -0.2)))
+    assert [text.get_text().strip() for text in top.texts] == [
+        "no conflict",
+        "mild (below −0.2)",
+        "critical (at most −0.75)",
+    ]
+
+
+def test_names_are_drawn_as_they_are_and_fit():
+    names = ("_first$_$", "module." * 25 + "weight", *(f"layer{number}" for number in range(28)))
+    kept = Recorder(["_a$x$", "_b"], THRESHOLDS, 10)
+    add(kept, gradients_of(2, 0, 30), names=names)
+    top, strip, bars = axes_of(kept)
+    assert labels_of(top) == [r"cosine of _a\$x\$ and _b"]
+    assert tick_names(strip)[0].startswith(r"_a\$x\$ won")
+    worst = kept.layers()[: plot.LAYERS]
+    assert [text.get_text().replace(r"\$", "$") for text in bars.texts] == [
+        layer["parameter"] for layer in worst
+    ]
+    assert tick_names(bars) == [f"{100 * layer['share']:.0f} % of 1" for layer in worst]
+    assert "the worst 20 of 30" in bars.get_title()
+    edge = bars.get_window_extent().x1
+    assert all(text.get_window_extent().x1 <= edge for text in bars.texts)
+
+
+def test_the_folder_is_made_and_png_the_default(tmp_path):
+    path = plot_conflicts(filled(2), str(tmp_path / "new" / "folder" / "picture"))
+    assert path == tmp_path / "new" / "folder" / "picture.png"
+    open_png(path)
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path):
+    with pytest.raises(ValueError, match="train some steps first"):
+        plot_conflicts(Recorder("ab", THRESHOLDS, 5), tmp_path / "new" / "picture.png")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="is a folder"):
+        plot_conflicts(filled(2), tmp_path)
+
+
+def test_without_matplotlib_its_extra_is_named():
+    program = """
+import sys
+sys.modules["matplotlib"] = None
+from gcond_kernels.plot import plot_conflicts
+try:
+    plot_conflicts(None, "picture.png")
+except ImportError as error:
+    print(error)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stderr == ""
+    assert 'pip install "gcond-kernels[plot]"' in ended.stdout
+
+
+# Through the optimizer.
+
+
+def trained(steps: int, bad=(), **options) -> GCondFused:
+    """Two tasks that pull one layer apart; of the steps in `bad` task "b" is NaN."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    base = torch.optim.SGD(model.named_parameters(), lr=0.05)
+    optimizer = GCondFused(base, {"a": 1.0, "b": 0.5}, **options)
+    for number in range(1, steps + 1):
+        y = model(torch.randn(8, 4))
+        losses = {"a": (y[:, 0] - 1).square().mean(), "b": (y[:, 0] + 1).square().mean()}
+        if number in bad:
+            losses["b"] = losses["b"] * math.nan
+        optimizer.backward({task: losses[task] for task in optimizer.active_tasks})
+        optimizer.step()
+    return optimizer
+
+
+def test_the_optimizer_records_what_it_reports(backend):
+    optimizer = trained(6, backend=backend, momentum=0.9, record_steps=4)
+    rows, report = optimizer.recorder.rows(), optimizer.report()
+    assert [row["step"] for row in rows] == [3, 4, 5, 6]
+    assert rows[-1]["cosine/a/b"] == report.min_cosine == rows[-1]["min_cosine"]
+    assert rows[-1]["conflicts"] == len(report.conflicts)
+    assert {task: rows[-1][f"weight/{task}"] for task in "ab"} == report.weights
+    assert {task: rows[-1][f"norm/{task}"] for task in "ab"} == report.norms
+    assert rows[-1]["winner"] == (report.conflicts[0].winner if report.conflicts else None)
+    layers = {layer["parameter"]: layer["compared"] for layer in optimizer.recorder.layers()}
+    assert layers == dict.fromkeys(("0.weight", "0.bias", "2.weight", "2.bias"), 6)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "drop_task"])
+def test_the_optimizer_records_what_was_not_finite(on_nonfinite):
+    optimizer = trained(5, bad=(2, 4), on_nonfinite=on_nonfinite)
+    rows = optimizer.recorder.rows()
+    assert [row["skipped"] for row in rows] == [
+        n in (2, 4) and on_nonfinite == "skip" for n in range(1, 6)
+    ]
+    assert [row["dropped/b"] for row in rows] == [n in (2, 4) for n in range(1, 6)]
+    assert [row["zone"] is None for row in rows] == [n in (2, 4) for n in range(1, 6)]
+    assert all(layer["compared"] == 3 for layer in optimizer.recorder.layers())
+
+
+def test_the_optimizer_advises():
+    optimizer = trained(25)
+    assert "Verdict: this conflict is worth resolving" in optimizer.advise()
+    assert optimizer.advise() == optimizer.recorder.advise()
+    assert "micro-batches" in trained(3, mode="stochastic", accumulation_steps=2).advise()
+    assert "record_steps" in trained(3, record_steps=0).advise()
+
+
+def test_the_optimizers_recorder_is_copied_with_it():
+    optimizer = trained(4)
+    twin = copy.deepcopy(optimizer)
+    assert twin.recorder.rows() == optimizer.recorder.rows()
+    assert pickle.loads(pickle.dumps(optimizer)).recorder.rows() == optimizer.recorder.rows()
+
+
+@pytest.mark.parametrize("record_steps", [-1, 1.5, "all", True])
+def test_the_option_is_checked(record_steps):
+    with pytest.raises(ValueError, match="record_steps"):
+        trained(0, record_steps=record_steps)
+
+
+def test_all_zones_are_in_the_order_of_the_thresholds():
+    assert ALL_ZONES == ("none", "mild", "moderate", "critical")
