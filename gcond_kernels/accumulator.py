@@ -164,7 +164,7 @@ class Accumulator:
         tell = tell_harvest_of(weakref.ref(self))
         for segment in self.segments:
             p = segment.parameter
-            if p not in self._hooks:
+            if p.requires_grad and p not in self._hooks:  # of the others torch takes no hook
                 self._hooks[p] = p.register_post_accumulate_grad_hook(tell)  # type: ignore[no-untyped-call]
 
     def remove_hooks(self) -> None:

@@ -292,6 +292,25 @@ def test_optimizers_that_are_gone_leave_no_hooks():
     assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
 
 
+def test_parameters_that_are_frozen_when_a_state_is_loaded(backend):
+    model, x = model_of(), batches(3)
+    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=3, backend=backend)
+    optimizer.backward(losses_of(model, x[0]))
+    model_2 = copy.deepcopy(model)
+    model_2[0].weight.requires_grad_(False)
+    other = GCondFused(sgd(model_2), TASKS, accumulation_steps=3, backend=backend)
+    other.load_state_dict(optimizer.state_dict())
+    model[0].weight.requires_grad_(False)
+    for number, batch in enumerate(x[1:]):
+        for m, o in ((model, optimizer), (model_2, other)):
+            m[0].weight.requires_grad_(number > 0)  # and thawed again
+            o.backward(losses_of(m, batch))
+    optimizer.step()
+    other.step()
+    assert torch.equal(flat_parameters(model), flat_parameters(model_2))
+    assert not torch.equal(model[0].weight, model_of()[0].weight)
+
+
 def test_copies_have_hooks_of_their_own(monkeypatch):
     model, x = model_of(), batches(2)
     optimizer = GCondFused(sgd(model), TASKS)
