@@ -218,18 +218,20 @@ HD void find_products_with_history(const Arbitrate& a, const Scratch& s) {
   });
 }
 
-// max(0, cos(g̃, h)) of the pair's first or second task (eq. 7).
+// max(0, cos(g̃, h)) of the pair's first or second task (eq. 7); 0 where only rounding is left of h.
 HD double stability(const Arbitrate& a, const Scratch& s, int task, int place) {
   const int K = a.tasks;
-  double squared_norm = 0.0, product = 0.0;
+  const double* h = a.state.history_rows + task * K;
+  double squared_norm = 0.0, product = 0.0, largest = 0.0;
   for (int j = 0; j < K; ++j) {
     squared_norm += s.pair_norm[place * K + j];
     product += s.C[task * K + j] * s.along[place * K + j];
+    largest += fabs(h[j]) * sqrt(a.state.history_gramian[j * K + j]);
   }
   const double lengths = s.squares[task] * squared_norm;
-  if (!(lengths > 0.0)) return 0.0;
+  if (!(squared_norm > RESIDUE * (largest * largest)) || !(lengths > 0.0)) return 0.0;
   const double cosine = product / sqrt(lengths);
-  return cosine > 0.0 ? cosine : 0.0;
+  return cosine > 1.0 ? 1.0 : cosine > 0.0 ? cosine : 0.0;
 }
 
 HD double relative_norm(const Arbitrate& a, const Scratch& s, int task) {

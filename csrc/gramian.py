@@ -43,7 +43,7 @@ def new_sums(tasks: int, momentum: bool, history: bool, which: Cut) -> Sums:
     products = (tasks + 1) * (tasks + 2) // 2 + tasks * tasks
     total = torch.empty((tasks, tasks), dtype=torch.float64, device=device)
     return Sums(
-        torch.empty((products, which.chunks.total), device=device),
+        torch.empty((products, which.chunks.total), dtype=torch.float32, device=device),
         total,
         torch.empty_like(total) if history else None,
         total.new_empty((len(which.segments), rows, rows)),
@@ -98,7 +98,9 @@ def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]
             which = cut((0,) * len(sizes[part]), sizes[part], length, device)
             which.keep_if_captured()
             products = count * (count + 1) // 2
-            partials = torch.empty((products, which.chunks.total), device=device)
+            partials = torch.empty(
+                (products, which.chunks.total), dtype=torch.float32, device=device
+            )
             totals.append(per_tensor.new_empty((count, count)))
             _cuda.lists(
                 *place_of(device),

@@ -21,6 +21,8 @@ ALIGNMENT = 32
 # Gradients that a backward pass may pile up before they are added to a row and freed: beyond some
 # tens of megabytes a launch moves memory at full speed, and more would only be kept for longer.
 BUCKET_BYTES = 32 << 20
+# Larger buckets rather than more of them: each is a set of addresses to remember.
+MOST_BUCKETS = 128
 
 
 class Segment(NamedTuple):
@@ -44,16 +46,12 @@ class Segment(NamedTuple):
         start = row.storage_offset() + self.offset
         return row.as_strided(self.parameter.shape, self.stride, start)
 
-    def new_gradient(self, row: Tensor) -> Tensor:
-        """Memory for `.grad`, in the segment's memory order, not the parameter's now.
-
-        It is the segment of the row [N'] where that is of the gradient's type. The row has been
-        read when the gradient is written, and is overwritten before it is read again.
-        """
+    def new_gradient(self, view: Tensor) -> Tensor:
+        """Memory for `.grad`, in the segment's memory order: its view of a row, if of that type."""
         p = self.parameter
         dtype: torch.dtype = getattr(p, "grad_dtype", None) or p.dtype
-        if dtype == row.dtype:
-            return self.view(row)
+        if dtype == view.dtype:
+            return view
         return torch.empty_strided(p.shape, self.stride, dtype=dtype, device=p.device)
 
 
@@ -70,7 +68,7 @@ class Accumulator:
         momentum_steps: [T] int64, how often each tensor's momentum was updated.
         segments: T segments, in the order in which their parameters were first seen.
         counts: micro-batches of each task in this window.
-        touched: whether a tensor had a gradient in this window, from any task.
+        touched: of each tensor, which tasks had a gradient for it in this window: a bit per task.
         bucketed: whether gradients are taken while the backward pass runs, or after it.
     """
 
@@ -88,15 +86,17 @@ class Accumulator:
         self.segments: list[Segment] = []
         self.offsets: tuple[int, ...] = ()
         self.sizes: tuple[int, ...] = ()
-        self.touched: list[bool] = []
+        self.touched: list[int] = []
         self.counts = [0] * tasks
         self.rows = torch.empty(tasks, 0, dtype=dtype)
         self.history = None if history_dtype is None else self.rows.to(history_dtype)
-        self.momentum = torch.empty(0) if momentum else None
+        self.momentum = torch.empty(0, dtype=torch.float32) if momentum else None
         self.momentum_steps = torch.empty(0, dtype=torch.int64) if momentum else None
         self._place: dict[Tensor, int] = {}
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._harvest: Harvest | None = None
+        # Views of the first row, one per segment, and the rows that they are of.
+        self._views: tuple[Tensor, list[Tensor]] | None = None
 
     def knows(self, parameter: Tensor) -> bool:
         """Whether the parameter has a segment."""
@@ -129,7 +129,7 @@ class Accumulator:
         self.segments += segments
         self.offsets += tuple(segment.offset for segment in segments)
         self.sizes += tuple(segment.parameter.numel() for segment in segments)
-        self.touched += [False] * len(segments)
+        self.touched += [0] * len(segments)
 
     @contextmanager
     def harvesting(self, task: int, scale: float | Tensor, backend: str) -> Iterator[None]:
@@ -141,8 +141,10 @@ class Accumulator:
         Raises:
             ValueError: a gradient cannot be accumulated.
         """
-        if self.bucketed:
+        if self.bucketed and not is_distributed():
             self._hook_parameters()
+        else:
+            self.remove_hooks()
         harvest = self._harvest = Harvest(self, task, scale, backend)
         try:
             yield
@@ -150,7 +152,7 @@ class Accumulator:
         except BaseException:
             # A part of this micro-batch is in the row: with the ones before it, no mean of theirs.
             if harvest.taken:
-                self.counts[task] = 0
+                self.forget_task(task)
             raise
         finally:
             self._harvest = None
@@ -177,7 +179,7 @@ class Accumulator:
         self.remove_hooks()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hooks": {}, "_harvest": None}
+        return {**self.__dict__, "_hooks": {}, "_harvest": None, "_views": None}
 
     def drop_gradients(self) -> None:
         """Forgets every `.grad`."""
@@ -185,16 +187,27 @@ class Accumulator:
             segment.parameter.grad = None
 
     def new_gradients(self) -> list[Tensor | None]:
-        """Memory for `.grad`; None where no task had a gradient, or where it was frozen."""
+        """Memory for `.grad`; None where no task had a gradient, or where it was frozen.
+
+        It is the segment of the first row where that is of the gradient's type. The row has been
+        read when the gradient is written, and is overwritten before it is read again.
+        """
+        if self._views is None or self._views[0] is not self.rows:
+            self._views = self.rows, [segment.view(self.rows[0]) for segment in self.segments]
         return [
-            s.new_gradient(self.rows[0]) if touched and s.parameter.requires_grad else None
-            for s, touched in zip(self.segments, self.touched, strict=True)
+            s.new_gradient(view) if touched and s.parameter.requires_grad else None
+            for s, view, touched in zip(self.segments, self._views[1], self.touched, strict=True)
         ]
 
     def start_window(self) -> None:
         """Forgets what this window accumulated."""
         self.counts = [0] * len(self.counts)
-        self.touched = [False] * len(self.segments)
+        self.touched = [0] * len(self.segments)
+
+    def forget_task(self, task: int) -> None:
+        """Forgets what this window accumulated of one task."""
+        self.counts[task] = 0
+        self.touched = [tasks & ~(1 << task) for tasks in self.touched]
 
     def take_back(self, before: Sequence[int]) -> list[int]:
         """Undoes additions since the counts were `before`, where that needs no copy of the rows.
@@ -204,14 +217,11 @@ class Accumulator:
         Returns:
             The tasks whose addition had to stay.
         """
-        kept = [k for k, count in enumerate(before) if self.counts[k] > count > 0]
-        self.counts = [
-            now if k in kept else min(now, count)
-            for k, (now, count) in enumerate(zip(self.counts, before, strict=True))
-        ]
-        if not any(self.counts):
-            self.start_window()
-        return kept
+        added = [k for k, count in enumerate(before) if self.counts[k] > count]
+        for task in added:
+            if before[task] == 0:
+                self.forget_task(task)
+        return [task for task in added if before[task] > 0]
 
     def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
         """Flat storage and its layout; parameters are named by their place in `parameters`.
@@ -255,7 +265,7 @@ class Accumulator:
             self.grow(new)
         place = {segment.parameter: t for t, segment in enumerate(self.segments)}
         self.counts = list(state["counts"])
-        self.touched = [False] * len(self.segments)
+        self.touched = [0] * len(self.segments)
         # New memory, not cleared memory: the state may hold the very tensors that are here.
         for key in ("rows", "history", "momentum", "momentum_steps"):
             if getattr(self, key) is not None:
@@ -293,13 +303,20 @@ class Harvest:
         self.taken: set[int] = set()
         self.bucket: dict[int, None] = {}
         self.bytes = 0
+        self.stream: torch.cuda.Stream | None = None
+        row_bytes = target.rows.shape[1] * target.rows.element_size()
+        self.limit = max(BUCKET_BYTES, row_bytes // MOST_BUCKETS)
 
     def gradient_is_there(self, place: int, gradient: Tensor) -> None:
         """The pass has finished a gradient."""
-        if self.bytes >= BUCKET_BYTES:
-            self._add(list(self.bucket))
+        # A gradient is ready, and its memory is used again, in the order of its own stream.
+        stream = torch.cuda.current_stream(gradient.device) if gradient.is_cuda else None
+        if self.bytes >= self.limit or stream != self.stream:
+            with torch.cuda.stream(self.stream):
+                self._add(list(self.bucket))
             self.bucket.clear()
             self.bytes = 0
+            self.stream = stream
         if place not in self.bucket:
             self.bucket[place] = None
             self.bytes += gradient.numel() * gradient.element_size()
@@ -317,7 +334,6 @@ class Harvest:
         again = [t for t in places if t in self.taken]
         if first:
             self._launch(first, self.overwrite)
-            self.taken.update(first)
         if again:
             self._launch(again, False)
 
@@ -328,6 +344,8 @@ class Harvest:
         gradients = gradients_in_order(segments, sizes, target.rows.device)
         if not overwrite and all(gradient is None for gradient in gradients):
             return
+        # Before it is so: an interrupt from here on must not count as one before it.
+        self.taken.update(places)
         # Autograd and `gradients_in_order` have checked all that `ops.accumulate` would check.
         ops.backend_module(self.backend, target.rows.device, "accumulate").accumulate(
             target.rows[self.task],
@@ -339,8 +357,16 @@ class Harvest:
         )
         for t, segment, gradient in zip(places, segments, gradients, strict=True):
             if gradient is not None:
-                target.touched[t] = True
+                target.touched[t] |= 1 << self.task
                 segment.parameter.grad = None
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several: what wraps the model may replace its gradients.
+
+    DistributedDataParallel does, when the pass is over: then they are taken whole.
+    """
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def tell_harvest_of(accumulator: weakref.ref[Accumulator]) -> Callable[[Tensor], None]:

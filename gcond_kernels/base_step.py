@@ -72,6 +72,12 @@ def step_and_undo(wanted: Tensor, base: torch.optim.Optimizer) -> None:
         RuntimeError: this is a first step, and a CUDA graph is being captured.
     """
     before = {key: value.clone() for key, value in changed_by_step(base).items()}
+    for (_, name), value in before.items():
+        if value.device != wanted.device:
+            raise RuntimeError(
+                f"{type(base).__name__} keeps {name!r} on {value.device}, where a step cannot be "
+                f"undone as {wanted.device} says: use fused=True or capturable=True"
+            )
     base.step()
     after = changed_by_step(base)
     for key, value in before.items():

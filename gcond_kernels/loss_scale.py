@@ -20,8 +20,8 @@ class LossScale:
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
         self.scaler = scaler
-        self._one = torch.ones(())
-        self._probe = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
+        self._one = torch.ones((), dtype=torch.float32)
+        self._probe: torch.optim.Optimizer | None = None
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss times the scale."""
@@ -33,7 +33,7 @@ class LossScale:
         if not self.scaler.is_enabled():
             return 1.0
         if self._one.device != device:
-            self._one = torch.ones((), device=device)
+            self._one = torch.ones((), dtype=torch.float32, device=device)
         scale: Tensor = self.scaler.scale(self._one)
         return scale.double().reciprocal().float()  # in float32 the quotient would be rounded twice
 
@@ -46,9 +46,10 @@ class LossScale:
         if not self.scaler.is_enabled():
             return
         self.inverse(overflow.device)  # a scaler that has not scaled anything yet has no scale
+        if self._probe is None:
+            number = torch.zeros(1, dtype=torch.float32, device=overflow.device)
+            self._probe = torch.optim.SGD([torch.nn.Parameter(number)], lr=0.0)
         (parameter,) = self._probe.param_groups[0]["params"]
-        if parameter.device != overflow.device:
-            parameter.data = parameter.data.to(overflow.device)
         parameter.grad = torch.where(overflow, math.inf, 0.0).float().view(1)
         try:
             self.scaler.unscale_(self._probe)

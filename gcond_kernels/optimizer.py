@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -57,6 +57,7 @@ class Progress:
         nonfinite: [K] bool: tasks whose gradient was not finite in the last resolution.
         position: micro-batches of this window so far.
         resolved: whether `.grad` holds this window's result.
+        told: whether the scaler was told of it.
         last: the last resolution.
         written: what it wrote to `.grad`, to tell it from a gradient of somebody else's.
     """
@@ -67,6 +68,7 @@ class Progress:
     nonfinite: Tensor
     position: int = 0
     resolved: bool = False
+    told: bool = False
     last: Resolution | None = None
     written: list[weakref.ref[Tensor]] = field(default_factory=list)
 
@@ -110,10 +112,12 @@ class GCondFused(torch.optim.Optimizer):
         history_dtype: torch.bfloat16 or torch.float32.
         harvest: "bucketed" takes gradients from a backward pass while it runs, some 32 MB at a
             time; "whole" takes all of them when it is over, which keeps a whole gradient alive, but
-            loses nothing where a pass fails in the middle (see `backward`).
+            loses nothing where a pass fails in the middle (see `backward`). With torch.distributed
+            initialized they are taken whole.
         on_nonfinite: what becomes of a step in which a task's gradient holds a NaN or an infinity.
             "skip": it is left out; parameters and all state stay as they are. "drop_task": that
-            task sits it out, as one without a micro-batch does; without any other, "skip".
+            task sits it out, as one without a micro-batch does (parameters that it alone uses get
+            a gradient of zeros, for the host does not know); without any other, "skip".
             "raise": `resolve` raises and changes nothing; for that it waits for the device. May be
             set at any time.
         grad_scaler: a `torch.amp.GradScaler`. `backward` scales the losses with it and accumulates
@@ -326,12 +330,23 @@ class GCondFused(torch.optim.Optimizer):
             unscale = self._loss_scale.inverse(self._device())
             loss = self._loss_scale.scaled(loss)
         with self._accumulator.harvesting(self._names.index(task), unscale, self.backend):
-            loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            try:
+                loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            except RuntimeError as error:
+                if "donated buffer" not in str(error):
+                    raise
+                raise RuntimeError(
+                    "a compiled model cannot be passed through twice where its backward pass was "
+                    "compiled for once: give the losses as functions, each with a forward pass of "
+                    "its own, or set torch._functorch.config.donated_buffer = False before the "
+                    "model is compiled"
+                ) from error
 
     def resolve(self) -> None:
         """Resolves the window's conflicts and writes `.grad`; to clip or log before `step`.
 
-        Parameters that no task had a gradient for keep `.grad` None.
+        Parameters that no task had a gradient for keep `.grad` None. Where `.grad` is of the
+        accumulators' type it is a view of them: clone it to keep it beyond the next `backward`.
 
         Raises:
             RuntimeError: nothing was accumulated, or the window is resolved already.
@@ -347,7 +362,28 @@ class GCondFused(torch.optim.Optimizer):
         norms = self._parameter_norms() if self.update == "lion_lars" else None
         scale = self._scale()
         self._move_to(scale.device)
-        products, decision = ops.resolve(
+        try:
+            products, decision = self._resolve_into(gradients, scale, norms)
+        except KeyboardInterrupt:
+            # Nobody knows what was written: a gradient that lies in a row has taken its place.
+            self._start_window()
+            warnings.warn(
+                "interrupted in resolve(): what this window accumulated is lost", stacklevel=2
+            )
+            raise
+        for segment, gradient in zip(acc.segments, gradients, strict=True):
+            segment.parameter.grad = gradient
+        self._now.written = [weakref.ref(g) for g in gradients if g is not None]
+        self._now.resolved = True
+        if self.on_nonfinite == "skip":
+            self._now.nonfinite = nonfinite_tasks(products.total)
+        self._note(products, decision)
+
+    def _resolve_into(
+        self, gradients: Sequence[Tensor | None], scale: Tensor, norms: Tensor | None
+    ) -> tuple[ops.Gramians, ops.Arbitration]:
+        acc = self._accumulator
+        return ops.resolve(
             acc.rows,
             gradients,
             acc.offsets,
@@ -366,13 +402,6 @@ class GCondFused(torch.optim.Optimizer):
             between=None if self.on_nonfinite == "skip" else self._between,
             backend=self.backend,
         )
-        for segment, gradient in zip(acc.segments, gradients, strict=True):
-            segment.parameter.grad = gradient
-        self._now.written = [weakref.ref(g) for g in gradients if g is not None]
-        self._now.resolved = True
-        if self.on_nonfinite == "skip":
-            self._now.nonfinite = nonfinite_tasks(products.total)
-        self._note(products, decision)
 
     def _note(self, products: ops.Gramians, decision: ops.Arbitration) -> None:
         """Counts and records a resolution; all of it stays on the device."""
@@ -440,12 +469,16 @@ class GCondFused(torch.optim.Optimizer):
             self.resolve()
         assert self._now.last is not None
         finite = self._now.last.decision.finite
-        if self._loss_scale is not None:
+        if self._loss_scale is not None and not self._now.told:
             self._loss_scale.tell(~finite | self._now.nonfinite.any())
+            self._now.told = True
         step_if(finite, self.base)
+        self._start_window()
+
+    def _start_window(self) -> None:
         self._accumulator.start_window()
         self._now.position = 0
-        self._now.resolved = False
+        self._now.resolved = self._now.told = False
 
     def _call(self, closure: Callable[[], object]) -> None:
         result = closure()
@@ -651,7 +684,7 @@ class GCondFused(torch.optim.Optimizer):
         }
         self._now.counters = own["counters"].to(self._now.counters.device, copy=True)
         self._now.position = own["window"]["position"]
-        self._now.resolved = False
+        self._now.resolved = self._now.told = False
         self._now.last = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

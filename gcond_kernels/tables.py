@@ -27,8 +27,9 @@ ALIGNED = 8
 VECTOR_BYTES = 16
 VECTOR_ELEMENTS = 8
 
-# Address sets remembered; beyond that the one not seen for longest is forgotten.
-REMEMBERED = 256
+# Address sets remembered; beyond that the one not seen for longest is forgotten. A large model in
+# 128 buckets, each task with its own, has that many.
+REMEMBERED = 1024
 
 # Tables that a CUDA graph has captured: it reads them at every replay, so they stay for good.
 _captured: dict[int, Tensor] = {}

@@ -118,12 +118,17 @@ class History:
     gramian: Array  # [K, K], S' of the ĝ'
 
     def stability(self, row: Array, squared_norm: float, task: int) -> float:
-        """max(0, cos(g̃, h_task)) of the gradient that `row` makes (eq. 7)."""
+        """max(0, cos(g̃, h_task)) of the gradient that `row` makes (eq. 7).
+
+        It is 0 where only rounding is left of h: a resolved gradient that was projected away.
+        """
         h = self.rows[task]
-        denominator = squared_norm * (h @ self.gramian @ h)
-        if denominator <= 0.0:
+        squared_h = float(h @ self.gramian @ h)
+        largest = float(np.abs(h) @ np.sqrt(self.gramian.diagonal())) ** 2
+        lengths = squared_norm * squared_h
+        if not squared_h > RESIDUE * largest or not lengths > 0.0:
             return 0.0
-        return max(0.0, float(row @ self.cross @ h) / math.sqrt(denominator))
+        return min(1.0, max(0.0, float(row @ self.cross @ h) / math.sqrt(lengths)))
 
 
 def resolve(

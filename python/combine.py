@@ -80,7 +80,7 @@ def combine(
 def weighted_rows(rows: Tensor, weights: Sequence[float], total: Tensor | None) -> Tensor:
     """Σ_k weights[k] · rows[k] in float32, into `total` where given. A zero weight is not read."""
     if total is None:
-        total = torch.empty(rows.shape[1], device=rows.device)
+        total = torch.empty(rows.shape[1], dtype=torch.float32, device=rows.device)
     started = False
     for row, weight in zip(rows, weights, strict=True):
         if weight == 0.0:

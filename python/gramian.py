@@ -31,7 +31,7 @@ def gramian(
     # One piece of memory for all blocks: fresh pages cost more than the arithmetic.
     pieces = list(blocks(offsets, sizes, rows, accumulators.device))
     longest = max((stop - start for _, start, stop in pieces), default=0)
-    memory = torch.empty(rows * longest, device=accumulators.device)
+    memory = torch.empty(rows * longest, dtype=torch.float32, device=accumulators.device)
     for tensor, start, stop in pieces:
         block = memory[: rows * (stop - start)].view(rows, stop - start)
         block[:tasks] = accumulators[:, start:stop]
@@ -45,7 +45,10 @@ def gramian(
     # A task that takes no part (scale 0) may hold anything, NaN included: select, don't multiply.
     row_scale = torch.cat([scale, scale.new_ones(left - tasks)])
     weight = torch.outer(row_scale, row_scale)
-    per_tensor = torch.where(weight != 0, products[:, :, :left] * weight, 0.0)
+    # A matrix product may round S_ij and S_ji apart: then what a projection leaves is no zero.
+    square = products[:, :, :left].triu()
+    square = square + square.triu(1).transpose(1, 2)
+    per_tensor = torch.where(weight != 0, square * weight, 0.0)
     total = per_tensor.sum(0)[:tasks, :tasks].contiguous()
     if history is None:
         return total, total.new_empty(0, 0), per_tensor

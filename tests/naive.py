@@ -15,14 +15,19 @@ def cosine(a, b):
 
 
 class NaiveGCond:
-    def __init__(self, method: GCond, tasks: int) -> None:
+    def __init__(self, method: GCond, tasks: int, close: float = 1e-9) -> None:
         self.m = method
+        self.close = close  # cosines and scores that are no further apart count as tied
         self.K = tasks
         self.ema = [method.norm_ema_start or 0.0] * tasks
         self.history = [None] * tasks  # what stability compares with
+        self.last = [None] * tasks  # the gradients of the last step that each took part in
         self.winners: list[int] = []
         self.log: list[tuple[int, int, int | None]] = []
-        self.tied = False  # whether two pairs ever conflicted as badly: then rounding decides
+        self.weights = [0.0] * tasks  # the result is Σ_k weights[k] · gradients[k]
+        # Whether two pairs ever conflicted as badly, or two tasks scored alike where that does not
+        # follow from the rules: then rounding decides.
+        self.tied = False
 
     def resolve(self, gradients):
         """Takes a vector per task, or None where it has no micro-batch; returns the sum."""
@@ -49,9 +54,15 @@ class NaiveGCond:
             if pair is None or not c < m.thresholds[2] - m.tolerance:
                 break
             self._act(*pair, c, g, made_of, floor)
-        for k in present:
-            kept = original[k] if m.history == "raw" else g[k]
-            self.history[k] = kept.copy()
+        for k in range(self.K):
+            if k in present:
+                self.last[k] = original[k].copy()
+            # What a task was resolved to is a sum over gradients that are gone when it sits out.
+            resolved = m.history == "resolved" and k in present
+            gone = resolved and self._is_zero(k, g, made_of, original)
+            kept = np.zeros_like(g[k]) if gone else g[k].copy() if resolved else self.last[k]
+            self.history[k] = kept
+        self.weights = [sum(made_of[i].get(k, 0.0) for i in present) for k in range(self.K)]
         size = len(next(iter(original.values())))
         return sum((g[k] for k in present), np.zeros(size))
 
@@ -70,11 +81,11 @@ class NaiveGCond:
                     best, lowest, second = (i, j), c, lowest
                 else:
                     second = min(second, c)
-        if lowest < self.m.thresholds[2] - self.m.tolerance and second - lowest < 1e-9:
+        if lowest < self.m.thresholds[2] - self.m.tolerance and second - lowest < self.close:
             self.tied = True
         return best, lowest
 
-    def _winner(self, i, j, g, floor):
+    def _winner(self, i, j, g, made_of, floor):
         m = self.m
         recent = self.winners
         if m.dominance_window and len(recent) == m.dominance_window:
@@ -83,14 +94,24 @@ class NaiveGCond:
             if set(recent) == {j}:
                 return i, j
 
-        def score(k, other):
+        def stability(k):
             h = self.history[k]
-            stability = 0.0 if h is None else max(0.0, cosine(g[k], h))
+            return 0.0 if h is None else max(0.0, cosine(g[k], h))
+
+        def score(k, other):
             r = [np.linalg.norm(g[t]) / (self.ema[t] + floor) for t in (k, other)]
             strength = r[0] / (r[0] + r[1] + m.eps)
-            return m.tie_breaking_weights[0] * stability + m.tie_breaking_weights[1] * strength
+            return m.tie_breaking_weights[0] * stability(k) + m.tie_breaking_weights[1] * strength
 
-        return (j, i) if score(j, i) > score(i, j) else (i, j)
+        ahead = score(j, i) - score(i, j)
+        # Without a history, or away from it, a stability is 0; untouched gradients of a first step
+        # are equally strong. Where both hold, two scores are the same in any arithmetic.
+        untouched = all(made_of[t] == {k: float(k == t) for k in made_of[t]} for t in (i, j))
+        alike = untouched or m.tie_breaking_weights[1] == 0.0
+        exact = ahead == 0.0 and alike and stability(i) == stability(j) == 0.0
+        if abs(ahead) < self.close and not exact:
+            self.tied = True
+        return (j, i) if ahead > 0.0 else (i, j)
 
     def _act(self, i, j, c, g, made_of, floor):
         m = self.m
@@ -100,7 +121,7 @@ class NaiveGCond:
             w, loser, give_w, give_l = i, j, 1.0, 1.0
             self.log.append((i, j, None))
         else:
-            w, loser = self._winner(i, j, g, floor)
+            w, loser = self._winner(i, j, g, made_of, floor)
             self.log.append((i, j, w))
             if m.dominance_window:
                 self.winners = [*self.winners, w][-m.dominance_window :]

@@ -114,6 +114,23 @@ def test_normalization_under_autocast_with_a_scaler(backend):
     assert torch.allclose(flat_parameters(model), flat_parameters(twin), atol=0.01)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("update", ["momentum", "lion_lars"])
+def test_a_users_default_type_changes_nothing(backend, default, update):
+    results = []
+    for used in (torch.float32, default):
+        model, scaler = model_of(), scaler_of()
+        options = {"momentum": 0.5, "update": update, "grad_scaler": scaler, "backend": backend}
+        x = batches(4)
+        torch.set_default_dtype(used)
+        try:
+            train(model, GCondFused(sgd(model), TASKS, **options), x, scaler)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append(flat_parameters(model))
+    assert torch.equal(*results)
+
+
 # GradScaler.
 
 
@@ -271,6 +288,21 @@ def test_clipping_needs_no_unscaling(backend):
     scaler.step(optimizer)
     scaler.update()
     assert (flat_parameters(model) - before).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_base_step_that_fails_can_be_made_again(backend):
+    model, scaler = model_of(), scaler_of(growth_interval=1)
+    base = sgd(model)
+    optimizer = GCondFused(base, TASKS, grad_scaler=scaler, backend=backend)
+    failing = base.register_step_pre_hook(lambda *_: 1 / 0)
+    optimizer.backward(losses_of(model, batches(1)[0]))
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    failing.remove()
+    optimizer.step()
+    scaler.update()
+    assert scaler.get_scale() == 2 * SCALE
+    assert not torch.equal(flat_parameters(model), flat_parameters(model_of()))
 
 
 def test_misuse_is_named_and_loses_nothing(backend):

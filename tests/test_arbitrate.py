@@ -381,3 +381,30 @@ def test_presets():
     assert GCond.paper(dominance_window=2).dominance_window == 2
     assert not GCond(tie_breaking_weights=(0.0, 1.0)).needs_history
     assert ops.Arbitration._fields == ("weights", "rows", "events", "finite")
+
+
+def test_a_history_that_was_projected_away_is_no_measure_of_stability(backend):
+    """What rounding leaves of it has some direction, and a length near zero to divide by."""
+    method = GCond(history="resolved", tie_breaking_weights=(1.0, 0.0), dominance_window=0)
+    state = method.new_state(2, torch.device("cpu"))
+    state["history_rows"].copy_(
+        torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    )  # of anti-parallel gradients
+    state["history_gramian"].copy_(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
+    state["history_gramian"][0, 1] += 1e-12
+    state["history_gramian"][1, 0] += 1e-12
+    S = torch.tensor([[1.0, -0.9], [-0.9, 1.0]], dtype=torch.float64)
+    X = torch.tensor([[1.0, -1.0 + 1e-6], [0.0, 0.5]], dtype=torch.float64)
+    decision = method.resolve(S, X, torch.ones(2).double(), state, backend)
+    assert decision.events[0, 3] == 1  # not 0, at a "cosine" of 0.7
+
+
+def test_a_stability_is_at_most_one(backend):
+    """Inner products are sums of float32: beyond 1 there is rounding, which decides nothing."""
+    method = GCond(tie_breaking_weights=(1.0, 0.0), dominance_window=0)
+    state = method.new_state(2, torch.device("cpu"))
+    state["history_gramian"].copy_(torch.eye(2))
+    S = torch.tensor([[1.0, -0.9], [-0.9, 1.0]], dtype=torch.float64)
+    X = torch.tensor([[1.0, 0.0], [0.0, 1.0 + 1e-6]], dtype=torch.float64)
+    decision = method.resolve(S, X, torch.ones(2).double(), state, backend)
+    assert decision.events[0, 3] == 0  # a tie: the first

@@ -278,3 +278,41 @@ def test_sizes_at_the_ends_of_vectors_tiles_and_pieces(backend):
     for t, (offset, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
         part = accumulators[:, offset : offset + size]
         check(products[t], part, part)
+
+
+def test_products_are_symmetric_to_the_bit(backend):
+    """Else what is left of a full projection is a cosine of some 1e-5: another conflict."""
+    layout = layout_of([4096 * 3 + 7, 33, 5])
+    for seed in range(20):
+        accumulators = rows(layout, 3, seed)
+        total, _, per_tensor = ops.gramian(
+            accumulators, layout.offsets, layout.sizes, scale=torch.rand(3).double(),
+            momentum=rows(layout, 1, seed + 100)[0], backend=backend,
+        )  # fmt: skip
+        assert torch.equal(total, total.T)
+        assert torch.equal(per_tensor, per_tensor.transpose(1, 2))
+
+
+def test_a_users_default_type_changes_nothing(backend):
+    layout = layout_of([5000, 33])
+    results = []
+    for default in (torch.float32, torch.bfloat16, torch.float64):
+        accumulators, history = rows(layout, 2, 0), rows(layout, 2, 1)
+        scale = torch.tensor([0.5, 0.25], dtype=torch.float64)
+        torch.set_default_dtype(default)
+        try:
+            results.append(
+                ops.gramian(
+                    accumulators,
+                    layout.offsets,
+                    layout.sizes,
+                    scale=scale,
+                    history=history,
+                    history_scale=scale,
+                    backend=backend,
+                )
+            )
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))

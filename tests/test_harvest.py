@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_optimizer import TASKS, batches, flat_parameters, losses_of, model_of, same, sgd
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from gcond_kernels import GCondFused, accumulator
@@ -150,6 +151,62 @@ def test_compiled_models(compiler, harvest):
     expected = trained(model_of(), losses_of, harvest)
     # The compiler may fuse what eager rounds twice.
     assert torch.allclose(got[0], expected[0], rtol=1e-5, atol=1e-6)
+
+
+@functorch_config.patch(enable_autograd_cache=False)  # what other tests compiled
+def test_compiled_for_one_pass_and_passed_through_twice():
+    """Losses that share a graph; without them the compiler may use a graph's memory again."""
+    torch._dynamo.reset()
+    model, x = model_of(), batches(2)
+    compiled = torch.compile(model, backend="inductor")
+    losses_of(compiled, x[0])["a"].backward()
+    model.zero_grad()
+    optimizer = GCondFused(sgd(model), TASKS)
+    with pytest.raises(RuntimeError, match="give the losses as functions"):
+        optimizer.backward(losses_of(compiled, x[0]))
+    assert optimizer.backward({t: lambda t=t: losses_of(compiled, x[1])[t] for t in TASKS})
+    optimizer.step()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
+@pytest.mark.parametrize("harvest", KINDS)
+def test_a_model_whose_wrapper_replaces_gradients_after_the_pass(harvest, tmp_path):
+    """DistributedDataParallel; of one process, which must train as without it."""
+    expected = trained(model_of(), losses_of, harvest)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
+    try:
+        model = model_of()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+
+        def functions(_, x):
+            return {task: lambda task=task: losses_of(wrapped, x)[task] for task in TASKS}
+
+        got = trained(model, functions, harvest)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.allclose(got[0], expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_lost_task_leaves_no_gradient_of_its_own_parameters(backend, fail):
+    trunk, head, rest = (nn.Parameter(torch.ones(4)) for _ in range(3))
+    optimizer = GCondFused(
+        torch.optim.SGD([rest, head, trunk], lr=0.1), TASKS, accumulation_steps=2, backend=backend
+    )
+    optimizer.backward({"a": trunk.sum(), "b": (trunk * head).sum()})
+    fail()
+    with pytest.warns(UserWarning), pytest.raises(ArithmeticError):
+        # The gradients of two parameters are there, and one is launched, before the pass fails.
+        optimizer.backward(
+            {"a": lambda: trunk.sum(), "b": lambda: (trunk + Fails.apply(rest) * head).sum()}
+        )
+    fail(False)
+    optimizer.step()
+    assert optimizer.report().micro_batches == {"a": 2, "b": 0}
+    assert head.grad is None
+    assert rest.grad is None
+    assert torch.equal(trunk.grad, torch.ones(4))
 
 
 def test_other_backward_passes_keep_their_gradients():

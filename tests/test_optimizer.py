@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from gcond_kernels import GCond, GCondFused
+from gcond_kernels import GCond, GCondFused, ops
 
 TASKS = {"a": 1.0, "b": 0.5}
 
@@ -731,6 +731,27 @@ def test_a_closure_that_does_nothing_is_accepted_and_one_that_computes_is_not(ba
     assert calls == ["called"]
     assert not torch.equal(before, flat_parameters(model))
     assert optimizer.report().step == 1
+
+
+def test_an_interrupt_in_resolve_ends_the_window(backend, monkeypatch):
+    model, twin, x = model_of(), model_of(), batches(2)
+    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=1, backend=backend)
+    optimizer.backward(losses_of(model, x[0]))
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "resolve", interrupted)
+        with pytest.warns(UserWarning, match="is lost"), pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    with pytest.raises(RuntimeError, match="nothing was accumulated"):
+        optimizer.step()
+    calm = GCondFused(sgd(twin), TASKS, accumulation_steps=1, backend=backend)
+    for m, o in ((model, optimizer), (twin, calm)):
+        o.backward(losses_of(m, x[1]))
+        o.step()
+    assert torch.equal(flat_parameters(model), flat_parameters(twin))
 
 
 def test_task_that_is_not_active_is_refused(backend):

@@ -65,14 +65,16 @@ def worst_pair(T, squares, KP: tl.constexpr):
 
 @triton.jit
 def stability(C, X, past_rows, past_gramian, square, task, KP: tl.constexpr):
-    """max(0, cos(g̃, h)) of a task's gradient and its history (eq. 7)."""
+    """max(0, cos(g̃, h)) of a gradient and its history (eq. 7); 0 where h is rounding alone."""
     h = row_of(past_rows, task, KP)
     along_h = tl.sum(X * h[None, :], axis=1)
     squared_h = tl.sum(tl.sum(past_gramian * h[None, :], axis=1) * h, axis=0)
+    largest = tl.sum(tl.abs(h) * tl.sqrt(diagonal_of(past_gramian, KP)), axis=0)
     product = tl.sum(row_of(C, task, KP) * along_h, axis=0)
     lengths = square * squared_h
-    cosine = product / tl.sqrt(tl.where(lengths > 0.0, lengths, 1.0))
-    return tl.where(lengths > 0.0, tl.maximum(cosine, 0.0), 0.0)
+    comparable = (squared_h > largest * largest * RESIDUE) & (lengths > 0.0)
+    cosine = product / tl.sqrt(tl.where(comparable, lengths, 1.0))
+    return tl.where(comparable, tl.minimum(tl.maximum(cosine, 0.0), 1.0), 0.0)
 
 
 @triton.jit

@@ -259,7 +259,7 @@ def gramian(
     )
     chunks = plan.chunks
     tables.keep_if_captured(plan.rows, chunks.table, chunks.first)
-    partials = torch.empty((pairs + crosses, chunks.total), device=device)
+    partials = torch.empty((pairs + crosses, chunks.total), dtype=torch.float32, device=device)
     vector = vector_elements(pairs + crosses)
     with tables.guard(device):
         if chunks.total:
@@ -331,7 +331,8 @@ def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]
     )
     chunks = tables.chunk_table(sizes, length, device)  # the plan's would be of all lists
     tables.keep_if_captured(plan.rows, chunks.table, chunks.first)
-    partials = torch.empty((count * (count + 1) // 2, chunks.total), device=device)
+    shape = (count * (count + 1) // 2, chunks.total)
+    partials = torch.empty(shape, dtype=torch.float32, device=device)
     with tables.guard(device):
         if chunks.total:
             list_products_kernel[(chunks.total,)](

@@ -5,8 +5,10 @@ the right one are switched off for the whole program: no branch, and no bytes mo
 Such a switch, unlike a mask that differs from lane to lane, leaves accesses 16 bytes wide.
 """
 
+import functools
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,9 +29,18 @@ SHIFT = tl.constexpr(ADDRESS_SHIFT)
 def plan_of(*arguments: Any) -> tables.Plan:
     """`tables.plan`; while a CUDA graph is captured, also for tensors that are new to it."""
     try:
-        return tables.plan(*arguments)
+        plan = tables.plan(*arguments)
     except tables.CaptureMissError:
         return tables.plan_under_capture(with_addresses, *arguments)
+    if plan.rows.is_cuda:
+        load_writer(plan.rows.device)
+    return plan
+
+
+@functools.cache
+def load_writer(device: torch.device) -> None:
+    """Loads the kernel that captures need: older drivers load none during a capture."""
+    with_addresses(torch.zeros((1, 4), dtype=torch.int64, device=device), (0,))
 
 
 def with_addresses(table: Tensor, addresses: tables.Addresses) -> Tensor:

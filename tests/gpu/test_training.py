@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gcond_kernels import GCondFused, ops
+from gcond_kernels import GCondFused, accumulator, ops
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,6 +26,12 @@ BASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _small_buckets(monkeypatch):
+    """Launches come from hooks, in the thread of the backward pass, and not from its end alone."""
+    monkeypatch.setattr(accumulator, "BUCKET_BYTES", 1)
+
+
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request):
     reason = ops.unavailable(request.param, GPU)
@@ -42,9 +48,11 @@ class Training:
         self.model = nn.Sequential(
             nn.Linear(20, 300), nn.Tanh(), nn.Linear(300, 30), nn.LayerNorm(30), nn.Linear(30, 4)
         ).to(GPU)
+        # Its gradients do not lie in a row of the accumulators.
+        self.shift = nn.Parameter(torch.zeros(20, device=GPU, dtype=torch.bfloat16))
         options = {"accumulation_steps": WINDOW, "momentum": 0.9} | options
         self.optimizer = GCondFused(
-            BASES[base](self.model.parameters()), TASKS, backend=backend, **options
+            BASES[base]([*self.model.parameters(), self.shift]), TASKS, backend=backend, **options
         )
         self.inputs = torch.empty(WINDOW, 16, 20, device=GPU)
         self.bad = torch.zeros((), device=GPU)
@@ -56,7 +64,7 @@ class Training:
 
     def window(self):
         for x in self.inputs:
-            y = self.model(x)
+            y = self.model(x + self.shift)
             losses = {"a": y.square().mean() + self.bad * y.sum(), "b": (y - x[:, :4]).abs().mean()}
             self.optimizer.backward({task: losses[task] for task in self.optimizer.active_tasks})
         self.optimizer.step()
@@ -66,7 +74,7 @@ class Training:
     def kept(self):
         """All that training leaves, copied."""
         state = copy.deepcopy(self.optimizer.state_dict())
-        return [p.detach().clone() for p in self.model.parameters()], state
+        return [p.detach().clone() for p in (*self.model.parameters(), self.shift)], state
 
 
 def same(a, b):
@@ -140,6 +148,36 @@ def test_a_graph_of_a_whole_window(backend, base, mode, harvest, on_nonfinite):
         assert ours.nonfinite_steps == theirs.nonfinite_steps
         assert ours.step == theirs.step
     assert [row["step"] for row in captured.optimizer.recorder.rows()] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("harvest", ["bucketed", "whole"])
+def test_a_model_on_two_streams(backend, harvest):
+    """A gradient is ready, and its memory free again, in the order of its own stream."""
+    results = []
+    for streams in (1, 2):
+        torch.manual_seed(0)
+        left, right = (nn.Linear(2000, 2000).to(GPU) for _ in range(2))
+        optimizer = GCondFused(
+            torch.optim.SGD([*left.parameters(), *right.parameters()], lr=0.1), TASKS,
+            accumulation_steps=2, harvest=harvest, backend=backend,
+        )  # fmt: skip
+        side = torch.cuda.Stream() if streams == 2 else torch.cuda.current_stream()
+        for seed in range(10):
+            x = torch.randn(64, 2000, generator=torch.Generator().manual_seed(seed)).to(GPU)
+
+            def loss(task, x=x, left=left, right=right, side=side):
+                main = torch.cuda.current_stream()
+                side.wait_stream(main)
+                with torch.cuda.stream(side):
+                    other = right(x).square().mean()
+                own = left(x).abs().mean()
+                main.wait_stream(side)
+                return own + other if task == "a" else own - other
+
+            if optimizer.backward({task: lambda task=task: loss(task) for task in TASKS}):
+                optimizer.step()
+        results.append([p.detach().clone() for p in (*left.parameters(), *right.parameters())])
+    assert same(*results)
 
 
 def test_raise_cannot_be_captured(backend):
