@@ -196,7 +196,7 @@ def test_a_lost_task_leaves_no_gradient_of_its_own_parameters(backend, fail):
     )
     optimizer.backward({"a": trunk.sum(), "b": (trunk * head).sum()})
     fail()
-    with pytest.warns(UserWarning), pytest.raises(ArithmeticError):
+    with pytest.warns(UserWarning, match="of 'a'|of 'b'"), pytest.raises(ArithmeticError):
         # The gradients of two parameters are there, and one is launched, before the pass fails.
         optimizer.backward(
             {"a": lambda: trunk.sum(), "b": lambda: (trunk + Fails.apply(rest) * head).sum()}
