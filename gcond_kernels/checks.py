@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -96,6 +97,12 @@ def check_base(base: object) -> None:
         raise TypeError(
             "base must be a torch optimizer, e.g. torch.optim.AdamW(model.parameters()), "
             f"not {base!r}"
+        )
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{type(base).__name__}.step needs a closure that computes the loss anew, and there is "
+            "no such thing for accumulated gradients: take another base optimizer"
         )
 
 

@@ -1,4 +1,4 @@
-"""Loss scaling by torch's GradScaler, through its public methods alone and without the host."""
+"""Loss scaling by torch's GradScaler, without the host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class LossScale:
-    """What GCondFused needs of a `torch.amp.GradScaler`.
+    """What GCondFused needs of a `torch.amp.GradScaler` that is enabled.
 
     The scaler looks for overflows in the gradients of optimizers. It is shown one of a single
     number, whose gradient is infinite where a task's gradient is not finite.
@@ -28,14 +28,14 @@ class LossScale:
         scaled: Tensor = self.scaler.scale(loss)
         return scaled
 
-    def inverse(self, device: torch.device) -> float | Tensor:
+    def inverse(self, device: torch.device) -> Tensor:
         """1 / scale as it is now, [] float32 on the device."""
-        if not self.scaler.is_enabled():
-            return 1.0
         if self._one.device != device:
             self._one = torch.ones((), dtype=torch.float32, device=device)
         scale: Tensor = self.scaler.scale(self._one)
-        return scale.double().reciprocal().float()  # in float32 the quotient would be rounded twice
+        return (
+            scale.double().reciprocal().float()
+        )  # as torch does: a GPU's float32 quotient may err
 
     def tell(self, overflow: Tensor) -> None:
         """Lets the scaler know whether there was an overflow; [] bool.
@@ -43,8 +43,6 @@ class LossScale:
         Raises:
             RuntimeError: it was told already since its last `update`.
         """
-        if not self.scaler.is_enabled():
-            return
         self.inverse(overflow.device)  # a scaler that has not scaled anything yet has no scale
         if self._probe is None:
             number = torch.zeros(1, dtype=torch.float32, device=overflow.device)
@@ -58,3 +56,12 @@ class LossScale:
                 "the GradScaler was not updated since the last step: call scaler.update() after "
                 "each step, then step() again"
             ) from error
+
+    def was_unscaled(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the user has called `unscale_` on the optimizer since the last `update`.
+
+        The scaler has no public way to say so; without the private one the answer is no.
+        """
+        states = getattr(self.scaler, "_per_optimizer_states", {})
+        state = states.get(id(optimizer), {})  # not states[...]: that would make an entry
+        return getattr(state.get("stage"), "name", "") == "UNSCALED"

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -122,7 +123,8 @@ class GCondFused(torch.optim.Optimizer):
             set at any time.
         grad_scaler: a `torch.amp.GradScaler`. `backward` scales the losses with it and accumulates
             gradients without the scale; `step` tells it of overflows. After each step call its
-            `update`; `unscale_` is not to be called. `scaler.step(optimizer)` is `step()`.
+            `update`; `unscale_` is not to be called. `scaler.step(optimizer)` is `step()`. A copy
+            of the optimizer has a copy of the scaler.
         record_steps: how many of the latest steps `recorder` keeps; 0 records nothing.
         backend: "auto", "python", "triton" or "cuda"; see `gcond_kernels.ops.choose_backend`.
 
@@ -181,7 +183,7 @@ class GCondFused(torch.optim.Optimizer):
         # Not super().__init__: that would make lists of parameters and state of our own.
         self.base = base
         super().__setstate__({})
-        self.tasks = {task: float(weight) for task, weight in tasks.items()}
+        self._weights = {task: float(weight) for task, weight in tasks.items()}
         self.accumulation_steps = accumulation_steps
         self.mode = mode
         self.method = GCond() if method is None else method
@@ -192,7 +194,7 @@ class GCondFused(torch.optim.Optimizer):
         self.max_norm = max_norm
         self.grad_scaler = grad_scaler
         self.backend = backend
-        self._names = tuple(self.tasks)
+        self._names = tuple(self._weights)
         self._schedule = schedule(len(tasks), accumulation_steps, mode)
         self._accumulator = Accumulator(
             len(tasks),
@@ -202,7 +204,8 @@ class GCondFused(torch.optim.Optimizer):
             harvest == "bucketed",
         )
         device = parameters[0].device
-        self._loss_scale = None if grad_scaler is None else LossScale(grad_scaler)
+        scales = grad_scaler is not None and grad_scaler.is_enabled()
+        self._loss_scale = LossScale(grad_scaler) if scales and grad_scaler else None
         self._now = Progress(
             on_nonfinite,
             self.method.new_state(len(tasks), device),
@@ -254,6 +257,11 @@ class GCondFused(torch.optim.Optimizer):
         self.base.zero_grad(set_to_none)
 
     @property
+    def tasks(self) -> Mapping[str, float]:
+        """Task → loss weight; not to be changed."""
+        return MappingProxyType(self._weights)
+
+    @property
     def on_nonfinite(self) -> str:
         """What becomes of a step in which a gradient is not finite; may be set at any time."""
         return self._now.on_nonfinite
@@ -296,7 +304,8 @@ class GCondFused(torch.optim.Optimizer):
                 a backward pass fails after a bucket of it was added, its task forgets the
                 micro-batches that it had in this window, and a warning says that.
             RuntimeError: the window is full already, or a parameter has a `.grad` that came
-                from elsewhere.
+                from elsewhere. (Call `zero_grad` before backward passes of your own: what `step`
+                left in `.grad` is dropped here, with what was added to it.)
         """
         self._check_window_open()
         check_task_names(losses, self.active_tasks, self._names)
@@ -473,6 +482,9 @@ class GCondFused(torch.optim.Optimizer):
             self._loss_scale.tell(~finite | self._now.nonfinite.any())
             self._now.told = True
         step_if(finite, self.base)
+        # Who clipped them may have put others in their place.
+        left = [s.parameter.grad for s in self._accumulator.segments]
+        self._now.written = [weakref.ref(gradient) for gradient in left if gradient is not None]
         self._start_window()
 
     def _start_window(self) -> None:
@@ -531,21 +543,24 @@ class GCondFused(torch.optim.Optimizer):
 
     def _check_scaler_calls(self) -> None:
         """What GradScaler.step leaves on the optimizer that it steps tells how it was used."""
-        if "found_inf" not in self.__dict__:
+        by_scaler = "found_inf" in self.__dict__
+        if self._loss_scale is None and not by_scaler:
             return
-        scale = self.__dict__.get("grad_scale")
-        if self._loss_scale is not None and scale is not None:
-            return
-        del self.grad_scale, self.found_inf  # type: ignore[attr-defined]
+        unscaled = self._loss_scale is not None and self._loss_scale.was_unscaled(self)
+        if by_scaler and (unscaled or self._loss_scale is None):
+            del self.grad_scale, self.found_inf  # type: ignore[attr-defined]
         if self._loss_scale is None:
             raise RuntimeError(
                 "GradScaler.step was called on an optimizer that was not told of the scaler: give "
                 "GCondFused(..., grad_scaler=scaler), and losses without a scale to backward()"
             )
-        raise RuntimeError(
-            "GradScaler.unscale_ was called on a GCondFused, whose gradients have no scale: "
-            "leave the call out; .grad may be clipped right after resolve()"
-        )
+        if unscaled and self._now.resolved:
+            self._start_window()
+            raise RuntimeError(
+                "GradScaler.unscale_ was called on a GCondFused, whose gradients have no scale: it "
+                "has spoilt what resolve() wrote, and this window is lost. Leave the call out; "
+                ".grad may be clipped right after resolve()"
+            )
 
     def _check_window_open(self) -> None:
         if self._now.resolved:
@@ -596,7 +611,10 @@ class GCondFused(torch.optim.Optimizer):
             self._accumulator.grow(new)
 
     def _clear_gradients(self) -> None:
-        """Makes way for one task's gradients; nothing that others computed is thrown away."""
+        """Makes way for one task's gradients; what others computed is not thrown away.
+
+        What `step` left is its own, whatever was added to it since.
+        """
         own = {id(gradient()) for gradient in self._now.written}
         for segment in self._accumulator.segments:
             gradient = segment.parameter.grad
@@ -634,7 +652,8 @@ class GCondFused(torch.optim.Optimizer):
         """The state of the wrapped optimizer, and under "gcond" what this one adds.
 
         In the middle of a window it holds the accumulators too, so that training goes on from
-        there to the same bits. As with torch's optimizers the tensors are not copies.
+        there to the same bits. As with torch's optimizers the tensors are not copies. What
+        `recorder` holds is not in it, nor the state of `grad_scaler`.
 
         Raises:
             RuntimeError: between resolve() and step(): `.grad` is in no state dict.
@@ -690,12 +709,7 @@ class GCondFused(torch.optim.Optimizer):
             post_hook(self)
 
     def _check_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        own: dict[str, Any] | None = state_dict.get("gcond")
-        if own is None:
-            raise ValueError(
-                'this is the state of a plain optimizer, without "gcond": load it with '
-                "optimizer.base.load_state_dict"
-            )
+        own: dict[str, Any] = state_dict["gcond"]
         if own["version"] != STATE_VERSION:
             raise ValueError(
                 f"the state has format {own['version']}, this version reads {STATE_VERSION}"
@@ -717,6 +731,8 @@ class GCondFused(torch.optim.Optimizer):
         return own
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._now.resolved:
+            raise RuntimeError("there is a resolved gradient in .grad: call step() before copying")
         return dict(self.__dict__)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -724,7 +740,7 @@ class GCondFused(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return (
-            f"GCondFused(tasks={self.tasks}, accumulation_steps={self.accumulation_steps}, "
+            f"GCondFused(tasks={self._weights}, accumulation_steps={self.accumulation_steps}, "
             f"mode={self.mode!r}, method={self.method}, base={self.base!r})"
         )
 

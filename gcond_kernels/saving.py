@@ -5,8 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# What torch.compile and DistributedDataParallel put before the names of a model's parameters.
-WRAPPERS = ("_orig_mod.", "module.")
+# The modules in which torch.compile and DistributedDataParallel put a model.
+WRAPPERS = ("_orig_mod", "module")
+
+
+def check_kind(state_dict: Mapping[str, Any]) -> None:
+    """Raises a ValueError that says what to do if this is no state of a GCondFused."""
+    if "gcond" in state_dict and "param_groups" in state_dict:
+        return
+    if "param_groups" in state_dict:
+        raise ValueError(
+            'this is the state of a plain optimizer, without "gcond": load it with '
+            "optimizer.base.load_state_dict"
+        )
+    raise ValueError(
+        f"this is no state of an optimizer: it has {list(state_dict)}, not 'param_groups'"
+    )
 
 
 def check_window(window: Mapping[str, Any], mode: str, accumulation_steps: int) -> None:
@@ -32,6 +46,7 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]
     Raises:
         ValueError: the groups do not match; the message names the difference.
     """
+    check_kind(state_dict)
     saved = state_dict["param_groups"]
     if len(saved) != len(groups):
         raise ValueError(
@@ -64,19 +79,23 @@ def group_in_order(number: int, there: Mapping[str, Any], here: Mapping[str, Any
         )
     if not there.get("param_names") or not here.get("param_names"):
         return places
-    saved, own = bare(there["param_names"]), bare(here["param_names"])
+    saved, own = list(there["param_names"]), list(here["param_names"])
+    if saved == own:
+        return places
+    if set(saved) != set(own):
+        saved, own = without_wrappers(saved), without_wrappers(own)
     if missing := sorted(set(saved) ^ set(own)):
         where = "in the state" if missing[0] in saved else "in this optimizer"
         raise ValueError(f"parameter group {number} has {missing[0]} only {where}")
+    if twice := sorted({name for name in saved if saved.count(name) > 1}):
+        raise ValueError(
+            f"parameter group {number} has more than one parameter called {twice[0]}, and the "
+            "state has them in another order: give each a name of its own"
+        )
     place = dict(zip(saved, places, strict=True))
     return [place[name] for name in own]
 
 
-def bare(names: Sequence[str]) -> list[str]:
-    """Names of parameters without what wrappers of the model put before them."""
-    found = []
-    for name in names:
-        for wrapper in WRAPPERS:
-            name = name.replace(wrapper, "")
-        found.append(name)
-    return found
+def without_wrappers(names: Sequence[str]) -> list[str]:
+    """Names of parameters without the parts that wrappers of a model add."""
+    return [".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names]

@@ -290,6 +290,25 @@ def test_clipping_needs_no_unscaling(backend):
     assert (flat_parameters(model) - before).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.parametrize("first", ["optimizer", "scaler"])
+def test_unscaled_gradients_are_not_stepped_with(backend, first):
+    model, scaler, x = model_of(), scaler_of(), batches(2)
+    optimizer = GCondFused(sgd(model), TASKS, grad_scaler=scaler, backend=backend)
+    optimizer.backward(losses_of(model, x[0]))
+    optimizer.resolve()
+    before = flat_parameters(model)
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="unscale_ was called on a GCondFused"):
+        scaler.step(optimizer) if first == "scaler" else optimizer.step()
+    with pytest.raises(RuntimeError, match="nothing was accumulated"):
+        optimizer.step()  # the window is lost
+    assert torch.equal(before, flat_parameters(model))
+    scaler.update()
+    optimizer.zero_grad()
+    train(model, optimizer, x[1:], scaler)
+    assert not torch.equal(before, flat_parameters(model))
+
+
 def test_a_base_step_that_fails_can_be_made_again(backend):
     model, scaler = model_of(), scaler_of(growth_interval=1)
     base = sgd(model)
@@ -319,12 +338,6 @@ def test_misuse_is_named_and_loses_nothing(backend):
     optimizer.step()
     scaler.update()
     assert not torch.equal(before, flat_parameters(model))
-
-    optimizer.backward(losses_of(model, x[2]))
-    optimizer.resolve()
-    scaler.unscale_(optimizer)
-    with pytest.raises(RuntimeError, match="unscale_ was called on a GCondFused"):
-        scaler.step(optimizer)
 
     other = GCondFused(sgd(model), TASKS, backend=backend)  # not told of the scaler
     model.zero_grad()

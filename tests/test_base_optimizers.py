@@ -294,3 +294,26 @@ def test_smoothing_twice_is_warned_of_where_the_base_smooths(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wrapped(name, model)
+
+
+def test_muon_beside_adamw_in_one_optimizer():
+    """A model with biases: torch's Muon refuses those, this one gives them to an AdamW of its own."""
+    x, models, steps = batches(8), [], []
+    for by_hand in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        others_ = [p for p in model.parameters() if p.ndim < 2]
+        base = others().Muon(
+            [{"params": matrices, "use_muon": True}, {"params": others_, "use_muon": False}]
+        )
+        if by_hand:
+            for gradient in steps:
+                give(base, gradient)
+                base.step()
+        else:
+            steps = seen_by(base)
+            train(model, GCondFused(base, TASKS, accumulation_steps=2), x)
+        models.append(flat_parameters(model))
+    assert len(steps) == 4
+    assert torch.equal(*models)

@@ -66,8 +66,8 @@ def test_who_takes_the_flag():
     assert base_step.takes_flag(BASES["AdamW fused"](p))
     assert base_step.takes_flag(BASES["SGD fused"](p))
     assert not base_step.takes_flag(BASES["AdamW"](p))
-    mixed = torch.optim.AdamW([{"params": p[:1], "fused": True}, {"params": p[1:]}], lr=0.1)
-    assert not base_step.takes_flag(mixed)
+    groups = [{"params": p[:1]}, {"params": p[1:], "fused": False}]
+    assert not base_step.takes_flag(torch.optim.AdamW(groups, lr=0.1, fused=True))
     momentum = BASES["SGD fused, momentum"](p)
     with_gradients(nn.ParameterList(p), 0)
     assert not base_step.takes_flag(momentum)  # its first step would leave a buffer unfilled
@@ -79,6 +79,8 @@ def test_who_is_undone_on_the_device():
     p = list(model_of().parameters())
     capturable = torch.optim.AdamW(p, lr=0.1, capturable=True)
     assert base_step.undoes_on_device(torch.device("cpu"), capturable)
+    groups = [{"params": p[:1], "capturable": True}, {"params": p[1:]}]
+    assert not base_step.undoes_on_device(torch.device("cpu"), torch.optim.AdamW(groups, lr=0.1))
     assert not base_step.undoes_on_device(torch.device("cpu"), BASES["AdamW"](p))
     assert not base_step.undoes_on_device(torch.device("cpu"), BASES["SGD"](p))
 

@@ -236,6 +236,18 @@ def test_hooks_of_others_see_and_may_replace_the_gradient(backend):
     assert torch.equal(q.grad, torch.ones(4))
 
 
+def test_a_hook_of_others_may_take_the_gradient_away(backend):
+    p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    for parameter in (p, q):
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    q.register_post_accumulate_grad_hook(lambda q: setattr(q, "grad", torch.full((4,), 3.0)))
+    optimizer = GCondFused(torch.optim.SGD([p, q], lr=0.0), {"a": 1.0}, backend=backend)
+    optimizer.backward({"a": p.sum() + q.sum()})
+    optimizer.step()
+    assert p.grad is None
+    assert torch.equal(q.grad, torch.full((4,), 3.0))
+
+
 class Fails(torch.autograd.Function):
     """The identity, whose backward pass may fail."""
 

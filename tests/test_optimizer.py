@@ -733,6 +733,51 @@ def test_a_closure_that_does_nothing_is_accepted_and_one_that_computes_is_not(ba
     assert optimizer.report().step == 1
 
 
+def test_no_copy_between_resolve_and_step(backend):
+    model = model_of()
+    optimizer = GCondFused(sgd(model), TASKS, backend=backend)
+    optimizer.backward(losses_of(model, batches(1)[0]))
+    optimizer.resolve()
+    for clone in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(RuntimeError, match=r"call step\(\) before copying"):
+            clone((model, optimizer))
+    optimizer.step()
+    copy.deepcopy((model, optimizer))
+
+
+def test_gradients_that_were_replaced_before_the_step_are_its_own(backend):
+    model, x = model_of(), batches(2)
+    optimizer = GCondFused(sgd(model, 1.0), TASKS, backend=backend)
+    before = flat_parameters(model)
+    optimizer.backward(losses_of(model, x[0]))
+    optimizer.resolve()
+    for p in model.parameters():
+        p.grad = p.grad.clamp(-1e-3, 1e-3)
+    optimizer.step()
+    assert (flat_parameters(model) - before).abs().max() <= 1.001e-3
+    optimizer.backward(losses_of(model, x[1]))
+    optimizer.step()
+
+
+def test_the_winners_are_listed_oldest_first(backend):
+    p = nn.Parameter(torch.zeros(2))
+    method = GCond(tie_breaking_weights=(0.0, 1.0), dominance_window=2)
+    optimizer = GCondFused(torch.optim.SGD([p], lr=0.0), TASKS, method=method, backend=backend)
+    x = torch.tensor([1.0, 0.1])
+    # The stronger one beside its own average wins.
+    for of_a, of_b in ((1.0, 1.0), (1.0, 9.0), (9.0, 1.0), (1.0, 9.0)):
+        optimizer.backward({"a": p @ x * of_a, "b": -(p @ x.flip(0) + 5 * p[0]) * of_b})
+        optimizer.step()
+    assert optimizer.report().winners == ["a", "b"]
+
+
+def test_the_tasks_cannot_be_changed_by_accident():
+    optimizer = GCondFused(sgd(model_of()), TASKS)
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        optimizer.tasks["c"] = 1.0
+    assert dict(optimizer.tasks) == TASKS
+
+
 def test_an_interrupt_in_resolve_ends_the_window(backend, monkeypatch):
     model, twin, x = model_of(), model_of(), batches(2)
     optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=1, backend=backend)
@@ -787,6 +832,11 @@ def test_task_that_is_not_active_is_refused(backend):
         ({"history_dtype": torch.int8}, ValueError, "history_dtype must be"),
         ({"backend": "jax"}, RuntimeError, "backend='jax' cannot be used on cpu"),
         ({"base": "adamw"}, TypeError, "base must be a torch optimizer"),
+        (
+            {"base": torch.optim.LBFGS(model_of().parameters())},
+            TypeError,
+            r"LBFGS\.step needs a closure",
+        ),
     ],
 )
 def test_options_out_of_range_are_named(options, error, words):

@@ -274,6 +274,69 @@ def test_without_names_they_are_matched_by_place():
     assert torch.equal(flat_parameters(model), flat_parameters(twin))
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["module.w", "w", "enc.submodule.w", "enc.subw"],  # alike without what is no wrapper
+        ["w", "w", "v", "v"],  # torch takes them
+    ],
+)
+def test_names_that_look_alike(names):
+    x = batches(4)
+    model = model_of()
+    listed = list(zip(names, model.parameters(), strict=True))
+    optimizer = GCondFused(torch.optim.SGD(listed, lr=0.1), TASKS, **OPTIONS)
+    train(model, optimizer, x)
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(copy.deepcopy(before))
+    assert same(before, optimizer.state_dict())
+    other = GCondFused(torch.optim.SGD(listed[::-1], lr=0.1), TASKS, **OPTIONS)
+    if len(set(names)) == 4:
+        other.load_state_dict(before)
+        assert other.state_dict()["gcond"]["accumulator"]["parameters"] == [3, 2, 1, 0]
+    else:
+        with pytest.raises(ValueError, match="more than one parameter called v"):
+            other.load_state_dict(before)
+
+
+def test_between_windows_their_shape_may_change():
+    model, x = model_of(), batches(4)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, x[:3])
+    other = optimizer_of(model, accumulation_steps=4, mode="stochastic")
+    other.load_state_dict(optimizer.state_dict())
+    model.zero_grad()
+    train(model, other, x)
+    assert other.report().step == 2
+
+
+def test_loading_ends_a_window_that_was_resolved():
+    model, x = model_of(), batches(3)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, x[:1])
+    state = copy.deepcopy(optimizer.state_dict())
+    for batch in x[1:]:
+        optimizer.backward(losses_of(model, batch))
+    optimizer.resolve()
+    optimizer.load_state_dict(state)
+    assert optimizer.active_tasks == ("a", "b")
+    optimizer.zero_grad()
+    train(model, optimizer, x[1:])
+    assert optimizer.report().step == 1
+
+
+def test_what_is_no_state_is_refused_in_words():
+    model = model_of()
+    optimizer = optimizer_of(model)
+    for wrong in ({}, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}):
+        with pytest.raises(ValueError, match="this is no state of an optimizer"):
+            optimizer.load_state_dict(wrong)
+    turned = torch.optim.AdamW(reversed(list(model.named_parameters())), lr=0.05)
+    named = torch.optim.AdamW(model.named_parameters(), lr=0.05, betas=(0.0, 0.9))
+    with pytest.raises(ValueError, match=r"optimizer\.base\.load_state_dict"):
+        GCondFused(named, TASKS).load_state_dict(turned.state_dict())
+
+
 def test_other_names_and_groups_are_refused():
     model, x = model_of(), batches(4)
     optimizer = named_optimizer(model, NAMES)
