@@ -297,7 +297,7 @@ def test_smoothing_twice_is_warned_of_where_the_base_smooths(name):
 
 
 def test_muon_beside_adamw_in_one_optimizer():
-    """A model with biases: torch's Muon refuses those, this one gives them to an AdamW of its own."""
+    """A model with biases: torch's Muon refuses those, this one steps them with AdamW."""
     x, models, steps = batches(8), [], []
     for by_hand in (False, True):
         torch.manual_seed(0)
