@@ -543,24 +543,27 @@ class GCondFused(torch.optim.Optimizer):
 
     def _check_scaler_calls(self) -> None:
         """What GradScaler.step leaves on the optimizer that it steps tells how it was used."""
-        by_scaler = "found_inf" in self.__dict__
-        if self._loss_scale is None and not by_scaler:
-            return
-        unscaled = self._loss_scale is not None and self._loss_scale.was_unscaled(self)
-        if by_scaler and (unscaled or self._loss_scale is None):
-            del self.grad_scale, self.found_inf  # type: ignore[attr-defined]
-        if self._loss_scale is None:
+        if self._loss_scale is None and "found_inf" in self.__dict__:
+            self._forget_scalers_step()
             raise RuntimeError(
                 "GradScaler.step was called on an optimizer that was not told of the scaler: give "
                 "GCondFused(..., grad_scaler=scaler), and losses without a scale to backward()"
             )
-        if unscaled and self._now.resolved:
+        # Before resolve() there was nothing that unscale_ could have spoilt.
+        scale = self._loss_scale if self._now.resolved else None
+        if scale is not None and scale.was_unscaled(self):
+            self._forget_scalers_step()
             self._start_window()
             raise RuntimeError(
                 "GradScaler.unscale_ was called on a GCondFused, whose gradients have no scale: it "
                 "has spoilt what resolve() wrote, and this window is lost. Leave the call out; "
                 ".grad may be clipped right after resolve()"
             )
+
+    def _forget_scalers_step(self) -> None:
+        """GradScaler.step would take this off after a step that it gets back from."""
+        for name in ("grad_scale", "found_inf"):
+            self.__dict__.pop(name, None)
 
     def _check_window_open(self) -> None:
         if self._now.resolved:

@@ -309,6 +309,19 @@ def test_unscaled_gradients_are_not_stepped_with(backend, first):
     assert not torch.equal(before, flat_parameters(model))
 
 
+def test_unscale_before_resolve_finds_nothing_to_spoil(backend):
+    model, twin, x = model_of(), model_of(), batches(1)[0]
+    scaler = scaler_of(growth_interval=1)
+    optimizer = GCondFused(sgd(model), TASKS, grad_scaler=scaler, backend=backend)
+    optimizer.backward(losses_of(model, x))
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2 * SCALE
+    train(twin, GCondFused(sgd(twin), TASKS, backend=backend), [x])
+    assert torch.equal(flat_parameters(model), flat_parameters(twin))
+
+
 def test_a_base_step_that_fails_can_be_made_again(backend):
     model, scaler = model_of(), scaler_of(growth_interval=1)
     base = sgd(model)
