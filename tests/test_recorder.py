@@ -411,6 +411,24 @@ def test_advice_names_the_worst_pair_and_layers():
     assert "calm" not in said
 
 
+def test_advice_goes_by_the_thresholds_of_the_method():
+    """With θ_weak at 0.3 a cosine of 0.1 is a conflict, below it at -0.3 one of -0.1 is none."""
+    cosines = 30 * [0.1, -0.1, -0.4]
+    assert "in 100.0 % of 90 comparisons" in with_cosines(cosines, (-0.8, -0.5, 0.3)).advise()
+    assert "in 33.3 % of 90 comparisons" in with_cosines(cosines, (-0.8, -0.5, -0.3)).advise()
+
+
+def test_advice_names_no_layer_that_was_compared_too_seldom():
+    kept = with_cosines(30 * [-0.1])
+    opposed = [*two_tasks(-0.1), *two_tasks(-1.0)]
+    for number in range(recorder.ENOUGH_STEPS - 1):
+        add(kept, opposed, number, names=("often", "seldom"))
+    assert "often" in kept.advise()
+    assert "seldom" not in kept.advise()
+    add(kept, opposed, names=("often", "seldom"))
+    assert "seldom" in kept.advise()
+
+
 def test_advice_says_what_was_left_out():
     kept = Recorder("abc", THRESHOLDS, 100)
     for number in range(1, 41):
