@@ -39,7 +39,8 @@ class GCond:
         norm_ema_start: where that average starts; None is the first non-zero norm.
         norm_cap: gradients longer than this are shortened to it; None is no cap.
         history: what stability compares with: last step's gradient as accumulated ("raw",
-            eq. 8 of the paper) or as resolved ("resolved", the published implementation).
+            eq. 8 of the paper) or as resolved ("resolved", the published implementation). Where
+            that left nothing of it but rounding, the stability is 0.
         eps: added to quotients. With `norm_ema_start` it is also the least value of the
             average; without, nothing of absolute size enters, so that the scale of the
             gradients decides nothing.
