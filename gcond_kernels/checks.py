@@ -34,8 +34,7 @@ def check_tasks(tasks: object) -> None:
 
 def check_steps(accumulation_steps: object, mode: object, tasks: int) -> None:
     """The number of micro-batches in a window."""
-    if mode not in ("exact", "stochastic"):
-        raise ValueError(f"mode must be 'exact' or 'stochastic', not {mode!r}")
+    check_choice("mode", mode, ("exact", "stochastic"))
     whole = isinstance(accumulation_steps, Integral) and not isinstance(accumulation_steps, bool)
     if not whole or accumulation_steps < 1:  # type: ignore[operator]
         raise ValueError(
@@ -108,8 +107,7 @@ def check_base(base: object) -> None:
 
 def check_update(update: object, max_norm: float | None) -> None:
     """The form of the written gradient."""
-    if update not in ("momentum", "lion_lars"):
-        raise ValueError(f"update must be 'momentum' or 'lion_lars', not {update!r}")
+    check_choice("update", update, ("momentum", "lion_lars"))
     if max_norm is not None:
         check_range("max_norm", max_norm, 0.0, math.inf, open_low=True)
         if update == "lion_lars":

@@ -33,9 +33,8 @@ class LossScale:
         if self._one.device != device:
             self._one = torch.ones((), dtype=torch.float32, device=device)
         scale: Tensor = self.scaler.scale(self._one)
-        return (
-            scale.double().reciprocal().float()
-        )  # as torch does: a GPU's float32 quotient may err
+        # By way of float64, as torch does: a float32 quotient may err on a GPU.
+        return scale.double().reciprocal().float()
 
     def tell(self, overflow: Tensor) -> None:
         """Lets the scaler know whether there was an overflow; [] bool.

@@ -204,8 +204,9 @@ class GCondFused(torch.optim.Optimizer):
             harvest == "bucketed",
         )
         device = parameters[0].device
-        scales = grad_scaler is not None and grad_scaler.is_enabled()
-        self._loss_scale = LossScale(grad_scaler) if scales and grad_scaler else None
+        self._loss_scale: LossScale | None = None
+        if grad_scaler is not None and grad_scaler.is_enabled():
+            self._loss_scale = LossScale(grad_scaler)
         self._now = Progress(
             on_nonfinite,
             self.method.new_state(len(tasks), device),

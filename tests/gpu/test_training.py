@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from test_optimizer import TASKS, same
 from torch import nn
 
 from gcond_kernels import GCondFused, accumulator, ops
@@ -14,7 +15,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
 ]
 GPU = torch.device("cuda:0")
-TASKS = {"a": 1.0, "b": 0.5}
 WINDOW = 4
 
 BASES = {
@@ -75,16 +75,6 @@ class Training:
         """All that training leaves, copied."""
         state = copy.deepcopy(self.optimizer.state_dict())
         return [p.detach().clone() for p in (*self.model.parameters(), self.shift)], state
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.mark.parametrize("base", BASES)
