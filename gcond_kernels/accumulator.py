@@ -14,6 +14,13 @@ from torch.utils.hooks import RemovableHandle
 
 from gcond_kernels import ops
 from gcond_kernels.contracts import GRADIENT_DTYPES
+from gcond_kernels.dtensor import (
+    is_dtensor,
+    is_unfinished,
+    local_gradient,
+    local_part,
+    placed_like,
+)
 
 # Segments start at multiples of this many elements: 128 bytes of float32, 64 of bfloat16.
 ALIGNMENT = 32
@@ -32,27 +39,33 @@ class Segment(NamedTuple):
         parameter: the parameter itself.
         name: how messages and reports call it.
         offset: first element in a row.
+        shape: of what this process holds of it: of a DTensor the local part, which may be empty.
         stride: its strides, without gaps; they say what "its own memory order" is.
     """
 
     parameter: Tensor
     name: str
     offset: int
+    shape: torch.Size
     stride: tuple[int, ...]
 
     def view(self, row: Tensor) -> Tensor:
         """The segment of a row [N'], in the parameter's shape."""
         # An offset given to as_strided counts from the start of the storage, not of the row.
         start = row.storage_offset() + self.offset
-        return row.as_strided(self.parameter.shape, self.stride, start)
+        return row.as_strided(self.shape, self.stride, start)
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """The type of the parameter's `.grad`."""
+        return getattr(self.parameter, "grad_dtype", None) or self.parameter.dtype
 
     def new_gradient(self, view: Tensor) -> Tensor:
         """Memory for `.grad`, in the segment's memory order: its view of a row, if of that type."""
-        p = self.parameter
-        dtype: torch.dtype = getattr(p, "grad_dtype", None) or p.dtype
+        dtype = self.gradient_dtype
         if dtype == view.dtype:
             return view
-        return torch.empty_strided(p.shape, self.stride, dtype=dtype, device=p.device)
+        return torch.empty_strided(self.shape, self.stride, dtype=dtype, device=view.device)
 
 
 class Accumulator:
@@ -70,6 +83,13 @@ class Accumulator:
         counts: micro-batches of each task in this window.
         touched: of each tensor, which tasks had a gradient for it in this window: a bit per task.
         bucketed: whether gradients are taken while the backward pass runs, or after it.
+        end: where the last segment ends. A row may be longer, so that it can be cut evenly.
+        cuts: into how many parts history and momentum are cut, of which this process keeps one:
+            then they are [K, N' / cuts] and [N' / cuts], and `grow` leaves them alone.
+        part: which part that is.
+        spread: whether the parameters may be DTensors.
+        alone: whether nobody else puts gradients in place after a backward pass; where that is not
+            known, they are taken whole if there are other ranks.
     """
 
     def __init__(
@@ -79,9 +99,19 @@ class Accumulator:
         history_dtype: torch.dtype | None,
         momentum: bool,
         bucketed: bool = False,
+        *,
+        cuts: int = 1,
+        part: int = 0,
+        spread: bool = False,
+        alone: bool = False,
     ) -> None:
         self.dtype = dtype
-        self.bucketed = bucketed
+        self.bucketed = bucketed and not spread
+        self.end = 0
+        self.cuts = cuts
+        self.part = part
+        self.spread = spread
+        self.alone = alone
         self.history_dtype = history_dtype
         self.segments: list[Segment] = []
         self.offsets: tuple[int, ...] = ()
@@ -109,26 +139,25 @@ class Accumulator:
             ValueError: a parameter cannot be accumulated; nothing has changed.
         """
         device = self.segments[0].parameter.device if self.segments else parameters[0][0].device
-        end = self.rows.shape[1]
-        segments = []
         for parameter, name in parameters:
-            check_parameter(parameter, name, device)
-            # `empty_like` closes the gaps of a parameter that is a view with some.
-            segments.append(Segment(parameter, name, end, torch.empty_like(parameter).stride()))
-            end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+            check_parameter(parameter, name, device, self.spread)
+        segments, end = lay_out(parameters, self.end)
 
-        self.rows = widened(self.rows, end, device)
-        if self.history is not None:
-            self.history = widened(self.history, end, device)
+        length = aligned(-(-end // self.cuts)) * self.cuts
+        self.rows = widened(self.rows, length, device)
+        if self.history is not None and self.cuts == 1:
+            self.history = widened(self.history, length, device)
         if self.momentum is not None and self.momentum_steps is not None:
-            self.momentum = widened(self.momentum, end, device)
+            if self.cuts == 1:
+                self.momentum = widened(self.momentum, length, device)
             count = len(self.segments) + len(segments)
             self.momentum_steps = widened(self.momentum_steps, count, device)
         for place, segment in enumerate(segments, start=len(self.segments)):
             self._place[segment.parameter] = place
+        self.end = end
         self.segments += segments
         self.offsets += tuple(segment.offset for segment in segments)
-        self.sizes += tuple(segment.parameter.numel() for segment in segments)
+        self.sizes += tuple(segment.shape.numel() for segment in segments)
         self.touched += [0] * len(segments)
 
     @contextmanager
@@ -141,7 +170,7 @@ class Accumulator:
         Raises:
             ValueError: a gradient cannot be accumulated.
         """
-        if self.bucketed and not is_distributed():
+        if self.bucketed and (self.alone or not is_distributed()):
             self._hook_parameters()
         else:
             self.remove_hooks()
@@ -195,9 +224,26 @@ class Accumulator:
         if self._views is None or self._views[0] is not self.rows:
             self._views = self.rows, [segment.view(self.rows[0]) for segment in self.segments]
         return [
-            s.new_gradient(view) if touched and s.parameter.requires_grad else None
-            for s, view, touched in zip(self.segments, self._views[1], self.touched, strict=True)
+            s.new_gradient(view) if wanted else None
+            for s, view, wanted in zip(self.segments, self._views[1], self.wanted(), strict=True)
         ]
+
+    def wanted(self) -> list[bool]:
+        """Of each tensor, whether it gets a `.grad`: not without a gradient, nor where frozen."""
+        return [
+            bool(touched) and segment.parameter.requires_grad
+            for segment, touched in zip(self.segments, self.touched, strict=True)
+        ]
+
+    def give(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Puts local gradients in place as `.grad`; returns what is there now."""
+        given = []
+        for segment, gradient in zip(self.segments, gradients, strict=True):
+            p = segment.parameter
+            p.grad = None if gradient is None else placed_like(p, gradient)
+            if p.grad is not None:
+                given.append(p.grad)
+        return given
 
     def start_window(self) -> None:
         """Forgets what this window accumulated."""
@@ -209,19 +255,20 @@ class Accumulator:
         self.counts[task] = 0
         self.touched = [tasks & ~(1 << task) for tasks in self.touched]
 
-    def take_back(self, before: Sequence[int]) -> list[int]:
+    def take_back(self, before: Sequence[int], sent: int = 0) -> list[int]:
         """Undoes additions since the counts were `before`, where that needs no copy of the rows.
 
-        A row that was empty is empty again: the next micro-batch overwrites it.
+        A row that was empty is empty again: the next micro-batch overwrites it. The first `sent`
+        rows are not ours any more.
 
         Returns:
             The tasks whose addition had to stay.
         """
         added = [k for k, count in enumerate(before) if self.counts[k] > count]
         for task in added:
-            if before[task] == 0:
+            if before[task] == 0 and task >= sent:
                 self.forget_task(task)
-        return [task for task in added if before[task] > 0]
+        return [task for task in added if self.counts[task] > 0]
 
     def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
         """Flat storage and its layout; parameters are named by their place in `parameters`.
@@ -231,9 +278,10 @@ class Accumulator:
         index = {parameter: i for i, parameter in enumerate(parameters)}
         return {
             "parameters": [index[segment.parameter] for segment in self.segments],
-            "shapes": [list(segment.parameter.shape) for segment in self.segments],
+            "shapes": [list(segment.shape) for segment in self.segments],
             "strides": [list(segment.stride) for segment in self.segments],
             "offsets": list(self.offsets),
+            "cuts": self.cuts,
             "counts": list(self.counts),
             "touched": list(self.touched),
             "rows": self.rows if any(self.counts) else None,
@@ -248,12 +296,28 @@ class Accumulator:
             if (state[name] is None) != (own is None):
                 there, here = ("no ", "") if own is not None else ("", "no ")
                 raise ValueError(f"the state has {there}{name}, this optimizer has {here}{name}")
+        layout = [state["parameters"], state["offsets"], state["strides"]]
+        if state.get("cuts", 1) > 1 and layout != self._layout_of(parameters):
+            raise ValueError(
+                "the state is one rank's, of parameters in another order than here: between such, "
+                "save and load a TrainingState with torch.distributed.checkpoint"
+            )
         for i, shape in zip(state["parameters"], state["shapes"], strict=True):
             parameter, name = parameters[i]
-            if list(parameter.shape) != shape:
-                raise ValueError(
-                    f"{name} has shape {list(parameter.shape)}, in the state it has {shape}"
-                )
+            own_shape = list(local_part(parameter).shape)
+            if own_shape != shape:
+                raise ValueError(f"{name} has shape {own_shape}, in the state it has {shape}")
+
+    def _layout_of(self, parameters: Sequence[tuple[Tensor, str]]) -> list[Any]:
+        """The layout as it is in a state, with segments for all of these that will have one."""
+        new = [(p, name) for p, name in parameters if p.requires_grad and not self.knows(p)]
+        segments = self.segments + lay_out(new, self.end)[0]
+        index = {parameter: i for i, (parameter, _) in enumerate(parameters)}
+        return [
+            [index[segment.parameter] for segment in segments],
+            [segment.offset for segment in segments],
+            [list(segment.stride) for segment in segments],
+        ]
 
     def load_state_dict(
         self, state: dict[str, Any], parameters: Sequence[tuple[Tensor, str]]
@@ -264,24 +328,51 @@ class Accumulator:
         if new:
             self.grow(new)
         place = {segment.parameter: t for t, segment in enumerate(self.segments)}
+        here = [place[parameter] for parameter, _ in listed]
         self.counts = list(state["counts"])
         self.touched = [0] * len(self.segments)
+        for t, touched in zip(here, state["touched"], strict=True):
+            self.touched[t] = touched
         # New memory, not cleared memory: the state may hold the very tensors that are here.
-        for key in ("rows", "history", "momentum", "momentum_steps"):
-            if getattr(self, key) is not None:
-                setattr(self, key, torch.zeros_like(getattr(self, key)))
-        for s, (parameter, name) in enumerate(listed):
-            t = place[parameter]
-            there = Segment(parameter, name, state["offsets"][s], tuple(state["strides"][s]))
-            self.touched[t] = state["touched"][s]
-            for key in ("rows", "history"):
-                own, saved = getattr(self, key), state[key]
-                if own is not None and saved is not None:
-                    for row, saved_row in zip(own, saved, strict=True):
-                        self.segments[t].view(row).copy_(there.view(saved_row))
-            if self.momentum is not None and self.momentum_steps is not None:
-                self.segments[t].view(self.momentum).copy_(there.view(state["momentum"]))
-                self.momentum_steps[t] = state["momentum_steps"][s]
+        self.rows = self._laid_out(self.rows, state["rows"], here, state)
+        if self.history is not None:
+            self.history = self._kept(self.history, state["history"], here, state)
+        if self.momentum is not None and self.momentum_steps is not None:
+            self.momentum = self._kept(self.momentum, state["momentum"], here, state)
+            self.momentum_steps = torch.zeros_like(self.momentum_steps)
+            self.momentum_steps[here] = state["momentum_steps"].to(self.momentum_steps.device)
+
+    def _laid_out(
+        self, own: Tensor, saved: Tensor | None, here: Sequence[int], state: dict[str, Any]
+    ) -> Tensor:
+        """New memory of the type of `own`, [..., N'], with what a state has, where it is here."""
+        length, device = self.rows.shape[1], self.rows.device
+        laid_out = torch.zeros((*own.shape[:-1], length), dtype=own.dtype, device=device)
+        if saved is None:
+            return laid_out
+        for row, saved_row in zip(rows_of(laid_out), rows_of(saved), strict=True):
+            for s, t in enumerate(here):
+                segment = self.segments[t]
+                there = segment._replace(
+                    offset=state["offsets"][s], stride=tuple(state["strides"][s])
+                )
+                segment.view(row).copy_(there.view(saved_row))
+        return laid_out
+
+    def _kept(
+        self, own: Tensor, saved: Tensor, here: Sequence[int], state: dict[str, Any]
+    ) -> Tensor:
+        """The same of history or momentum, of which this process may keep a part alone."""
+        if state.get("cuts", 1) > 1:  # the very part that is kept here
+            return saved.to(own.device, own.dtype, copy=True)
+        laid_out = self._laid_out(own, saved, here, state)
+        return laid_out if self.cuts == 1 else self.own_part(laid_out)
+
+    def own_part(self, rows: Tensor) -> Tensor:
+        """A copy of what this process keeps of rows [..., N'] that are cut: [..., N' / cuts]."""
+        length = rows.shape[-1] // self.cuts
+        part = rows[..., self.part * length : (self.part + 1) * length]
+        return part.clone(memory_format=torch.contiguous_format)
 
 
 class Harvest:
@@ -341,7 +432,9 @@ class Harvest:
         target = self.target
         segments = [target.segments[t] for t in places]
         sizes = [target.sizes[t] for t in places]
-        gradients = gradients_in_order(segments, sizes, target.rows.device)
+        read = local_gradient if target.spread else attrgetter("grad")
+        gradients = [read(segment.parameter) for segment in segments]
+        gradients = gradients_in_order(segments, sizes, gradients, target.rows.device)
         if not overwrite and all(gradient is None for gradient in gradients):
             return
         # Before it is so: an interrupt from here on must not count as one before it.
@@ -361,10 +454,27 @@ class Harvest:
                 segment.parameter.grad = None
 
 
+def lay_out(parameters: Sequence[tuple[Tensor, str]], end: int) -> tuple[list[Segment], int]:
+    """A segment for each, from `end` on, and where the last of them ends."""
+    segments = []
+    for parameter, name in parameters:
+        part = local_part(parameter)
+        # `empty_like` closes the gaps of a parameter that is a view with some.
+        stride = torch.empty_like(part).stride()
+        segments.append(Segment(parameter, name, end, part.shape, stride))
+        end += aligned(part.numel())
+    return segments, end
+
+
+def aligned(elements: int) -> int:
+    """The next multiple of `ALIGNMENT`."""
+    return -(-elements // ALIGNMENT) * ALIGNMENT
+
+
 def is_distributed() -> bool:
     """Whether this process is one of several: what wraps the model may replace its gradients.
 
-    DistributedDataParallel does, when the pass is over: then they are taken whole.
+    DistributedDataParallel does, when the pass is over, unless it is told not to (`no_sync`).
     """
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
@@ -384,7 +494,7 @@ def tell_harvest_of(accumulator: weakref.ref[Accumulator]) -> Callable[[Tensor],
     return tell
 
 
-def check_parameter(parameter: Tensor, name: str, device: torch.device) -> None:
+def check_parameter(parameter: Tensor, name: str, device: torch.device, spread: bool) -> None:
     """Raises a ValueError that says why the parameter cannot be accumulated, if it cannot."""
     if torch.nn.parameter.is_lazy(parameter):
         raise ValueError(f"{name} is not initialized yet: run the model once before training")
@@ -392,8 +502,18 @@ def check_parameter(parameter: Tensor, name: str, device: torch.device) -> None:
         raise ValueError(f"{name} is {parameter.dtype}: only real floating types have accumulators")
     if parameter.layout != torch.strided:
         raise ValueError(f"{name} has layout {parameter.layout}: only dense parameters are handled")
-    if hasattr(parameter, "placements"):
-        raise ValueError(f"{name} is a DTensor: sharded parameters are not handled yet")
+    if is_dtensor(parameter) and not spread:
+        raise ValueError(
+            f"{name} is a DTensor, which no parameter was when GCondFused was made: shard the "
+            "model first"
+        )
+    if is_unfinished(parameter):
+        raise ValueError(f"{name} is a DTensor still to be summed over its mesh (Partial)")
+    if getattr(parameter, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{name} belongs to a FullyShardedDataParallel, which hides what is sharded: use "
+            "torch.distributed.fsdp.fully_shard"
+        )
     if parameter.device != device:
         raise ValueError(
             f"{name} is on {parameter.device}, but the first parameter is on {device}: "
@@ -402,14 +522,16 @@ def check_parameter(parameter: Tensor, name: str, device: torch.device) -> None:
 
 
 def gradients_in_order(
-    segments: Sequence[Segment], sizes: Sequence[int], device: torch.device
+    segments: Sequence[Segment],
+    sizes: Sequence[int],
+    gradients: list[Tensor | None],
+    device: torch.device,
 ) -> list[Tensor | None]:
-    """Every `.grad` in its segment's memory order; a copy only where it has another.
+    """Every gradient in its segment's memory order; a copy only where it has another.
 
     Raises:
         ValueError: a gradient cannot be accumulated.
     """
-    gradients = [segment.parameter.grad for segment in segments]
     # Hundreds of them for every micro-batch: all at once where nothing is special.
     present = [gradient for gradient in gradients if gradient is not None]
     strides = [s.stride for s, g in zip(segments, gradients, strict=True) if g is not None]
@@ -457,6 +579,11 @@ def in_order(segment: Segment, gradient: Tensor, size: int, device: torch.device
         gradient.shape, segment.stride, dtype=gradient.dtype, device=gradient.device
     )
     return ordered.copy_(gradient.detach())
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """A tensor [R, n] as it is, one [n] as the only row."""
+    return tensor if tensor.dim() == 2 else tensor[None]
 
 
 def widened(tensor: Tensor, length: int, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import tables
+from gcond_kernels.dtensor import local_part
 
 
 def step_if(wanted: Tensor, base: torch.optim.Optimizer) -> None:
@@ -71,7 +72,7 @@ def step_and_undo(wanted: Tensor, base: torch.optim.Optimizer) -> None:
     Raises:
         RuntimeError: this is a first step, and a CUDA graph is being captured.
     """
-    before = {key: value.clone() for key, value in changed_by_step(base).items()}
+    before = {key: local_part(value).clone() for key, value in changed_by_step(base).items()}
     for (_, name), value in before.items():
         if value.device != wanted.device:
             raise RuntimeError(
@@ -81,7 +82,8 @@ def step_and_undo(wanted: Tensor, base: torch.optim.Optimizer) -> None:
     base.step()
     after = changed_by_step(base)
     for key, value in before.items():
-        torch.where(wanted, after[key], value, out=after[key])
+        now = local_part(after[key])
+        torch.where(wanted, now, value, out=now)
     added = after.keys() - before.keys()
     if not added:
         return

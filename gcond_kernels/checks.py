@@ -60,6 +60,14 @@ def check_count(option: str, value: object) -> None:
         raise ValueError(f"{option} must be a whole number, 0 or more, not {value!r}")
 
 
+def check_sync(module: object, sync: object) -> None:
+    """How ranks work together."""
+    if module is not None and not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be the model, a torch.nn.Module, not {module!r}")
+    if sync is not None:
+        check_choice("sync", sync, ("shard", "replicate", "local"))
+
+
 def check_scaler(grad_scaler: object) -> None:
     """The scaler of the losses."""
     if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):

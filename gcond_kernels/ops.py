@@ -22,9 +22,9 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,9 +90,6 @@ class Arbitration(NamedTuple):
     rows: Tensor
     events: Tensor
     finite: Tensor
-
-
-Between: TypeAlias = Callable[[Gramians, Tensor], tuple[Gramians, Tensor]]
 
 
 def unavailable(backend: str, device: torch.device) -> str | None:
@@ -648,7 +645,6 @@ def resolve(
     parameter_norms: Tensor | None = None,
     trust_ratio_coef: float = 1e-4,
     trust_ratio_clip: float = 100.0,
-    between: Between | None = None,
     backend: str = "auto",
 ) -> tuple[Gramians, Arbitration]:
     """A whole resolution: `gramian`, `arbitrate` and `combine`, to the same bits as those.
@@ -673,8 +669,6 @@ def resolve(
         parameter_norms: [T] float64; turns the sign update on.
         trust_ratio_coef: factor of the sign update.
         trust_ratio_clip: bound of the ratio of the sign update.
-        between: called after the first pass with the products and `scale`; returns those to go on
-            with. It may raise: nothing has been written then. The three are called in turn.
         backend: see `choose_backend`.
 
     Raises:
@@ -693,10 +687,8 @@ def resolve(
         max_norm, parameter_norms,
     )  # fmt: skip
     room = backend_module(backend, device, "resolve")
-    at_once = (
-        between is None and hasattr(room, "resolve") and room.resolves_at_once(accumulators, sizes)
-    )
-    run = room.resolve if at_once else functools.partial(_resolve_apart, backend, between)
+    at_once = hasattr(room, "resolve") and room.resolves_at_once(accumulators, sizes)
+    run = room.resolve if at_once else functools.partial(_resolve_apart, backend)
     (total, cross, per_tensor), decision = run(
         accumulators,
         outputs,
@@ -720,7 +712,6 @@ def resolve(
 
 def _resolve_apart(
     backend: str,
-    between: Between | None,
     accumulators: Tensor,
     outputs: Sequence[Tensor | None],
     offsets: Sequence[int],
@@ -749,11 +740,6 @@ def _resolve_apart(
         scale,
         state["history_scale"],
     )
-    if between is not None:
-        total, cross, per_tensor = products
-        products, scale = between(
-            Gramians(total, None if history is None else cross, per_tensor), scale
-        )
     total, cross, per_tensor = products
     decision = backend_module(backend, device, "arbitrate").arbitrate(
         total, None if history is None else cross, scale, **state, **settings

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops, tables
-from gcond_kernels.accumulator import Accumulator
+from gcond_kernels.accumulator import Accumulator, is_distributed
 from gcond_kernels.base_step import step_if
 from gcond_kernels.checks import (
     check_base,
@@ -26,17 +26,19 @@ from gcond_kernels.checks import (
     check_scaler,
     check_steps,
     check_storage,
+    check_sync,
     check_task_names,
     check_tasks,
     check_update,
     warn_of_double_smoothing,
 )
+from gcond_kernels.distributed import WAYS, DataParallel, Sync, Work, peers_of, way_of
 from gcond_kernels.loss_scale import LossScale
 from gcond_kernels.methods import GCond
 from gcond_kernels.nonfinite import describe, nonfinite_tasks, without_tasks
 from gcond_kernels.recorder import Recorder
 from gcond_kernels.report import Report, Resolution
-from gcond_kernels.saving import check_window, in_own_order
+from gcond_kernels.saving import check_owner, check_window, in_own_order
 
 Loss: TypeAlias = "Tensor | Callable[[], Tensor]"
 
@@ -125,6 +127,16 @@ class GCondFused(torch.optim.Optimizer):
             gradients without the scale; `step` tells it of overflows. After each step call its
             `update`; `unscale_` is not to be called. `scaler.step(optimizer)` is `step()`. A copy
             of the optimizer has a copy of the scaler.
+        module: the model, where it is or holds a `DistributedDataParallel`: that is kept from
+            reducing gradients in every backward pass (by `no_sync`, for as long as this optimizer
+            lives), since it is done once a window here; its buffers are broadcast after every step.
+        sync: how several ranks with the same parameters come to one gradient. "shard" (default):
+            accumulators are reduce-scattered, each rank resolves its shard and keeps its part of
+            history and momentum, the result is gathered. "replicate": accumulators are all-reduced.
+            "local": each rank resolves its own, the results are averaged, as the published
+            implementation does. Of no effect with one rank; not for DTensors (FSDP2, tensor
+            parallel), whose gradients the backward pass reduces.
+        process_group: the ranks that train together; None is that of `module`, else all.
         record_steps: how many of the latest steps `recorder` keeps; 0 records nothing.
         backend: "auto", "python", "triton" or "cuda"; see `gcond_kernels.ops.choose_backend`.
 
@@ -158,6 +170,9 @@ class GCondFused(torch.optim.Optimizer):
         on_nonfinite: Literal["skip", "drop_task", "raise"] = "skip",
         grad_scaler: torch.amp.GradScaler | None = None,
         record_steps: int = 1000,
+        module: torch.nn.Module | None = None,
+        sync: Literal["shard", "replicate", "local"] | None = None,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         check_base(base)
@@ -176,9 +191,14 @@ class GCondFused(torch.optim.Optimizer):
         check_scaler(grad_scaler)
         check_nonfinite(on_nonfinite, grad_scaler)
         check_count("record_steps", record_steps)
+        check_sync(module, sync)
         parameters = [p for group in base.param_groups for p in group["params"]]
+        device = parameters[0].device
         for operation in ops.OPERATIONS:  # raises now rather than in training
-            ops.choose_backend(backend, parameters[0].device, operation)
+            ops.choose_backend(backend, device, operation)
+        peers = peers_of(process_group, device, module)
+        way = way_of(sync, parameters, peers)
+        self._data_parallel = None if module is None else DataParallel(module, parameters)
 
         # Not super().__init__: that would make lists of parameters and state of our own.
         self.base = base
@@ -202,8 +222,15 @@ class GCondFused(torch.optim.Optimizer):
             history_dtype if self.method.needs_history else None,
             self.beta > 0.0,
             harvest == "bucketed",
+            cuts=peers.size if peers is not None and way == "shard" else 1,
+            part=peers.rank if peers is not None and way == "shard" else 0,
+            spread=way == "mesh",
+            alone=module is not None,
         )
-        device = parameters[0].device
+        self._knows_ranks = peers is not None
+        self._sync = Sync(self._accumulator, backend)
+        if way is not None and peers is not None:
+            self._sync = WAYS[way](self._accumulator, backend, peers)
         self._loss_scale: LossScale | None = None
         if grad_scaler is not None and grad_scaler.is_enabled():
             self._loss_scale = LossScale(grad_scaler)
@@ -309,6 +336,7 @@ class GCondFused(torch.optim.Optimizer):
                 left in `.grad` is dropped here, with what was added to it.)
         """
         self._check_window_open()
+        self._check_ranks()
         check_task_names(losses, self.active_tasks, self._names)
         for task, loss in losses.items():
             if not callable(loss):
@@ -317,13 +345,15 @@ class GCondFused(torch.optim.Optimizer):
         self._clear_gradients()
 
         # Tensors first: their graphs exist already, and go before a function builds another.
-        order = sorted(losses, key=lambda task: callable(losses[task]))
+        # In the order of the tasks, which is that in which ranks exchange them.
+        order = sorted(losses, key=lambda task: (callable(losses[task]), self._names.index(task)))
         tensors_left = sum(not callable(loss) for loss in losses.values())
         before = list(self._accumulator.counts)
         try:
             for task in order:
                 tensors_left -= 1
                 self._backward_one(task, losses[task], tensors_left > 0)
+                self._send_if_final(task)
         except BaseException as error:
             self._accumulator.drop_gradients()
             self._take_back(before, error)
@@ -352,6 +382,12 @@ class GCondFused(torch.optim.Optimizer):
                     "model is compiled"
                 ) from error
 
+    def _send_if_final(self, task: str) -> None:
+        """Lets the other ranks have what nothing will be added to."""
+        k = self._names.index(task)
+        if not any(k in tasks for tasks in self._schedule[self._now.position + 1 :]):
+            self._sync.row_is_final(k)
+
     def resolve(self) -> None:
         """Resolves the window's conflicts and writes `.grad`; to clip or log before `step`.
 
@@ -365,15 +401,16 @@ class GCondFused(torch.optim.Optimizer):
         """
         if self._now.resolved:
             raise RuntimeError("resolve() was called already in this window: call step()")
-        self._check_anything_accumulated()
-        acc = self._accumulator
+        if self._sync.size > 1:
+            self._include_new_parameters()  # the others may have had a micro-batch, and this not
+        counts = self._sync.meet(self._settings(), self.on_nonfinite)
         # What may fail for want of memory comes before what changes state.
-        gradients = acc.new_gradients()
-        norms = self._parameter_norms() if self.update == "lion_lars" else None
-        scale = self._scale()
+        work = self._sync.work()
+        scale = self._scale(counts)
         self._move_to(scale.device)
         try:
-            products, decision = self._resolve_into(gradients, scale, norms)
+            products, decision = self._resolve_into(work, scale)
+            gradients = self._sync.gradients(work)
         except KeyboardInterrupt:
             # Nobody knows what was written: a gradient that lies in a row has taken its place.
             self._start_window()
@@ -381,39 +418,59 @@ class GCondFused(torch.optim.Optimizer):
                 "interrupted in resolve(): what this window accumulated is lost", stacklevel=2
             )
             raise
-        for segment, gradient in zip(acc.segments, gradients, strict=True):
-            segment.parameter.grad = gradient
-        self._now.written = [weakref.ref(g) for g in gradients if g is not None]
+        given = self._accumulator.give(gradients)
+        self._now.written = [weakref.ref(gradient) for gradient in given]
         self._now.resolved = True
         if self.on_nonfinite == "skip":
             self._now.nonfinite = nonfinite_tasks(products.total)
-        self._note(products, decision)
+        self._note(products, decision, counts)
 
-    def _resolve_into(
-        self, gradients: Sequence[Tensor | None], scale: Tensor, norms: Tensor | None
-    ) -> tuple[ops.Gramians, ops.Arbitration]:
-        acc = self._accumulator
-        return ops.resolve(
-            acc.rows,
-            gradients,
-            acc.offsets,
-            acc.sizes,
+    def _resolve_into(self, work: Work, scale: Tensor) -> tuple[ops.Gramians, ops.Arbitration]:
+        signs = self.update == "lion_lars"
+        squares = self._sync.squared_norms(work) if signs else None  # [T]
+        state, settings = self._now.method_state, self.method.settings(len(self.tasks))
+        writing: dict[str, Any] = {
+            "scale": scale,
+            "history": work.history,
+            "momentum": work.momentum,
+            "momentum_steps": self._accumulator.momentum_steps,
+            "beta": self.beta,
+            "max_norm": self.max_norm,
+            "trust_ratio_coef": self.trust_ratio_coef,
+            "trust_ratio_clip": self.trust_ratio_clip,
+            "backend": self.backend,
+        }
+        where = (work.rows, work.outputs, work.offsets, work.sizes)
+        if self._sync.size == 1 and self.on_nonfinite == "skip":
+            norms = None if squares is None else squares.sqrt()
+            return ops.resolve(
+                *where, state=state, settings=settings, parameter_norms=norms, **writing
+            )
+        products = ops.gramian(
+            work.rows,
+            *work.counted,
             scale=scale,
-            state=self._now.method_state,
-            settings=self.method.settings(len(self.tasks)),
-            history=acc.history,
-            momentum=acc.momentum,
-            momentum_steps=acc.momentum_steps,
-            beta=self.beta,
-            max_norm=self.max_norm,
-            parameter_norms=norms,
-            trust_ratio_coef=self.trust_ratio_coef,
-            trust_ratio_clip=self.trust_ratio_clip,
-            between=None if self.on_nonfinite == "skip" else self._between,
+            history=work.history,
+            history_scale=state["history_scale"],
+            momentum=work.momentum if signs or self.max_norm is not None else None,
             backend=self.backend,
         )
+        products, squares = self._sync.total(products, squares)
+        products, scale = self._between(products, scale)
+        decision = self.method.resolve(products.total, products.cross, scale, state, self.backend)
+        ops.combine(
+            *where,
+            weights=decision.weights,
+            finite=decision.finite,
+            per_tensor=products.per_tensor,
+            parameter_norms=None if squares is None else squares.sqrt(),
+            **{**writing, "scale": scale},
+        )
+        return products, decision
 
-    def _note(self, products: ops.Gramians, decision: ops.Arbitration) -> None:
+    def _note(
+        self, products: ops.Gramians, decision: ops.Arbitration, counts: Sequence[int]
+    ) -> None:
         """Counts and records a resolution; all of it stays on the device."""
         now, acc = self._now, self._accumulator
         skipped = (~decision.finite).view(1)
@@ -422,7 +479,7 @@ class GCondFused(torch.optim.Optimizer):
         now.last = Resolution(
             counters=now.counters,
             nonfinite=now.nonfinite,
-            counts=list(acc.counts),
+            counts=list(counts),
             parameter_names=names,
             per_tensor=products.per_tensor,
             gramian=products.total,
@@ -436,6 +493,8 @@ class GCondFused(torch.optim.Optimizer):
 
     def _between(self, products: ops.Gramians, scale: Tensor) -> tuple[ops.Gramians, Tensor]:
         """What on_nonfinite other than "skip" does between the two passes."""
+        if self.on_nonfinite == "skip":
+            return products, scale
         self._now.nonfinite = nonfinite_tasks(products.total)
         if self.on_nonfinite == "drop_task":
             return without_tasks(products, scale, self._now.nonfinite)
@@ -446,6 +505,8 @@ class GCondFused(torch.optim.Optimizer):
             )
         names = [segment.name for segment in self._accumulator.segments]
         where = describe(products.per_tensor, self._names, names)
+        if where is None and bool(self._now.nonfinite.any()):
+            where = "a task on another rank"
         if where is not None:
             raise FloatingPointError(
                 f"the gradient holds a NaN, an infinity, or values beyond 1e19 in {where}. Nothing "
@@ -472,7 +533,7 @@ class GCondFused(torch.optim.Optimizer):
         """
         self._check_scaler_calls()
         if not self._now.resolved:
-            self._check_anything_accumulated()
+            self._sync.check_begun()
         if closure is not None:
             self._call(closure)
         if not self._now.resolved:
@@ -483,12 +544,15 @@ class GCondFused(torch.optim.Optimizer):
             self._loss_scale.tell(~finite | self._now.nonfinite.any())
             self._now.told = True
         step_if(finite, self.base)
+        if self._data_parallel is not None:
+            self._data_parallel.broadcast_buffers()
         # Who clipped them may have put others in their place.
         left = [s.parameter.grad for s in self._accumulator.segments]
         self._now.written = [weakref.ref(gradient) for gradient in left if gradient is not None]
         self._start_window()
 
     def _start_window(self) -> None:
+        self._sync.end_window()
         self._accumulator.start_window()
         self._now.position = 0
         self._now.resolved = self._now.told = False
@@ -538,10 +602,6 @@ class GCondFused(torch.optim.Optimizer):
             self._now.counters = self._now.counters.to(device)
             self._now.method_state = {k: v.to(device) for k, v in self._now.method_state.items()}
 
-    def _check_anything_accumulated(self) -> None:
-        if not any(self._accumulator.counts):
-            raise RuntimeError("nothing was accumulated: call backward(losses) before step()")
-
     def _check_scaler_calls(self) -> None:
         """What GradScaler.step leaves on the optimizer that it steps tells how it was used."""
         if self._loss_scale is None and "found_inf" in self.__dict__:
@@ -574,6 +634,13 @@ class GCondFused(torch.optim.Optimizer):
                 f"the window of {self.accumulation_steps} micro-batches is full: call step()"
             )
 
+    def _check_ranks(self) -> None:
+        if self._sync.size == 1 and is_distributed() and not self._knows_ranks:
+            raise RuntimeError(
+                "torch.distributed was initialized after this GCondFused was made, which knows no "
+                "other ranks: make it after init_process_group"
+            )
+
     def _take_back(self, before: list[int], error: BaseException) -> None:
         """Undoes what a failed `backward` added, or says what had to stay, or was lost."""
         counts = self._accumulator.counts
@@ -589,12 +656,17 @@ class GCondFused(torch.optim.Optimizer):
                 ", and what follows in this window counts alone. harvest='whole' would keep them",
                 stacklevel=3,
             )
-        kept = [repr(self._names[task]) for task in self._accumulator.take_back(before)]
+        started = self._sync.started
+        kept = [repr(self._names[k]) for k in self._accumulator.take_back(before, started)]
+        if started:
+            # What is on its way cannot be added to.
+            self._now.position = self.accumulation_steps
         if kept:
             warnings.warn(
                 f"this micro-batch failed ({type(error).__name__}) after the gradient of "
                 f"{', '.join(kept)} was accumulated; it stays, and each task is divided by its "
-                "own number of micro-batches",
+                "own number of micro-batches"
+                + (". It is on its way to the other ranks: call step()" if started else ""),
                 stacklevel=3,
             )
 
@@ -611,8 +683,14 @@ class GCondFused(torch.optim.Optimizer):
     def _include_new_parameters(self) -> None:
         knows = self._accumulator.knows
         new = [(p, name) for p, name in self._parameters() if p.requires_grad and not knows(p)]
-        if new:
-            self._accumulator.grow(new)
+        if not new:
+            return
+        if self._sync.started:
+            raise RuntimeError(
+                f"{new[0][1]} is new, and the other ranks have a part of this window already: add "
+                "and thaw parameters between step() and backward()"
+            )
+        self._accumulator.grow(new)
 
     def _clear_gradients(self) -> None:
         """Makes way for one task's gradients; what others computed is not thrown away.
@@ -631,24 +709,32 @@ class GCondFused(torch.optim.Optimizer):
         self._accumulator.drop_gradients()
         self._now.written = []
 
-    def _scale(self) -> Tensor:
+    def _settings(self) -> dict[str, str]:
+        """What all ranks must have alike."""
+        acc, history = self._accumulator, self._accumulator.history
+        return {
+            "tasks": repr(self._weights),
+            "mode": repr(self.mode),
+            "method": repr(self.method),
+            "momentum": repr(self.beta),
+            "update": repr(self.update),
+            "trust_ratio_coef": repr(self.trust_ratio_coef),
+            "trust_ratio_clip": repr(self.trust_ratio_clip),
+            "max_norm": repr(self.max_norm),
+            "accumulator_dtype": repr(acc.dtype),
+            "history_dtype": repr(None if history is None else history.dtype),
+            "sync": type(self._sync).__name__.lower(),
+        }
+
+    def _scale(self, counts: Sequence[int]) -> Tensor:
         """[K] λ_k / n_k, which makes an accumulated sum the weighted mean gradient (eq. 1)."""
-        acc = self._accumulator
         shares = [
             weight / count if count else 0.0
-            for weight, count in zip(self.tasks.values(), acc.counts, strict=True)
+            for weight, count in zip(self.tasks.values(), counts, strict=True)
         ]
-        scale = tables.settings_tensor(tuple(shares), acc.rows.device)
+        scale = tables.settings_tensor(tuple(shares), self._device())
         tables.keep_if_captured(scale)
         return scale
-
-    def _parameter_norms(self) -> Tensor:
-        """[T] float64, the norm of every parameter tensor."""
-        return ops.multi_tensor_norm(
-            [segment.parameter for segment in self._accumulator.segments],
-            per_tensor=True,
-            backend=self.backend,
-        )
 
     # Saving and loading.
 
@@ -664,12 +750,17 @@ class GCondFused(torch.optim.Optimizer):
         """
         if self._now.resolved:
             raise RuntimeError("there is a resolved gradient in .grad: call step() before saving")
+        if self._sync.size > 1 and any(self._accumulator.counts):
+            raise RuntimeError(
+                "with several ranks a state is saved between windows: call step() before saving"
+            )
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state = self.base.state_dict()
         state["gcond"] = {
             "version": STATE_VERSION,
             "tasks": list(self._names),
+            "owner": self._sync.owner,
             "window": {
                 "mode": self.mode,
                 "accumulation_steps": self.accumulation_steps,
@@ -699,6 +790,7 @@ class GCondFused(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         state_dict = in_own_order(state_dict, self.base.param_groups)
         own = self._check_state(state_dict)
+        self._sync.end_window()
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "gcond"})
         self._accumulator.load_state_dict(own["accumulator"], list(self._parameters()))
         self._now.method_state = {
@@ -722,6 +814,7 @@ class GCondFused(torch.optim.Optimizer):
             raise ValueError(
                 f"the state has tasks {own['tasks']}, this optimizer {list(self._names)}"
             )
+        check_owner(own.get("owner"), self._sync.owner)
         check_window(own["window"], self.mode, self.accumulation_steps)
         for key, value in self._now.method_state.items():
             there = own["method"].get(key)
@@ -737,6 +830,8 @@ class GCondFused(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._now.resolved:
             raise RuntimeError("there is a resolved gradient in .grad: call step() before copying")
+        if self._sync.size > 1:
+            raise RuntimeError("an optimizer that is one of several ranks cannot be copied")
         return dict(self.__dict__)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -34,6 +34,24 @@ def check_window(window: Mapping[str, Any], mode: str, accumulation_steps: int) 
             )
 
 
+def check_owner(owner: Sequence[Any] | None, own: Sequence[Any] | None) -> None:
+    """Raises a ValueError where a state is that of one of several ranks, and not of this one.
+
+    Args:
+        owner: (way, rank, ranks) of the state; None where it is that of any rank.
+        own: of this process.
+    """
+    if owner is None or (own is not None and list(owner) == list(own)):
+        return
+    way, rank, ranks = owner
+    here = "one process" if own is None else f"rank {own[1]} of {own[2]} ({own[0]})"
+    raise ValueError(
+        f"the state is that of rank {rank} of {ranks} ({way}) alone, and this is {here}: save "
+        "every rank's own, or a TrainingState with torch.distributed.checkpoint, which other "
+        "numbers of ranks can load"
+    )
+
+
 def in_own_order(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The state with the parameters of each group in the order that they have here, by their names.
 
