@@ -1,6 +1,7 @@
 """Gradient conflict resolution for multi-task training, in two passes over memory."""
 
 from gcond_kernels.batchnorm import frozen_batchnorm
+from gcond_kernels.checkpoint import TrainingState
 from gcond_kernels.methods import GCond
 from gcond_kernels.optimizer import GCondFused
 from gcond_kernels.plot import plot_conflicts
@@ -13,6 +14,7 @@ __all__ = [
     "GCondFused",
     "Recorder",
     "Report",
+    "TrainingState",
     "frozen_batchnorm",
     "ops",
     "plot_conflicts",

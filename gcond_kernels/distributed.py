@@ -446,11 +446,19 @@ class Sharded(Reduced):
         if before == 0:
             return cut
         for old, new in zip(rows_of(kept), rows_of(cut), strict=True):
-            whole = old.new_empty(before * self.size)
-            self.peers.dist.all_gather_into_tensor(whole, old.contiguous(), group=self.peers.group)
-            own = whole[self.peers.rank * self._length :][: self._length]
+            own = self.whole(old)[self.peers.rank * self._length :][: self._length]
             new[: len(own)] = own
         return cut
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Rows [..., N'] of which every rank has a part [..., n]."""
+        rows = []
+        for row in rows_of(part):
+            rows.append(row.new_empty(row.numel() * self.size))
+            self.peers.dist.all_gather_into_tensor(
+                rows[-1], row.contiguous(), group=self.peers.group
+            )
+        return torch.stack(rows).view(*part.shape[:-1], -1)
 
     def _new_result(self) -> Tensor:
         """[N'] memory for the result, of the type of the gradients where that is one."""

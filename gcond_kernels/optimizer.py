@@ -792,20 +792,32 @@ class GCondFused(torch.optim.Optimizer):
         own = self._check_state(state_dict)
         self._sync.end_window()
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "gcond"})
-        self._accumulator.load_state_dict(own["accumulator"], list(self._parameters()))
+        self._load_own(own["accumulator"], own)
+        self._now.position = own["window"]["position"]
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _load_own(self, accumulated: dict[str, Any], own: Mapping[str, Any]) -> None:
+        """Takes over what `_check_own` has passed; a window begins."""
+        self._accumulator.load_state_dict(accumulated, list(self._parameters()))
         self._now.method_state = {
             key: own["method"][key].to(value.device, value.dtype, copy=True)
             for key, value in self._now.method_state.items()
         }
         self._now.counters = own["counters"].to(self._now.counters.device, copy=True)
-        self._now.position = own["window"]["position"]
+        self._now.position = 0
         self._now.resolved = self._now.told = False
         self._now.last = None
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
     def _check_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         own: dict[str, Any] = state_dict["gcond"]
+        self._check_own(own)
+        check_owner(own.get("owner"), self._sync.owner)
+        check_window(own["window"], self.mode, self.accumulation_steps)
+        self._accumulator.check_state(own["accumulator"], list(self._parameters()))
+        return own
+
+    def _check_own(self, own: Mapping[str, Any]) -> None:
         if own["version"] != STATE_VERSION:
             raise ValueError(
                 f"the state has format {own['version']}, this version reads {STATE_VERSION}"
@@ -814,8 +826,6 @@ class GCondFused(torch.optim.Optimizer):
             raise ValueError(
                 f"the state has tasks {own['tasks']}, this optimizer {list(self._names)}"
             )
-        check_owner(own.get("owner"), self._sync.owner)
-        check_window(own["window"], self.mode, self.accumulation_steps)
         for key, value in self._now.method_state.items():
             there = own["method"].get(key)
             if there is None or there.shape != value.shape:
@@ -824,8 +834,6 @@ class GCondFused(torch.optim.Optimizer):
                     f"{'missing' if there is None else list(there.shape)}, this one "
                     f"{list(value.shape)}: was it saved with another method or dominance_window?"
                 )
-        self._accumulator.check_state(own["accumulator"], list(self._parameters()))
-        return own
 
     def __getstate__(self) -> dict[str, Any]:
         if self._now.resolved:

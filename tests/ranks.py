@@ -1,0 +1,74 @@
+"""Processes that wait for work, joined in a gloo process group: a pool for all tests of a size."""
+
+import multiprocessing
+import os
+import pickle
+import traceback
+from datetime import timedelta
+
+import torch
+
+TIMEOUT = timedelta(seconds=60)
+
+
+class Ranks:
+    """`size` processes; calling it runs a function in all of them and returns what each returns."""
+
+    def __init__(self, size, folder):
+        context = multiprocessing.get_context("forkserver")
+        # What takes seconds to import, and is imported by the first optimizer or model of its kind.
+        context.set_forkserver_preload(
+            ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "pytest"]
+        )
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=serve, args=(rank, size, str(folder / "store"), there), daemon=True
+            )
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def __call__(self, function, *args):
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        said = []
+        for rank, pipe in enumerate(self.pipes):
+            assert pipe.poll(100), f"rank {rank} does not answer"
+            said.append(pickle.loads(pipe.recv_bytes()))
+        failed = [f"rank {rank}: {text}" for rank, (fine, text) in enumerate(said) if not fine]
+        assert not failed, "\n".join(failed)
+        return [result for _, result in said]
+
+    def close(self):
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(10)
+            process.kill()
+
+
+def serve(rank, size, store, pipe):
+    join(rank, size, store)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            torch.distributed.destroy_process_group()
+            return
+        try:
+            result = True, function(*args)
+        except BaseException:
+            result = False, traceback.format_exc()
+        # By value: what torch sends otherwise are handles of memory that this process may free.
+        pipe.send_bytes(pickle.dumps(result))
+
+
+def join(rank, size, store, timeout=TIMEOUT):
+    os.environ["GCOND_CUDA_HOST"] = "1"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout
+    )
