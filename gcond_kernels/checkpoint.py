@@ -190,7 +190,7 @@ class TrainingState:
 
 def blocks_of(rows: Tensor) -> Tensor:
     """Rows [..., n] as blocks [..., n / ALIGNMENT, ALIGNMENT], which say nothing of ranks."""
-    return rows.unflatten(-1, (rows.shape[-1] // ALIGNMENT, ALIGNMENT))
+    return rows.view(*rows.shape[:-1], rows.shape[-1] // ALIGNMENT, ALIGNMENT)
 
 
 def sharded_blocks(kept: Tensor, accumulator: Accumulator, sync: Sharded) -> Tensor:

@@ -143,18 +143,31 @@ class Peers:
         import torch.distributed as dist
 
         self.dist = dist
-        self.group = group if group is not None else dist.group.WORLD
+        self.group: Any = group if group is not None else dist.group.WORLD
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
         # Between hosts where the group has a backend for that: then no GPU has to wait.
         on_host = "cpu:" in dist.get_backend_config(self.group)
         self.device = torch.device("cpu") if on_host else device
 
+    def gather(self, whole: Tensor, part: Tensor) -> None:
+        """Puts the parts [n] of all ranks side by side into `whole`, which may hold this one."""
+        # torch 2.13 has given the older name up.
+        name = "all_gather_single"
+        run = getattr(self.dist, name, self.dist.all_gather_into_tensor)
+        run(whole, part, group=self.group)
+
+    def scatter_sum(self, part: Tensor, whole: Tensor) -> Any:
+        """Starts to sum over the ranks what this rank keeps a part [n] of, which may lie in it."""
+        name = "reduce_scatter_single"
+        run = getattr(self.dist, name, self.dist.reduce_scatter_tensor)
+        return run(part, whole, group=self.group, async_op=True)
+
     def numbers(self, own: Sequence[int]) -> list[list[int]]:
         """The whole numbers of every rank, by rank; as many from each."""
         sent = torch.tensor(own, dtype=torch.int64, device=self.device)
         table = sent.new_empty(self.size * len(own))
-        self.dist.all_gather_into_tensor(table, sent, group=self.group)
+        self.gather(table, sent)
         rows: list[list[int]] = table.view(self.size, len(own)).tolist()
         return rows
 
@@ -394,9 +407,7 @@ class Sharded(Reduced):
         row = self.accumulator.rows[task]
         # In place where nothing was sent before it; elsewhere in that row would be read meanwhile.
         shard = self._own_shard(row) if task == 0 else self._shards()[task]
-        return self.peers.dist.reduce_scatter_tensor(
-            shard, row, group=self.peers.group, async_op=True
-        )
+        return self.peers.scatter_sum(shard, row)
 
     def _arrived(self, task: int) -> None:
         if task == 0 and len(self.accumulator.rows) > 1 and self.peers.rank > 0:
@@ -455,9 +466,7 @@ class Sharded(Reduced):
         rows = []
         for row in rows_of(part):
             rows.append(row.new_empty(row.numel() * self.size))
-            self.peers.dist.all_gather_into_tensor(
-                rows[-1], row.contiguous(), group=self.peers.group
-            )
+            self.peers.gather(rows[-1], row.contiguous())
         return torch.stack(rows).view(*part.shape[:-1], -1)
 
     def _new_result(self) -> Tensor:
@@ -475,8 +484,7 @@ class Sharded(Reduced):
     def gradients(self, work: Work) -> list[Tensor | None]:
         """All-gather of the shards of the result."""
         assert work.result is not None
-        own = self._own_shard(work.result)
-        self.peers.dist.all_gather_into_tensor(work.result, own, group=self.peers.group)
+        self.peers.gather(work.result, self._own_shard(work.result))
         return gradients_from(work.result, self.accumulator)
 
 

@@ -373,6 +373,12 @@ class GCondFused(torch.optim.Optimizer):
             try:
                 loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             except RuntimeError as error:
+                if "ready only once" in str(error) and self._data_parallel is None:
+                    raise RuntimeError(
+                        "the model is wrapped in DistributedDataParallel, which reduces gradients "
+                        "in every backward pass and takes one for each forward pass: give "
+                        "GCondFused(..., module=model), which turns that off"
+                    ) from error
                 if "donated buffer" not in str(error):
                     raise
                 raise RuntimeError(

@@ -1,4 +1,4 @@
-"""What the ranks do in tests: a small training, in any of the ways to spread it, and in one process."""
+"""What the ranks do in tests: a small training, spread in any of the ways, and in one process."""
 
 import copy
 from contextlib import contextmanager
@@ -15,11 +15,15 @@ STEPS = 20
 MICRO_BATCHES = 3  # of a rank in a window
 WAYS = ("shard", "replicate", "local")
 # Ways in which every rank sees data of its own, those in which all see the same, and half of each.
+# Before torch 2.13 they have other names.
+newer = hasattr(dist, "all_gather_single")
+ALL_GATHER = "all_gather_single" if newer else "all_gather_into_tensor"
+REDUCE_SCATTER = "reduce_scatter_single" if newer else "reduce_scatter_tensor"
 SPREAD = ("fsdp", "hsdp", "tp", "fsdp_tp")
 
 
 class Net(nn.Module):
-    """Of sizes that no number of ranks divides, with a norm that tensor parallelism leaves alone."""
+    """Of sizes that no number of ranks divides, with a norm that no tensor parallelism cuts."""
 
     def __init__(self):
         super().__init__()
@@ -221,14 +225,10 @@ def counted_traffic():
 
     with (
         counting("all_reduce", 2, lambda args: args[0]),
-        counting("reduce_scatter_tensor", 1, lambda args: args[1]),
-        counting("all_gather_into_tensor", 1, lambda args: args[0]),
+        counting(REDUCE_SCATTER, 1, lambda args: args[1]),
+        counting(ALL_GATHER, 1, lambda args: args[0]),
     ):
         yield sent
-
-
-def copy_of(tree):
-    return copy.deepcopy(tree)
 
 
 def trained_on(way, folder, save_after=None, steps=STEPS, options=None, base=torch.optim.AdamW):
@@ -258,3 +258,292 @@ def trained_on(way, folder, save_after=None, steps=STEPS, options=None, base=tor
         if save_after == step + 1:
             dcp.save(state, checkpoint_id=folder)
     return parameters_of(model), decisions
+
+
+# What the tests of single promises run in every rank.
+
+
+def with_nan(way, on_nonfinite, rank_with_nan):
+    """A NaN in one micro-batch of one rank, in the middle of three steps."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = spread(new_model(), way, size)
+    optimizer = new_optimizer(model, way, on_nonfinite=on_nonfinite)
+    data, _ = data_rank(way, rank, size)
+    seen = []
+    for step in range(3):
+        for position in range(MICRO_BATCHES):
+            losses = losses_of(model, number_of(step, data, position))
+            if (step, position, rank) == (1, 1, rank_with_nan):
+                losses["b"] = losses["b"] * torch.tensor(float("nan"))
+            optimizer.backward(losses)
+        try:
+            optimizer.step()
+        except FloatingPointError as error:
+            seen.append(str(error))
+            optimizer.on_nonfinite = "skip"
+            optimizer.step()
+        seen.append((optimizer.report().nonfinite_tasks, optimizer.report().skipped))
+    return parameters_of(model), seen
+
+
+def short_windows(way, per_rank):
+    """Windows that end early on some ranks, or hold nothing there."""
+    rank = dist.get_rank()
+    model = spread(new_model(), way, dist.get_world_size())
+    optimizer = new_optimizer(model, way)
+    for step, counts in enumerate(per_rank):
+        window(optimizer, model, [number_of(step, rank, i) for i in range(counts[rank])])
+    return parameters_of(model), optimizer.report().micro_batches
+
+
+def short_windows_alone(per_rank):
+    model = new_model()
+    optimizer = new_optimizer(model, steps=100)
+    for step, counts in enumerate(per_rank):
+        numbers = [number_of(step, r, i) for r, count in enumerate(counts) for i in range(count)]
+        window(optimizer, model, numbers)
+    return parameters_of(model), optimizer.report().micro_batches
+
+
+def traffic_of(way, options):
+    """Bytes sent in the third window and step, by collective, and what the window is made of."""
+    model = spread(new_model(options.pop("dtype", torch.float32)), way, dist.get_world_size())
+    optimizer = new_optimizer(model, way, **options)
+    rank = dist.get_rank()
+    for step in range(2):
+        window(optimizer, model, [number_of(step, rank, i) for i in range(MICRO_BATCHES)])
+    with counted_traffic() as sent:
+        window(optimizer, model, [number_of(2, rank, i) for i in range(MICRO_BATCHES)])
+    acc = optimizer._accumulator
+    kept = [None if kept is None else list(kept.shape) for kept in (acc.history, acc.momentum)]
+    return {name: sorted(moved) for name, moved in sent.items()}, acc.rows.shape[1], kept
+
+
+def when_rows_are_sent(mode):
+    """How many rows were on their way after every backward of two windows."""
+    model = spread(new_model(), "shard", dist.get_world_size())
+    optimizer = new_optimizer(model, "shard", mode=mode)
+    sent = []
+    for step in range(2):
+        for position in range(MICRO_BATCHES):
+            optimizer.backward(
+                losses_of(model, number_of(step, 0, position), optimizer.active_tasks)
+            )
+            sent.append(optimizer._sync.started)
+        optimizer.step()
+    return sent
+
+
+def failing_last_task(way, mistake):
+    """The last task of the last micro-batch fails when the others are on their way."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = spread(new_model(), way, size)
+    optimizer = new_optimizer(model, way, steps=2)
+    said = []
+    for step in range(2):
+        for position in range(2):
+            number = number_of(step, rank, position)
+
+            def loss(task, number=number, step=step, position=position):
+                if mistake and (step, position, rank, task) == (1, 1, 1, "c"):
+                    raise ValueError("no such luck")
+                return losses_of(model, number)[task]
+
+            try:
+                optimizer.backward({task: lambda task=task: loss(task) for task in TASKS})
+            except ValueError as error:
+                said.append(str(error))
+                try:
+                    optimizer.backward(losses_of(model, number))
+                except RuntimeError as full:
+                    said.append(str(full))
+        optimizer.step()
+    return parameters_of(model), optimizer.report().micro_batches, said
+
+
+class TwoPaths(nn.Module):
+    """The side path is taken only where it is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.main, self.side, self.never = nn.Linear(6, 2), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x, side):
+        return self.main(x) + (self.side(x) if side else 0.0)
+
+
+def unlike_paths(way):
+    """A layer that only rank 1 uses, in the second step: who has a gradient of it afterwards?"""
+    model = spread(TwoPaths(), way, dist.get_world_size())
+    optimizer = new_optimizer(model, way, steps=1)
+    present = []
+    for step in range(3):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        y = model(x, side=step == 1 and dist.get_rank() == 1)
+        optimizer.backward({"a": y[:, 0].mean(), "b": -y[:, 1].mean(), "c": y.square().mean()})
+        optimizer.resolve()
+        present.append([p.grad is not None for p in model.parameters()])
+        optimizer.step()
+    return present, parameters_of(model)
+
+
+def batchnorm():
+    """Buffers after two steps; what the wrapper is told, while the optimizer lives and after."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = new_optimizer(wrapped, "shard", steps=1)
+    quiet = wrapped.require_backward_grad_sync
+    for step in range(2):
+        window(optimizer, wrapped, [number_of(step, dist.get_rank(), 0)])
+    buffers = {name: buffer.clone() for name, buffer in wrapped.named_buffers()}
+    del optimizer
+    return buffers, quiet, wrapped.require_backward_grad_sync
+
+
+def untold(harvest, with_unused):
+    """DistributedDataParallel that the optimizer was not told of: slower, not wrong."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    model = new_model()
+    if not with_unused:
+        del model.unused
+    model = spread(model, "shard", size)
+    optimizer = new_optimizer(model, steps=MICRO_BATCHES, harvest=harvest)
+    try:
+        for step in range(5):
+            window(optimizer, model, [number_of(step, rank, i) for i in range(MICRO_BATCHES)])
+    except RuntimeError as error:
+        return str(error)
+    return parameters_of(model)
+
+
+def scaled(way):
+    """Loss scaling where rank 1 alone overflows in the second step."""
+    model = spread(new_model(), way, dist.get_world_size())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    optimizer = new_optimizer(model, way, steps=1, grad_scaler=scaler)
+    rank, scales = dist.get_rank(), []
+    for step in range(3):
+        losses = losses_of(model, number_of(step, rank, 0))
+        if (step, rank) == (1, 1):
+            losses["a"] = losses["a"] * 3e38
+        optimizer.backward(losses)
+        optimizer.step()
+        scaler.update()
+        scales.append((scaler.get_scale(), optimizer.report().skipped))
+    return parameters_of(model), scales
+
+
+def thawed(way):
+    """A layer thawed after two steps, then a group added: history and momentum are cut anew."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = new_model()
+    for p in model.second.parameters():
+        p.requires_grad_(False)
+    optimizer = new_optimizer(model, **({} if way is None else {"sync": way}))
+    return _thawed(model, optimizer, [rank], size)
+
+
+def thawed_alone(ranks):
+    model = new_model()
+    for p in model.second.parameters():
+        p.requires_grad_(False)
+    return _thawed(model, new_optimizer(model, steps=ranks * MICRO_BATCHES), range(ranks), ranks)
+
+
+def _thawed(model, optimizer, data, size):
+    for step in range(8):
+        if step == 2:
+            for p in model.second.parameters():
+                p.requires_grad_(True)
+        numbers = [number_of(step, d, i) for i in range(MICRO_BATCHES) for d in data]
+        window(optimizer, model, numbers)
+    return parameters_of(model), decision_of(optimizer)
+
+
+def mistake(kind):
+    """What a rank says to a mistake that rank 1 makes alone, or all of them."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    odd = rank == 1
+    try:
+        model = new_model()
+        options = {"sync": "shard"}
+        if kind == "other weights" and odd:
+            with torch.no_grad():
+                model.first.weight += 1
+        if kind == "other setting" and odd:
+            options["max_norm"] = 2.0
+        if kind == "other shape" and odd:
+            model.last = nn.Linear(5, 4)
+        if kind == "one parameter more" and odd:
+            model.extra = nn.Parameter(torch.ones(2))
+        if kind == "sync of DTensors":
+            model = spread(model, "fsdp", size)
+        if kind == "not all parameters":
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            base = torch.optim.SGD(model.first.parameters(), lr=0.1)
+            GCondFused(base, TASKS, module=wrapped)
+        if kind == "static graph":
+            wrapped = nn.parallel.DistributedDataParallel(model, static_graph=True)
+            GCondFused(torch.optim.SGD(model.parameters(), lr=0.1), TASKS, module=wrapped)
+        optimizer = new_optimizer(model, steps=2, **options)
+        if kind == "other on_nonfinite" and odd:
+            optimizer.on_nonfinite = "drop_task"
+        if kind == "nothing anywhere":
+            optimizer.step()
+        optimizer.backward(losses_of(model, 0))
+        if kind == "saved in a window":
+            optimizer.state_dict()
+        if kind == "copied":
+            optimizer.step()
+            copy.deepcopy(optimizer)
+        if kind == "late parameter":
+            late_parameter(optimizer, model)
+        optimizer.step()
+        return "nothing"
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def late_parameter(optimizer, model):
+    """A parameter that comes in a window of which a row was sent already."""
+    optimizer.step()
+    optimizer.mode, optimizer.accumulation_steps = "stochastic", 3
+    optimizer._schedule = [(0,), (1,), (2,)]
+    optimizer.backward({"a": losses_of(model, 1)["a"]})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "param_names": ["late"]})
+    optimizer.backward({"b": losses_of(model, 2)["b"]})
+
+
+def state_of_rank(way, folder, save):
+    """A state saved by every rank for itself, or by rank 0 for all, and loaded again."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = spread(new_model(), way, size)
+    optimizer = new_optimizer(model, way)
+    data, _ = data_rank(way, rank, size)
+    for step in range(4):
+        window(optimizer, model, [number_of(step, data, i) for i in range(MICRO_BATCHES)])
+    name = f"{folder}/{rank}.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, name)
+    dist.barrier()
+
+    again = spread(new_model(), way, size)
+    other = new_optimizer(again, way)
+    saved = torch.load(name if save == "each" else f"{folder}/0.pt", weights_only=False)
+    again.load_state_dict(saved["model"])
+    said = None
+    try:
+        other.load_state_dict(saved["optimizer"])
+    except ValueError as error:
+        said = str(error)
+    refusals = [None] * size
+    dist.all_gather_object(refusals, said)
+    if any(refusals):
+        return refusals
+    for step in range(4, 7):
+        numbers = [number_of(step, data, i) for i in range(MICRO_BATCHES)]
+        window(optimizer, model, numbers)
+        window(other, again, numbers)
+    mine, others = parameters_of(model), parameters_of(again)
+    return all(torch.equal(mine[name], others[name]) for name in mine)
