@@ -15,21 +15,12 @@ class Ranks:
     """`size` processes; calling it runs a function in all of them and returns what each returns."""
 
     def __init__(self, size, folder):
-        context = multiprocessing.get_context("forkserver")
-        # What takes seconds to import, and is imported by the first optimizer or model of its kind.
-        context.set_forkserver_preload(
-            ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "pytest"]
-        )
-        self.pipes, self.processes = [], []
-        for rank in range(size):
-            here, there = context.Pipe()
-            process = context.Process(
-                target=serve, args=(rank, size, str(folder / "store"), there), daemon=True
-            )
-            process.start()
-            there.close()
-            self.pipes.append(here)
-            self.processes.append(process)
+        pairs = [multiprocessing.Pipe() for _ in range(size)]
+        self.pipes = [here for here, _ in pairs]
+        there = [pipe for _, pipe in pairs]
+        self.processes = start(size, serve, lambda rank: (str(folder / "store"), there[rank]))
+        for pipe in there:
+            pipe.close()
 
     def __call__(self, function, *args):
         for pipe in self.pipes:
@@ -48,6 +39,21 @@ class Ranks:
         for process in self.processes:
             process.join(10)
             process.kill()
+
+
+def start(size, function, arguments):
+    """Processes that run `function(rank, size, *arguments(rank))`."""
+    context = multiprocessing.get_context("forkserver")
+    # What takes seconds to import, and is imported by the first optimizer or model of its kind.
+    context.set_forkserver_preload(
+        ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "pytest"]
+    )
+    processes = []
+    for rank in range(size):
+        process = context.Process(target=function, args=(rank, size, *arguments(rank)), daemon=True)
+        process.start()
+        processes.append(process)
+    return processes
 
 
 def serve(rank, size, store, pipe):

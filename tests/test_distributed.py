@@ -1,15 +1,24 @@
 """Many ranks: equal on all of them, equal to one process that sees all the data."""
 
+import multiprocessing
 import re
+import signal
+import time
+from datetime import timedelta
 
 import pytest
 import torch
 import training_ranks as t
-from ranks import Ranks
+from ranks import Ranks, start
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="this torch has no torch.distributed"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.distributed.is_available(), reason="this torch has no torch.distributed"
+    ),
+    pytest.mark.skipif(
+        "forkserver" not in multiprocessing.get_all_start_methods(), reason="there is no fork here"
+    ),
+]
 
 # Sums over ranks are added in another order than those over micro-batches in one process; twenty
 # steps of AdamW carry the float32 rounding of that on, in parameters of about 1.
@@ -336,3 +345,29 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(ranks, tmp_path, before
     assert [d[2] for d in later] == [d[2] for d in decisions[8:]]
     for ours, theirs in zip(later, decisions[8:], strict=True):
         assert ours[0] == pytest.approx(theirs[0], abs=1e-3)
+
+
+@pytest.mark.parametrize(("how", "seconds"), [(signal.SIGKILL, 60), (signal.SIGSTOP, 5)])
+def test_a_rank_killed_or_stuck_in_a_window(ranks4, tmp_path, how, seconds):
+    """The others end with an error within the timeout, and the last checkpoint resumes."""
+    saved = tmp_path / "saved"
+    arguments = (str(tmp_path / "store"), str(saved), how, timedelta(seconds=seconds))
+    processes = start(2, t.doomed, lambda rank: arguments)
+    other, hit = processes
+    started = time.monotonic()
+    other.join(100)
+    ended, took = other.exitcode, time.monotonic() - started
+    for process in processes:
+        process.kill()
+        process.join()
+    assert ended == 1
+    assert took < 40 + (seconds if how == signal.SIGSTOP else 0)  # most of it is the start
+    assert hit.exitcode == -signal.SIGKILL
+
+    checkpoints = sorted(folder.parent for folder in saved.glob("*/.metadata"))
+    assert [folder.name for folder in checkpoints] == ["02", "04"]
+    resumed = ranks4(t.trained_on, "shard", str(checkpoints[-1]))
+    assert_all_ranks_alike(resumed)
+    assert len(resumed[0][1]) == t.STEPS - 4
+    alone, _ = t.trained_on(None, str(tmp_path / "alone"), save_after=4)
+    assert_close(resumed[0][0], alone)

@@ -1,11 +1,13 @@
 """What the ranks do in tests: a small training, spread in any of the ways, and in one process."""
 
 import copy
+import os
 from contextlib import contextmanager
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from ranks import join
 from torch import nn
 
 from gcond_kernels import GCond, GCondFused
@@ -547,3 +549,23 @@ def state_of_rank(way, folder, save):
         window(other, again, numbers)
     mine, others = parameters_of(model), parameters_of(again)
     return all(torch.equal(mine[name], others[name]) for name in mine)
+
+
+def doomed(rank, size, store, folder, signal_number, timeout):
+    """A training that is saved after every second step, until rank 1 is hit in its sixth window."""
+    import torch.distributed.checkpoint as dcp
+
+    from gcond_kernels import TrainingState
+
+    join(rank, size, store, timeout)
+    model = spread(new_model(), "shard", size)
+    optimizer = new_optimizer(model, "shard", steps=4 // size)
+    state = {"training": TrainingState(model, optimizer)}
+    for step in range(STEPS):
+        for position in range(rank, 4, size):
+            optimizer.backward(losses_of(model, number_of(step, 0, position)))
+            if (rank, step, position) == (1, 5, 1):
+                os.kill(os.getpid(), signal_number)
+        optimizer.step()
+        if step % 2 == 1:
+            dcp.save(state, checkpoint_id=f"{folder}/{step + 1:02}")
