@@ -12,14 +12,16 @@ def prepare(accelerator):
     """GCondFused itself, for `backward`; and what Accelerate makes of it and the rest."""
     x = torch.randn(240, 8)
     data = torch.utils.data.TensorDataset(x, x[:, :2] - x[:, 2:4])
-    model = torch.nn.Linear(8, 2)
+    model = accelerator.prepare(torch.nn.Linear(8, 2))  # first: with several processes it is wrapped
     adamw = torch.optim.AdamW(model.parameters(), lr=0.02)
     tasks = {"l1": 0.85, "mse": 0.15}  # name → loss weight
     # The scaler is there with mixed_precision="fp16", else it is None.
-    gcond = GCondFused(adamw, tasks, accumulation_steps=4, grad_scaler=accelerator.scaler)
+    gcond = GCondFused(
+        adamw, tasks, accumulation_steps=4, grad_scaler=accelerator.scaler, module=model
+    )
     scheduler = torch.optim.lr_scheduler.ExponentialLR(gcond, 0.99)
     loader = torch.utils.data.DataLoader(data, batch_size=16)
-    return gcond, *accelerator.prepare(model, gcond, scheduler, loader)
+    return gcond, model, *accelerator.prepare(gcond, scheduler, loader)
 
 
 def train(gcond, model, optimizer, scheduler, loader):

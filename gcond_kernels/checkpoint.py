@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gcond_kernels.accumulator import ALIGNMENT, Accumulator, Segment, aligned, rows_of
+from gcond_kernels.accumulator import Segment, rows_of
 from gcond_kernels.distributed import Local, Sharded
 from gcond_kernels.dtensor import local_part, placed_like
 from gcond_kernels.optimizer import STATE_VERSION, GCondFused
@@ -27,9 +27,9 @@ class TrainingState:
         dcp.save(state, checkpoint_id=folder)  # all ranks, between two windows
         dcp.load(state, checkpoint_id=folder)  # in as many ranks as there are now
 
-    Every rank writes what it holds. What was saved from FSDP2 or tensor parallelism is loaded into
-    any mesh; what was saved with `sync="shard"` or "replicate", or by one process, into any of
-    these three. Parameters are matched by their names in the model.
+    Every rank writes its share, and any number of ranks can load it, spread in another way if need
+    be: one process, DistributedDataParallel, FSDP2, tensor parallel. Parameters are matched by
+    their names in the model.
 
     Args:
         model: as it is trained, wrapped or not.
@@ -57,7 +57,7 @@ class TrainingState:
         self.optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, as tensors and DTensors that share memory with the optimizer's.
+        """The state, as tensors and DTensors.
 
         All ranks call it. What has no memory yet gets some, so that there is a place to load into.
 
@@ -90,7 +90,7 @@ class TrainingState:
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
         own = state_dict["gcond"]
-        listed = self._check(own)
+        self._check(own)
         set_state_dict(
             self.model,
             self.optimizer.base,
@@ -100,118 +100,103 @@ class TrainingState:
         by_name = {name: parameter for parameter, name in self._names.items()}
         for name in own["without_state"]:
             self.optimizer.base.state.pop(by_name[name], None)
-        self.optimizer._load_own(self._as_accumulated(own, listed), own)
+        self.optimizer._load_own(self._as_accumulated(own), own)
 
     @property
-    def _segment_names(self) -> list[str]:
-        return [self._names[s.parameter] for s in self.optimizer._accumulator.segments]
+    def _segments(self) -> list[tuple[str, Segment]]:
+        """The segments, by the names of their parameters in the model."""
+        return [(self._names[s.parameter], s) for s in self.optimizer._accumulator.segments]
 
     def _own_state(self) -> dict[str, Any]:
-        """What GCondFused adds, in a form that does not depend on the number of ranks."""
+        """What GCondFused adds, in a form that is the same however the parameters are spread."""
         optimizer, acc = self.optimizer, self.optimizer._accumulator
         return {
             "version": STATE_VERSION,
             "tasks": list(optimizer._names),
             "method": dict(optimizer._now.method_state),
             "counters": optimizer._now.counters,
-            "names": self._segment_names,
-            "strides": None if acc.spread else [list(s.stride) for s in acc.segments],
-            "history": self._kept(acc.history),
-            "momentum": self._kept(acc.momentum),
+            "names": [name for name, _ in self._segments],
+            "history": self._by_name(acc.history),
+            "momentum": self._by_name(acc.momentum),
             "momentum_steps": acc.momentum_steps,
         }
 
-    def _kept(self, kept: Tensor | None) -> Any:
-        """History or momentum, [..., n]: by parameter where these are spread, else as blocks."""
-        acc = self.optimizer._accumulator
+    def _by_name(self, kept: Tensor | None) -> list[dict[str, Tensor]] | None:
+        """History or momentum, of every row a tensor per parameter, in the parameter's shape."""
+        sync = self.optimizer._sync
         if kept is None:
             return None
-        if acc.spread:
-            named = list(zip(self._segment_names, acc.segments, strict=True))
+        if not isinstance(sync, Sharded):
             return [
-                {name: placed_like(s.parameter, s.view(row)) for name, s in named}
+                {name: placed_like(s.parameter, s.view(row)) for name, s in self._segments}
                 for row in rows_of(kept)
             ]
-        if not isinstance(self.optimizer._sync, Sharded):
-            return blocks_of(kept[..., : acc.end])
-        return sharded_blocks(kept, acc, self.optimizer._sync)
+        mesh = sync.peers.mesh()
+        by_name = []
+        for row in rows_of(kept):
+            whole = sync.whole(row)  # one at a time
+            by_name.append({name: share_of(s.view(whole), mesh) for name, s in self._segments})
+        return by_name
 
-    def _check(self, own: dict[str, Any]) -> list[Segment]:
-        """The segments that are here, in the order of the state."""
+    def _check(self, own: dict[str, Any]) -> None:
         self.optimizer._check_own(own)
-        here = dict(zip(self._segment_names, self.optimizer._accumulator.segments, strict=True))
-        if missing := sorted(set(own["names"]) ^ set(here)):
+        here = {name for name, _ in self._segments}
+        if missing := sorted(set(own["names"]) ^ here):
             where = "in the state" if missing[0] not in here else "here"
             raise ValueError(f"{missing[0]} is trained only {where}")
-        return [here[name] for name in own["names"]]
 
-    def _as_accumulated(self, own: dict[str, Any], listed: list[Segment]) -> dict[str, Any]:
+    def _as_accumulated(self, own: dict[str, Any]) -> dict[str, Any]:
         """The state of `Accumulator` that a state is."""
         acc = self.optimizer._accumulator
-        index = {p: i for i, (p, _) in enumerate(self.optimizer._parameters())}
-        strides = [list(s.stride) for s in listed] if own["strides"] is None else own["strides"]
-        offsets, end = [], 0
-        for segment in listed:
-            offsets.append(end)
-            end += aligned(segment.shape.numel())
-        state = {
-            "parameters": [index[segment.parameter] for segment in listed],
-            "shapes": [list(segment.shape) for segment in listed],
-            "strides": strides,
-            "offsets": offsets,
-            "counts": [0] * len(acc.counts),
-            "touched": [0] * len(listed),
-            "rows": None,
-            "momentum_steps": own["momentum_steps"],
-        }
-        moved = listed != acc.segments or strides != [list(s.stride) for s in acc.segments]
-        cut = isinstance(self.optimizer._sync, Sharded) and not moved
-        state["cuts"] = acc.cuts if cut else 1
-        for key, kept in (("history", acc.history), ("momentum", acc.momentum)):
-            state[key] = None if kept is None else self._flat(own[key], kept, listed, end, cut)
+        parameters = [parameter for parameter, _ in self.optimizer._parameters()]
+        state = acc.state_dict(parameters)
+        if acc.history is not None:
+            state["history"] = self._flat(own["history"], acc.history)
+        if acc.momentum is not None:
+            state["momentum"] = self._flat(own["momentum"], acc.momentum).view_as(acc.momentum)
+            place = {name: i for i, name in enumerate(own["names"])}
+            order = [place[name] for name, _ in self._segments]
+            state["momentum_steps"] = own["momentum_steps"][order]
         return state
 
-    def _flat(self, saved: Any, kept: Tensor, listed: list[Segment], end: int, cut: bool) -> Tensor:
-        """History or momentum of a state, as flat rows: this rank's part of them, or all."""
-        acc = self.optimizer._accumulator
-        if acc.spread:
-            flat = torch.zeros_like(kept)
-            for row, by_name in zip(rows_of(flat), saved, strict=True):
-                for segment, name in zip(acc.segments, self._segment_names, strict=True):
-                    segment.view(row).copy_(local_part(by_name[name]))
-            return flat
-        local = local_part(saved).flatten(-2)  # [..., what this rank has of it]
-        if not isinstance(self.optimizer._sync, Sharded):
-            return local
-        part = torch.zeros_like(kept)
-        part[..., : local.shape[-1]] = local
-        return part if cut else self.optimizer._sync.whole(part)[..., :end]
+    def _flat(self, saved: list[dict[str, Tensor]], kept: Tensor) -> Tensor:
+        """History or momentum of a state, as rows like those that are kept here."""
+        sync, rows = self.optimizer._sync, []
+        for by_name in saved:
+            row = kept.new_zeros(self.optimizer._accumulator.rows.shape[1])
+            for name, segment in self._segments:
+                here = segment.view(row)
+                if isinstance(sync, Sharded):
+                    here = share_within(here, sync.peers.rank, sync.size)
+                here.copy_(local_part(by_name[name]))
+            # Every rank has put its share into zeros: their sum is the row.
+            rows.append(sync.own_sum(row) if isinstance(sync, Sharded) else row)
+        return torch.stack(rows)
 
 
-def blocks_of(rows: Tensor) -> Tensor:
-    """Rows [..., n] as blocks [..., n / ALIGNMENT, ALIGNMENT], which say nothing of ranks."""
-    return rows.view(*rows.shape[:-1], rows.shape[-1] // ALIGNMENT, ALIGNMENT)
+def share_within(tensor: Tensor, rank: int, ranks: int) -> Tensor:
+    """A rank's share of a tensor, as torch cuts it along its first dimension; may be empty.
 
-
-def sharded_blocks(kept: Tensor, accumulator: Accumulator, sync: Sharded) -> Tensor:
-    """This rank's part [..., n] of rows as the part of a DTensor of blocks that is cut as it is.
-
-    A part is as many blocks as torch gives a rank, ⌈blocks / ranks⌉, and at the end fewer or none.
+    A tensor without dimensions is the first rank's.
     """
-    from torch.distributed.device_mesh import DeviceMesh
+    if tensor.dim() == 0:
+        return tensor if rank == 0 else tensor.new_empty(())
+    each = -(-len(tensor) // ranks)
+    return tensor[rank * each : (rank + 1) * each]
+
+
+def share_of(whole: Tensor, mesh: Any) -> Tensor:
+    """This rank's share of a tensor that every rank has, as a part of a DTensor."""
     from torch.distributed.tensor import DTensor, Shard
 
-    blocks, each = accumulator.end // ALIGNMENT, kept.shape[-1] // ALIGNMENT
-    own = max(0, min(blocks - sync.peers.rank * each, each))
-    shape = torch.Size((*kept.shape[:-1], blocks, ALIGNMENT))
+    if whole.dim() == 0:
+        return whole.clone()
+    share = share_within(whole, mesh.get_local_rank(), mesh.size())
+    own_memory = share.clone(memory_format=torch.contiguous_format)  # so that the whole may go
     return DTensor.from_local(
-        blocks_of(kept)[..., :own, :],
-        DeviceMesh.from_group(sync.peers.group, kept.device.type),
-        [Shard(len(shape) - 2)],
-        run_check=False,
-        shape=shape,
-        stride=torch.empty(shape, device="meta").stride(),
-    )
+        own_memory, mesh, [Shard(0)], run_check=False, shape=whole.shape,
+        stride=torch.empty(whole.shape, device="meta").stride(),
+    )  # fmt: skip
 
 
 @contextmanager

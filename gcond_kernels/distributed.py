@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -146,6 +146,7 @@ class Peers:
         self.group: Any = group if group is not None else dist.group.WORLD
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
+        self.tensors = device
         # Between hosts where the group has a backend for that: then no GPU has to wait.
         on_host = "cpu:" in dist.get_backend_config(self.group)
         self.device = torch.device("cpu") if on_host else device
@@ -170,6 +171,12 @@ class Peers:
         self.gather(table, sent)
         rows: list[list[int]] = table.view(self.size, len(own)).tolist()
         return rows
+
+    def mesh(self) -> Any:
+        """The group as a mesh of devices."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        return DeviceMesh.from_group(self.group, self.tensors.type)
 
     def objects(self, own: Any) -> list[Any]:
         """What every rank says, by rank."""
@@ -301,14 +308,18 @@ class Reduced(Ranks):
     """Data parallel: the rows of the ranks are summed, one after another.
 
     A row is sent off as soon as nothing will be added to it: while the next task's last backward
-    pass runs, or in stochastic mode its block.
+    pass runs, or in stochastic mode its block. On a GPU that has a stream of its own, so that what
+    computes does not wait for it.
     """
+
+    one_by_one = False
 
     def __init__(self, accumulator: Accumulator, backend: str, peers: Peers) -> None:
         super().__init__(accumulator, backend, peers)
         self._final: set[int] = set()
         self._started = 0
-        self._under_way: Any = None
+        self._under_way: list[tuple[int, Any]] = []
+        self._stream: torch.cuda.Stream | None = None
 
     @property
     def started(self) -> int:
@@ -324,19 +335,41 @@ class Reduced(Ranks):
                 self._start()
 
     def _start(self) -> None:
-        self._wait()
-        task = self._started
-        if self.accumulator.counts[task] == 0:
-            self.accumulator.rows[task].zero_()  # it may hold anything: nothing is ever cleared
-        self._under_way = self._reduce(task)
+        task, acc = self._started, self.accumulator
+        with self._beside():
+            if self.one_by_one:
+                self._wait()
+            if acc.counts[task] == 0:
+                acc.rows[task].zero_()  # it may hold anything: nothing is ever cleared
+            self._under_way.append((task, self._reduce(task)))
         self._started += 1
 
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On the stream of the exchange, after what was launched so far."""
+        device = self.accumulator.rows.device
+        if device.type != "cuda":
+            yield
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            yield
+
     def _wait(self) -> None:
-        """For the row under way; on a GPU the stream waits, not the host."""
-        if self._under_way is not None:
-            self._under_way.wait()
-            self._under_way = None
-            self._arrived(self._started - 1)
+        """For the rows under way; on a GPU the stream waits, not the host."""
+        while self._under_way:
+            task, work = self._under_way.pop(0)
+            work.wait()
+            self._arrived(task)
+
+    def _finish(self) -> None:
+        """From here on what is launched comes after the exchange."""
+        with self._beside():
+            self._wait()
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def _reduce(self, task: int) -> Any:
         """Starts to sum a row over the ranks."""
@@ -350,7 +383,7 @@ class Reduced(Ranks):
         self._agree(settings)
         while self._started < len(self.accumulator.counts):
             self._start()
-        self._wait()
+        self._finish()
         return super().meet(settings, on_nonfinite)
 
     def _counts(self, table: list[list[int]]) -> list[int]:
@@ -358,7 +391,8 @@ class Reduced(Ranks):
 
     def end_window(self) -> None:
         """Forgets the rows."""
-        self._wait()
+        if self._under_way:
+            self._finish()
         self._final.clear()
         self._started = 0
 
@@ -383,10 +417,12 @@ class Sharded(Reduced):
 
     A row [N'] is cut into as many shards [n] as there are ranks, across tensors. No memory beside
     the rows is needed: the shards of row k > 0 go where rows before it were, which have been sent,
-    side by side from the start of the first row; the gathered result goes into the last row.
+    side by side from the start of the first row; the gathered result goes into the last row. (NCCL
+    works in place; gloo takes copies, and an all-reduce for a reduce-scatter.)
     """
 
     way = "shard"
+    one_by_one = True
 
     @property
     def _length(self) -> int:
@@ -462,12 +498,16 @@ class Sharded(Reduced):
         return cut
 
     def whole(self, part: Tensor) -> Tensor:
-        """Rows [..., N'] of which every rank has a part [..., n]."""
-        rows = []
-        for row in rows_of(part):
-            rows.append(row.new_empty(row.numel() * self.size))
-            self.peers.gather(rows[-1], row.contiguous())
-        return torch.stack(rows).view(*part.shape[:-1], -1)
+        """A row [N'] of which every rank has a part [n]."""
+        row = part.new_empty(part.numel() * self.size)
+        self.peers.gather(row, part.contiguous())
+        return row
+
+    def own_sum(self, row: Tensor) -> Tensor:
+        """This rank's part [n] of the sum of a row [N'] over the ranks."""
+        part = row.new_empty(row.numel() // self.size)
+        self.peers.scatter_sum(part, row).wait()
+        return part
 
     def _new_result(self) -> Tensor:
         """[N'] memory for the result, of the type of the gradients where that is one."""
@@ -545,13 +585,23 @@ def peers_of(group: Any, device: torch.device, module: nn.Module | None) -> Peer
     return Peers(group, device)
 
 
-def way_of(sync: str | None, parameters: Sequence[Tensor], peers: Peers | None) -> str | None:
+def way_of(
+    sync: str | None,
+    parameters: Sequence[Tensor],
+    peers: Peers | None,
+    module: nn.Module | None,
+) -> str | None:
     """How the ranks work together, a key of `WAYS`; None for one process.
 
     Raises:
-        ValueError: the parameters are DTensors, and `sync` is given.
+        ValueError: the parameters are DTensors, and `sync` or a DistributedDataParallel is given.
     """
     if any(map(is_dtensor, parameters)):
+        if data_parallel_modules(module):
+            raise ValueError(
+                "module: DistributedDataParallel around DTensors is not handled: use fully_shard "
+                "on a mesh of two dimensions, which also replicates"
+            )
         if sync is not None:
             raise ValueError(
                 f"sync={sync!r} is for parameters that every rank holds whole; these are DTensors, "
@@ -704,6 +754,9 @@ def same_part(
     return same.index(rank), len(same)
 
 
+HINT = "Ranks that train other parameters belong in another process_group="
+
+
 def difference(said: Sequence[tuple[dict[str, str], list[tuple[str, ...]]]]) -> str:
     """How the settings or parameters of a rank differ from those of rank 0."""
     for rank, (settings, layout) in enumerate(said):
@@ -712,10 +765,10 @@ def difference(said: Sequence[tuple[dict[str, str], list[tuple[str, ...]]]]) -> 
                 return f"rank {rank} has {option}={settings.get(option)}, rank 0 {option}={value}"
         for here, there in zip(layout, said[0][1], strict=False):
             if here != there:
-                return f"rank {rank} has {' '.join(here)}, rank 0 {' '.join(there)}"
+                return f"rank {rank} has {' '.join(here)}, rank 0 {' '.join(there)}. {HINT}"
         if len(layout) != len(said[0][1]):
             return (
                 f"rank {rank} has {len(layout)} parameters that require a gradient, rank 0 "
-                f"{len(said[0][1])}"
+                f"{len(said[0][1])}. {HINT}"
             )
     raise AssertionError("the ranks do not differ")

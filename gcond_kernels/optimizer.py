@@ -197,7 +197,7 @@ class GCondFused(torch.optim.Optimizer):
         for operation in ops.OPERATIONS:  # raises now rather than in training
             ops.choose_backend(backend, device, operation)
         peers = peers_of(process_group, device, module)
-        way = way_of(sync, parameters, peers)
+        way = way_of(sync, parameters, peers, module)
         self._data_parallel = None if module is None else DataParallel(module, parameters)
 
         # Not super().__init__: that would make lists of parameters and state of our own.
@@ -408,6 +408,11 @@ class GCondFused(torch.optim.Optimizer):
         if self._now.resolved:
             raise RuntimeError("resolve() was called already in this window: call step()")
         if self._sync.size > 1:
+            if tables.is_capturing(self._device()):
+                raise RuntimeError(
+                    "a CUDA graph cannot hold what several ranks tell each other in a step: "
+                    "capture forward and backward passes of the model alone"
+                )
             self._include_new_parameters()  # the others may have had a micro-batch, and this not
         counts = self._sync.meet(self._settings(), self.on_nonfinite)
         # What may fail for want of memory comes before what changes state.
@@ -641,7 +646,9 @@ class GCondFused(torch.optim.Optimizer):
             )
 
     def _check_ranks(self) -> None:
-        if self._sync.size == 1 and is_distributed() and not self._knows_ranks:
+        if self._knows_ranks or not is_distributed():
+            return
+        if torch.distributed.get_world_size() > 1:
             raise RuntimeError(
                 "torch.distributed was initialized after this GCondFused was made, which knows no "
                 "other ranks: make it after init_process_group"

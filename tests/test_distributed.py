@@ -329,6 +329,8 @@ def test_the_state_of_rank_0_for_all(ranks2, tmp_path, way):
         (("hsdp", 4), ("fsdp", 2)),
         (("fsdp", 2), ("fsdp_tp", 4)),
         (("fsdp_tp", 4), ("tp", 2)),
+        (("shard", 4), ("fsdp", 2)),
+        (("hsdp", 4), ("shard", 2)),
     ],
 )
 def test_a_checkpoint_resumes_on_another_number_of_ranks(ranks, tmp_path, before, after):
@@ -371,3 +373,46 @@ def test_a_rank_killed_or_stuck_in_a_window(ranks4, tmp_path, how, seconds):
     assert len(resumed[0][1]) == t.STEPS - 4
     alone, _ = t.trained_on(None, str(tmp_path / "alone"), save_after=4)
     assert_close(resumed[0][0], alone)
+
+
+# How it lies in memory.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shards_and_result_take_no_memory_beside_the_rows(ranks2, dtype):
+    one, *more = ranks2(t.where_things_lie, dtype)[0]
+    assert more == [(True, {True})] * 3
+    # A single float32 row is shard and result at once; what is narrower has no room beside it.
+    assert one == (True, {dtype == torch.float32})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("K", [1, 2, 3, 5, 9])
+def test_shards_of_any_number_of_tasks_add_up(ranks, size, K, dtype):
+    assert ranks[size](t.tasks_in_all_numbers, K, dtype) == [None] * size
+
+
+@pytest.mark.parametrize("options", [{}, {"update": "lion_lars", "trust_ratio_clip": 3.0}])
+@pytest.mark.parametrize("way", ["shard", "replicate", "local"])
+def test_all_sorts_of_parameters(ranks2, way, options):
+    ours, others = ranks2(t.mixed, way, options)
+    assert equal(ours, others)
+    if way != "local":
+        # bfloat16 parameters keep 8 bits: a rounding that falls to the other side shows.
+        assert_close(ours, t.mixed(None, options), atol=2e-2)
+
+
+@pytest.mark.parametrize(("size", "way"), [(1, None), (2, "shard"), (2, "replicate"), (4, "shard")])
+def test_a_checkpoint_of_all_sorts_of_parameters(ranks, tmp_path, size, way):
+    """Scalars, channels-last weights and two types come back to the bit."""
+
+    def run(*args):
+        return [t.mixed(way, *args)] if way is None else ranks[size](t.mixed, way, *args)
+
+    assert equal(run({}, str(tmp_path))[0], run({})[0])
+
+
+def test_an_optimizer_that_is_older_than_the_process_group(ranks2):
+    for said in ranks2(t.knows_no_ranks):
+        assert "make it after init_process_group" in said

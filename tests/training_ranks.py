@@ -569,3 +569,113 @@ def doomed(rank, size, store, folder, signal_number, timeout):
         optimizer.step()
         if step % 2 == 1:
             dcp.save(state, checkpoint_id=f"{folder}/{step + 1:02}")
+
+
+def knows_no_ranks():
+    """An optimizer that was made before the process group, as it seems to it."""
+    model = new_model()
+    with mock.patch.object(dist, "is_initialized", return_value=False):
+        optimizer = new_optimizer(model)
+    try:
+        optimizer.backward(losses_of(model, 0))
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+class Mixed(nn.Module):
+    """Channels-last weights, a scalar, and parameters of two types."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.conv = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+            self.narrow = nn.Linear(5, 4).to(torch.bfloat16)
+            self.last = nn.Linear(4, 3)
+            self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        # Six numbers of the micro-batch, as they come, fill 3 x 4 x 4 pixels.
+        image = x.repeat(1, 8).view(-1, 3, 4, 4)
+        x = torch.tanh(self.conv(image).mean((2, 3))).to(torch.bfloat16)
+        return self.last(torch.tanh(self.narrow(x)).float()) * self.scale
+
+
+def mixed_losses(model, number):
+    generator = torch.Generator().manual_seed(number)
+    y = model(torch.randn(4, 6, generator=generator))
+    return {"a": y[:, 0].mean(), "b": (y[:, 0] + y[:, 1]).pow(2).mean(), "c": -y.sum(1).mean()}
+
+
+def mixed(way, options, folder=None):
+    """Five steps with all sorts of parameters; saved and loaded in their middle where asked."""
+    import torch.distributed.checkpoint as dcp
+
+    from gcond_kernels import TrainingState
+
+    rank, size = (0, 1) if way is None else (dist.get_rank(), dist.get_world_size())
+    runs = []
+    for _ in range(2):
+        model = Mixed() if way is None else spread(Mixed(), way, size)
+        base = {"base": torch.optim.SGD, "lr": 0.1, "momentum": 0.9}
+        runs.append((model, new_optimizer(model, way, steps=4 // size, **base, **options)))
+    model, optimizer = runs[0]
+    for step in range(5):
+        if step == 2 and folder:
+            dcp.save({"training": TrainingState(*runs[0])}, checkpoint_id=folder)
+            dcp.load({"training": TrainingState(*runs[1])}, checkpoint_id=folder)
+            model, optimizer = runs[1]
+        for number in range(rank, 4, size):
+            optimizer.backward(mixed_losses(model, 100 * step + number))
+        optimizer.step()
+    return parameters_of(model)
+
+
+def where_things_lie(dtype):
+    """Whether `.grad` and the shards lie in the rows, after a step of K tasks."""
+    said = []
+    for K in (1, 2, 3, 6):
+        model = nn.parallel.DistributedDataParallel(new_model(dtype))
+        sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+        tasks = {str(k): 1.0 for k in range(K)}
+        optimizer = GCondFused(sgd, tasks, module=model)
+        y = model(torch.ones(2, 6, dtype=dtype)).float()
+        optimizer.backward({task: (y - int(task)).pow(2).mean() for task in tasks})
+        shards = optimizer._sync._shards()
+        optimizer.step()
+        rows = optimizer._accumulator.rows.untyped_storage().data_ptr()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        in_rows = {gradient.untyped_storage().data_ptr() == rows for gradient in gradients}
+        said.append((shards.untyped_storage().data_ptr() == rows, in_rows))
+    return said
+
+
+def tasks_in_all_numbers(K, dtype):
+    """A step of K tasks whose gradients are whole numbers: sums in any order are exact."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = new_model()
+    parameters = list(model.parameters())
+    sgd = torch.optim.SGD(parameters, lr=1.0)
+    tasks = {str(k): 1.0 for k in range(K)}
+    none_left = GCond(max_iterations=0, tie_breaking_weights=(0.0, 1.0))  # the plain sum
+    optimizer = GCondFused(sgd, tasks, method=none_left, accumulator_dtype=dtype, sync="shard")
+    for step in range(2):
+        generator = torch.Generator().manual_seed(step)
+        numbers = [
+            [torch.randint(-3, 4, p.shape, generator=generator).float() for p in parameters]
+            for _ in range(size * K)
+        ]
+        mine = numbers[rank * K : (rank + 1) * K]
+        optimizer.backward(
+            {
+                task: sum((p * n).sum() for p, n in zip(parameters, of_task, strict=True))
+                for task, of_task in zip(tasks, mine, strict=True)
+            }
+        )
+        optimizer.resolve()
+        wanted = [sum(n[i] for n in numbers) / size for i in range(len(parameters))]
+        if not all(torch.equal(p.grad, w) for p, w in zip(parameters, wanted, strict=True)):
+            return f"step {step}: not the sum"
+        optimizer.step()
+    return None
