@@ -12,7 +12,9 @@ def prepare(accelerator):
     """GCondFused itself, for `backward`; and what Accelerate makes of it and the rest."""
     x = torch.randn(240, 8)
     data = torch.utils.data.TensorDataset(x, x[:, :2] - x[:, 2:4])
-    model = accelerator.prepare(torch.nn.Linear(8, 2))  # first: with several processes it is wrapped
+    model = accelerator.prepare(
+        torch.nn.Linear(8, 2)
+    )  # first: with several processes it is wrapped
     adamw = torch.optim.AdamW(model.parameters(), lr=0.02)
     tasks = {"l1": 0.85, "mse": 0.15}  # name → loss weight
     # The scaler is there with mixed_precision="fp16", else it is None.

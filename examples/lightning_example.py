@@ -21,7 +21,9 @@ class TwoTasks(pl.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # with precision="16-mixed"
         adamw = torch.optim.AdamW(self.parameters(), lr=0.02)
         tasks = {"l1": 0.85, "mse": 0.15}  # name → loss weight
-        optimizer = GCondFused(adamw, tasks, accumulation_steps=4, grad_scaler=scaler)
+        optimizer = GCondFused(
+            adamw, tasks, accumulation_steps=4, grad_scaler=scaler, module=self.trainer.model
+        )
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)]
 
     def training_step(self, batch, batch_idx):
@@ -34,11 +36,11 @@ class TwoTasks(pl.LightningModule):
             self.lr_schedulers().step()
 
 
-def main(ckpt_path=None, **options):
+def main(ckpt_path=None, devices=1, **options):
     """Trains for 8 epochs of 15 micro-batches."""
     x = torch.randn(240, 8)
     data = torch.utils.data.TensorDataset(x, x[:, :2] - x[:, 2:4])
-    trainer = pl.Trainer(max_epochs=8, devices=1, **options)
+    trainer = pl.Trainer(max_epochs=8, devices=devices, **options)
     trainer.fit(TwoTasks(), torch.utils.data.DataLoader(data, batch_size=16), ckpt_path=ckpt_path)
     print(trainer.global_step, "steps;", trainer.optimizers[0].report().cosines)
 

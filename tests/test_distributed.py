@@ -306,6 +306,12 @@ def test_every_ranks_own_state_goes_on_to_the_same_bits(ranks2, tmp_path, way):
     assert ranks2(t.state_of_rank, way, str(tmp_path), "each") == [True, True]
 
 
+@pytest.mark.parametrize("way", ["shard", "replicate", "local"])
+def test_a_state_of_fewer_parameters_than_there_are_now(ranks2, way):
+    for straight, reloaded in ranks2(t.loaded_early_and_late, way):
+        assert equal(straight, reloaded)
+
+
 @pytest.mark.parametrize("way", ["shard", "replicate"])
 def test_the_state_of_rank_0_for_all(ranks2, tmp_path, way):
     said = ranks2(t.state_of_rank, way, str(tmp_path), "first")

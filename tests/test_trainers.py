@@ -3,6 +3,8 @@
 import copy
 import importlib.util
 import logging
+import os
+import re
 import subprocess
 import sys
 import warnings
@@ -40,11 +42,63 @@ def accelerate():
     return pytest.importorskip("accelerate", reason="the example needs Hugging Face Accelerate")
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_an_example_is_short(path):
-    lines = [line.strip() for line in path.read_text().splitlines()]
+@pytest.mark.parametrize("name", ["lightning_example", "accelerate_example"])
+def test_an_example_is_short(name):
+    lines = [line.strip() for line in (EXAMPLES / f"{name}.py").read_text().splitlines()]
     code = [line for line in lines if line and not line.startswith(("#", '"""'))]
-    assert len(code) <= 30
+    assert len(code) <= 32
+
+
+LIGHTNING_DDP = """
+import logging, sys
+sys.path.insert(0, sys.argv[1])
+import lightning_example as example
+if __name__ == "__main__":
+    example.main(devices=2, strategy="ddp", accelerator="cpu", logger=False,
+                 enable_checkpointing=False, enable_progress_bar=False)
+"""
+
+
+def test_two_ranks_of_lightning_decide_alike(lightning, tmp_path):
+    (tmp_path / "two.py").write_text(LIGHTNING_DDP)
+    said = subprocess.run(
+        [sys.executable, "two.py", str(EXAMPLES)], cwd=tmp_path, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr[-3000:]
+    steps = re.findall(r"\d+ steps; .*", said.stdout)
+    assert len(steps) == 2
+    assert steps[0] == steps[1]
+
+
+ACCELERATE_DDP = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import accelerate_example as example
+from accelerate import Accelerator
+accelerator = Accelerator()
+parts = example.prepare(accelerator)
+for _ in range(8):
+    example.train(*parts)
+print(f"norm {parts[0].report().gradient_norm} of {accelerator.num_processes}\\n", end="")
+"""
+
+
+def test_two_ranks_of_accelerate_decide_alike(accelerate, tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "two.py",
+        str(EXAMPLES),
+    ]  # fmt: skip
+    (tmp_path / "two.py").write_text(ACCELERATE_DDP)
+    said = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr[-3000:]
+    assert "of 2" in said.stdout
+    decisions = re.findall(r"norm [0-9.]+", said.stdout)
+    assert len(decisions) == 2
+    assert decisions[0] == decisions[1]
 
 
 @pytest.mark.parametrize(

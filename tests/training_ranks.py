@@ -679,3 +679,35 @@ def tasks_in_all_numbers(K, dtype):
             return f"step {step}: not the sum"
         optimizer.step()
     return None
+
+
+def loaded_early_and_late(way):
+    """Own state loaded before the first window; and that of two steps ago, with a layer thawed."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    data, _ = data_rank(way, rank, size)
+
+    def numbers(step):
+        return [number_of(step, data, i) for i in range(MICRO_BATCHES)]
+
+    results = []
+    for reload in (False, True):
+        model = new_model()
+        for p in model.last.parameters():
+            p.requires_grad_(False)
+        optimizer = new_optimizer(model, sync=way)
+        if reload:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for step in range(2):
+            window(optimizer, model, numbers(step))
+        saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+        for p in model.last.parameters():
+            p.requires_grad_(True)
+        for step in range(2, 4):
+            window(optimizer, model, numbers(step))
+        if reload:
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+            for step in range(2, 4):
+                window(optimizer, model, numbers(step))
+        results.append(parameters_of(model))
+    return results
