@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test cuda lint info bench-cpu bench-host bench-memory gpu-check clean
+.PHONY: help demo test cuda lint info bench-cpu bench-host bench-memory bench-overlap bench-traffic gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,8 @@ help:
 	@echo "make bench-cpu  a resolution on the CPU beside a copy of the same bytes"
 	@echo "make bench-host what a launch over 300 tensors costs the host; needs no GPU"
 	@echo "make bench-memory what a window and its step keep, in bytes per parameter"
+	@echo "make bench-overlap what exchanging gradients early gains, with two processes"
+	@echo "make bench-traffic bytes sent and kept by many GPUs, on paper"
 	@echo "make gpu-check  tests, figures and sanitizers on an NVIDIA GPU; results in gpu_check_output/"
 	@echo "make clean      remove the environment and what was built"
 	@echo 'Options go in ARGS, for example: make demo ARGS="--images ~/photos"'
@@ -55,6 +57,12 @@ bench-host: $(VENV)/.demo
 
 bench-memory: $(VENV)/.demo
 	$(BIN)/python bench/memory.py $(ARGS)
+
+bench-overlap: $(VENV)/.demo
+	$(BIN)/python bench/overlap.py $(ARGS)
+
+bench-traffic:
+	$(PYTHON) bench/traffic.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	PYTHON=$(BIN)/python bench/gpu_check.sh gpu_check_output

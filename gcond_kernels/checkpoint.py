@@ -131,7 +131,7 @@ class TrainingState:
                 {name: placed_like(s.parameter, s.view(row)) for name, s in self._segments}
                 for row in rows_of(kept)
             ]
-        mesh = sync.peers.mesh()
+        mesh = sync.peers.mesh(kept.device)
         by_name = []
         for row in rows_of(kept):
             whole = sync.whole(row)  # one at a time

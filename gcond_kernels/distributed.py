@@ -139,17 +139,18 @@ class Sync:
 class Peers:
     """A process group, and the small things that its ranks tell each other."""
 
-    def __init__(self, group: Any, device: torch.device) -> None:
+    def __init__(self, group: Any) -> None:
         import torch.distributed as dist
 
         self.dist = dist
         self.group: Any = group if group is not None else dist.group.WORLD
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
-        self.tensors = device
-        # Between hosts where the group has a backend for that: then no GPU has to wait.
-        on_host = "cpu:" in dist.get_backend_config(self.group)
-        self.device = torch.device("cpu") if on_host else device
+        self._on_host = "cpu:" in dist.get_backend_config(self.group)
+
+    def device(self, tensors: torch.device) -> torch.device:
+        """Where small things travel: between hosts if the group can, then no GPU has to wait."""
+        return torch.device("cpu") if self._on_host else tensors
 
     def gather(self, whole: Tensor, part: Tensor) -> None:
         """Puts the parts [n] of all ranks side by side into `whole`, which may hold this one."""
@@ -164,19 +165,19 @@ class Peers:
         run = getattr(self.dist, name, self.dist.reduce_scatter_tensor)
         return run(part, whole, group=self.group, async_op=True)
 
-    def numbers(self, own: Sequence[int]) -> list[list[int]]:
+    def numbers(self, own: Sequence[int], tensors: torch.device) -> list[list[int]]:
         """The whole numbers of every rank, by rank; as many from each."""
-        sent = torch.tensor(own, dtype=torch.int64, device=self.device)
+        sent = torch.tensor(own, dtype=torch.int64, device=self.device(tensors))
         table = sent.new_empty(self.size * len(own))
         self.gather(table, sent)
         rows: list[list[int]] = table.view(self.size, len(own)).tolist()
         return rows
 
-    def mesh(self) -> Any:
+    def mesh(self, tensors: torch.device) -> Any:
         """The group as a mesh of devices."""
         from torch.distributed.device_mesh import DeviceMesh
 
-        return DeviceMesh.from_group(self.group, self.tensors.type)
+        return DeviceMesh.from_group(self.group, tensors.type)
 
     def objects(self, own: Any) -> list[Any]:
         """What every rank says, by rank."""
@@ -237,7 +238,8 @@ class Ranks(Sync):
         """How many micro-batches of each task every rank had."""
         acc = self.accumulator
         choice = ("skip", "drop_task", "raise").index(on_nonfinite)
-        table = self.peers.numbers([choice, digest(acc.touched), *acc.counts])
+        own = [choice, digest(acc.touched), *acc.counts]
+        table = self.peers.numbers(own, acc.rows.device)
         if len({row[0] for row in table}) > 1:
             raise RuntimeError("the ranks differ in on_nonfinite: set it alike on all of them")
         if len({row[1] for row in table}) > 1:
@@ -259,7 +261,7 @@ class Ranks(Sync):
         acc = self.accumulator
         tasks = range(len(acc.counts))
         bits = [[touched >> task & 1 for touched in acc.touched] for task in tasks]
-        flags = torch.tensor(bits, dtype=torch.bool, device=self.peers.device)
+        flags = torch.tensor(bits, dtype=torch.bool, device=self.peers.device(acc.rows.device))
         of_tensors = self.peers.any_of(flags).T.tolist()
         acc.touched = [sum(bit << task for task, bit in enumerate(row)) for row in of_tensors]
 
@@ -570,19 +572,18 @@ class Local(Ranks):
 WAYS: dict[str, type[Ranks]] = {way.way: way for way in (Ranks, Sharded, Replicated, Local)}
 
 
-def peers_of(group: Any, device: torch.device, module: nn.Module | None) -> Peers | None:
+def peers_of(group: Any, module: nn.Module | None) -> Peers | None:
     """The ranks that train together; None for one process.
 
     Args:
         group: the process group; None is that of the model's DistributedDataParallel, else all.
-        device: of the parameters.
         module: the model, if known.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     for wrapped in data_parallel_modules(module):
         group = wrapped.process_group if group is None else group
-    return Peers(group, device)
+    return Peers(group)
 
 
 def way_of(

@@ -98,7 +98,7 @@ class GCondFused(torch.optim.Optimizer):
         base: any torch optimizer. Its parameters must be on one device; those that require no
             gradient cost nothing, and may start to require one at any time.
         tasks: task → loss weight λ ≥ 0. The order is that of the blocks in stochastic mode.
-        accumulation_steps: micro-batches per optimizer step, A.
+        accumulation_steps: micro-batches per optimizer step, A; of each rank, where there are some.
         mode: "exact": every micro-batch has a loss of every task. "stochastic": the window is
             cut into one block of micro-batches per task, each with a loss of that task alone:
             one backward pass per micro-batch instead of K.
@@ -196,7 +196,7 @@ class GCondFused(torch.optim.Optimizer):
         device = parameters[0].device
         for operation in ops.OPERATIONS:  # raises now rather than in training
             ops.choose_backend(backend, device, operation)
-        peers = peers_of(process_group, device, module)
+        peers = peers_of(process_group, module)
         way = way_of(sync, parameters, peers, module)
         self._data_parallel = None if module is None else DataParallel(module, parameters)
 

@@ -46,7 +46,8 @@ class Report:
         nonfinite_tasks: the tasks whose gradient was not finite in this one. With
             on_nonfinite="drop_task" they took no part in it.
         nonfinite_steps: task → in how many resolutions its gradient was not finite so far.
-        micro_batches: task → micro-batches that it had in the window.
+        micro_batches: task → micro-batches that it had in the window; with accumulators that are
+            summed over ranks, those of all ranks.
         norms: task → norm of its accumulated gradient (loss weight and mean included).
         norm_ema: task → moving average of that norm.
         cosines: pair of tasks → cosine similarity of their accumulated gradients; pairs of which

@@ -14,11 +14,13 @@ TIMEOUT = timedelta(seconds=60)
 class Ranks:
     """`size` processes; calling it runs a function in all of them and returns what each returns."""
 
-    def __init__(self, size, folder):
+    def __init__(self, size, folder, backend="gloo"):
         pairs = [multiprocessing.Pipe() for _ in range(size)]
         self.pipes = [here for here, _ in pairs]
         there = [pipe for _, pipe in pairs]
-        self.processes = start(size, serve, lambda rank: (str(folder / "store"), there[rank]))
+        self.processes = start(
+            size, serve, lambda rank: (str(folder / "store"), there[rank], backend)
+        )
         for pipe in there:
             pipe.close()
 
@@ -56,8 +58,8 @@ def start(size, function, arguments):
     return processes
 
 
-def serve(rank, size, store, pipe):
-    join(rank, size, store)
+def serve(rank, size, store, pipe, backend):
+    join(rank, size, store, backend=backend)
     while True:
         try:
             function, args = pipe.recv()
@@ -72,9 +74,12 @@ def serve(rank, size, store, pipe):
         pipe.send_bytes(pickle.dumps(result))
 
 
-def join(rank, size, store, timeout=TIMEOUT):
-    os.environ["GCOND_CUDA_HOST"] = "1"
+def join(rank, size, store, timeout=TIMEOUT, backend="gloo"):
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
+    else:
+        os.environ["GCOND_CUDA_HOST"] = "1"
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout
+        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout
     )

@@ -1,6 +1,8 @@
 """The README's code runs as it stands."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
@@ -37,9 +39,19 @@ def test_the_example_of_mixed_precision_trains():
     assert names["optimizer"].report().skipped_steps < 10
 
 
+def test_the_example_of_many_gpus_runs_in_two_processes(tmp_path):
+    (tmp_path / "train.py").write_text(EXAMPLES[3])
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "checkpoint" / ".metadata").exists()
+
+
 def test_the_other_examples_run():
-    assert len(EXAMPLES) == 4
-    run(3)
+    assert len(EXAMPLES) == 5
+    run(4)
 
 
 def test_every_file_that_is_named_exists():

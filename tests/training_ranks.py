@@ -41,16 +41,23 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.third(torch.tanh(self.second(x)))))
 
 
+def device():
+    """The GPU of this rank, where ranks have some."""
+    on_gpus = dist.is_initialized() and "nccl" in dist.get_backend_config()
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpus else torch.device("cpu")
+
+
 def new_model(dtype=torch.float32):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Net().to(dtype)
+        return Net().to(device(), dtype)
 
 
 def losses_of(model, number, tasks=TASKS):
     """Losses that pull apart, on the micro-batch of this number."""
     generator = torch.Generator().manual_seed(number)
-    y = model(torch.randn(4, 6, generator=generator).to(next(model.parameters()).dtype))
+    x = torch.randn(4, 6, generator=generator)
+    y = model(x.to(device(), next(model.parameters()).dtype))
     y = y.float()
     losses = {
         "a": (y[:, 0] - 1).pow(2).mean(),
@@ -81,12 +88,12 @@ def spread(model, way, size):
     if way in WAYS:
         return DistributedDataParallel(model)
     if way == "hsdp":
-        mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("copies", "shards"))
+        mesh = init_device_mesh(device().type, (2, size // 2), mesh_dim_names=("copies", "shards"))
     elif way == "fsdp_tp":
-        whole = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("data", "tensor"))
+        whole = init_device_mesh(device().type, (size // 2, 2), mesh_dim_names=("data", "tensor"))
         mesh, tensor = whole["data"], whole["tensor"]
     else:
-        mesh = tensor = init_device_mesh("cpu", (size,), mesh_dim_names=("all",))
+        mesh = tensor = init_device_mesh(device().type, (size,), mesh_dim_names=("all",))
     if way in ("tp", "fsdp_tp"):
         plan = {
             "first": ColwiseParallel(output_layouts=None),
@@ -131,7 +138,7 @@ def window(optimizer, model, numbers, ready=None):
 
 def whole(tensor):
     tensor = tensor.detach()
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone().cpu()
 
 
 def parameters_of(model):

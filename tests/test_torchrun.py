@@ -1,0 +1,46 @@
+"""The demo's digits by torchrun: on two ranks, then on from there on one, sharded otherwise."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+pytest.importorskip("rich", reason="the progress bar is drawn by rich")
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "torchrun_digits.py"
+
+
+def run(ranks, *options):
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+            str(EXAMPLE), *options,
+        ],
+        capture_output=True, text=True, timeout=200, env={**os.environ, "COLUMNS": "100"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_it_learns_and_goes_on_from_its_checkpoint(tmp_path):
+    first = run(2, "--steps", "20", "--checkpoint", str(tmp_path))
+    assert first.count("the same on 2 ranks") == 3
+    assert "NOT" not in first
+    then = run(1, "--steps", "40", "--checkpoint", str(tmp_path), "--fsdp")
+    assert "rank 0 goes on after step 20" in then
+    before, after = (
+        [float(score) for score in re.findall(r"correct: ([0-9.]+) %", said)]
+        for said in (first, then)
+    )
+    assert all(there > here + 5 for here, there in zip(before, after, strict=True))
+    assert "nothing left" in run(1, "--steps", "40", "--checkpoint", str(tmp_path))
+
+
+def test_each_rank_for_itself():
+    said = run(2, "--steps", "5", "--sync", "local")
+    assert "model: the same on 2 ranks" in said
+    assert "decision: NOT the same on 2 ranks" in said
