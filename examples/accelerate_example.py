@@ -37,7 +37,14 @@ def train(gcond, model, optimizer, scheduler, loader):
     return {task: loss.item() for task, loss in losses.items()}
 
 
-if __name__ == "__main__":
-    parts = prepare(Accelerator())
+def main():
+    """8 epochs; torchrun starts several processes."""
+    accelerator = Accelerator()
+    parts = prepare(accelerator)
     for epoch in range(8):
         print(epoch, train(*parts))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -143,7 +143,8 @@ class Peers:
         import torch.distributed as dist
 
         self.dist = dist
-        self.group: Any = group if group is not None else dist.group.WORLD
+        # Not the default group itself: one that is still held when Python ends may abort it.
+        self.group: Any = None if group is dist.group.WORLD else group
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
         self._on_host = "cpu:" in dist.get_backend_config(self.group)
@@ -177,7 +178,8 @@ class Peers:
         """The group as a mesh of devices."""
         from torch.distributed.device_mesh import DeviceMesh
 
-        return DeviceMesh.from_group(self.group, tensors.type)
+        group: Any = self.group or self.dist.group.WORLD
+        return DeviceMesh.from_group(group, tensors.type)
 
     def objects(self, own: Any) -> list[Any]:
         """What every rank says, by rank."""
@@ -354,7 +356,7 @@ class Reduced(Ranks):
             yield
             return
         if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             yield

@@ -43,4 +43,4 @@ def test_it_learns_and_goes_on_from_its_checkpoint(tmp_path):
 def test_each_rank_for_itself():
     said = run(2, "--steps", "5", "--sync", "local")
     assert "model: the same on 2 ranks" in said
-    assert "decision: NOT the same on 2 ranks" in said
+    assert "winners: NOT the same on 2 ranks" in said

@@ -46,7 +46,7 @@ def accelerate():
 def test_an_example_is_short(name):
     lines = [line.strip() for line in (EXAMPLES / f"{name}.py").read_text().splitlines()]
     code = [line for line in lines if line and not line.startswith(("#", '"""'))]
-    assert len(code) <= 32
+    assert len(code) <= 34
 
 
 LIGHTNING_DDP = """
@@ -76,11 +76,14 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import accelerate_example as example
 from accelerate import Accelerator
-accelerator = Accelerator()
-parts = example.prepare(accelerator)
-for _ in range(8):
-    example.train(*parts)
-print(f"norm {parts[0].report().gradient_norm} of {accelerator.num_processes}\\n", end="")
+def main():
+    accelerator = Accelerator()
+    parts = example.prepare(accelerator)
+    for _ in range(8):
+        example.train(*parts)
+    print(f"norm {parts[0].report().gradient_norm} of {accelerator.num_processes}\\n", end="")
+    accelerator.end_training()
+main()  # what holds the process group must be gone when Python ends
 """
 
 
