@@ -58,7 +58,8 @@ import lightning_example as example
 if __name__ == "__main__":
     sys.stdout = open(f"said_{os.environ.get('LOCAL_RANK', '0')}.txt", "w")
     example.main(devices=2, strategy="ddp", accelerator="cpu", logger=False,
-                 enable_checkpointing=False, enable_progress_bar=False)
+                 enable_checkpointing=False, enable_progress_bar=False,
+                 enable_model_summary=False)
     sys.stdout.close()
     os._exit(0)
 """
