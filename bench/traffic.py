@@ -366,7 +366,7 @@ Not counted, because it is small:
   with T parameter tensors and R = K + 1 (R = K without momentum, or without `max_norm`). For
   T = {tensors}, K = {K}, R = {R} a rank sends {decision} MB in a window; the rows of 1 B parameters
   are {rows} GB with `"shard"`. With `"local"` it is an all-reduce of K bytes.
-- How many micro-batches each rank had, 8 · (K + 2) bytes from each to every other; and what a
+- How many micro-batches each rank had, 8 · (K + 3) bytes from each to every other; and what a
   row is padded with, at most 128 bytes per tensor and per rank.
 
 Not counted, and to be added where it matters:

@@ -177,6 +177,7 @@ class Accumulator:
         harvest = self._harvest = Harvest(self, task, scale, backend)
         try:
             yield
+            self._check_reduced()
             harvest.finish()
         except BaseException:
             # A part of this micro-batch is in the row: with the ones before it, no mean of theirs.
@@ -186,6 +187,17 @@ class Accumulator:
         finally:
             self._harvest = None
         self.counts[task] += 1
+
+    def _check_reduced(self) -> None:
+        """FSDP may be told to keep gradients for itself: added up over tasks they are of no use."""
+        sharded = [s.parameter for s in self.segments if is_dtensor(s.parameter)]
+        wanted = [parameter for parameter in sharded if parameter.requires_grad]
+        if wanted and all(parameter.grad is None for parameter in wanted):
+            raise RuntimeError(
+                "the backward pass left no gradient on any sharded parameter: leave "
+                "set_requires_gradient_sync and set_requires_all_reduce at True, for gradients of "
+                "different tasks must not add up inside FSDP (or the loss does not depend on them)"
+            )
 
     def _hook_parameters(self) -> None:
         """Lets every parameter say when its gradient is there; copies come without hooks."""
@@ -417,7 +429,15 @@ class Harvest:
     def finish(self) -> None:
         """The pass is over: what is left is added, and segments without a gradient cleared."""
         segments = self.target.segments
-        self._add([t for t in sorted(self.taken) if segments[t].parameter.grad is not None])
+        again = [t for t in sorted(self.taken) if segments[t].parameter.grad is not None]
+        for t in again:
+            if t not in self.bucket:
+                raise RuntimeError(
+                    f"the gradient of {segments[t].name} was put back after it was taken: the "
+                    "model is wrapped in a DistributedDataParallel that GCondFused does not know; "
+                    "give the wrapped model as module="
+                )
+        self._add(again)
         self._add([t for t in range(len(segments)) if t not in self.taken])
 
     def _add(self, places: Sequence[int]) -> None:

@@ -37,7 +37,7 @@ class TrainingState:
 
     Raises:
         ValueError: sync="local", where every rank has a state of its own; or the optimizer has
-            parameters that are not in the model.
+            parameters that are not in the model; or two parameters of the model have one name.
     """
 
     def __init__(self, model: nn.Module, optimizer: GCondFused) -> None:
@@ -48,8 +48,14 @@ class TrainingState:
                 "with sync='local' every rank has a state of its own: save each rank's "
                 "model.state_dict() and optimizer.state_dict()"
             )
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        self._names = dict(zip(parameters, without_wrappers(names), strict=True))
+        named = dict(model.named_parameters())
+        names = without_wrappers(list(named))
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"the model has more than one parameter called {twice[0]}, apart from what "
+                "wrappers (torch.compile, DistributedDataParallel) put into names: rename one"
+            )
+        self._names: dict[Tensor, str] = dict(zip(named.values(), names, strict=True))
         for parameter, name in optimizer._parameters():
             if parameter not in self._names:
                 raise ValueError(f"{name} of the optimizer is no parameter of the model")
@@ -84,8 +90,9 @@ class TrainingState:
         """Goes on from a state; all ranks call it.
 
         Raises:
-            ValueError: it is of other tasks, parameters or settings; nothing has changed then,
-                but for what torch.distributed.checkpoint has read into place already.
+            ValueError: it is of other tasks or parameters. torch.distributed.checkpoint has read
+                into place by then what fits, and raises itself where sizes or names do not: the
+                model is not to be used after either.
         """
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
@@ -118,8 +125,14 @@ class TrainingState:
             "names": [name for name, _ in self._segments],
             "history": self._by_name(acc.history),
             "momentum": self._by_name(acc.momentum),
-            "momentum_steps": acc.momentum_steps,
+            "momentum_steps": self._steps_by_name(),
         }
+
+    def _steps_by_name(self) -> dict[str, Tensor] | None:
+        steps = self.optimizer._accumulator.momentum_steps
+        if steps is None:
+            return None
+        return {name: steps[t].clone() for t, (name, _) in enumerate(self._segments)}
 
     def _by_name(self, kept: Tensor | None) -> list[dict[str, Tensor]] | None:
         """History or momentum, of every row a tensor per parameter, in the parameter's shape."""
@@ -127,8 +140,9 @@ class TrainingState:
         if kept is None:
             return None
         if not isinstance(sync, Sharded):
+            # In memory of its own: what copies a state behind a training's back asks for that.
             return [
-                {name: placed_like(s.parameter, s.view(row)) for name, s in self._segments}
+                {name: placed_like(s.parameter, s.view(row).clone()) for name, s in self._segments}
                 for row in rows_of(kept)
             ]
         mesh = sync.peers.mesh(kept.device)
@@ -140,10 +154,12 @@ class TrainingState:
 
     def _check(self, own: dict[str, Any]) -> None:
         self.optimizer._check_own(own)
-        here = {name for name, _ in self._segments}
-        if missing := sorted(set(own["names"]) ^ here):
-            where = "in the state" if missing[0] not in here else "here"
-            raise ValueError(f"{missing[0]} is trained only {where}")
+        # What was frozen since then may be missing here.
+        if missing := sorted({name for name, _ in self._segments} - set(own["names"])):
+            raise ValueError(
+                f"{missing[0]} was not trained when the state was saved: freeze it until the state "
+                "is loaded"
+            )
 
     def _as_accumulated(self, own: dict[str, Any]) -> dict[str, Any]:
         """The state of `Accumulator` that a state is."""
@@ -154,9 +170,8 @@ class TrainingState:
             state["history"] = self._flat(own["history"], acc.history)
         if acc.momentum is not None:
             state["momentum"] = self._flat(own["momentum"], acc.momentum).view_as(acc.momentum)
-            place = {name: i for i, name in enumerate(own["names"])}
-            order = [place[name] for name, _ in self._segments]
-            state["momentum_steps"] = own["momentum_steps"][order]
+            steps = [own["momentum_steps"][name] for name, _ in self._segments]
+            state["momentum_steps"] = torch.stack(steps)
         return state
 
     def _flat(self, saved: list[dict[str, Tensor]], kept: Tensor) -> Tensor:

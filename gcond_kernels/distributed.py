@@ -14,11 +14,13 @@ All of it is torch.distributed's collectives on the process group of the user.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from gcond_kernels.dtensor import is_dtensor, local_part, shard_coordinate
 from gcond_kernels.nonfinite import nonfinite_tasks
 
 Pieces: TypeAlias = list[tuple[int, int]]
+Describe: TypeAlias = Callable[[], dict[str, str]]
 
 
 class Work(NamedTuple):
@@ -71,6 +74,7 @@ class Sync:
     """
 
     size = 1
+    way = "alone"
 
     def __init__(self, accumulator: Accumulator, backend: str) -> None:
         self.accumulator = accumulator
@@ -86,7 +90,7 @@ class Sync:
         """How many rows are on their way to the other ranks: the first ones."""
         return 0
 
-    def row_is_final(self, task: int) -> None:
+    def row_is_final(self, task: int, describe: Describe) -> None:
         """Nothing will be added to the row of this task any more in this window."""
 
     def check_begun(self) -> None:
@@ -94,8 +98,12 @@ class Sync:
         if not any(self.accumulator.counts):
             raise RuntimeError("nothing was accumulated: call backward(losses) before step()")
 
-    def meet(self, settings: dict[str, str], on_nonfinite: str) -> list[int]:
+    def meet(self, describe: Describe, on_nonfinite: str) -> list[int]:
         """Brings the ranks together; returns the micro-batches of each task that count.
+
+        Args:
+            describe: tells what all ranks must have alike, by name.
+            on_nonfinite: what is done about gradients that are not finite.
 
         Raises:
             RuntimeError: nothing was accumulated, or the ranks differ; all of them raise it.
@@ -134,6 +142,9 @@ class Sync:
 
     def end_window(self) -> None:
         """Forgets what was on its way."""
+
+    def forget_agreement(self) -> None:
+        """Something has changed that all ranks must have alike."""
 
 
 class Peers:
@@ -212,6 +223,8 @@ class Ranks(Sync):
         self.peers = peers
         self.size = peers.size
         self._agreed = 0  # segments that all ranks have told each other of
+        self._open = False  # whether the ranks have found each other alike in this window
+        self._fresh = False  # whether they have compared parameters in this window
         # Of each segment: which of the ranks that hold the same this one is, and how many they are.
         self._replica: list[tuple[int, int]] = []
 
@@ -223,9 +236,9 @@ class Ranks(Sync):
     def check_begun(self) -> None:
         """Another rank may have begun where this one has not: `meet` tells."""
 
-    def meet(self, settings: dict[str, str], on_nonfinite: str) -> list[int]:
+    def meet(self, describe: Describe, on_nonfinite: str) -> list[int]:
         """Brings the ranks together; returns the micro-batches of each task that count."""
-        self._agree(settings)
+        self._meet_alike(describe)
         table = self._tell(on_nonfinite)
         if not any(map(any, table)):
             self.accumulator.start_window()
@@ -234,7 +247,36 @@ class Ranks(Sync):
                 f"nothing was accumulated on any of the {self.size} ranks: call backward(losses) "
                 "before step()"
             )
-        return self._counts(table)
+        counts = self._counts(table)
+        if self._fresh:
+            self._check_gradients()
+        return counts
+
+    def end_window(self) -> None:
+        """The next window may find the ranks changed."""
+        self._open = self._fresh = False
+
+    def forget_agreement(self) -> None:
+        """The ranks are to compare what they have, at their next meeting."""
+        self._agreed = 0
+
+    def _meet_alike(self, describe: Describe) -> None:
+        """Once a window, before anything else: have all ranks what they had when they compared?
+
+        Where one has not, all compare: so all take part in the same collectives.
+        """
+        if self._open:
+            return
+        acc = self.accumulator
+        table = self.peers.numbers([self._agreed != len(acc.segments)], acc.rows.device)
+        if any(changed for (changed,) in table):
+            self._agree(describe())
+            self._fresh = True
+        self._open = True
+
+    def _check_gradients(self) -> None:
+        """What `meet` does in a window in which the ranks have compared parameters."""
+        self._compare_gradients()
 
     def _tell(self, on_nonfinite: str) -> list[list[int]]:
         """How many micro-batches of each task every rank had."""
@@ -268,23 +310,26 @@ class Ranks(Sync):
         acc.touched = [sum(bit << task for task, bit in enumerate(row)) for row in of_tensors]
 
     def _agree(self, settings: dict[str, str]) -> None:
-        """Makes sure that all ranks have the same settings and parameters, where these are new."""
+        """Makes sure that all ranks have the same settings, parameters and state."""
         acc = self.accumulator
-        if self._agreed == len(acc.segments):
-            return
         layout = [description(segment) for segment in acc.segments]
         kinds, kind_of = kinds_of(acc.segments)
-        sums = [0.0] * len(kinds)
-        norms = ops.multi_tensor_norm(
-            [local_part(s.parameter) for s in acc.segments], per_tensor=True, backend=self.backend
-        )
-        for kind, norm in zip(kind_of, norms.tolist(), strict=True):
-            sums[kind] += norm
-        said = self.peers.objects((digest([settings, layout]), kinds, sums))
+        prints = fingerprints([local_part(segment.parameter) for segment in acc.segments])
+        said = self.peers.objects((digest([settings, layout]), kinds, prints))
         if len({one[0] for one in said}) > 1:
             raise RuntimeError(difference(self.peers.objects((settings, layout))))
-        mine = [same_part(said, kind, self.peers.rank) for kind in range(len(kinds))]
-        self._replica = [mine[kind] for kind in kind_of]
+        holders = [holders_of([one[1][kind] for one in said]) for kind in range(len(kinds))]
+        unlike = first_unlike([one[2] for one in said], holders, kind_of, rel_tol=1e-6)
+        if unlike is not None:
+            tensor, rank, other = unlike
+            raise RuntimeError(
+                f"{acc.segments[tensor].name} of rank {rank} is not that of rank {other}: start "
+                "from the same parameters (DistributedDataParallel sees to it; or load, or "
+                "broadcast them)"
+            )
+        own = [held[coordinate] for held, coordinate in zip(holders, kinds, strict=True)]
+        self._replica = [(own[k].index(self.peers.rank), len(own[k])) for k in kind_of]
+        self._holders = holders, kind_of
         self._agreed = len(acc.segments)
 
     def _pieces(self) -> Pieces:
@@ -306,6 +351,31 @@ class Ranks(Sync):
         # Ranks may be added in another order in S_ij than in S_ji.
         total = total.triu() + total.triu(1).T
         return ops.Gramians(total, cross, per_tensor), norms
+
+    def _compare_gradients(self) -> None:
+        """Raises a RuntimeError where those who hold the same part have other gradients of it.
+
+        Compared once, in the first window: as lengths, of which rounding takes a little.
+        """
+        acc = self.accumulator
+        tasks = [task for task, count in enumerate(acc.counts) if count > 0]
+        lengths = [
+            [float(segment.view(acc.rows[task]).norm()) for task in tasks]
+            for segment in acc.segments
+        ]
+        said = self.peers.objects(lengths)
+        # Beside large gradients one that is nothing but rounding may be another on every rank.
+        largest = max(length for rank in said for tensor in rank for length in tensor)
+        unlike = first_unlike(said, *self._holders, rel_tol=1e-2, abs_tol=1e-3 * largest)
+        if unlike is not None:
+            tensor, rank, other = unlike
+            raise RuntimeError(
+                f"rank {rank} and rank {other} hold the same part of {acc.segments[tensor].name}, "
+                "and have other gradients of it: nothing has reduced them. Shard it with the rest "
+                "(fully_shard around the whole model, no ignored_params); give ranks of one tensor "
+                "parallel group the same data; and ranks that train another model a process_group "
+                "of their own"
+            )
 
 
 class Reduced(Ranks):
@@ -330,13 +400,12 @@ class Reduced(Ranks):
         """How many rows are on their way to the other ranks, or there: the first ones."""
         return self._started
 
-    def row_is_final(self, task: int) -> None:
+    def row_is_final(self, task: int, describe: Describe) -> None:
         """Sends off what is final, in the order of the tasks: all ranks must have the same."""
         self._final.add(task)
-        # Not before the ranks have compared their rows: other sizes would end in a deadlock.
-        if self._agreed == len(self.accumulator.segments):
-            while self._started in self._final:
-                self._start()
+        while self._started in self._final:
+            self._meet_alike(describe)  # rows of other sizes would end in a deadlock
+            self._start()
 
     def _start(self) -> None:
         task, acc = self._started, self.accumulator
@@ -382,19 +451,23 @@ class Reduced(Ranks):
     def _arrived(self, task: int) -> None:
         """The sum is there."""
 
-    def meet(self, settings: dict[str, str], on_nonfinite: str) -> list[int]:
+    def meet(self, describe: Describe, on_nonfinite: str) -> list[int]:
         """Brings the ranks together, with the sums of their rows."""
-        self._agree(settings)
+        self._meet_alike(describe)
         while self._started < len(self.accumulator.counts):
             self._start()
         self._finish()
-        return super().meet(settings, on_nonfinite)
+        return super().meet(describe, on_nonfinite)
+
+    def _check_gradients(self) -> None:
+        """Every rank has had gradients of its own, which are summed by now."""
 
     def _counts(self, table: list[list[int]]) -> list[int]:
         return [sum(of_task) for of_task in zip(*table, strict=True)]
 
     def end_window(self) -> None:
         """Forgets the rows."""
+        super().end_window()
         if self._under_way:
             self._finish()
         self._final.clear()
@@ -517,7 +590,7 @@ class Sharded(Reduced):
         """[N'] memory for the result, of the type of the gradients where that is one."""
         acc = self.accumulator
         dtypes = {segment.gradient_dtype for segment in acc.segments}
-        dtype = dtypes.pop() if len(dtypes) == 1 else acc.dtype
+        dtype = functools.reduce(torch.promote_types, dtypes)  # of mixed ones none loses digits
         K, length = acc.rows.shape
         if dtype.itemsize <= acc.dtype.itemsize and K > 1:
             return acc.rows[-1].view(dtype)[:length]
@@ -539,6 +612,9 @@ class Local(Ranks):
     """
 
     way = "local"
+
+    def _check_gradients(self) -> None:
+        """Every rank has gradients of its own."""
 
     def _counts(self, table: list[list[int]]) -> list[int]:
         return self.accumulator.counts
@@ -640,10 +716,7 @@ class DataParallel:
                         f"module: {name} is in no parameter group of this optimizer, and its "
                         "gradients would not be averaged: add it to base, or freeze it"
                     )
-        # For as long as this object lives: its end is the end of what was entered.
-        self._entered = ExitStack()
-        for wrapped in self.modules:
-            self._entered.enter_context(wrapped.no_sync())
+        self._quiet = [Quiet.of(wrapped) for wrapped in self.modules]
 
     def broadcast_buffers(self) -> None:
         """Sends the buffers of rank 0 to the others, as each module would in its forward pass."""
@@ -658,6 +731,34 @@ class DataParallel:
         ]
         for work in works:
             work.wait()
+
+
+class Quiet:
+    """Keeps a DistributedDataParallel from reducing gradients, for as long as anybody holds this.
+
+    There is one of it for a module: the end of an older optimizer must not wake it up again.
+    """
+
+    _alive: ClassVar[weakref.WeakValueDictionary[int, Quiet]] = weakref.WeakValueDictionary()
+
+    def __init__(self, wrapped: Any) -> None:
+        self._entered = ExitStack()
+        self._entered.enter_context(wrapped.no_sync())
+        # Its first forward pass would broadcast buffers, which a rank without data would not join.
+        wrapped.require_forward_param_sync = False
+        self._wrapped = wrapped
+
+    @classmethod
+    def of(cls, wrapped: Any) -> Quiet:
+        """The one for this module."""
+        quiet = cls._alive.get(id(wrapped))
+        if quiet is None:
+            quiet = cls._alive[id(wrapped)] = cls(wrapped)
+        return quiet
+
+    def __del__(self) -> None:
+        self._entered.close()
+        self._wrapped.require_forward_param_sync = True
 
 
 def data_parallel_modules(module: nn.Module | None) -> list[Any]:
@@ -730,31 +831,58 @@ def kinds_of(segments: Sequence[Segment]) -> tuple[list[object], list[int]]:
     return coordinates, kind_of
 
 
-def same_part(
-    said: Sequence[tuple[int, Sequence[object], Sequence[float]]], kind: int, rank: int
-) -> tuple[int, int]:
-    """Which of the ranks that hold the same part of a kind of parameters this is, of how many.
+FINGERPRINT_PIECE = 1 << 24  # elements that are widened at a time
+
+
+def fingerprints(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """Two numbers of each tensor that tell it from one of other values, or in another order."""
+    prints = []
+    for tensor in tensors:
+        sums = torch.zeros(2, dtype=torch.float64, device=tensor.device)
+        for piece in torch.split(tensor.flatten(), FINGERPRINT_PIECE):
+            squares = piece.double().square()
+            ramp = torch.arange(1, len(piece) + 1, device=tensor.device) / len(piece)
+            sums += torch.stack([squares.sum(), (squares * ramp).sum()])
+        prints.append(sums)
+    return torch.stack(prints).tolist() if prints else []
+
+
+def holders_of(coordinates: Sequence[object]) -> dict[object, list[int]]:
+    """Who holds which part of a kind of parameters, from the coordinate of every rank."""
+    holders: dict[object, list[int]] = {}
+    for rank, coordinate in enumerate(coordinates):
+        holders.setdefault(coordinate, []).append(rank)
+    return holders
+
+
+def first_unlike(
+    said: Sequence[Sequence[Sequence[float]]],
+    holders: Sequence[dict[object, list[int]]],
+    kind_of: Sequence[int],
+    rel_tol: float,
+    abs_tol: float = 0.0,
+) -> tuple[int, int, int] | None:
+    """The first tensor of which two ranks hold the same part, and of which they say otherwise.
 
     Args:
-        said: of every rank a digest, and of each kind its coordinate and a sum over parameters.
-        kind: of the parameters.
-        rank: this one.
+        said: of every rank, of every tensor some numbers.
+        holders: of every kind of tensors, who holds which part.
+        kind_of: of every tensor its kind.
+        rel_tol: how far two numbers may lie apart.
+        abs_tol: how far at least.
 
-    Raises:
-        RuntimeError: ranks that hold the same part hold different numbers.
+    Returns:
+        The tensor and the two ranks; None where all agree.
     """
-    holders: dict[object, list[int]] = {}
-    for other, (_, coordinates, sums) in enumerate(said):
-        with_it = holders.setdefault(coordinates[kind], [])
-        with_it.append(other)
-        here, there = sums[kind], said[with_it[0]][2][kind]
-        if not math.isclose(here, there, rel_tol=1e-6) and not (here != here and there != there):
-            raise RuntimeError(
-                f"the parameters of rank {other} are not those of rank {with_it[0]}: start from "
-                "the same ones (DistributedDataParallel sees to it; or load, or broadcast them)"
-            )
-    same = holders[said[rank][1][kind]]
-    return same.index(rank), len(same)
+    for tensor, kind in enumerate(kind_of):
+        for first, *others in holders[kind].values():
+            for rank in others:
+                for here, there in zip(said[rank][tensor], said[first][tensor], strict=True):
+                    both_nan = here != here and there != there
+                    close = math.isclose(here, there, rel_tol=rel_tol, abs_tol=abs_tol)
+                    if not close and not both_nan:
+                        return tensor, rank, first
+    return None
 
 
 HINT = "Ranks that train other parameters belong in another process_group="

@@ -32,7 +32,7 @@ from gcond_kernels.checks import (
     check_update,
     warn_of_double_smoothing,
 )
-from gcond_kernels.distributed import WAYS, DataParallel, Sync, Work, peers_of, way_of
+from gcond_kernels.distributed import WAYS, DataParallel, Local, Sync, Work, peers_of, way_of
 from gcond_kernels.loss_scale import LossScale
 from gcond_kernels.methods import GCond
 from gcond_kernels.nonfinite import describe, nonfinite_tasks, without_tasks
@@ -392,7 +392,7 @@ class GCondFused(torch.optim.Optimizer):
         """Lets the other ranks have what nothing will be added to."""
         k = self._names.index(task)
         if not any(k in tasks for tasks in self._schedule[self._now.position + 1 :]):
-            self._sync.row_is_final(k)
+            self._sync.row_is_final(k, self._alike)
 
     def resolve(self) -> None:
         """Resolves the window's conflicts and writes `.grad`; to clip or log before `step`.
@@ -414,7 +414,7 @@ class GCondFused(torch.optim.Optimizer):
                     "capture forward and backward passes of the model alone"
                 )
             self._include_new_parameters()  # the others may have had a micro-batch, and this not
-        counts = self._sync.meet(self._settings(), self.on_nonfinite)
+        counts = self._sync.meet(self._alike, self.on_nonfinite)
         # What may fail for want of memory comes before what changes state.
         work = self._sync.work()
         scale = self._scale(counts)
@@ -722,9 +722,17 @@ class GCondFused(torch.optim.Optimizer):
         self._accumulator.drop_gradients()
         self._now.written = []
 
-    def _settings(self) -> dict[str, str]:
-        """What all ranks must have alike."""
+    def _alike(self) -> dict[str, str]:
+        """What all ranks must have alike, by name. On a GPU this waits for the device."""
         acc, history = self._accumulator, self._accumulator.history
+        state = {key: value.tolist() for key, value in self._now.method_state.items()}
+        # Other things may show their address, which differs from rank to rank.
+        plain = (int, float, str, type(None), Tensor)
+        groups = [
+            {k: v for k, v in group.items() if isinstance(v, plain)}
+            for group in self.base.param_groups
+        ]
+        drifts = isinstance(self._sync, Local)
         return {
             "tasks": repr(self._weights),
             "mode": repr(self.mode),
@@ -736,7 +744,10 @@ class GCondFused(torch.optim.Optimizer):
             "max_norm": repr(self.max_norm),
             "accumulator_dtype": repr(acc.dtype),
             "history_dtype": repr(None if history is None else history.dtype),
-            "sync": type(self._sync).__name__.lower(),
+            "sync": self._sync.way,
+            "options of base": repr(groups),
+            "resolutions so far": repr(self._now.counters.tolist()[0]),
+            "state of the method": "its own" if drifts else repr(state),
         }
 
     def _scale(self, counts: Sequence[int]) -> Tensor:
@@ -818,6 +829,7 @@ class GCondFused(torch.optim.Optimizer):
             for key, value in self._now.method_state.items()
         }
         self._now.counters = own["counters"].to(self._now.counters.device, copy=True)
+        self._sync.forget_agreement()
         self._now.position = 0
         self._now.resolved = self._now.told = False
         self._now.last = None

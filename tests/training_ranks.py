@@ -399,16 +399,21 @@ def unlike_paths(way):
 
 
 def batchnorm():
-    """Buffers after two steps; what the wrapper is told, while the optimizer lives and after."""
+    """Buffers after three steps, the first without data on rank 1; what the wrapper is told."""
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     wrapped = nn.parallel.DistributedDataParallel(model)
+    told = [wrapped.require_backward_grad_sync]
     optimizer = new_optimizer(wrapped, "shard", steps=1)
-    quiet = wrapped.require_backward_grad_sync
-    for step in range(2):
-        window(optimizer, wrapped, [number_of(step, dist.get_rank(), 0)])
+    optimizer = new_optimizer(wrapped, "shard", steps=1)  # as in a cell of a notebook run again
+    told.append(wrapped.require_backward_grad_sync)
+    for step in range(3):
+        idle = step == 0 and dist.get_rank() == 1
+        window(optimizer, wrapped, [] if idle else [number_of(step, dist.get_rank(), 0)])
     buffers = {name: buffer.clone() for name, buffer in wrapped.named_buffers()}
+    told.append(wrapped.require_backward_grad_sync)
     del optimizer
-    return buffers, quiet, wrapped.require_backward_grad_sync
+    told.append(wrapped.require_backward_grad_sync)
+    return buffers, told
 
 
 def untold(harvest, with_unused):
@@ -481,6 +486,23 @@ def mistake(kind):
         if kind == "other weights" and odd:
             with torch.no_grad():
                 model.first.weight += 1
+        if kind == "weights in another order" and odd:
+            with torch.no_grad():
+                model.first.weight.copy_(model.first.weight.flip(0))
+        if kind == "a layer left alone":
+            fully_shard_without(model, "last")
+        if kind == "two trainings in one":
+            fully_shard_apart(model)
+        if kind in ("a layer left alone", "two trainings in one", "gradients kept"):
+            model = spread(model, "fsdp", size) if kind == "gradients kept" else model
+            del options["sync"]
+            optimizer = new_optimizer(model, steps=2, **options)
+            if kind == "gradients kept":
+                model.set_requires_gradient_sync(False)
+            window(optimizer, model, [number_of(0, rank, 0)])
+            return "nothing"
+        if kind == "not the wrapped model":
+            return not_the_wrapped_model()
         if kind == "other setting" and odd:
             options["max_norm"] = 2.0
         if kind == "other shape" and odd:
@@ -507,12 +529,63 @@ def mistake(kind):
         if kind == "copied":
             optimizer.step()
             copy.deepcopy(optimizer)
+        if kind in ("state of one rank", "thawed on one rank", "other rate"):
+            optimizer.backward(losses_of(model, 1))
+            optimizer.step()
+            saved = copy.deepcopy(optimizer.state_dict())
+            for p in model.last.parameters():
+                p.requires_grad_(False)
+            if kind == "thawed on one rank":
+                # Neither had it so far.
+                model.extra = nn.Parameter(torch.ones(2))
+                model.extra.requires_grad_(odd)
+                group = {"params": [model.extra], "param_names": ["extra"]}
+                optimizer.add_param_group(group)
+            window(optimizer, model, [2, 3])
+            if kind == "state of one rank" and odd:
+                optimizer.load_state_dict(saved)
+            if kind == "other rate" and odd:
+                optimizer.param_groups[0]["lr"] = 0.5
+                optimizer.load_state_dict(optimizer.state_dict())
+            window(optimizer, model, [4, 5])
+            return "nothing"
         if kind == "late parameter":
             late_parameter(optimizer, model)
         optimizer.step()
         return "nothing"
     except (RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+def fully_shard_without(model, name):
+    """Sharded layer by layer, but for one."""
+    from torch.distributed.fsdp import fully_shard
+
+    for child_name, child in model.named_children():
+        if child_name != name:
+            fully_shard(child)
+
+
+def fully_shard_apart(model):
+    """Every rank for itself, on a mesh of one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device().type, (dist.get_world_size(), 1), mesh_dim_names=("a", "b"))
+    fully_shard(model, mesh=mesh["b"])
+
+
+def not_the_wrapped_model():
+    """The model inside is given, and the gradients come in more than one bucket."""
+    from gcond_kernels import accumulator
+
+    model = new_model()
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with mock.patch.object(accumulator, "BUCKET_BYTES", 1):
+        optimizer = GCondFused(sgd, {"a": 1.0}, module=model)
+        optimizer.backward({"a": losses_of(wrapped, 0)["a"]})
+    return "nothing"
 
 
 def late_parameter(optimizer, model):
