@@ -98,6 +98,8 @@ def show(scene: Digits, model: torch.nn.Module, optimizer: GCondFused, validatio
 def main() -> None:
     """On the GPU of this rank where there are enough of them, else on the CPU."""
     given = options()
+    if "LOCAL_RANK" not in os.environ:
+        raise SystemExit("start it with torchrun: see the first lines of this file")
     local = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")

@@ -115,8 +115,8 @@ class GCondFused(torch.optim.Optimizer):
         history_dtype: torch.bfloat16 or torch.float32.
         harvest: "bucketed" takes gradients from a backward pass while it runs, some 32 MB at a
             time; "whole" takes all of them when it is over, which keeps a whole gradient alive, but
-            loses nothing where a pass fails in the middle (see `backward`). With torch.distributed
-            initialized they are taken whole.
+            loses nothing where a pass fails in the middle (see `backward`). DTensors are taken
+            whole, and so is everything where there are other ranks and `module` is not given.
         on_nonfinite: what becomes of a step in which a task's gradient holds a NaN or an infinity.
             "skip": it is left out; parameters and all state stay as they are. "drop_task": that
             task sits it out, as one without a micro-batch does (parameters that it alone uses get
@@ -274,7 +274,7 @@ class GCondFused(torch.optim.Optimizer):
         self.base.defaults = defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, at any time, also in the middle of a window."""
+        """Adds a group of parameters, at any time; with several ranks between two windows."""
         self.base.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -333,7 +333,9 @@ class GCondFused(torch.optim.Optimizer):
                 micro-batches that it had in this window, and a warning says that.
             RuntimeError: the window is full already, or a parameter has a `.grad` that came
                 from elsewhere. (Call `zero_grad` before backward passes of your own: what `step`
-                left in `.grad` is dropped here, with what was added to it.)
+                left in `.grad` is dropped here, with what was added to it.) Or the ranks were
+                joined after this optimizer was made; or FSDP or DistributedDataParallel are set
+                otherwise than this can work with; the message says how.
         """
         self._check_window_open()
         self._check_ranks()
@@ -401,7 +403,9 @@ class GCondFused(torch.optim.Optimizer):
         accumulators' type it is a view of them: clone it to keep it beyond the next `backward`.
 
         Raises:
-            RuntimeError: nothing was accumulated, or the window is resolved already.
+            RuntimeError: nothing was accumulated, or the window is resolved already; or ranks
+                differ in tasks, settings, parameters or state, which all of them raise, each naming
+                the difference; or a CUDA graph is being captured, and there are several ranks.
             FloatingPointError: with on_nonfinite="raise": a gradient is not finite. Nothing has
                 changed: `on_nonfinite` may be set to go on.
         """
@@ -766,11 +770,13 @@ class GCondFused(torch.optim.Optimizer):
         """The state of the wrapped optimizer, and under "gcond" what this one adds.
 
         In the middle of a window it holds the accumulators too, so that training goes on from
-        there to the same bits. As with torch's optimizers the tensors are not copies. What
-        `recorder` holds is not in it, nor the state of `grad_scaler`.
+        there to the same bits; with several ranks it is to be taken between windows, and is this
+        rank's own but for sync="replicate" (see `TrainingState`). As with torch's optimizers the
+        tensors are not copies. What `recorder` holds is not in it, nor the state of `grad_scaler`.
 
         Raises:
-            RuntimeError: between resolve() and step(): `.grad` is in no state dict.
+            RuntimeError: between resolve() and step(): `.grad` is in no state dict; or, with
+                several ranks, in the middle of a window.
         """
         if self._now.resolved:
             raise RuntimeError("there is a resolved gradient in .grad: call step() before saving")

@@ -428,3 +428,30 @@ def test_a_checkpoint_of_all_sorts_of_parameters(ranks, tmp_path, size, way):
 def test_an_optimizer_that_is_older_than_the_process_group(ranks2):
     for said in ranks2(t.knows_no_ranks):
         assert "make it after init_process_group" in said
+
+
+@pytest.mark.parametrize("way", ["shard", "fsdp"])
+def test_what_was_frozen_since_it_was_saved_is_left_out(ranks2, tmp_path, way):
+    """Both with `save` and with `async_save`, which copies what it is given."""
+    for of_rank in ranks2(t.frozen_since, way, str(tmp_path)):
+        for straight, resumed in of_rank:
+            assert_close(resumed, straight)
+
+
+def test_two_parameters_of_one_name_are_no_checkpoint():
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = torch.nn.Linear(2, 2)
+            self.weight = torch.nn.Parameter(torch.ones(2))
+
+    model = Module()
+    with pytest.raises(ValueError, match="more than one parameter called weight"):
+        t.TrainingState(model, t.new_optimizer(model, base=torch.optim.SGD))
+
+
+def test_narrow_rows_do_not_narrow_the_gradients_of_others(ranks2):
+    alone = t.narrow_rows_of_mixed_parameters(None)
+    for gradients in ranks2(t.narrow_rows_of_mixed_parameters, "shard"):
+        for ours, theirs in zip(gradients, alone, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)

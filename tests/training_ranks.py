@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ranks import join
 from torch import nn
 
-from gcond_kernels import GCond, GCondFused
+from gcond_kernels import GCond, GCondFused, TrainingState
 
 TASKS = {"a": 0.7, "b": 1.0, "c": 0.4}
 STEPS = 20
@@ -247,8 +247,6 @@ def trained_on(way, folder, save_after=None, steps=STEPS, options=None, base=tor
     nothing but rounding. `way` None is one process.
     """
     import torch.distributed.checkpoint as dcp
-
-    from gcond_kernels import TrainingState
 
     size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -635,8 +633,6 @@ def doomed(rank, size, store, folder, signal_number, timeout):
     """A training that is saved after every second step, until rank 1 is hit in its sixth window."""
     import torch.distributed.checkpoint as dcp
 
-    from gcond_kernels import TrainingState
-
     join(rank, size, store, timeout)
     model = spread(new_model(), "shard", size)
     optimizer = new_optimizer(model, "shard", steps=4 // size)
@@ -691,8 +687,6 @@ def mixed_losses(model, number):
 def mixed(way, options, folder=None):
     """Five steps with all sorts of parameters; saved and loaded in their middle where asked."""
     import torch.distributed.checkpoint as dcp
-
-    from gcond_kernels import TrainingState
 
     rank, size = (0, 1) if way is None else (dist.get_rank(), dist.get_world_size())
     runs = []
@@ -791,3 +785,48 @@ def loaded_early_and_late(way):
                 window(optimizer, model, numbers(step))
         results.append(parameters_of(model))
     return results
+
+
+def frozen_since(way, folder):
+    """Saved with a layer that is frozen when it is loaded; saved by a copy behind its back."""
+    import torch.distributed.checkpoint as dcp
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    data, _ = data_rank(way, rank, size)
+    results = []
+    for name in ("save", "async_save"):
+        model = spread(new_model(), way, size)
+        optimizer = new_optimizer(model, way)
+        for step in range(3):
+            window(optimizer, model, [number_of(step, data, i) for i in range(MICRO_BATCHES)])
+        state = {"training": TrainingState(model, optimizer)}
+        done = getattr(dcp, name)(state, checkpoint_id=f"{folder}/{name}")
+        if name == "async_save":
+            done.result()
+        again = new_model()
+        for p in again.first.parameters():
+            p.requires_grad_(False)
+        again = spread(again, way, size)
+        other = new_optimizer(again, way)
+        dcp.load({"training": TrainingState(again, other)}, checkpoint_id=f"{folder}/{name}")
+        for p in model.parameters():
+            p.requires_grad_(True)
+        for n, p in model.named_parameters():
+            if n.removeprefix("module.").startswith("first"):
+                p.requires_grad_(False)
+        for step in range(3, 6):
+            numbers = [number_of(step, data, i) for i in range(MICRO_BATCHES)]
+            window(optimizer, model, numbers)
+            window(other, again, numbers)
+        results.append((parameters_of(model), parameters_of(again)))
+    return results
+
+
+def narrow_rows_of_mixed_parameters(way):
+    """The gradient of a float32 parameter where others are of bfloat16, from bfloat16 rows."""
+    model = Mixed() if way is None else spread(Mixed(), way, dist.get_world_size())
+    options = {"momentum": 0.0, "accumulator_dtype": torch.bfloat16}
+    optimizer = new_optimizer(model, way, steps=1, **options)
+    optimizer.backward(mixed_losses(model, 0))  # the same on every rank: sums are exact
+    optimizer.resolve()
+    return [p.grad.clone() for p in model.parameters()]
