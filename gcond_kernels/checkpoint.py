@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -73,7 +74,8 @@ class TrainingState:
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
         optimizer = self.optimizer
-        if optimizer._now.resolved or any(optimizer._accumulator.counts):
+        in_window = optimizer._now.resolved or any(optimizer._accumulator.counts)
+        if optimizer._sync.any_rank(in_window):
             raise RuntimeError("a TrainingState is saved and loaded between windows: call step()")
         optimizer._include_new_parameters()
         if isinstance(optimizer._sync, Sharded):
@@ -94,16 +96,23 @@ class TrainingState:
                 into place by then what fits, and raises itself where sizes or names do not: the
                 model is not to be used after either.
         """
-        from torch.distributed.checkpoint.state_dict import set_state_dict
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_model_state_dict,
+            set_optimizer_state_dict,
+        )
 
         own = state_dict["gcond"]
         self._check(own)
-        set_state_dict(
-            self.model,
-            self.optimizer.base,
-            model_state_dict=state_dict["model"],
-            optim_state_dict=state_dict["base"],
-        )
+        set_model_state_dict(self.model, state_dict["model"])
+        base = self.optimizer.base
+        names = [group.get("param_names") for group in base.param_groups]
+        # Not strict: SGD has no state of parameters whose group has no momentum.
+        options = StateDictOptions(strict=False)
+        set_optimizer_state_dict(self.model, base, state_dict["base"], options=options)
+        for group, own_names in zip(base.param_groups, names, strict=True):
+            if own_names is not None:  # the state has them in the order in which it was saved
+                group["param_names"] = own_names
         by_name = {name: parameter for parameter, name in self._names.items()}
         for name in own["without_state"]:
             self.optimizer.base.state.pop(by_name[name], None)
@@ -238,7 +247,10 @@ def state_for_all(base: torch.optim.Optimizer) -> Iterator[list[Tensor]]:
 def step_of_zeros(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
     """Steps these parameters alone, by nothing; gradients and options are then as before."""
     of_others = [(p, p.grad) for group in base.param_groups for p in group["params"]]
-    options = [{k: v for k, v in group.items() if k != "params"} for group in base.param_groups]
+    options = [
+        {k: (v, copy.deepcopy(v)) for k, v in group.items() if k != "params"}
+        for group in base.param_groups
+    ]
     try:
         for p, _ in of_others:
             p.grad = None
@@ -250,6 +262,10 @@ def step_of_zeros(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> 
         base.step()
     finally:
         for group, values in zip(base.param_groups, options, strict=True):
-            group.update(values)
+            for added in group.keys() - values.keys() - {"params"}:
+                del group[added]
+            for key, (own, value) in values.items():
+                # The tensor itself: a CUDA graph may read it.
+                group[key] = own.copy_(value) if isinstance(own, Tensor) else value
         for p, gradient in of_others:
             p.grad = gradient

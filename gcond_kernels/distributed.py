@@ -90,8 +90,12 @@ class Sync:
         """How many rows are on their way to the other ranks: the first ones."""
         return 0
 
-    def row_is_final(self, task: int, describe: Describe) -> None:
+    def row_is_final(self, task: int) -> None:
         """Nothing will be added to the row of this task any more in this window."""
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; all of them ask."""
+        return flag
 
     def check_begun(self) -> None:
         """Raises a RuntimeError where there is nothing to resolve."""
@@ -146,6 +150,9 @@ class Sync:
     def forget_agreement(self) -> None:
         """Something has changed that all ranks must have alike."""
 
+    def take_back(self) -> None:
+        """A micro-batch has failed: what it made final and was not sent is not final."""
+
 
 class Peers:
     """A process group, and the small things that its ranks tell each other."""
@@ -159,6 +166,7 @@ class Peers:
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
         self._on_host = "cpu:" in dist.get_backend_config(self.group)
+        self._of_rows: Any = None
 
     def device(self, tensors: torch.device) -> torch.device:
         """Where small things travel: between hosts if the group can, then no GPU has to wait."""
@@ -167,15 +175,36 @@ class Peers:
     def gather(self, whole: Tensor, part: Tensor) -> None:
         """Puts the parts [n] of all ranks side by side into `whole`, which may hold this one."""
         # torch 2.13 has given the older name up.
-        name = "all_gather_single"
-        run = getattr(self.dist, name, self.dist.all_gather_into_tensor)
+        newer = hasattr(self.dist, "all_gather_single")
+        run = self.dist.all_gather_single if newer else self.dist.all_gather_into_tensor
         run(whole, part, group=self.group)
+
+    def make_group_of_rows(self) -> None:
+        """Rows travel in a group of their own, with the same ranks; all of them call this.
+
+        They are sent in the middle of a backward pass, and on another rank perhaps later than what
+        the user's own collectives send: in one group these would meet each other.
+        """
+        group: Any = self.group or self.dist.group.WORLD
+        device = torch.device("cpu" if self._on_host else "cuda")
+        # torch has no other way to ask; without, the new group has torch's default.
+        options = getattr(group._get_backend(device), "options", None)
+        self._of_rows = self.dist.new_group(
+            self.dist.get_process_group_ranks(group),
+            timeout=getattr(options, "_timeout", None),
+            backend=self.dist.get_backend_config(group),
+            use_local_synchronization=True,
+        )
+
+    def sum_of_row(self, row: Tensor) -> Any:
+        """Starts to sum a row over the ranks, in place."""
+        return self.dist.all_reduce(row, group=self._of_rows, async_op=True)
 
     def scatter_sum(self, part: Tensor, whole: Tensor) -> Any:
         """Starts to sum over the ranks what this rank keeps a part [n] of, which may lie in it."""
-        name = "reduce_scatter_single"
-        run = getattr(self.dist, name, self.dist.reduce_scatter_tensor)
-        return run(part, whole, group=self.group, async_op=True)
+        newer = hasattr(self.dist, "reduce_scatter_single")
+        run = self.dist.reduce_scatter_single if newer else self.dist.reduce_scatter_tensor
+        return run(part, whole, group=self._of_rows, async_op=True)
 
     def numbers(self, own: Sequence[int], tensors: torch.device) -> list[list[int]]:
         """The whole numbers of every rank, by rank; as many from each."""
@@ -233,6 +262,10 @@ class Ranks(Sync):
         """Whose state it is."""
         return [self.way, self.peers.rank, self.peers.size]
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; all of them ask."""
+        return any(flag for (flag,) in self.peers.numbers([flag], self.accumulator.rows.device))
+
     def check_begun(self) -> None:
         """Another rank may have begun where this one has not: `meet` tells."""
 
@@ -268,8 +301,7 @@ class Ranks(Sync):
         if self._open:
             return
         acc = self.accumulator
-        table = self.peers.numbers([self._agreed != len(acc.segments)], acc.rows.device)
-        if any(changed for (changed,) in table):
+        if self.any_rank(self._agreed != len(acc.segments)):
             self._agree(describe())
             self._fresh = True
         self._open = True
@@ -390,6 +422,7 @@ class Reduced(Ranks):
 
     def __init__(self, accumulator: Accumulator, backend: str, peers: Peers) -> None:
         super().__init__(accumulator, backend, peers)
+        peers.make_group_of_rows()
         self._final: set[int] = set()
         self._started = 0
         self._under_way: list[tuple[int, Any]] = []
@@ -400,12 +433,23 @@ class Reduced(Ranks):
         """How many rows are on their way to the other ranks, or there: the first ones."""
         return self._started
 
-    def row_is_final(self, task: int, describe: Describe) -> None:
+    def row_is_final(self, task: int) -> None:
         """Sends off what is final, in the order of the tasks: all ranks must have the same."""
         self._final.add(task)
-        while self._started in self._final:
-            self._meet_alike(describe)  # rows of other sizes would end in a deadlock
-            self._start()
+        # Rows of other sizes would end in a deadlock; and to ask now would wait for other ranks.
+        if self._agreed == len(self.accumulator.segments):
+            while self._started in self._final and not self._would_block():
+                self._start()
+
+    def _would_block(self) -> bool:
+        """Whether the host would wait for a rank that may wait for this one, at its `meet`."""
+        if not self.one_by_one or self.accumulator.rows.is_cuda:
+            return False
+        return not all(work.is_completed() for _, work in self._under_way)
+
+    def take_back(self) -> None:
+        """What a failed micro-batch made final, and was not sent, is not final."""
+        self._final &= set(range(self._started))
 
     def _start(self) -> None:
         task, acc = self._started, self.accumulator
@@ -485,8 +529,7 @@ class Replicated(Reduced):
         return None
 
     def _reduce(self, task: int) -> Any:
-        row = self.accumulator.rows[task]
-        return self.peers.dist.all_reduce(row, group=self.peers.group, async_op=True)
+        return self.peers.sum_of_row(self.accumulator.rows[task])
 
 
 class Sharded(Reduced):
@@ -705,11 +748,7 @@ class DataParallel:
         self.modules = data_parallel_modules(module)
         known = set(parameters)
         for wrapped in self.modules:
-            if wrapped.static_graph:
-                raise ValueError(
-                    "module: DistributedDataParallel(static_graph=True) reduces the gradients of "
-                    "the first backward pass whatever it is told: leave static_graph out"
-                )
+            check_options(wrapped)
             for name, parameter in wrapped.named_parameters():
                 if parameter.requires_grad and parameter not in known:
                     raise ValueError(
@@ -722,15 +761,44 @@ class DataParallel:
         """Sends the buffers of rank 0 to the others, as each module would in its forward pass."""
         import torch.distributed as dist
 
-        works = [
-            dist.broadcast(buffer, group_src=0, group=wrapped.process_group, async_op=True)
+        sent = [
+            (buffer, buffer.contiguous(), wrapped.process_group)
             for wrapped in self.modules
             if wrapped.broadcast_buffers
             for name, buffer in wrapped.module.named_buffers()
             if name not in wrapped.parameters_to_ignore
         ]
-        for work in works:
+        works = [
+            dist.broadcast(copy, group_src=0, group=group, async_op=True) for _, copy, group in sent
+        ]
+        for work, (buffer, copy, _) in zip(works, sent, strict=True):
             work.wait()
+            if copy is not buffer:
+                buffer.copy_(copy)
+
+
+def check_options(wrapped: Any) -> None:
+    """Raises a ValueError that names what of a DistributedDataParallel does not work unreduced."""
+    unfit = {
+        "static_graph=True reduces the first backward pass whatever it is told": (
+            wrapped.static_graph
+        ),
+        "mixed_precision= takes its parameters back in the reduction": (
+            getattr(wrapped, "mixed_precision", None) is not None
+        ),
+        "delay_all_reduce_named_params= reduces whatever it is told": bool(
+            getattr(wrapped, "_delay_all_reduce_params", None)
+        ),
+        "register_comm_hook is for a reduction that it does not make": bool(
+            getattr(wrapped, "_comm_hooks", None)
+        ),
+    }
+    for why, is_so in unfit.items():
+        if is_so:
+            raise ValueError(
+                f"module: DistributedDataParallel's {why}: leave it out, gradients are reduced "
+                "here once a window"
+            )
 
 
 class Quiet:

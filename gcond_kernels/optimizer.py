@@ -129,14 +129,16 @@ class GCondFused(torch.optim.Optimizer):
             of the optimizer has a copy of the scaler.
         module: the model, where it is or holds a `DistributedDataParallel`: that is kept from
             reducing gradients in every backward pass (by `no_sync`, for as long as this optimizer
-            lives), since it is done once a window here; its buffers are broadcast after every step.
+            lives; its `require_backward_grad_sync = True` ends it before), since it is done once a
+            window here; its buffers are broadcast after every step.
         sync: how several ranks with the same parameters come to one gradient. "shard" (default):
             accumulators are reduce-scattered, each rank resolves its shard and keeps its part of
             history and momentum, the result is gathered. "replicate": accumulators are all-reduced.
             "local": each rank resolves its own, the results are averaged, as the published
             implementation does. Of no effect with one rank; not for DTensors (FSDP2, tensor
             parallel), whose gradients the backward pass reduces.
-        process_group: the ranks that train together; None is that of `module`, else all.
+        process_group: the ranks that train together; None is that of `module`, else all. Each of
+            them makes its GCondFused at the same point of the program.
         record_steps: how many of the latest steps `recorder` keeps; 0 records nothing.
         backend: "auto", "python", "triton" or "cuda"; see `gcond_kernels.ops.choose_backend`.
 
@@ -234,6 +236,9 @@ class GCondFused(torch.optim.Optimizer):
         self._loss_scale: LossScale | None = None
         if grad_scaler is not None and grad_scaler.is_enabled():
             self._loss_scale = LossScale(grad_scaler)
+            if self._sync.size > 1:
+                # Now: GradScaler.step asks for a scale also where a rank had no loss to scale.
+                self._loss_scale.inverse(device)
         self._now = Progress(
             on_nonfinite,
             self.method.new_state(len(tasks), device),
@@ -394,7 +399,7 @@ class GCondFused(torch.optim.Optimizer):
         """Lets the other ranks have what nothing will be added to."""
         k = self._names.index(task)
         if not any(k in tasks for tasks in self._schedule[self._now.position + 1 :]):
-            self._sync.row_is_final(k, self._alike)
+            self._sync.row_is_final(k)
 
     def resolve(self) -> None:
         """Resolves the window's conflicts and writes `.grad`; to clip or log before `step`.
@@ -418,7 +423,11 @@ class GCondFused(torch.optim.Optimizer):
                     "capture forward and backward passes of the model alone"
                 )
             self._include_new_parameters()  # the others may have had a micro-batch, and this not
-        counts = self._sync.meet(self._alike, self.on_nonfinite)
+        try:
+            counts = self._sync.meet(self._alike, self.on_nonfinite)
+        finally:
+            if self._sync.started:  # what the ranks have exchanged cannot be added to
+                self._now.position = self.accumulation_steps
         # What may fail for want of memory comes before what changes state.
         work = self._sync.work()
         scale = self._scale(counts)
@@ -673,9 +682,11 @@ class GCondFused(torch.optim.Optimizer):
                 ", and what follows in this window counts alone. harvest='whole' would keep them",
                 stacklevel=3,
             )
-        started = self._sync.started
-        kept = [repr(self._names[k]) for k in self._accumulator.take_back(before, started)]
-        if started:
+        sent = self._sync.started
+        self._sync.take_back()
+        sent_now = any(now > was for was, now in zip(before[:sent], counts[:sent], strict=True))
+        kept = [repr(self._names[k]) for k in self._accumulator.take_back(before, sent)]
+        if sent_now:
             # What is on its way cannot be added to.
             self._now.position = self.accumulation_steps
         if kept:
@@ -683,7 +694,7 @@ class GCondFused(torch.optim.Optimizer):
                 f"this micro-batch failed ({type(error).__name__}) after the gradient of "
                 f"{', '.join(kept)} was accumulated; it stays, and each task is divided by its "
                 "own number of micro-batches"
-                + (". It is on its way to the other ranks: call step()" if started else ""),
+                + (". It is on its way to the other ranks: call step()" if sent_now else ""),
                 stacklevel=3,
             )
 
@@ -820,7 +831,6 @@ class GCondFused(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         state_dict = in_own_order(state_dict, self.base.param_groups)
         own = self._check_state(state_dict)
-        self._sync.end_window()
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "gcond"})
         self._load_own(own["accumulator"], own)
         self._now.position = own["window"]["position"]
@@ -835,6 +845,7 @@ class GCondFused(torch.optim.Optimizer):
             for key, value in self._now.method_state.items()
         }
         self._now.counters = own["counters"].to(self._now.counters.device, copy=True)
+        self._sync.end_window()
         self._sync.forget_agreement()
         self._now.position = 0
         self._now.resolved = self._now.told = False
@@ -842,6 +853,11 @@ class GCondFused(torch.optim.Optimizer):
 
     def _check_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         own: dict[str, Any] = state_dict["gcond"]
+        if self._sync.started:
+            raise RuntimeError(
+                "the other ranks have a part of this window already: load a state between step() "
+                "and backward()"
+            )
         self._check_own(own)
         check_owner(own.get("owner"), self._sync.owner)
         check_window(own["window"], self.mode, self.accumulation_steps)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# The modules in which torch.compile and DistributedDataParallel put a model.
-WRAPPERS = ("_orig_mod", "module")
+# The modules in which torch.compile, DistributedDataParallel and checkpoint_wrapper put a model.
+WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module")
 
 
 def check_kind(state_dict: Mapping[str, Any]) -> None:

@@ -326,10 +326,10 @@ def traffic_of(way, options):
     return {name: sorted(moved) for name, moved in sent.items()}, acc.rows.shape[1], kept
 
 
-def when_rows_are_sent(mode):
+def when_rows_are_sent(way, mode):
     """How many rows were on their way after every backward of two windows."""
-    model = spread(new_model(), "shard", dist.get_world_size())
-    optimizer = new_optimizer(model, "shard", mode=mode)
+    model = spread(new_model(), way, dist.get_world_size())
+    optimizer = new_optimizer(model, way, mode=mode)
     sent = []
     for step in range(2):
         for position in range(MICRO_BATCHES):
