@@ -80,7 +80,7 @@ class TrainingState:
         optimizer._include_new_parameters()
         if isinstance(optimizer._sync, Sharded):
             optimizer._sync.fit_kept()
-        with state_for_all(optimizer.base) as without:
+        with state_for_all(optimizer.base) as without, unstepped(optimizer.base):
             model_state, base_state = get_state_dict(self.model, optimizer.base)
         return {
             "model": model_state,
@@ -109,7 +109,8 @@ class TrainingState:
         names = [group.get("param_names") for group in base.param_groups]
         # Not strict: SGD has no state of parameters whose group has no momentum.
         options = StateDictOptions(strict=False)
-        set_optimizer_state_dict(self.model, base, state_dict["base"], options=options)
+        with unstepped(base):
+            set_optimizer_state_dict(self.model, base, state_dict["base"], options=options)
         for group, own_names in zip(base.param_groups, names, strict=True):
             if own_names is not None:  # the state has them in the order in which it was saved
                 group["param_names"] = own_names
@@ -242,6 +243,23 @@ def state_for_all(base: torch.optim.Optimizer) -> Iterator[list[Tensor]]:
     finally:
         for p in without:
             base.state.pop(p, None)
+
+
+@contextmanager
+def unstepped(base: torch.optim.Optimizer) -> Iterator[None]:
+    """Keeps torch from stepping an optimizer that has no state to find out whether it has some.
+
+    It does not where there is a gradient.
+    """
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    if any(p.grad is not None for p in parameters) or not parameters:
+        yield
+        return
+    parameters[0].grad = torch.zeros_like(parameters[0])
+    try:
+        yield
+    finally:
+        parameters[0].grad = None
 
 
 def step_of_zeros(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:

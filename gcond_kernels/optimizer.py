@@ -685,6 +685,8 @@ class GCondFused(torch.optim.Optimizer):
         sent = self._sync.started
         self._sync.take_back()
         sent_now = any(now > was for was, now in zip(before[:sent], counts[:sent], strict=True))
+        # Where it cannot be made again nothing of it is taken back.
+        sent = len(counts) if sent_now else sent
         kept = [repr(self._names[k]) for k in self._accumulator.take_back(before, sent)]
         if sent_now:
             # What is on its way cannot be added to.

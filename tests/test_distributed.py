@@ -1,15 +1,21 @@
 """Many ranks: equal on all of them, equal to one process that sees all the data."""
 
+import math
 import multiprocessing
 import re
 import signal
 import time
 from datetime import timedelta
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 import training_ranks as t
 from ranks import Ranks, start
+from test_optimizer import same
+
+from gcond_kernels import distributed
 
 pytestmark = [
     pytest.mark.skipif(
@@ -24,7 +30,7 @@ pytestmark = [
 # steps of AdamW carry the float32 rounding of that on, in parameters of about 1.
 ROUNDING = 2e-5
 
-OF_TWO = ("shard", "replicate", "fsdp", "tp")
+OF_TWO = ("shard", "replicate", "fsdp", "tp", "sp")
 OF_FOUR = {
     "shard": ("momentum", "clipped", "signs"),
     "fsdp": ("momentum", "signs"),
@@ -194,16 +200,18 @@ def test_a_parameter_that_one_rank_uses_has_a_gradient_on_all(ranks2, way):
     assert first == third == [*main, False, False, *never]
 
 
+@pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("way", ["shard", "replicate"])
-def test_a_task_that_fails_when_others_are_on_their_way(ranks2, way):
-    with_mistake = ranks2(t.failing_last_task, way, True)
+def test_a_task_that_fails_when_others_are_on_their_way(ranks2, way, steps):
+    with_mistake = ranks2(t.failing_last_task, way, True, steps)
     assert equal(with_mistake[0][0], with_mistake[1][0])
-    assert with_mistake[0][1] == with_mistake[1][1] == {"a": 4, "b": 4, "c": 3}
+    all_of_them = {"a": 2 * steps, "b": 2 * steps, "c": 2 * steps}
+    assert with_mistake[0][1] == with_mistake[1][1] == {**all_of_them, "c": 2 * steps - 1}
     assert with_mistake[0][2] == []
     assert with_mistake[1][2][0] == "no such luck"
     assert "is full: call step()" in with_mistake[1][2][1]
-    without = ranks2(t.failing_last_task, way, False)
-    assert without[0][1] == {"a": 4, "b": 4, "c": 4}
+    without = ranks2(t.failing_last_task, way, False, steps)
+    assert without[0][1] == all_of_them
     assert not equal(without[0][0], with_mistake[0][0])
 
 
@@ -295,7 +303,7 @@ MISTAKES = {
     "other on_nonfinite": "RuntimeError: the ranks differ in on_nonfinite",
     "sync of DTensors": "ValueError: sync='shard' is for parameters that every rank holds whole",
     "not all parameters": "ValueError: module: module.unused is in no parameter group",
-    "static graph": "ValueError: module: DistributedDataParallel.static_graph=True",
+    "static graph": "ValueError: module: DistributedDataParallel's static_graph=True",
     "nothing anywhere": "RuntimeError: nothing was accumulated on any of the 2 ranks",
     "saved in a window": "RuntimeError: with several ranks a state is saved between windows",
     "copied": "RuntimeError: an optimizer that is one of several ranks cannot be copied",
@@ -460,3 +468,234 @@ def test_narrow_rows_do_not_narrow_the_gradients_of_others(ranks2):
     for gradients in ranks2(t.narrow_rows_of_mixed_parameters, "shard"):
         for ours, theirs in zip(gradients, alone, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+# What goes wrong on the way.
+
+
+@pytest.mark.parametrize("way", ["shard", "replicate"])
+def test_rows_that_were_exchanged_take_no_more(ranks2, way):
+    ours, theirs = ranks2(t.retried, way)
+    assert equal(ours[0], theirs[0])
+    for _, (raised, full), micro_batches in (ours, theirs):
+        assert "Nothing was changed" in raised
+        assert "is full: call step()" in full
+        assert micro_batches == {"a": 2, "b": 2, "c": 2}
+
+
+@pytest.mark.parametrize("mode", ["exact", "stochastic"])
+@pytest.mark.parametrize("way", ["shard", "replicate"])
+def test_a_micro_batch_that_failed_is_made_again(ranks2, way, mode):
+    said = ranks2(t.failing_first_function, way, mode)
+    assert_all_ranks_alike(said)
+    alone, _ = t.train_alone(2, {"mode": mode}, [3, 3] if mode == "stochastic" else [1, 1], 3)
+    assert_close(said[0][0], alone)
+
+
+def test_collectives_of_the_user_where_windows_are_unlike(ranks2):
+    ours, theirs = ranks2(t.between_rows_and_step)
+    assert equal(ours[0], theirs[0])
+    assert ours[1] == theirs[1] == [1.0, 1.0, 1.0]
+
+
+def test_after_a_step_of_nothing_training_goes_on(ranks2):
+    ours, theirs = ranks2(t.nothing_then_something)
+    assert equal(ours, theirs)
+    assert_close(ours, t.train_alone(2, {}, None, 2)[0])
+
+
+def test_scaler_step_on_a_rank_without_data(ranks2):
+    ours, theirs = ranks2(t.scaler_step_without_data)
+    assert equal(ours, theirs)
+
+
+def test_the_wrappers_process_group_is_taken(ranks4):
+    said = ranks4(t.two_trainings)
+    for pair in (0, 1):
+        ours, theirs = said[2 * pair : 2 * pair + 2]
+        assert equal(ours, theirs)
+        assert_close(ours, t.two_trainings_alone(pair))
+    assert not equal(said[0], said[2])
+
+
+def test_buffers_with_gaps_and_buffers_that_are_not_broadcast(ranks2):
+    (sent, kept), (of_rank_0, own) = ranks2(t.buffers_that_are_views)
+    assert sent == [[0.0] * 4] * 3
+    assert of_rank_0 == [[1.0, 0.0, 0.0, 1.0]] * 3
+    assert kept == [[0.0] * 4] * 3
+    assert own == [[1.0] * 4] * 3
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_shards_that_are_written_before_they_are_waited_for(ranks, size):
+    assert ranks[size](t.writes_at_once) == [None] * size
+
+
+# What needs no processes.
+
+
+class Mesh:
+    """A device mesh as far as it is asked."""
+
+    def __init__(self, name, coordinate, shape):
+        self.name, self.coordinate, self.shape = name, coordinate, shape
+
+    def get_coordinate(self):
+        return self.coordinate
+
+
+def test_meshes_of_the_same_placements_are_told_apart():
+    from torch.distributed.tensor import Replicate, Shard
+
+    def parameter(mesh, *placements):
+        return SimpleNamespace(parameter=SimpleNamespace(device_mesh=mesh, placements=placements))
+
+    data, tensor = Mesh("data", [1], (2,)), Mesh("tensor", [0], (2,))
+    both = Mesh("both", [1, 0], (2, 4))
+    coordinates, kind_of = distributed.kinds_of(
+        [
+            parameter(data, Shard(0)),
+            parameter(tensor, Shard(0)),
+            parameter(both, Replicate(), Shard(1)),
+            SimpleNamespace(parameter=torch.ones(2)),
+            parameter(data, Shard(0)),
+        ]
+    )
+    assert kind_of == [0, 1, 2, 3, 0]
+    assert coordinates == [((1,), (2,)), ((0,), (2,)), ((0,), (4,)), ((), ())]
+
+
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 1000])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 7])
+def test_slices_of_replicas_are_every_element_once(size, replicas):
+    slices = [distributed.slice_of(size, replica, replicas) for replica in range(replicas)]
+    assert slices[0][0] == 0
+    assert slices[-1][1] == size
+    assert all(a[1] == b[0] for a, b in pairwise(slices))
+
+
+def test_who_holds_what_and_who_holds_it_otherwise():
+    holders = [distributed.holders_of(["x", "y", "x", "y"]), distributed.holders_of(["z"] * 4)]
+    assert holders[0] == {"x": [0, 2], "y": [1, 3]}
+    alike = [[[1.0], [2.0]], [[5.0], [2.0]], [[1.0], [2.0]], [[5.0], [2.0]]]
+    nan = [[[math.nan], [2.0]]] * 4
+    assert distributed.first_unlike(alike, holders, [0, 1], 1e-6) is None
+    assert distributed.first_unlike(nan, holders, [0, 1], 1e-6) is None
+    unlike = [*alike[:3], [[5.1], [2.0]]]
+    assert distributed.first_unlike(unlike, holders, [0, 1], 1e-3) == (0, 3, 1)
+    assert distributed.first_unlike(unlike, holders, [0, 1], 1e-3, 0.2) is None
+    unlike = [*alike[:3], [[5.0], [math.nan]]]
+    assert distributed.first_unlike(unlike, holders, [0, 1], 1e-3) == (1, 3, 0)
+
+
+def alone(base=torch.optim.AdamW, options=None, names=True, **changes):
+    """A model and its optimizer in one process, some steps on."""
+    model = t.new_model()
+    for name, value in changes.items():
+        setattr(model, name, value)
+    parameters = list(model.named_parameters() if names else model.parameters())
+    optimizer = t.GCondFused(base(parameters, lr=1e-2, **(options or {})), t.TASKS, momentum=0.5)
+    return model, optimizer
+
+
+def bits(model, optimizer):
+    state = optimizer.state_dict()
+    return t.copy.deepcopy((model.state_dict(), state["state"], state["param_groups"]))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_saving_changes_nothing(tmp_path, steps):
+    """Not parameters, nor states or options of the base optimizer, also before the first step."""
+    model, optimizer = alone(options={"weight_decay": 0.1, "betas": (0.0, 0.9)})
+    for number in range(steps):
+        t.window(optimizer, model, [number])
+    before = bits(model, optimizer)
+    t.TrainingState(model, optimizer).state_dict()
+    assert same(before, bits(model, optimizer))
+    assert model.unused not in optimizer.state
+
+
+def test_options_that_a_step_adds_or_changes_are_taken_back():
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["step"] = group.get("step", 0) + 1
+                group["lr_tensor"].mul_(2)
+            return super().step(closure)
+
+    model = t.new_model()
+    base = Counting(model.parameters(), lr=0.1)
+    lr = base.param_groups[0]["lr_tensor"] = torch.tensor(1.0)
+    t.TrainingState(model, t.GCondFused(base, t.TASKS)).state_dict()
+    assert "step" not in base.param_groups[0]
+    assert base.param_groups[0]["lr_tensor"] is lr
+    assert lr == 1.0
+
+
+def resumed(tmp_path, before, after, steps=2):
+    """Both trained on from what `before` has saved: their parameters by name."""
+    import torch.distributed.checkpoint as dcp
+
+    model, optimizer = before
+    for number in range(steps):
+        t.window(optimizer, model, [number])
+    dcp.save({"t": t.TrainingState(*before)}, checkpoint_id=str(tmp_path))
+    dcp.load({"t": t.TrainingState(*after)}, checkpoint_id=str(tmp_path))
+    for model, optimizer in (before, after):
+        for number in range(steps, steps + 3):
+            t.window(optimizer, model, [number])
+    return t.parameters_of(before[0]), t.parameters_of(after[0])
+
+
+def test_parameters_in_another_order(tmp_path):
+    model, other = t.new_model(), t.new_model()
+    adamw = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
+    reversed_adamw = torch.optim.AdamW(reversed(list(other.named_parameters())), lr=1e-2)
+    before = model, t.GCondFused(adamw, t.TASKS, momentum=0.5)
+    after = other, t.GCondFused(reversed_adamw, t.TASKS, momentum=0.5)
+    ours, theirs = resumed(tmp_path, before, after)
+    assert_close(ours, theirs, 1e-6)
+    names = [name for name, _ in reversed(list(other.named_parameters()))]
+    assert after[1].param_groups[0]["param_names"] == names
+
+
+def test_a_parameter_without_state_has_none_after_loading(tmp_path):
+    before, after = alone(), alone()
+    resumed(tmp_path, before, after)
+    assert after[0].unused not in after[1].state
+    assert after[0].first.weight in after[1].state
+
+
+def test_groups_with_and_without_momentum(tmp_path):
+    def new():
+        model = t.new_model()
+        groups = [
+            {"params": list(model.first.parameters()), "momentum": 0.9},
+            {"params": [*model.norm.parameters(), *model.second.parameters()]},
+        ]
+        return model, t.GCondFused(torch.optim.SGD(groups, lr=0.1), t.TASKS)
+
+    ours, theirs = resumed(tmp_path, new(), new())
+    assert equal(ours, theirs)
+
+
+def test_what_is_no_state_of_this_training(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    model, optimizer = alone()
+    with pytest.raises(TypeError, match="must be a GCondFused"):
+        t.TrainingState(model, optimizer.base)
+    with pytest.raises(ValueError, match="is no parameter of the model"):
+        t.TrainingState(torch.nn.Linear(2, 2), optimizer)
+    optimizer.accumulation_steps = 2
+    optimizer.backward(t.losses_of(model, 0))
+    with pytest.raises(RuntimeError, match="between windows"):
+        t.TrainingState(model, optimizer).state_dict()
+    optimizer.step()
+    dcp.save({"t": t.TrainingState(model, optimizer)}, checkpoint_id=str(tmp_path))
+    other = t.new_model()
+    sgd = torch.optim.AdamW(other.named_parameters())
+    tasks = {"a": 1.0, "b": 1.0, "d": 1.0}
+    renamed = t.GCondFused(sgd, tasks, momentum=0.5)
+    with pytest.raises(ValueError, match="the state has tasks"):
+        dcp.load({"t": t.TrainingState(other, renamed)}, checkpoint_id=str(tmp_path))

@@ -5,6 +5,7 @@ import os
 from contextlib import contextmanager
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import join
@@ -69,7 +70,7 @@ def losses_of(model, number, tasks=TASKS):
 
 def data_rank(way, rank, size):
     """Whose data a rank sees, and how many there are."""
-    if way == "tp":
+    if way in ("tp", "sp"):
         return 0, 1
     return (rank // 2, size // 2) if way == "fsdp_tp" else (rank, size)
 
@@ -78,9 +79,11 @@ def spread(model, way, size):
     """The model as it is trained."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
+        SequenceParallel,
         parallelize_module,
     )
     from torch.nn.parallel import DistributedDataParallel
@@ -96,23 +99,25 @@ def spread(model, way, size):
         mesh = tensor = init_device_mesh(device().type, (size,), mesh_dim_names=("all",))
     if way in ("tp", "fsdp_tp"):
         plan = {
-            "first": ColwiseParallel(output_layouts=None),
+            "first": ColwiseParallel(output_layouts=Replicate()),
             "second": ColwiseParallel(),
             "third": RowwiseParallel(),
         }
-        plan["first"] = ColwiseParallel(output_layouts=_replicate())
         parallelize_module(model, tensor, plan)
-    if way != "tp":
+    if way == "sp":
+        # The norm sees a part of the samples alone: its gradient is still to be summed.
+        plan = {
+            "first": ColwiseParallel(output_layouts=Shard(0)),
+            "norm": SequenceParallel(sequence_dim=0),
+            "second": ColwiseParallel(input_layouts=Shard(0)),
+            "third": RowwiseParallel(),
+        }
+        parallelize_module(model, tensor, plan)
+    if way not in ("tp", "sp"):
         for layer in (model.second, model.third):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     return model
-
-
-def _replicate():
-    from torch.distributed.tensor import Replicate
-
-    return Replicate()
 
 
 def new_optimizer(model, way=None, steps=MICRO_BATCHES, base=torch.optim.AdamW, lr=1e-2, **options):
@@ -341,18 +346,18 @@ def when_rows_are_sent(way, mode):
     return sent
 
 
-def failing_last_task(way, mistake):
+def failing_last_task(way, mistake, steps):
     """The last task of the last micro-batch fails when the others are on their way."""
     rank, size = dist.get_rank(), dist.get_world_size()
     model = spread(new_model(), way, size)
-    optimizer = new_optimizer(model, way, steps=2)
+    optimizer = new_optimizer(model, way, steps=steps)
     said = []
     for step in range(2):
-        for position in range(2):
+        for position in range(steps):
             number = number_of(step, rank, position)
 
             def loss(task, number=number, step=step, position=position):
-                if mistake and (step, position, rank, task) == (1, 1, 1, "c"):
+                if mistake and (step, position, rank, task) == (1, steps - 1, 1, "c"):
                     raise ValueError("no such luck")
                 return losses_of(model, number)[task]
 
@@ -830,3 +835,142 @@ def narrow_rows_of_mixed_parameters(way):
     optimizer.backward(mixed_losses(model, 0))  # the same on every rank: sums are exact
     optimizer.resolve()
     return [p.grad.clone() for p in model.parameters()]
+
+
+def retried(way):
+    """A short window with a NaN on rank 1, raised, then gone on with in another way."""
+    rank = dist.get_rank()
+    model = spread(new_model(), way, dist.get_world_size())
+    optimizer = new_optimizer(model, way, on_nonfinite="raise")
+    losses = losses_of(model, number_of(0, rank, 0))
+    optimizer.backward({**losses, "b": losses["b"] * (float("nan") if rank == 1 else 1.0)})
+    said = []
+    for go_on in (optimizer.step, lambda: optimizer.backward(losses_of(model, 1))):
+        try:
+            go_on()
+        except (FloatingPointError, RuntimeError) as error:
+            said.append(str(error))
+    optimizer.on_nonfinite = "drop_task"
+    optimizer.step()
+    window(optimizer, model, [number_of(1, rank, 0)])
+    return parameters_of(model), said, optimizer.report().micro_batches
+
+
+def failing_first_function(way, mode):
+    """A function that fails where tensors had been passed back; and one in stochastic mode."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = spread(new_model(), way, size)
+    optimizer = new_optimizer(model, way, steps=3 if mode == "stochastic" else 1, mode=mode)
+
+    def fails():
+        raise ValueError("no such luck")
+
+    for step in range(3):
+        for position in range(optimizer.accumulation_steps):
+            number = number_of(step, rank, position)
+            losses = losses_of(model, number, optimizer.active_tasks)
+            first = optimizer.active_tasks[0]
+            if (step, rank) == (1, 1) and first == ("b" if mode == "stochastic" else "a"):
+                try:
+                    optimizer.backward({**losses, first: fails})
+                except ValueError:
+                    losses = losses_of(model, number, optimizer.active_tasks)
+            optimizer.backward(losses)
+        optimizer.step()
+    return parameters_of(model), decision_of(optimizer)
+
+
+def between_rows_and_step():
+    """A collective of the user's before step(), where one rank's window is short."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = spread(new_model(), "shard", size)
+    optimizer = new_optimizer(model, "shard")
+    sums = []
+    for step in range(3):
+        for position in range(MICRO_BATCHES if rank == 0 or step == 0 else 1):
+            optimizer.backward(losses_of(model, number_of(step, rank, position)))
+        told = torch.tensor([float(rank)])
+        dist.all_reduce(told)
+        sums.append(told.item())
+        optimizer.step()
+    return parameters_of(model), sums
+
+
+def nothing_then_something():
+    rank = dist.get_rank()
+    model = spread(new_model(), "shard", dist.get_world_size())
+    optimizer = new_optimizer(model, "shard")
+    for step in range(2):
+        window(optimizer, model, [number_of(step, rank, i) for i in range(MICRO_BATCHES)])
+        with pytest.raises(RuntimeError, match="nothing was accumulated on any of the 2 ranks"):
+            optimizer.step()
+    return parameters_of(model)
+
+
+def scaler_step_without_data():
+    """Through GradScaler.step, where rank 1 has no loss in the first window."""
+    rank = dist.get_rank()
+    model = spread(new_model(), "shard", dist.get_world_size())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    optimizer = new_optimizer(model, "shard", steps=1, grad_scaler=scaler)
+    for step in range(2):
+        if step > 0 or rank == 0:
+            optimizer.backward(losses_of(model, number_of(step, rank, 0)))
+        scaler.step(optimizer)
+        scaler.update()
+    return parameters_of(model)
+
+
+def two_trainings():
+    """Ranks 0 and 1 train one model, ranks 2 and 3 another, in process groups of the wrappers."""
+    rank = dist.get_rank()
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair, place = divmod(rank, 2)
+    model = nn.parallel.DistributedDataParallel(new_model(), process_group=groups[pair])
+    optimizer = new_optimizer(model, "shard")
+    for step in range(4):
+        numbers = [number_of(step, place, i) + 7 * pair for i in range(MICRO_BATCHES)]
+        window(optimizer, model, numbers)
+    return parameters_of(model)
+
+
+def two_trainings_alone(pair):
+    model = new_model()
+    optimizer = new_optimizer(model, steps=2 * MICRO_BATCHES)
+    for step in range(4):
+        numbers = [number_of(step, place, i) + 7 * pair for i in range(3) for place in range(2)]
+        window(optimizer, model, numbers)
+    return parameters_of(model)
+
+
+def buffers_that_are_views():
+    """A buffer with gaps in memory, and a module that broadcasts none."""
+    rank = dist.get_rank()
+    seen = []
+    for broadcast in (True, False):
+        model = new_model()
+        memory = torch.full((3, 4), float(rank))
+        model.register_buffer("gaps", memory[:, 1:3])
+        model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=broadcast)
+        model.gaps = None
+        model.module.gaps = memory[:, 1:3]
+        memory.fill_(float(rank))
+        optimizer = new_optimizer(model, "shard", steps=1)
+        window(optimizer, model, [0])
+        seen.append(memory.tolist())
+    return seen
+
+
+def writes_at_once():
+    """As `tasks_in_all_numbers`, with a reduce-scatter that writes before it is waited for."""
+    from gcond_kernels.distributed import Peers
+
+    original = Peers.scatter_sum
+
+    def scatter_sum(self, part, row):
+        work = original(self, part, row)
+        work.wait()
+        return mock.Mock(wait=lambda: None, is_completed=lambda: True)
+
+    with mock.patch.object(Peers, "scatter_sum", scatter_sum):
+        return tasks_in_all_numbers(3, torch.float32)
