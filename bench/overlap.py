@@ -17,7 +17,8 @@ parameters are compared to the bit.
     gain      what a step takes longer with rows sent in `resolve()`
     exchange  the same collectives with nothing else going on: rows, and the gathered result
 
-Differences are taken round by round. Of K rows sent at once the last can never be hidden.
+Differences are taken round by round. Of K rows sent at once the last can never be hidden; of shards
+on CPUs one row alone is sent at once: the host would have to wait for it before it sends the next.
 
 Ranks on one machine exchange through its memory, which takes the cores that compute. A network of
 some rate, which takes none, is had on Linux in a namespace of its own (as root):
@@ -247,8 +248,9 @@ class Rank:
         for window in range(CHECKED_WINDOWS):
             early.step()
             late.step(IN_RESOLVE)
-            due = len(self.micro_batches.targets) if window else 0
-            if (early.sent, late.sent) != (due, 0):
+            # On a host one shard is sent early: the next goes where its row was, if that arrived.
+            least = 0 if window == 0 else 1 if sync == "shard" else len(self.micro_batches.targets)
+            if early.sent < least or late.sent > 0:
                 raise RuntimeError(f"{mode}, {sync}: {early.sent} and {late.sent} rows were sent")
         for (name, here), there in zip(
             early.model.named_parameters(), late.model.parameters(), strict=True

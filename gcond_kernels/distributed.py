@@ -443,9 +443,9 @@ class Reduced(Ranks):
 
     def _would_block(self) -> bool:
         """Whether the host would wait for a rank that may wait for this one, at its `meet`."""
-        if not self.one_by_one or self.accumulator.rows.is_cuda:
-            return False
-        return not all(work.is_completed() for _, work in self._under_way)
+        # On a GPU a stream waits instead. gloo's reduce-scatter cannot be asked whether it is done.
+        on_host = not self.accumulator.rows.is_cuda
+        return self.one_by_one and on_host and bool(self._under_way)
 
     def take_back(self) -> None:
         """What a failed micro-batch made final, and was not sent, is not final."""

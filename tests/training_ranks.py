@@ -970,7 +970,7 @@ def writes_at_once():
     def scatter_sum(self, part, row):
         work = original(self, part, row)
         work.wait()
-        return mock.Mock(wait=lambda: None, is_completed=lambda: True)
+        return mock.Mock(wait=lambda: None)
 
     with mock.patch.object(Peers, "scatter_sum", scatter_sum):
         return tasks_in_all_numbers(3, torch.float32)
