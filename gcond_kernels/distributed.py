@@ -90,6 +90,11 @@ class Sync:
         """How many rows are on their way to the other ranks: the first ones."""
         return 0
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether a row is on its way that not all ranks may have sent."""
+        return False
+
     def row_is_final(self, task: int) -> None:
         """Nothing will be added to the row of this task any more in this window."""
 
@@ -432,6 +437,11 @@ class Reduced(Ranks):
     def started(self) -> int:
         """How many rows are on their way to the other ranks, or there: the first ones."""
         return self._started
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether a row is on its way that not all ranks may have sent."""
+        return bool(self._under_way)
 
     def row_is_final(self, task: int) -> None:
         """Sends off what is final, in the order of the tasks: all ranks must have the same."""

@@ -397,6 +397,8 @@ class GCondFused(torch.optim.Optimizer):
 
     def _send_if_final(self, task: str) -> None:
         """Lets the other ranks have what nothing will be added to."""
+        if self._sync.size == 1:
+            return
         k = self._names.index(task)
         if not any(k in tasks for tasks in self._schedule[self._now.position + 1 :]):
             self._sync.row_is_final(k)
@@ -855,10 +857,10 @@ class GCondFused(torch.optim.Optimizer):
 
     def _check_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         own: dict[str, Any] = state_dict["gcond"]
-        if self._sync.started:
+        if self._sync.is_sending:
             raise RuntimeError(
-                "the other ranks have a part of this window already: load a state between step() "
-                "and backward()"
+                "a part of this window is on its way to the other ranks: load a state between "
+                "step() and backward()"
             )
         self._check_own(own)
         check_owner(own.get("owner"), self._sync.owner)

@@ -472,14 +472,16 @@ def test_narrow_rows_do_not_narrow_the_gradients_of_others(ranks2):
 # What goes wrong on the way.
 
 
+@pytest.mark.parametrize("load", [False, True])
 @pytest.mark.parametrize("way", ["shard", "replicate"])
-def test_rows_that_were_exchanged_take_no_more(ranks2, way):
-    ours, theirs = ranks2(t.retried, way)
+def test_rows_that_were_exchanged_take_no_more(ranks2, way, load):
+    ours, theirs = ranks2(t.retried, way, load)
     assert equal(ours[0], theirs[0])
-    for _, (raised, full), micro_batches in (ours, theirs):
+    for _, (raised, full, sending), micro_batches in (ours, theirs):
         assert "Nothing was changed" in raised
         assert "is full: call step()" in full
-        assert micro_batches == {"a": 2, "b": 2, "c": 2}
+        assert "on its way to the other ranks: load a state between" in sending
+        assert micro_batches == {"a": 6, "b": 6, "c": 6}
 
 
 @pytest.mark.parametrize("mode", ["exact", "stochastic"])

@@ -837,11 +837,12 @@ def narrow_rows_of_mixed_parameters(way):
     return [p.grad.clone() for p in model.parameters()]
 
 
-def retried(way):
-    """A short window with a NaN on rank 1, raised, then gone on with in another way."""
+def retried(way, load):
+    """A short window with a NaN on rank 1, raised, then gone on with otherwise, or from a state."""
     rank = dist.get_rank()
     model = spread(new_model(), way, dist.get_world_size())
     optimizer = new_optimizer(model, way, on_nonfinite="raise")
+    saved = copy.deepcopy(optimizer.state_dict())
     losses = losses_of(model, number_of(0, rank, 0))
     optimizer.backward({**losses, "b": losses["b"] * (float("nan") if rank == 1 else 1.0)})
     said = []
@@ -850,9 +851,19 @@ def retried(way):
             go_on()
         except (FloatingPointError, RuntimeError) as error:
             said.append(str(error))
-    optimizer.on_nonfinite = "drop_task"
-    optimizer.step()
+    if load:
+        optimizer.load_state_dict(saved)
+    else:
+        optimizer.on_nonfinite = "drop_task"
+        optimizer.step()
     window(optimizer, model, [number_of(1, rank, 0)])
+    try:
+        for position in range(MICRO_BATCHES):
+            optimizer.backward(losses_of(model, position))
+        optimizer.load_state_dict(saved)
+    except RuntimeError as error:
+        said.append(str(error))
+    optimizer.step()
     return parameters_of(model), said, optimizer.report().micro_batches
 
 
