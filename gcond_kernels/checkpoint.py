@@ -116,7 +116,7 @@ class TrainingState:
                 group["param_names"] = own_names
         by_name = {name: parameter for parameter, name in self._names.items()}
         for name in own["without_state"]:
-            self.optimizer.base.state.pop(by_name[name], None)
+            base.state.pop(by_name[name], None)
         self.optimizer._load_own(self._as_accumulated(own), own)
 
     @property

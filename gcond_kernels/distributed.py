@@ -15,20 +15,29 @@ All of it is torch.distributed's collectives on the process group of the user.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gcond_kernels import ops
 from gcond_kernels.accumulator import Accumulator, Segment, aligned, rows_of
-from gcond_kernels.dtensor import is_dtensor, local_part, shard_coordinate
+from gcond_kernels.alike import (
+    description,
+    difference,
+    digest,
+    fingerprints,
+    first_unlike,
+    holders_of,
+    kinds_of,
+)
+from gcond_kernels.data_parallel import data_parallel_modules
+from gcond_kernels.dtensor import is_dtensor, local_part
 from gcond_kernels.nonfinite import nonfinite_tasks
+from gcond_kernels.peers import Peers
 
 Pieces: TypeAlias = list[tuple[int, int]]
 Describe: TypeAlias = Callable[[], dict[str, str]]
@@ -157,90 +166,6 @@ class Sync:
 
     def take_back(self) -> None:
         """A micro-batch has failed: what it made final and was not sent is not final."""
-
-
-class Peers:
-    """A process group, and the small things that its ranks tell each other."""
-
-    def __init__(self, group: Any) -> None:
-        import torch.distributed as dist
-
-        self.dist = dist
-        # Not the default group itself: one that is still held when Python ends may abort it.
-        self.group: Any = None if group is dist.group.WORLD else group
-        self.rank = dist.get_rank(self.group)
-        self.size = dist.get_world_size(self.group)
-        self._on_host = "cpu:" in dist.get_backend_config(self.group)
-        self._of_rows: Any = None
-
-    def device(self, tensors: torch.device) -> torch.device:
-        """Where small things travel: between hosts if the group can, then no GPU has to wait."""
-        return torch.device("cpu") if self._on_host else tensors
-
-    def gather(self, whole: Tensor, part: Tensor) -> None:
-        """Puts the parts [n] of all ranks side by side into `whole`, which may hold this one."""
-        # torch 2.13 has given the older name up.
-        newer = hasattr(self.dist, "all_gather_single")
-        run = self.dist.all_gather_single if newer else self.dist.all_gather_into_tensor
-        run(whole, part, group=self.group)
-
-    def make_group_of_rows(self) -> None:
-        """Rows travel in a group of their own, with the same ranks; all of them call this.
-
-        They are sent in the middle of a backward pass, and on another rank perhaps later than what
-        the user's own collectives send: in one group these would meet each other.
-        """
-        group: Any = self.group or self.dist.group.WORLD
-        device = torch.device("cpu" if self._on_host else "cuda")
-        # torch has no other way to ask; without, the new group has torch's default.
-        options = getattr(group._get_backend(device), "options", None)
-        self._of_rows = self.dist.new_group(
-            self.dist.get_process_group_ranks(group),
-            timeout=getattr(options, "_timeout", None),
-            backend=self.dist.get_backend_config(group),
-            use_local_synchronization=True,
-        )
-
-    def sum_of_row(self, row: Tensor) -> Any:
-        """Starts to sum a row over the ranks, in place."""
-        return self.dist.all_reduce(row, group=self._of_rows, async_op=True)
-
-    def scatter_sum(self, part: Tensor, whole: Tensor) -> Any:
-        """Starts to sum over the ranks what this rank keeps a part [n] of, which may lie in it."""
-        newer = hasattr(self.dist, "reduce_scatter_single")
-        run = self.dist.reduce_scatter_single if newer else self.dist.reduce_scatter_tensor
-        return run(part, whole, group=self._of_rows, async_op=True)
-
-    def numbers(self, own: Sequence[int], tensors: torch.device) -> list[list[int]]:
-        """The whole numbers of every rank, by rank; as many from each."""
-        sent = torch.tensor(own, dtype=torch.int64, device=self.device(tensors))
-        table = sent.new_empty(self.size * len(own))
-        self.gather(table, sent)
-        rows: list[list[int]] = table.view(self.size, len(own)).tolist()
-        return rows
-
-    def mesh(self, tensors: torch.device) -> Any:
-        """The group as a mesh of devices."""
-        from torch.distributed.device_mesh import DeviceMesh
-
-        group: Any = self.group or self.dist.group.WORLD
-        return DeviceMesh.from_group(group, tensors.type)
-
-    def objects(self, own: Any) -> list[Any]:
-        """What every rank says, by rank."""
-        said: list[Any] = [None] * self.size
-        self.dist.all_gather_object(said, own, group=self.group)
-        return said
-
-    def any_of(self, flags: Tensor) -> Tensor:
-        """Where a flag [...] bool is set on any rank."""
-        reduced = flags.to(torch.uint8)
-        self.dist.all_reduce(reduced, self.dist.ReduceOp.MAX, group=self.group)
-        return reduced.bool()
-
-    def sum(self, tensor: Tensor) -> None:
-        """Sums the tensor over the ranks, in place."""
-        self.dist.all_reduce(tensor, group=self.group)
 
 
 class Ranks(Sync):
@@ -743,111 +668,6 @@ def way_of(
     return None if peers is None or peers.size == 1 else sync or "shard"
 
 
-class DataParallel:
-    """The DistributedDataParallel modules of a model, which leave their gradients alone.
-
-    Args:
-        module: the model; may hold none.
-        parameters: of the optimizer.
-
-    Raises:
-        ValueError: a parameter would be left without a reduced gradient; or static_graph=True.
-    """
-
-    def __init__(self, module: nn.Module, parameters: Sequence[Tensor]) -> None:
-        self.modules = data_parallel_modules(module)
-        known = set(parameters)
-        for wrapped in self.modules:
-            check_options(wrapped)
-            for name, parameter in wrapped.named_parameters():
-                if parameter.requires_grad and parameter not in known:
-                    raise ValueError(
-                        f"module: {name} is in no parameter group of this optimizer, and its "
-                        "gradients would not be averaged: add it to base, or freeze it"
-                    )
-        self._quiet = [Quiet.of(wrapped) for wrapped in self.modules]
-
-    def broadcast_buffers(self) -> None:
-        """Sends the buffers of rank 0 to the others, as each module would in its forward pass."""
-        import torch.distributed as dist
-
-        sent = [
-            (buffer, buffer.contiguous(), wrapped.process_group)
-            for wrapped in self.modules
-            if wrapped.broadcast_buffers
-            for name, buffer in wrapped.module.named_buffers()
-            if name not in wrapped.parameters_to_ignore
-        ]
-        works = [
-            dist.broadcast(copy, group_src=0, group=group, async_op=True) for _, copy, group in sent
-        ]
-        for work, (buffer, copy, _) in zip(works, sent, strict=True):
-            work.wait()
-            if copy is not buffer:
-                buffer.copy_(copy)
-
-
-def check_options(wrapped: Any) -> None:
-    """Raises a ValueError that names what of a DistributedDataParallel does not work unreduced."""
-    unfit = {
-        "static_graph=True reduces the first backward pass whatever it is told": (
-            wrapped.static_graph
-        ),
-        "mixed_precision= takes its parameters back in the reduction": (
-            getattr(wrapped, "mixed_precision", None) is not None
-        ),
-        "delay_all_reduce_named_params= reduces whatever it is told": bool(
-            getattr(wrapped, "_delay_all_reduce_params", None)
-        ),
-        "register_comm_hook is for a reduction that it does not make": bool(
-            getattr(wrapped, "_comm_hooks", None)
-        ),
-    }
-    for why, is_so in unfit.items():
-        if is_so:
-            raise ValueError(
-                f"module: DistributedDataParallel's {why}: leave it out, gradients are reduced "
-                "here once a window"
-            )
-
-
-class Quiet:
-    """Keeps a DistributedDataParallel from reducing gradients, for as long as anybody holds this.
-
-    There is one of it for a module: the end of an older optimizer must not wake it up again.
-    """
-
-    _alive: ClassVar[weakref.WeakValueDictionary[int, Quiet]] = weakref.WeakValueDictionary()
-
-    def __init__(self, wrapped: Any) -> None:
-        self._entered = ExitStack()
-        self._entered.enter_context(wrapped.no_sync())
-        # Its first forward pass would broadcast buffers, which a rank without data would not join.
-        wrapped.require_forward_param_sync = False
-        self._wrapped = wrapped
-
-    @classmethod
-    def of(cls, wrapped: Any) -> Quiet:
-        """The one for this module."""
-        quiet = cls._alive.get(id(wrapped))
-        if quiet is None:
-            quiet = cls._alive[id(wrapped)] = cls(wrapped)
-        return quiet
-
-    def __del__(self) -> None:
-        self._entered.close()
-        self._wrapped.require_forward_param_sync = True
-
-
-def data_parallel_modules(module: nn.Module | None) -> list[Any]:
-    """The DistributedDataParallel modules in a module, itself included."""
-    if module is None or not torch.distributed.is_available():
-        return []
-    from torch.nn.parallel import DistributedDataParallel
-
-    return [part for part in module.modules() if isinstance(part, DistributedDataParallel)]
-
-
 def gradients_from(result: Tensor, accumulator: Accumulator) -> list[Tensor | None]:
     """Every `.grad` from a row [N']: a view of it, or a copy where the type is another."""
     gradients: list[Tensor | None] = []
@@ -874,110 +694,3 @@ def slice_of(size: int, replica: int, replicas: int) -> tuple[int, int]:
     """The slice of a tensor that one of those who hold it answers for."""
     length = aligned(-(-size // replicas))
     return min(replica * length, size), min((replica + 1) * length, size)
-
-
-def digest(what: object) -> int:
-    """A whole number of 63 bits that tells contents apart, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=8).digest(), "big") >> 1
-
-
-def description(segment: Segment) -> tuple[str, ...]:
-    """What must be the same of a parameter on all ranks."""
-    p: Any = segment.parameter
-    if is_dtensor(p):
-        where = f"placed {list(p.placements)} on a mesh of {tuple(p.device_mesh.shape)}"
-    else:
-        where = f"of strides {segment.stride}"
-    return segment.name, f"shape {list(p.shape)}", str(p.dtype), where
-
-
-def kinds_of(segments: Sequence[Segment]) -> tuple[list[object], list[int]]:
-    """Kinds of parameters, by mesh and placement: this rank's coordinate in each; whose is which.
-
-    Meshes are told apart by who comes first: their names and ranks differ from rank to rank.
-    """
-    numbers: dict[object, int] = {}
-    coordinates: list[object] = []
-    kind_of = []
-    for segment in segments:
-        p: Any = segment.parameter
-        key = (p.device_mesh, tuple(p.placements)) if is_dtensor(p) else None
-        if key not in numbers:
-            numbers[key] = len(numbers)
-            coordinates.append(shard_coordinate(p))
-        kind_of.append(numbers[key])
-    return coordinates, kind_of
-
-
-FINGERPRINT_PIECE = 1 << 24  # elements that are widened at a time
-
-
-def fingerprints(tensors: Sequence[Tensor]) -> list[list[float]]:
-    """Two numbers of each tensor that tell it from one of other values, or in another order."""
-    prints = []
-    for tensor in tensors:
-        sums = torch.zeros(2, dtype=torch.float64, device=tensor.device)
-        for piece in torch.split(tensor.flatten(), FINGERPRINT_PIECE):
-            squares = piece.double().square()
-            ramp = torch.arange(1, len(piece) + 1, device=tensor.device) / len(piece)
-            sums += torch.stack([squares.sum(), (squares * ramp).sum()])
-        prints.append(sums)
-    return torch.stack(prints).tolist() if prints else []
-
-
-def holders_of(coordinates: Sequence[object]) -> dict[object, list[int]]:
-    """Who holds which part of a kind of parameters, from the coordinate of every rank."""
-    holders: dict[object, list[int]] = {}
-    for rank, coordinate in enumerate(coordinates):
-        holders.setdefault(coordinate, []).append(rank)
-    return holders
-
-
-def first_unlike(
-    said: Sequence[Sequence[Sequence[float]]],
-    holders: Sequence[dict[object, list[int]]],
-    kind_of: Sequence[int],
-    rel_tol: float,
-    abs_tol: float = 0.0,
-) -> tuple[int, int, int] | None:
-    """The first tensor of which two ranks hold the same part, and of which they say otherwise.
-
-    Args:
-        said: of every rank, of every tensor some numbers.
-        holders: of every kind of tensors, who holds which part.
-        kind_of: of every tensor its kind.
-        rel_tol: how far two numbers may lie apart.
-        abs_tol: how far at least.
-
-    Returns:
-        The tensor and the two ranks; None where all agree.
-    """
-    for tensor, kind in enumerate(kind_of):
-        for first, *others in holders[kind].values():
-            for rank in others:
-                for here, there in zip(said[rank][tensor], said[first][tensor], strict=True):
-                    both_nan = here != here and there != there
-                    close = math.isclose(here, there, rel_tol=rel_tol, abs_tol=abs_tol)
-                    if not close and not both_nan:
-                        return tensor, rank, first
-    return None
-
-
-HINT = "Ranks that train other parameters belong in another process_group="
-
-
-def difference(said: Sequence[tuple[dict[str, str], list[tuple[str, ...]]]]) -> str:
-    """How the settings or parameters of a rank differ from those of rank 0."""
-    for rank, (settings, layout) in enumerate(said):
-        for option, value in said[0][0].items():
-            if settings.get(option) != value:
-                return f"rank {rank} has {option}={settings.get(option)}, rank 0 {option}={value}"
-        for here, there in zip(layout, said[0][1], strict=False):
-            if here != there:
-                return f"rank {rank} has {' '.join(here)}, rank 0 {' '.join(there)}. {HINT}"
-        if len(layout) != len(said[0][1]):
-            return (
-                f"rank {rank} has {len(layout)} parameters that require a gradient, rank 0 "
-                f"{len(said[0][1])}. {HINT}"
-            )
-    raise AssertionError("the ranks do not differ")

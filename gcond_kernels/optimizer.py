@@ -32,7 +32,8 @@ from gcond_kernels.checks import (
     check_update,
     warn_of_double_smoothing,
 )
-from gcond_kernels.distributed import WAYS, DataParallel, Local, Sync, Work, peers_of, way_of
+from gcond_kernels.data_parallel import DataParallel
+from gcond_kernels.distributed import WAYS, Local, Sync, Work, peers_of, way_of
 from gcond_kernels.loss_scale import LossScale
 from gcond_kernels.methods import GCond
 from gcond_kernels.nonfinite import describe, nonfinite_tasks, without_tasks

@@ -15,7 +15,7 @@ import training_ranks as t
 from ranks import Ranks, start
 from test_optimizer import same
 
-from gcond_kernels import distributed
+from gcond_kernels import alike, distributed
 
 pytestmark = [
     pytest.mark.skipif(
@@ -553,7 +553,7 @@ def test_meshes_of_the_same_placements_are_told_apart():
 
     data, tensor = Mesh("data", [1], (2,)), Mesh("tensor", [0], (2,))
     both = Mesh("both", [1, 0], (2, 4))
-    coordinates, kind_of = distributed.kinds_of(
+    coordinates, kind_of = alike.kinds_of(
         [
             parameter(data, Shard(0)),
             parameter(tensor, Shard(0)),
@@ -576,17 +576,17 @@ def test_slices_of_replicas_are_every_element_once(size, replicas):
 
 
 def test_who_holds_what_and_who_holds_it_otherwise():
-    holders = [distributed.holders_of(["x", "y", "x", "y"]), distributed.holders_of(["z"] * 4)]
+    holders = [alike.holders_of(["x", "y", "x", "y"]), alike.holders_of(["z"] * 4)]
     assert holders[0] == {"x": [0, 2], "y": [1, 3]}
-    alike = [[[1.0], [2.0]], [[5.0], [2.0]], [[1.0], [2.0]], [[5.0], [2.0]]]
+    same_numbers = [[[1.0], [2.0]], [[5.0], [2.0]], [[1.0], [2.0]], [[5.0], [2.0]]]
     nan = [[[math.nan], [2.0]]] * 4
-    assert distributed.first_unlike(alike, holders, [0, 1], 1e-6) is None
-    assert distributed.first_unlike(nan, holders, [0, 1], 1e-6) is None
-    unlike = [*alike[:3], [[5.1], [2.0]]]
-    assert distributed.first_unlike(unlike, holders, [0, 1], 1e-3) == (0, 3, 1)
-    assert distributed.first_unlike(unlike, holders, [0, 1], 1e-3, 0.2) is None
-    unlike = [*alike[:3], [[5.0], [math.nan]]]
-    assert distributed.first_unlike(unlike, holders, [0, 1], 1e-3) == (1, 3, 0)
+    assert alike.first_unlike(same_numbers, holders, [0, 1], 1e-6) is None
+    assert alike.first_unlike(nan, holders, [0, 1], 1e-6) is None
+    unlike = [*same_numbers[:3], [[5.1], [2.0]]]
+    assert alike.first_unlike(unlike, holders, [0, 1], 1e-3) == (0, 3, 1)
+    assert alike.first_unlike(unlike, holders, [0, 1], 1e-3, 0.2) is None
+    unlike = [*same_numbers[:3], [[5.0], [math.nan]]]
+    assert alike.first_unlike(unlike, holders, [0, 1], 1e-3) == (1, 3, 0)
 
 
 def alone(base=torch.optim.AdamW, options=None, names=True, **changes):

@@ -974,7 +974,7 @@ def buffers_that_are_views():
 
 def writes_at_once():
     """As `tasks_in_all_numbers`, with a reduce-scatter that writes before it is waited for."""
-    from gcond_kernels.distributed import Peers
+    from gcond_kernels.peers import Peers
 
     original = Peers.scatter_sum
 
