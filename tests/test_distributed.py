@@ -4,7 +4,6 @@ import math
 import multiprocessing
 import re
 import signal
-import time
 from datetime import timedelta
 from itertools import pairwise
 from types import SimpleNamespace
@@ -380,14 +379,12 @@ def test_a_rank_killed_or_stuck_in_a_window(ranks4, tmp_path, how, seconds):
     arguments = (str(tmp_path / "store"), str(saved), how, timedelta(seconds=seconds))
     processes = start(2, t.doomed, lambda rank: arguments)
     other, hit = processes
-    started = time.monotonic()
-    other.join(100)
-    ended, took = other.exitcode, time.monotonic() - started
+    other.join(100)  # by far longer than it takes, and shorter than torch's own timeout
+    ended = other.exitcode
     for process in processes:
         process.kill()
         process.join()
     assert ended == 1
-    assert took < 40 + (seconds if how == signal.SIGSTOP else 0)  # most of it is the start
     assert hit.exitcode == -signal.SIGKILL
 
     checkpoints = sorted(folder.parent for folder in saved.glob("*/.metadata"))
