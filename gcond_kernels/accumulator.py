@@ -190,6 +190,8 @@ class Accumulator:
 
     def _check_reduced(self) -> None:
         """FSDP may be told to keep gradients for itself: added up over tasks they are of no use."""
+        if not self.spread:  # every backward pass comes here
+            return
         sharded = [s.parameter for s in self.segments if is_dtensor(s.parameter)]
         wanted = [parameter for parameter in sharded if parameter.requires_grad]
         if wanted and all(parameter.grad is None for parameter in wanted):
@@ -252,9 +254,11 @@ class Accumulator:
         given = []
         for segment, gradient in zip(self.segments, gradients, strict=True):
             p = segment.parameter
-            p.grad = None if gradient is None else placed_like(p, gradient)
-            if p.grad is not None:
-                given.append(p.grad)
+            if gradient is not None and self.spread:
+                gradient = placed_like(p, gradient)
+            p.grad = gradient
+            if gradient is not None:
+                given.append(gradient)
         return given
 
     def start_window(self) -> None:
@@ -308,14 +312,15 @@ class Accumulator:
             if (state[name] is None) != (own is None):
                 there, here = ("no ", "") if own is not None else ("", "no ")
                 raise ValueError(f"the state has {there}{name}, this optimizer has {here}{name}")
-        layout = [state["parameters"], state["offsets"], state["strides"]]
-        # Parameters that the state does not know yet come after those that it knows.
-        own_layout = [part[: len(state["offsets"])] for part in self._layout_of(parameters)]
-        if state.get("cuts", 1) > 1 and layout != own_layout:
-            raise ValueError(
-                "the state is one rank's, of parameters in another order than here: between such, "
-                "save and load a TrainingState with torch.distributed.checkpoint"
-            )
+        if state.get("cuts", 1) > 1:
+            layout = [state["parameters"], state["offsets"], state["strides"]]
+            # Parameters that the state does not know yet come after those that it knows.
+            own_layout = [part[: len(state["offsets"])] for part in self._layout_of(parameters)]
+            if layout != own_layout:
+                raise ValueError(
+                    "the state is one rank's, of parameters in another order than here: between "
+                    "such, save and load a TrainingState with torch.distributed.checkpoint"
+                )
         for i, shape in zip(state["parameters"], state["shapes"], strict=True):
             parameter, name = parameters[i]
             own_shape = list(local_part(parameter).shape)

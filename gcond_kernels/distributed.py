@@ -140,7 +140,7 @@ class Sync:
     def _pieces(self) -> Pieces:
         return [(0, size) for size in self.accumulator.sizes]
 
-    def squared_norms(self, work: Work) -> Tensor:
+    def squared_norms(self) -> Tensor:
         """[T] float64, of every parameter tensor; of several ranks the part that is here."""
         pieces = [
             piece_of(segment, *piece)
@@ -236,10 +236,6 @@ class Ranks(Sync):
             self._fresh = True
         self._open = True
 
-    def _check_gradients(self) -> None:
-        """What `meet` does in a window in which the ranks have compared parameters."""
-        self._compare_gradients()
-
     def _tell(self, on_nonfinite: str) -> list[list[int]]:
         """How many micro-batches of each task every rank had."""
         acc = self.accumulator
@@ -314,7 +310,7 @@ class Ranks(Sync):
         total = total.triu() + total.triu(1).T
         return ops.Gramians(total, cross, per_tensor), norms
 
-    def _compare_gradients(self) -> None:
+    def _check_gradients(self) -> None:
         """Raises a RuntimeError where those who hold the same part have other gradients of it.
 
         Compared once, in the first window: as lengths, of which rounding takes a little.

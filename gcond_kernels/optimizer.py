@@ -454,7 +454,7 @@ class GCondFused(torch.optim.Optimizer):
 
     def _resolve_into(self, work: Work, scale: Tensor) -> tuple[ops.Gramians, ops.Arbitration]:
         signs = self.update == "lion_lars"
-        squares = self._sync.squared_norms(work) if signs else None  # [T]
+        squares = self._sync.squared_norms() if signs else None  # [T]
         state, settings = self._now.method_state, self.method.settings(len(self.tasks))
         writing: dict[str, Any] = {
             "scale": scale,
