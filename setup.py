@@ -22,6 +22,7 @@ SOURCES = [  # the one that takes longest first
     "resolve.cu",
     "gramian.cu",
     "module.cpp",
+    "graddrop.cu",
     "combine.cu",
     "arbitrate.cu",
     "lists.cu",

@@ -38,6 +38,7 @@ KERNELS = {
     "gramian": ["products_kernel", "sum_kernel"],
     "arbitrate": ["arbitrate_kernel"],
     "combine": ["combine_kernel", "factor_kernel"],
+    "graddrop": ["graddrop_kernel"],  # its factors are those of combine
 }
 
 
@@ -89,6 +90,7 @@ def operations(
     rows, history = torch.zeros(TASKS, 32 * TENSORS), torch.zeros(TASKS, 32 * TENSORS).bfloat16()
     momentum, steps = torch.zeros(32 * TENSORS), torch.zeros(TENSORS, dtype=torch.int64)
     scale, finite = torch.ones(TASKS, dtype=torch.float64), torch.tensor(True)
+    draws = torch.tensor(0)
     per_tensor = torch.zeros(TENSORS, TASKS, TASKS, dtype=torch.float64)
     small, method = torch.eye(TASKS, dtype=torch.float64), GCond()
     state = method.new_state(TASKS, torch.device("cpu"))
@@ -100,12 +102,16 @@ def operations(
             rows[0], gradients, offsets, sizes, 1.0, False
         ),
         f"{backend}: gramian": lambda: room.gramian(
-            rows, history, None, offsets, sizes, scale, scale
+            rows, history, None, offsets, sizes, scale, scale, None
         ),
         f"{backend}: arbitrate": lambda: room.arbitrate(small, small, scale, **state, **settings),
         f"{backend}: combine": lambda: room.combine(
             rows, scale, scale, finite, gradients, offsets, sizes, history, momentum, steps, 0.9,
-            per_tensor, None, None, 0.0, 0.0,
+            per_tensor, None, None, 0.0, 0.0, None,
+        ),
+        f"{backend}: graddrop": lambda: room.graddrop(
+            rows, scale, finite, gradients, offsets, sizes, momentum, steps, 0.9, None, 0.0, 0,
+            draws, 0,
         ),
         f"{backend}: ops.accumulate, with its checks": lambda: ops.accumulate(
             rows[0], gradients, offsets, sizes, backend=backend
@@ -132,8 +138,8 @@ def sums_on_host() -> tuple[float, float, float]:
     def time_of(cross: torch.Tensor | None) -> tuple[float, float, float]:
         return seconds(
             lambda: _cuda.gramian(
-                -1, 0, nothing, TASKS, rows, rows, None, scale, scale, partials, matrix, cross,
-                partials,
+                -1, 0, nothing, TASKS, rows, rows, None, None, scale, scale, partials, matrix,
+                cross, partials, None,
             )
         )  # fmt: skip
 
@@ -160,7 +166,7 @@ def without_launches() -> None:
             known[key] = whole._replace(pieces=pieces)
         return known[key]
 
-    for operation in ("accumulate", "gramian", "combine", "resolve"):
+    for operation in ("accumulate", "gramian", "combine", "graddrop", "resolve"):
         importlib.import_module(f"gcond_kernels.cuda.{operation}").cut = of_no_pieces
 
 

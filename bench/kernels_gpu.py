@@ -4,9 +4,9 @@
 
 The bytes that must move per parameter, with gradients of e bytes and K tasks: accumulate e + 4
 in the first micro-batch, which overwrites, and e + 8 in a later one; gramian 4K + 2K with a
-bfloat16 history; combine 4K + 8 + 4 + 2K with momentum, float32 outputs and the new history. The
-copy reads half of the bytes and writes half. "fraction" is the time of the copy divided by the
-time of the operation.
+bfloat16 history; combine 4K + 8 + 4 + 2K with momentum, float32 outputs and the new history;
+graddrop 4K + 8 + 4. A mask adds an eighth of one. The copy reads half of the bytes and writes half.
+"fraction" is the time of the copy divided by the time of the operation.
 
 On the device a call is timed as a CUDA graph that is replayed, without what it costs the host; the
 backends and the copy take turns, round by round. "cuda, one launch" is a whole resolution in one
@@ -16,6 +16,7 @@ launches themselves count, and the copy, which the caches serve too, is no measu
 """
 
 import argparse
+import functools
 import gc
 import json
 import platform
@@ -61,8 +62,10 @@ SMALL_PAIRS, SMALL_BIAS, SMALL_PARAMETERS = 71, 128, 2_500_000
 SMALL_MODEL = 10_000_000
 TRAINED_LAYERS, TRAINED_WIDTH = 5, 2048
 MOST_TASKS_WITH_TARGET = 8
+# Of so many tasks variants are measured too: masks, weights of each tensor's own, graddrop.
+TASKS_OF_VARIANTS = 2
 LEAST_PARAMETERS_WITH_TARGET = 80_000_000
-NAME_WIDTH, WAY_WIDTH = 54, 16
+NAME_WIDTH, WAY_WIDTH = 57, 16
 
 Figure = dict[str, Any]
 Run = Callable[[], object]
@@ -228,6 +231,10 @@ class Storage:
         self.steps = torch.zeros(len(sizes), dtype=torch.int64, device=DEVICE)
         self.outputs = [torch.randn(size, device=DEVICE) for size in sizes]
         self.scale = torch.ones(tasks, dtype=torch.float64, device=DEVICE)
+        words = -(-self.total // 32)
+        self.mask = torch.randint(-(2**31), 2**31, (words,), dtype=torch.int32, device=DEVICE)
+        self.finite = torch.ones((), dtype=torch.bool, device=DEVICE)
+        self.draws = torch.zeros((), dtype=torch.int64, device=DEVICE)
         self.method = GCond()
         self.state = self.method.new_state(tasks, DEVICE)
         self.state["history_scale"] += 1.0
@@ -241,10 +248,10 @@ class Storage:
         """Products and a decision from the first elements, by none of the backends measured."""
         head, past = self.rows[:, :4096].double(), self.history[:, :4096].double()
         per_tensor = head.new_zeros(len(self.sizes), len(head), len(head))
-        products = ops.Gramians(head @ head.T, head @ past.T, per_tensor)
+        products = ops.Gramians(head @ head.T, head @ past.T, per_tensor, per_tensor)
         return products, self.arbitrate(products, "python")
 
-    def gramian(self, backend: str) -> ops.Gramians:
+    def gramian(self, backend: str, mask: torch.Tensor | None = None) -> ops.Gramians:
         """All inner products, as of now."""
         return ops.gramian(
             self.rows,
@@ -253,15 +260,22 @@ class Storage:
             scale=self.scale,
             history=self.history,
             history_scale=self.state["history_scale"],
+            mask=mask,
             backend=backend,
         )
 
     def arbitrate(self, products: ops.Gramians, backend: str) -> ops.Arbitration:
         """The weights that follow from the products."""
-        return self.method.resolve(products.total, products.cross, self.scale, self.state, backend)
+        return self.method.resolve(
+            products.total, products.cross, self.scale, self.state, backend=backend
+        )
 
     def combine(
-        self, products: ops.Gramians, decision: ops.Arbitration, backend: str
+        self,
+        products: ops.Gramians,
+        decision: ops.Arbitration,
+        backend: str,
+        mask: torch.Tensor | None = None,
     ) -> ops.Arbitration:
         """Writes outputs, momentum and history by the decision, and gives it back."""
         ops.combine(
@@ -277,9 +291,27 @@ class Storage:
             momentum=self.momentum,
             momentum_steps=self.steps,
             beta=0.9,
+            mask=mask,
             backend=backend,
         )
         return decision
+
+    def graddrop(self, backend: str) -> None:
+        """Writes outputs and momentum by signs picked at random."""
+        ops.graddrop(
+            self.rows,
+            self.outputs,
+            self.offsets,
+            self.sizes,
+            scale=self.scale,
+            finite=self.finite,
+            seed=0,
+            draws=self.draws,
+            momentum=self.momentum,
+            momentum_steps=self.steps,
+            beta=0.9,
+            backend=backend,
+        )
 
     def resolve_apart(self, backend: str) -> ops.Arbitration:
         """A whole resolution by the three operations, one after the other."""
@@ -304,6 +336,7 @@ class Storage:
             100.0,
             self.state,
             self.method.settings(len(self.rows)),
+            None,
         )
 
     def resolve(self, backend: str) -> object:
@@ -368,10 +401,32 @@ def operation_figures(backends: Sequence[str], tasks: int, parameters: int) -> I
     yield from beside_copy(resolution._replace(operation="gramian"), gramians, reading, targets)
     combines = {Way(b): lambda b=b: storage.combine(products, decision, b) for b in backends}
     yield from beside_copy(resolution._replace(operation="combine"), combines, writing, targets)
+    if tasks == TASKS_OF_VARIANTS:
+        yield from variant_figures(backends, storage, resolution)
     whole = RESOLUTION if bandwidth else GRAPH if small and tasks == 2 else None
     targets = {storage.way_taken(backend): whole for backend in backends}
     runs = storage.resolutions(backends)
     yield from beside_copy(resolution, runs, reading + writing, targets)
+
+
+def variant_figures(backends: Sequence[str], storage: Storage, case: Case) -> Iterator[Figure]:
+    """Device time of gramian and combine with a mask and weights per tensor, and of graddrop."""
+    tasks, total = case.tasks, case.parameters
+    products, decision = storage.sample()
+    each = decision._replace(weights=decision.weights.repeat(len(storage.sizes), 1))
+    mask, by_mask = storage.mask, total // 8
+    for operation, what, run, budget in (
+        ("gramian", "masked", lambda b: storage.gramian(b, mask), total * 6 * tasks + by_mask),
+        (
+            "combine",
+            "masked, per tensor",
+            lambda b: storage.combine(products, each, b, mask),
+            total * (6 * tasks + 12) + by_mask,
+        ),
+        ("graddrop", "", storage.graddrop, total * (4 * tasks + 12)),
+    ):
+        runs = {Way(b): functools.partial(run, b) for b in backends}
+        yield from beside_copy(case._replace(operation=operation, what=what), runs, budget, {})
 
 
 def accumulate_figures(backends: Sequence[str], parameters: int) -> Iterator[Figure]:

@@ -50,6 +50,8 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"name": "no history", "beta": 0.9, "max_norm": 50.0, "history": None},
     {"name": "bfloat16 rows", "beta": 0.9, "accumulators": torch.bfloat16},
     {"name": "float16 history", "history": torch.float16},
+    {"name": "masked", "beta": 0.9, "max_norm": 50.0, "masked": True},
+    {"name": "masked signs", "signs": True, "masked": True},
     {"name": "not finite", "beta": 0.9, "max_norm": 50.0, "infinite": True},
     {"name": "not finite, signs", "beta": 0.9, "signs": True, "infinite": True},
 )
@@ -69,6 +71,11 @@ class Layout(NamedTuple):
         for offset, size in zip(self.offsets, self.sizes, strict=True):
             values[:, offset : offset + size] = torch.randn(count, size)
         return values.to(dtype)
+
+    def mask(self) -> Tensor:
+        """A bit for every element of a row, at random."""
+        words = -(-self.length // 32)
+        return torch.randint(-(2**31), 2**31, (words,)).to(torch.int32)
 
 
 def layouts() -> Iterator[Layout]:
@@ -137,6 +144,7 @@ def check_all(check: Check) -> None:
         check_accumulate(check, layout)
         check_gramian(check, layout)
         check_combine(check, layout)
+        check_graddrop(check, layout)
         if check.backend == "cuda":  # the other calls the three that have been checked
             check_resolve(check, layout)
     check_arbitrate(check)
@@ -179,6 +187,7 @@ def check_gramian(check: Check, layout: Layout) -> None:
         history: Tensor | None,
         history_scale: Tensor,
         momentum: Tensor | None,
+        mask: Tensor | None,
     ) -> list[Tensor]:
         products = ops.gramian(
             rows,
@@ -188,6 +197,7 @@ def check_gramian(check: Check, layout: Layout) -> None:
             history=history,
             history_scale=history_scale,
             momentum=momentum,
+            mask=mask,
             backend=backend,
         )
         return as_means(layout, *products)
@@ -200,21 +210,31 @@ def check_gramian(check: Check, layout: Layout) -> None:
         scale = torch.rand(tasks, dtype=torch.float64) + 0.1
         history = None if history_dtype is None else layout.rows(tasks, history_dtype)
         momentum = layout.rows(1)[0] if with_momentum else None
-        name = f"gramian, K = {tasks}, {layout.name}"
-        check(name, run, layout.rows(tasks, dtype), scale, history, scale.clone(), momentum)
+        rows = layout.rows(tasks, dtype)
+        for what, mask in (("", None), (", masked", layout.mask())):
+            name = f"gramian{what}, K = {tasks}, {layout.name}"
+            check(name, run, rows, scale, history, scale.clone(), momentum, mask)
 
 
 def as_means(
-    layout: Layout, total: Tensor, cross: Tensor | None, per_tensor: Tensor
+    layout: Layout,
+    total: Tensor,
+    cross: Tensor | None,
+    per_tensor: Tensor,
+    crosses: Tensor | None,
 ) -> list[Tensor]:
     """Sums of thousands of products, far from 1, as means. No tensor hides another."""
     sizes = torch.tensor(layout.sizes)
-    means = [per_tensor.cpu() / (sizes + 1)[:, None, None]]
-    return means + [sums.cpu() / sizes.sum() for sums in (total, cross) if sums is not None]
+    each, whole = (sizes + 1)[:, None, None], sizes.sum()
+    pairs = ((per_tensor, each), (crosses, each), (total, whole), (cross, whole))
+    return [sums.cpu() / count for sums, count in pairs if sums is not None]
 
 
 def check_combine(check: Check, layout: Layout) -> None:
-    """Momentum, clipping, sign update, steps that are not finite; many rows and few."""
+    """Momentum, clipping, sign update, steps that are not finite; many rows and few.
+
+    Weights of all tensors and of each; all elements and some.
+    """
     T = len(layout.sizes)
     for tasks, dtype, beta, options in (
         (2, torch.float32, 0.9, {"max_norm": 50.0}),
@@ -222,6 +242,8 @@ def check_combine(check: Check, layout: Layout) -> None:
         (8, torch.float32, 0.9, {}),
         (9, torch.float32, 0.0, {"max_norm": 50.0}),
         (2, torch.float32, 0.9, {"finite": torch.tensor(False)}),
+        (3, torch.float32, 0.9, {"weights": torch.randn(T, 3).double(), "max_norm": 50.0}),
+        (2, torch.bfloat16, 0.9, {"mask": layout.mask()}),
     ):
         inputs: dict[str, Any] = {
             "weights": torch.randn(tasks, dtype=torch.float64),
@@ -233,9 +255,9 @@ def check_combine(check: Check, layout: Layout) -> None:
             **options,
         }
         if tasks > 2:  # a task that takes no part
-            inputs["weights"][1] = inputs["scale"][1] = 0.0
+            inputs["weights"][..., 1] = inputs["scale"][1] = 0.0
         if tasks > 3:  # one that does, but the sum does not need it
-            inputs["weights"][0] = 0.0
+            inputs["weights"][..., 0] = 0.0
         rows = layout.rows(tasks, dtype)
         inputs["per_tensor"] = ops.gramian(
             rows,
@@ -264,6 +286,52 @@ def combining(layout: Layout, beta: float) -> Callable[..., list[Tensor]]:
             **inputs,
         )
         changed = [*outputs, inputs["history"], inputs["momentum"], inputs["momentum_steps"]]
+        return [tensor for tensor in changed if tensor is not None]
+
+    return run
+
+
+def check_graddrop(check: Check, layout: Layout) -> None:
+    """Rows in registers and rows that are read twice; momentum, masks, and what is not finite."""
+    for tasks, dtype, beta, masked, finite in (
+        (2, torch.float32, 0.0, False, True),
+        (3, torch.bfloat16, 0.9, True, True),
+        (8, torch.float32, 0.9, True, True),
+        (9, torch.float32, 0.9, False, True),
+        (2, torch.float32, 0.9, True, False),
+    ):
+        inputs: dict[str, Any] = {
+            "scale": torch.rand(tasks, dtype=torch.float64) + 0.1,
+            "finite": torch.tensor(finite),
+            "draws": torch.tensor(tasks),
+            "momentum": layout.rows(1)[0] if beta else None,
+            "momentum_steps": torch.arange(len(layout.sizes)) if beta else None,
+            "mask": layout.mask() if masked else None,
+        }
+        if tasks > 2:  # a task that takes no part
+            inputs["scale"][1] = 0.0
+        what = "masked" if masked else "plain"
+        name = f"graddrop, K = {tasks}, {what if finite else 'not finite'}, {layout.name}"
+        outputs = tensors_of(layout.sizes, tasks)
+        check(name, picking(layout, beta), layout.rows(tasks, dtype), outputs, inputs)
+
+
+def picking(layout: Layout, beta: float) -> Callable[..., list[Tensor]]:
+    """A call of graddrop that gives back all that it may change."""
+
+    def run(backend: str, rows: Tensor, outputs: Tensors, inputs: dict[str, Any]) -> list[Tensor]:
+        ops.graddrop(
+            rows,
+            outputs,
+            layout.offsets,
+            layout.sizes,
+            seed=3,
+            leak=0.25,
+            beta=beta,
+            backend=backend,
+            **inputs,
+        )
+        changed = [*outputs, inputs["momentum"], inputs["momentum_steps"]]
         return [tensor for tensor in changed if tensor is not None]
 
     return run
@@ -302,6 +370,7 @@ def resolution_inputs(layout: Layout, tasks: int, form: dict[str, Any]) -> dict[
         "beta": form.get("beta", 0.0),
         "max_norm": form.get("max_norm"),
         "parameter_norms": 100 * torch.rand(T).double() if "signs" in form else None,
+        "mask": layout.mask() if "masked" in form else None,
     }
 
 
@@ -327,7 +396,7 @@ def resolving(layout: Layout, method: GCond) -> Callable[..., list[Tensor]]:
             changed = [inputs[name] for name in ("history", "momentum", "momentum_steps")]
             kept = [tensor for name, tensor in state.items() if name != "history_gramian"]
             results += [copied(each, "cpu") for each in (*decision, *outputs, *changed, *kept)]
-            last = ops.Gramians(state["history_gramian"], None, products.per_tensor)
+            last = ops.Gramians(state["history_gramian"], None, products.per_tensor, None)
             results += [*as_means(layout, *products), *as_means(layout, *last)]
         return [tensor for tensor in results if tensor is not None]
 
@@ -351,18 +420,22 @@ def check_arbitrate(check: Check) -> None:
         ) -> list[Tensor]:
             decisions = []
             for gramian, cross in steps:
-                decisions += method.resolve(gramian, cross, scale, state, backend)
+                decisions += method.resolve(gramian, cross, scale, state, backend=backend)
             return [*decisions, *state.values()]
 
-        vectors = [torch.randn(tasks, 5, dtype=torch.float64) for _ in range(5)]
-        vectors = [v - 1.1 * v.mean(0) for v in vectors]  # there are conflicts to resolve
-        steps = [(v @ v.T, v @ w.T) for v, w in itertools.pairwise(vectors)]
-        steps[1][0][0, 0] = float("nan")
         scale = torch.ones(tasks, dtype=torch.float64)
         if tasks > 2:
             scale[1] = 0.0
-        state = method.new_state(tasks, torch.device("cpu"))
-        check(f"arbitrate, K = {tasks}", run, steps, scale, state)
+        for what, batch in (("", ()), (", three at once", (3,))):
+            vectors = [torch.randn(*batch, tasks, 5, dtype=torch.float64) for _ in range(5)]
+            vectors = [v - 1.1 * v.mean(-2, keepdim=True) for v in vectors]  # there are conflicts
+            steps = [(v @ v.mT, v @ w.mT) for v, w in itertools.pairwise(vectors)]
+            steps[1][0][..., 0, 0] = float("nan")
+            state = {
+                name: value if name == "history_scale" else value.expand(*batch, *value.shape)
+                for name, value in method.new_state(tasks, torch.device("cpu")).items()
+            }
+            check(f"arbitrate, K = {tasks}{what}", run, steps, scale, copied(state, "cpu"))
 
 
 def check_lists(check: Check) -> None:

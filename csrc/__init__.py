@@ -1,4 +1,4 @@
-"""The backend in CUDA C++: the four operations, and a whole resolution in one launch.
+"""The backend in CUDA C++: the operations, and a whole resolution in one launch.
 
 The kernels are in the extension module `gcond_kernels._cuda`; these files find the memory that it
 works on. With GCOND_CUDA_HOST=1 in the environment CPU tensors are served too, by a driver that
@@ -11,6 +11,7 @@ from gcond_kernels import _cuda
 from gcond_kernels.cuda.accumulate import accumulate
 from gcond_kernels.cuda.arbitrate import arbitrate
 from gcond_kernels.cuda.combine import combine
+from gcond_kernels.cuda.graddrop import graddrop
 from gcond_kernels.cuda.gramian import gramian, multi_tensor_dot
 from gcond_kernels.cuda.resolve import resolve, resolves_at_once
 
@@ -18,6 +19,7 @@ __all__ = [
     "accumulate",
     "arbitrate",
     "combine",
+    "graddrop",
     "gramian",
     "multi_tensor_dot",
     "resolve",

@@ -46,6 +46,8 @@ struct Decision {
   bool* finite;     // []
 };
 
+// One resolution, or the first of a batch: the others follow in all arrays but `scale` and
+// `history_scale`, which they share.
 struct Arbitrate {
   int tasks;
   const double* gramian;  // [K, K]
@@ -107,6 +109,22 @@ HD Scratch scratch_in(void* memory, int tasks) {
   s.partners = reinterpret_cast<std::int32_t*>(take(K));
   s.common = reinterpret_cast<Scratch::Common*>(at);
   return s;
+}
+
+// Resolution `entry` of a batch.
+HD Arbitrate entry_of(Arbitrate a, int entry) {
+  const std::int64_t K = a.tasks, rows = entry * K, matrices = rows * K;
+  a.gramian += matrices;
+  if (a.cross != nullptr) a.cross += matrices;
+  a.state.norm_ema += rows;
+  a.state.winners += static_cast<std::int64_t>(entry) * a.state.window;
+  a.state.history_gramian += matrices;
+  a.state.history_rows += matrices;
+  a.decision.weights += rows;
+  a.decision.rows += matrices;
+  a.decision.events += static_cast<std::int64_t>(entry) * 5 * a.settings.max_iterations;
+  a.decision.finite += entry;
+  return a;
 }
 
 HD bool takes_part(const Arbitrate& a, int task) { return a.scale[task] != 0.0; }
@@ -423,11 +441,13 @@ HD void keep_state(const Arbitrate& a, const Scratch& s) {
   });
   each(K, [&](int i) {
     a.state.norm_ema[i] = s.average[i];
+    // The same number from every resolution of a batch; none of them reads it.
     if (takes_part(a, i)) a.state.history_scale[i] = a.scale[i];
   });
   once([&] { keep_winners(a, s); });
 }
 
-void arbitrate(const Place& place, const Arbitrate& arguments);
+// `batch` resolutions.
+void arbitrate(const Place& place, const Arbitrate& arguments, int batch);
 
 }  // namespace gcond

@@ -1,5 +1,9 @@
-"""arbitrate: the resolution itself, on K×K numbers, by one block that never asks the host."""
+"""arbitrate: the resolution itself, on K×K numbers, by one block that never asks the host.
 
+Of a batch every resolution has a block of its own, in the same launch.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +15,18 @@ from gcond_kernels.cuda.launch import place_of
 Decision = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def new_decision(tasks: int, max_iterations: int, device: torch.device) -> Decision:
-    """Memory for weights [K], rows [K, K], events [max_iterations, 5] and finite []."""
+def new_decision(
+    tasks: int, max_iterations: int, device: torch.device, batch: Sequence[int] = ()
+) -> Decision:
+    """Memory for weights [K], rows [K, K], events [max_iterations, 5] and finite [].
+
+    Of a batch [B] each has that as its leading dimension.
+    """
     return (
-        torch.empty(tasks, dtype=torch.float64, device=device),
-        torch.empty((tasks, tasks), dtype=torch.float64, device=device),
-        torch.empty((max_iterations, 5), dtype=torch.float64, device=device),
-        torch.empty((), dtype=torch.bool, device=device),
+        torch.empty((*batch, tasks), dtype=torch.float64, device=device),
+        torch.empty((*batch, tasks, tasks), dtype=torch.float64, device=device),
+        torch.empty((*batch, max_iterations, 5), dtype=torch.float64, device=device),
+        torch.empty(tuple(batch), dtype=torch.bool, device=device),
     )
 
 
@@ -33,16 +42,17 @@ def arbitrate(
     **settings: Any,
 ) -> Decision:
     """Weights of the tasks, and the new state in place; see `gcond_kernels.ops.arbitrate`."""
-    tasks, device = gramian.shape[0], gramian.device
+    batch, tasks, device = gramian.shape[:-2], gramian.shape[-1], gramian.device
     if tasks > _cuda.MOST_TASKS:
         raise ValueError(
             f"backend='cuda' arbitrates up to {_cuda.MOST_TASKS} tasks, not {tasks}: "
             "use backend='python'"
         )
-    decision = new_decision(tasks, settings["max_iterations"], device)
+    decision = new_decision(tasks, settings["max_iterations"], device, batch)
     with tables.guard(device):
         _cuda.arbitrate(
             *place_of(device),
+            batch.numel(),
             tasks,
             gramian,
             cross,

@@ -4,7 +4,7 @@ namespace gcond {
 namespace {
 
 HD Resolved read(const ResolvedAt& at) {
-  return {at.weights, *at.finite, at.clipping == nullptr ? 1.0 : *at.clipping};
+  return {at.weights, at.stride, *at.finite, at.clipping == nullptr ? 1.0 : *at.clipping};
 }
 
 __global__ void __launch_bounds__(THREADS)
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(THREADS)
 HD void factor_of(const Factors& arguments, const ResolvedAt& resolved, const Addresses& outputs,
                   int tensor) {
   const bool written = is_written(outputs, tensor) && *resolved.finite;
-  find_factor(arguments, resolved.weights, tensor, written);
+  find_factor(arguments, resolved.weights + tensor * resolved.stride, tensor, written);
   count_step(arguments, tensor, written);
 }
 

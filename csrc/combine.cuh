@@ -17,6 +17,7 @@ struct Combine {
   Rows accumulators;  // [K, N'], float32 or bfloat16
   Rows history;       // [K, N'], float32, bfloat16 or float16; or null
   Rows momentum;      // [N'], float32; or null
+  Mask mask;          // [N' / 32], or null: all is trained
   const Segment* segments;  // [T]
   const Chunk* chunks;      // [C]
   int length;               // of a piece, in elements
@@ -29,7 +30,8 @@ struct Combine {
 
 // What the resolution came to.
 struct Resolved {
-  const double* weights;  // [K]
+  const double* weights;  // [K], or [T, K]: each tensor's own
+  std::int64_t stride;    // from one tensor's weights to the next one's: 0 or K
   bool finite;
   double clipping;
 };
@@ -124,6 +126,13 @@ HD void add_rows(Values<V> (&total)[U], const Combine& c, const Resolved& resolv
   }
 }
 
+// What is not trained becomes exactly zero.
+template <int V>
+HD void clear_untrained(Values<V>& values, std::uint32_t bits) {
+#pragma unroll
+  for (int e = 0; e < V; ++e) values.of[e] = is_trained(bits, e) ? values.of[e] : 0.0f;
+}
+
 // What is done with the vectors of a piece that begins at `start` in the rows.
 template <int U, int V>
 HD void combine_vectors(const Combine& c, const Resolved& resolved, const Output& output,
@@ -131,10 +140,16 @@ HD void combine_vectors(const Combine& c, const Resolved& resolved, const Output
   const bool moving = c.momentum.data != nullptr && resolved.finite && output.type != NO_TENSOR;
   float* momentum = static_cast<float*>(c.momentum.data) + start;
   Values<V> total[U]{}, old[U]{};
+  std::uint32_t bits[U]{};
   if (moving) {
 #pragma unroll
     for (int u = 0; u < U; ++u)
       if (vectors.has(u)) old[u] = load<V>(momentum + vectors.begin(u));
+  }
+  if (c.mask != nullptr) {
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+      if (vectors.has(u)) bits[u] = trained(c.mask, start + vectors.begin(u));
   }
   add_rows<U, V>(total, c, resolved, start, vectors);
   const float beta = static_cast<float>(c.beta);
@@ -144,8 +159,9 @@ HD void combine_vectors(const Combine& c, const Resolved& resolved, const Output
     if (moving) {
 #pragma unroll
       for (int e = 0; e < V; ++e) total[u].of[e] = fmaf(beta, old[u].of[e], total[u].of[e]);
-      store<V>(momentum + vectors.begin(u), total[u]);
     }
+    if (c.mask != nullptr) clear_untrained<V>(total[u], bits[u]);
+    if (moving) store<V>(momentum + vectors.begin(u), total[u]);
 #pragma unroll
     for (int e = 0; e < V; ++e) {
       float& value = total[u].of[e];
@@ -163,12 +179,13 @@ HD bool combine_is_wide(const Combine& c, Packed output, std::int64_t offset) {
 }
 
 // What one thread does of a piece.
-HD void combine_chunk(const Combine& c, const Resolved& resolved, const Addresses& outputs,
-                      int chunk, int thread) {
+HD void combine_chunk(const Combine& c, Resolved resolved, const Addresses& outputs, int chunk,
+                      int thread) {
   constexpr int UNROLLED = 4;
   const Piece piece = piece_of(c.segments, c.chunks, chunk, c.length);
   const std::int64_t start = piece.offset + piece.first;
   const Packed packed = outputs.of[piece.tensor];
+  resolved.weights += piece.tensor * resolved.stride;
   double factor = resolved.finite ? resolved.clipping : 0.0;
   if (resolved.finite && c.factors != nullptr) factor *= c.factors[piece.tensor];
   const Output output{address_of(packed), type_of(packed), piece.first,
@@ -204,7 +221,7 @@ HD double squared_norm(const Factors& f, const double* weights, int tensor) {
   return square > 0.0 ? square : 0.0;
 }
 
-// The factor of one tensor, with the weights [K] where there are norms. `written`: it has an
+// The factor of one tensor, with its weights [K] where there are norms. `written`: it has an
 // output, and all is finite.
 HD void find_factor(const Factors& f, const double* weights, int tensor, bool written) {
   double factor = 1.0;
@@ -244,7 +261,8 @@ HD double clipping_factor(const double* squares, int tensors, double max_norm) {
 
 // Where the launches of combine find what the resolution came to.
 struct ResolvedAt {
-  const double* weights;   // [K]
+  const double* weights;   // [K], or [T, K]
+  std::int64_t stride;     // 0 or K
   const bool* finite;      // []
   const double* clipping;  // [], or null: 1
 };

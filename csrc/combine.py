@@ -31,6 +31,7 @@ def combine(
     parameter_norms: Tensor | None,
     trust_ratio_coef: float,
     trust_ratio_clip: float,
+    mask: Tensor | None,
 ) -> None:
     """Writes gradients, momentum and history; see `gcond_kernels.ops.combine`."""
     tasks, device = accumulators.shape[0], accumulators.device
@@ -50,15 +51,21 @@ def combine(
                 accumulators,
                 history,
                 momentum,
+                mask,
                 scale,
                 None if factors is None else factors[part],
                 beta,
                 parameter_norms is not None,
-                weights,
+                weights_of(weights, part),
                 finite,
                 clipping,
                 addresses,
             )
+
+
+def weights_of(weights: Tensor, part: slice) -> Tensor:
+    """Those of the tensors of a launch, where each has its own."""
+    return weights if weights.dim() == 1 else weights[part]
 
 
 def factors_of(
@@ -74,16 +81,16 @@ def factors_of(
     trust_ratio_clip: float,
 ) -> tuple[Tensor | None, Tensor | None]:
     """[T] factors of the tensors and the factor [] of all; None where there is none."""
-    tensors, device = len(per_tensor), weights.device
+    tensors, tasks, device = len(per_tensor), weights.shape[-1], weights.device
     norms = max_norm is not None or parameter_norms is not None
     if not tensors or (momentum_steps is None and not norms):
         return None, None
     factors, squares = torch.empty((2, tensors), dtype=torch.float64, device=device)
     for part, addresses in all_parts:
         arguments = _cuda.Factors(
-            len(weights),
+            tasks,
             part.stop - part.start,
-            len(weights) + (momentum_steps is not None),
+            tasks + (momentum_steps is not None),
             per_tensor[part],
             None if momentum_steps is None else momentum_steps[part],
             None if parameter_norms is None else parameter_norms[part],
@@ -94,7 +101,8 @@ def factors_of(
             trust_ratio_clip,
             norms,
         )
-        _cuda.factors(*place_of(device), arguments, weights, finite, addresses)
+        own = weights_of(weights, part)
+        _cuda.factors(*place_of(device), arguments, own, finite, addresses)
     if max_norm is None:
         return factors, None
     clipping = torch.empty((), dtype=torch.float64, device=device)

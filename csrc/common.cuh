@@ -236,6 +236,40 @@ HD Values<V> converted(const Raw<V>& raw, Type type) {
   return values;
 }
 
+// A bit for every element of a row, of those from element `at` on in the lowest bits: 1 where it is
+// trained. Elements that are accessed together have theirs in one word.
+using Mask = const std::uint32_t*;
+constexpr int MASK_BITS = 32;
+
+HD std::uint32_t trained(Mask mask, std::int64_t at) {
+  const auto element = static_cast<std::uint64_t>(at);
+  return mask[element / MASK_BITS] >> (element % MASK_BITS);
+}
+
+HD bool is_trained(std::uint32_t bits, int element) { return (bits >> element & 1u) != 0; }
+
+// All bits of those of V elements that are trained, as they lie in memory, and none of the others.
+template <int V>
+HD Raw<V> trained_bits(std::uint32_t bits, bool two_bytes) {
+  Raw<V> kept{};
+  const auto all = [&](int e) { return is_trained(bits, e) ? ~std::uint32_t{0} : 0; };
+  if (V == 1 || !two_bytes) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) kept.of[e] = all(e);
+  } else {
+#pragma unroll
+    for (int e = 0; e < V; e += 2) kept.of[e / 2] = (all(e) & 0xffff) | all(e + 1) << 16;
+  }
+  return kept;
+}
+
+// Selected, not multiplied: what is not trained may be NaN. Without any bit it is 0 in every type.
+template <int V>
+HD void keep_bits(Raw<V>& raw, const Raw<V>& kept) {
+#pragma unroll
+  for (int e = 0; e < V; ++e) raw.of[e] &= kept.of[e];
+}
+
 // Where the vectors of a thread begin in a piece: U of V elements, THREADS vectors apart. Those
 // from `end` on are not there; all that are there are loaded before the first is used.
 template <int U, int V>

@@ -3,15 +3,26 @@
 namespace gcond {
 namespace {
 
-template <int K>
+template <int K, bool MASKABLE>
 __global__ void __launch_bounds__(THREADS, 1)
     products_kernel(const __grid_constant__ Gramian arguments) {
-  products_of_chunk<K>(arguments, static_cast<int>(blockIdx.x));
+  products_of_chunk<K, MASKABLE>(arguments, static_cast<int>(blockIdx.x));
 }
 
 __global__ void __launch_bounds__(THREADS) sum_kernel(const __grid_constant__ Gramian arguments,
                                                       const __grid_constant__ Totals totals) {
   add_up(arguments, totals, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+}
+
+template <int K, bool MASKABLE>
+void products(const Place& place, const Gramian& arguments) {
+  if (!place.is_host()) {
+    launch("gramian", products_kernel<K, MASKABLE>, place, arguments.chunk_count, 0, false,
+           arguments);
+    return;
+  }
+  for (int chunk = 0; chunk < arguments.chunk_count; ++chunk)
+    products_of_chunk<K, MASKABLE>(arguments, chunk);
 }
 
 // One block for every sum over all tensors, and enough that a warp has one tensor's sum to do.
@@ -33,12 +44,10 @@ void add_up(const Place& place, const Gramian& arguments, const Totals& totals) 
 void gramian(const Place& place, const Gramian& arguments, const Totals& totals) {
   with_tasks(totals.tasks, [&](auto tasks) {
     constexpr int K = decltype(tasks)::value;
-    if (!place.is_host()) {
-      launch("gramian", products_kernel<K>, place, arguments.chunk_count, 0, false, arguments);
-      return;
-    }
-    for (int chunk = 0; chunk < arguments.chunk_count; ++chunk)
-      products_of_chunk<K>(arguments, chunk);
+    if (arguments.mask == nullptr)
+      products<K, false>(place, arguments);
+    else
+      products<K, true>(place, arguments);
   });
   add_up(place, arguments, totals);
 }

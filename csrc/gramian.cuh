@@ -26,6 +26,7 @@ struct Gramian {
   Rows accumulators;  // [K, N'], float32 or bfloat16
   Rows history;       // [K, N'], float32, bfloat16 or float16; or null
   Rows momentum;      // [N'], float32; or null
+  Mask mask;          // [N' / 32], or null: all is trained
   const Segment* segments;  // [T]
   const Chunk* chunks;      // [C]
   const std::int32_t* first;  // [T + 1], the first piece of each tensor
@@ -42,6 +43,7 @@ struct Totals {
   double* total;                // [K, K]
   double* cross;                // [K, K], or null
   double* per_tensor;           // [T, R, R]
+  double* crosses;              // [T, K, K], goes with `cross`
   int tasks;
   int rows;    // R: K, or K + 1 with the momentum
   int stored;  // rows of the products: as R, or more than that
@@ -78,8 +80,23 @@ HD void add_crosses(Products<K>& sums, const Values<V> (&rows)[K + 1], const Val
 // wait for those before it.
 enum Past : int { NO_HISTORY, TWO_BYTES, FOUR_BYTES };
 
+// What is not trained counts as zero in the vectors of every row.
+template <int K, Past PAST, int V>
+HD void clear_untrained_rows(Raw<V> (&own)[K + 1], Raw<V> (&past)[K], std::uint32_t bits, bool narrow) {
+  const Raw<V> rows = trained_bits<V>(bits, narrow);
+#pragma unroll
+  for (int k = 0; k < K; ++k) keep_bits(own[k], rows);
+  keep_bits(own[K], trained_bits<V>(bits, false));
+  if constexpr (PAST != NO_HISTORY) {
+    const Raw<V> history = trained_bits<V>(bits, PAST == TWO_BYTES);
+#pragma unroll
+    for (int k = 0; k < K; ++k) keep_bits(past[k], history);
+  }
+}
+
 // Adds the products of the vectors of every row; `start` is where the piece begins in the rows.
-template <int K, Past PAST, int U, int V>
+// Where it is known that there is no mask (not MASKABLE) that saves registers.
+template <int K, bool MASKABLE, Past PAST, int U, int V>
 HD void add_products(Products<K>& sums, const Gramian& g, std::int64_t start,
                      const Vectors<U, V>& vectors) {
   Raw<V> own[U][K + 1]{}, past[U][K]{};
@@ -97,6 +114,13 @@ HD void add_products(Products<K>& sums, const Gramian& g, std::int64_t start,
       for (int k = 0; k < K; ++k)
         past[u][k] = load_raw<V>(g.history.data, PAST == TWO_BYTES, k * g.history.stride + here);
     }
+  }
+  if (MASKABLE && g.mask != nullptr) {  // its words are loaded when the rows are on their way
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+      if (vectors.has(u))
+        clear_untrained_rows<K, PAST, V>(own[u], past[u], trained(g.mask, start + vectors.begin(u)),
+                                    narrow);
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {
@@ -120,7 +144,7 @@ HD bool rows_are_wide(const Rows& rows, std::int64_t offset) {
 }
 
 // What one thread sums of a piece.
-template <int K>
+template <int K, bool MASKABLE>
 HD void sum_piece(Products<K>& sums, const Gramian& g, int chunk, int thread) {
   constexpr int UNROLLED = K <= 2 ? 4 : K <= 4 ? 2 : 1;
   const Piece piece = piece_of(g.segments, g.chunks, chunk, g.length);
@@ -132,7 +156,7 @@ HD void sum_piece(Products<K>& sums, const Gramian& g, int chunk, int thread) {
   const int whole = wide ? piece.count / VECTOR * VECTOR : 0;
   const auto sum_with = [&](auto past) {
     for_vectors<UNROLLED>(thread, whole, piece.count, [&](const auto& vectors) {
-      add_products<K, decltype(past)::value>(sums, g, start, vectors);
+      add_products<K, MASKABLE, decltype(past)::value>(sums, g, start, vectors);
     });
   };
   if (g.history.data == nullptr)
@@ -173,15 +197,16 @@ HD void store_products(const Gramian& g, int chunk, F sums) {
 }
 
 // All products of one piece.
-template <int K>
+template <int K, bool MASKABLE>
 HD void products_of_chunk(const Gramian& g, int chunk) {
 #ifdef __CUDA_ARCH__
   Products<K> sums{};
-  sum_piece<K>(sums, g, chunk, static_cast<int>(threadIdx.x));
+  sum_piece<K, MASKABLE>(sums, g, chunk, static_cast<int>(threadIdx.x));
   store_products<Products<K>::COUNT>(g, chunk, [&](int) { return sums.of; });
 #else
   Products<K> sums[THREADS]{};
-  for (int thread = 0; thread < THREADS; ++thread) sum_piece<K>(sums[thread], g, chunk, thread);
+  for (int thread = 0; thread < THREADS; ++thread)
+    sum_piece<K, MASKABLE>(sums[thread], g, chunk, thread);
   store_products<Products<K>::COUNT>(g, chunk, [&](int thread) { return sums[thread].of; });
 #endif
 }
@@ -209,9 +234,21 @@ HD double scale_of(const Totals& totals, int row) {
   return totals.scale == nullptr || row >= totals.tasks ? 1.0 : totals.scale[row];
 }
 
+// The product of a task with the history of a task.
+HD void store_cross(const Totals& totals, double* crosses, int place, double sum) {
+  const int i = place / totals.tasks, j = place % totals.tasks;
+  crosses[place] = weighted(sum, totals.scale[i] * totals.history_scale[j]);
+}
+
 // Stores a sum over one tensor.
-HD void store_of_tensor(const Totals& totals, int tensor, Pair pair, double sum) {
-  const int R = totals.rows;
+HD void store_of_tensor(const Totals& totals, int tensor, int product, double sum) {
+  const int R = totals.rows, K = totals.tasks, pairs = pairs_of(totals.stored);
+  if (product >= pairs) {
+    store_cross(totals, totals.crosses + static_cast<std::int64_t>(tensor) * K * K,
+                product - pairs, sum);
+    return;
+  }
+  const Pair pair = pair_of(product, totals.stored);
   if (pair.j >= R) return;  // there is no momentum
   const double value = weighted(sum, scale_of(totals, pair.i) * scale_of(totals, pair.j));
   double* of_tensor = totals.per_tensor + static_cast<std::int64_t>(tensor) * R * R;
@@ -223,8 +260,7 @@ HD void store_of_tensor(const Totals& totals, int tensor, Pair pair, double sum)
 HD void store_total(const Totals& totals, int product, double sum) {
   const int K = totals.tasks, pairs = pairs_of(totals.stored);
   if (product >= pairs) {
-    const int i = (product - pairs) / K, j = (product - pairs) % K;
-    totals.cross[i * K + j] = weighted(sum, totals.scale[i] * totals.history_scale[j]);
+    store_cross(totals, totals.cross, product - pairs, sum);
     return;
   }
   const Pair pair = pair_of(product, totals.stored);
@@ -256,24 +292,24 @@ HD int totals_of(const Totals& totals) {
 }
 
 HD std::int64_t sums_of_tensors(const Gramian& g, const Totals& totals) {
-  return static_cast<std::int64_t>(g.tensors) * pairs_of(totals.stored);
+  return static_cast<std::int64_t>(g.tensors) * totals_of(totals);
 }
 
 // A product over one tensor, by a warp.
 HD void product_of_tensor(const Gramian& g, const Totals& totals, std::int64_t sum) {
-  const int pairs = pairs_of(totals.stored);
-  const int tensor = static_cast<int>(sum / pairs), product = static_cast<int>(sum % pairs);
+  const int products = totals_of(totals);
+  const int tensor = static_cast<int>(sum / products), product = static_cast<int>(sum % products);
   const auto of_lane = [&](int lane) {
     return sum_of_pieces(g, product, g.first[tensor] + lane, g.first[tensor + 1], WARP);
   };
 #ifdef __CUDA_ARCH__
   const int lane = static_cast<int>(threadIdx.x) % WARP;
   const double total = warp_sum(of_lane(lane));
-  if (lane == 0) store_of_tensor(totals, tensor, pair_of(product, totals.stored), total);
+  if (lane == 0) store_of_tensor(totals, tensor, product, total);
 #else
   double lanes[WARP];
   for (int lane = 0; lane < WARP; ++lane) lanes[lane] = of_lane(lane);
-  store_of_tensor(totals, tensor, pair_of(product, totals.stored), warp_sum_on_host(lanes));
+  store_of_tensor(totals, tensor, product, warp_sum_on_host(lanes));
 #endif
 }
 

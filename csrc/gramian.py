@@ -24,17 +24,21 @@ class Sums(NamedTuple):
         total: [K, K] float64.
         cross: [K, K] float64, or None without history.
         per_tensor: [T, R, R] float64, R = K, or K + 1 with momentum.
+        crosses: [T, K, K] float64, or None without history.
     """
 
     partials: Tensor
     total: Tensor
     cross: Tensor | None
     per_tensor: Tensor
+    crosses: Tensor | None
 
-    def returned(self) -> tuple[Tensor, Tensor, Tensor]:
+    def returned(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `gramian` returns them."""
-        cross = self.total.new_empty(0, 0) if self.cross is None else self.cross
-        return self.total, cross, self.per_tensor
+        if self.cross is None or self.crosses is None:
+            none = self.total.new_empty(len(self.per_tensor), 0, 0)
+            return self.total, self.total.new_empty(0, 0), self.per_tensor, none
+        return self.total, self.cross, self.per_tensor, self.crosses
 
 
 def new_sums(tasks: int, momentum: bool, history: bool, which: Cut) -> Sums:
@@ -42,11 +46,13 @@ def new_sums(tasks: int, momentum: bool, history: bool, which: Cut) -> Sums:
     device, rows = which.segments.device, tasks + momentum
     products = (tasks + 1) * (tasks + 2) // 2 + tasks * tasks
     total = torch.empty((tasks, tasks), dtype=torch.float64, device=device)
+    tensors = len(which.segments)
     return Sums(
         torch.empty((products, which.chunks.total), dtype=torch.float32, device=device),
         total,
         torch.empty_like(total) if history else None,
-        total.new_empty((len(which.segments), rows, rows)),
+        total.new_empty((tensors, rows, rows)),
+        total.new_empty((tensors, tasks, tasks)) if history else None,
     )
 
 
@@ -58,12 +64,13 @@ def gramian(
     sizes: Sequence[int],
     scale: Tensor,
     history_scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gramian, cross-Gramian, Gramian per tensor; see `gcond_kernels.ops.gramian`."""
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gramian, cross-Gramian, and both per tensor; see `gcond_kernels.ops.gramian`."""
     tasks, device = accumulators.shape[0], accumulators.device
     if tasks > _cuda.MOST_TASKS_IN_REGISTERS:
         return gramian_by_matrix_products(
-            accumulators, history, momentum, offsets, sizes, scale, history_scale
+            accumulators, history, momentum, offsets, sizes, scale, history_scale, mask
         )
     with tables.guard(device):
         which = cut(tuple(offsets), tuple(sizes), tables.chunk_length(sum(sizes)), device)
@@ -76,12 +83,14 @@ def gramian(
             accumulators,
             history,
             momentum,
+            mask,
             scale,
             history_scale,
             sums.partials,
             sums.total,
             sums.cross,
             sums.per_tensor,
+            sums.crosses,
         )
     return sums.returned()
 

@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "accumulate.cuh"
+#include "graddrop.cuh"
 #include "lists.cuh"
 #include "resolve.cuh"
 #include "tensors.h"
@@ -37,6 +38,8 @@ struct Pieces {
         length(length_) {}
 };
 
+Mask mask_of(py::handle words) { return address<const std::uint32_t>(words); }
+
 void accumulate_(int device, std::uintptr_t stream, py::handle accumulator, const Addresses& gradients,
                  const Pieces& pieces, float scale, py::handle scale_tensor, bool overwrite) {
   const Rows target = rows_of(accumulator), factor = rows_of(scale_tensor);
@@ -46,39 +49,41 @@ void accumulate_(int device, std::uintptr_t stream, py::handle accumulator, cons
 }
 
 Gramian gramian_of(const Pieces& pieces, py::handle accumulators, py::handle history,
-                   py::handle momentum, py::handle partials) {
-  return {rows_of(accumulators), rows_of(history), rows_of(momentum), pieces.segments,
-          pieces.chunks,         pieces.first,     pieces.tensors,    pieces.count,
-          pieces.length,         address<float>(partials)};
+                   py::handle momentum, py::handle mask, py::handle partials) {
+  return {rows_of(accumulators), rows_of(history), rows_of(momentum), mask_of(mask),
+          pieces.segments,       pieces.chunks,    pieces.first,      pieces.tensors,
+          pieces.count,          pieces.length,    address<float>(partials)};
 }
 
 Totals totals_of(int tasks, bool momentum, py::handle scale, py::handle history_scale,
-                 py::handle total, py::handle cross, py::handle per_tensor) {
+                 py::handle total, py::handle cross, py::handle per_tensor, py::handle crosses) {
   return {address<const double>(scale),
           address<const double>(history_scale),
           address<double>(total),
           address<double>(cross),
           address<double>(per_tensor),
+          address<double>(crosses),
           tasks,
           tasks + (momentum ? 1 : 0),
           tasks + 1};
 }
 
 void gramian_(int device, std::uintptr_t stream, const Pieces& pieces, int tasks,
-              py::handle accumulators, py::handle history, py::handle momentum, py::handle scale,
-              py::handle history_scale, py::handle partials, py::handle total, py::handle cross,
-              py::handle per_tensor) {
-  gramian({device, stream}, gramian_of(pieces, accumulators, history, momentum, partials),
-          totals_of(tasks, !momentum.is_none(), scale, history_scale, total, cross, per_tensor));
+              py::handle accumulators, py::handle history, py::handle momentum, py::handle mask,
+              py::handle scale, py::handle history_scale, py::handle partials, py::handle total,
+              py::handle cross, py::handle per_tensor, py::handle crosses) {
+  gramian({device, stream}, gramian_of(pieces, accumulators, history, momentum, mask, partials),
+          totals_of(tasks, !momentum.is_none(), scale, history_scale, total, cross, per_tensor,
+                    crosses));
 }
 
 void lists_(int device, std::uintptr_t stream, const Pieces& pieces, int count,
             const Addresses& tensors, py::handle partials, py::handle total,
             py::handle per_tensor) {
   const auto none = py::none();
-  Totals totals = totals_of(count, false, none, none, total, none, per_tensor);
+  Totals totals = totals_of(count, false, none, none, total, none, per_tensor, none);
   totals.stored = count;
-  lists({device, stream}, gramian_of(pieces, none, none, none, partials), tensors, totals);
+  lists({device, stream}, gramian_of(pieces, none, none, none, none, partials), tensors, totals);
 }
 
 Settings settings_of(const py::sequence& thresholds, double remap_power, bool smooth,
@@ -103,9 +108,10 @@ Settings settings_of(const py::sequence& thresholds, double remap_power, bool sm
 
 State state_of(py::handle norm_ema, py::handle winners, py::handle history_gramian,
                py::handle history_rows, py::handle history_scale) {
+  const dlpack::Tensor recent = read(winners);
   return {address<double>(norm_ema),
           address<std::int64_t>(winners),
-          static_cast<int>(read(winners).shape[0]),
+          static_cast<int>(recent.shape[recent.ndim - 1]),
           address<double>(history_gramian),
           address<double>(history_rows),
           address<double>(history_scale)};
@@ -116,31 +122,47 @@ Decision decision_of(py::handle weights, py::handle rows, py::handle events, py:
           address<bool>(finite)};
 }
 
-void arbitrate_(int device, std::uintptr_t stream, int tasks, py::handle gramian, py::handle cross,
-                py::handle scale, const State& state, const Settings& settings,
+void arbitrate_(int device, std::uintptr_t stream, int batch, int tasks, py::handle gramian,
+                py::handle cross, py::handle scale, const State& state, const Settings& settings,
                 const Decision& decision) {
   arbitrate({device, stream},
             {tasks, address<const double>(gramian), address<const double>(cross),
-             address<const double>(scale), state, settings, decision});
+             address<const double>(scale), state, settings, decision},
+            batch);
 }
 
 Combine combine_of(const Pieces& pieces, int tasks, py::handle accumulators, py::handle history,
-                   py::handle momentum, py::handle scale, py::handle factors, double beta,
-                   bool signs) {
-  return {rows_of(accumulators),        rows_of(history), rows_of(momentum), pieces.segments,
-          pieces.chunks,                pieces.length,    tasks,             address<const double>(scale),
-          address<const double>(factors), beta,           signs};
+                   py::handle momentum, py::handle mask, py::handle scale, py::handle factors,
+                   double beta, bool signs) {
+  return {rows_of(accumulators),
+          rows_of(history),
+          rows_of(momentum),
+          mask_of(mask),
+          pieces.segments,
+          pieces.chunks,
+          pieces.length,
+          tasks,
+          address<const double>(scale),
+          address<const double>(factors),
+          beta,
+          signs};
+}
+
+// Of weights [K] the stride from tensor to tensor is 0.
+ResolvedAt resolved_at(py::handle weights, py::handle finite, py::handle clipping) {
+  const Rows rows = rows_of(weights);
+  return {static_cast<const double*>(rows.data), rows.stride, address<const bool>(finite),
+          address<const double>(clipping)};
 }
 
 void combine_(int device, std::uintptr_t stream, const Pieces& pieces, int tasks,
-              py::handle accumulators, py::handle history, py::handle momentum, py::handle scale,
-              py::handle factors, double beta, bool signs, py::handle weights, py::handle finite,
-              py::handle clipping, const Addresses& outputs) {
+              py::handle accumulators, py::handle history, py::handle momentum, py::handle mask,
+              py::handle scale, py::handle factors, double beta, bool signs, py::handle weights,
+              py::handle finite, py::handle clipping, const Addresses& outputs) {
   combine({device, stream},
-          combine_of(pieces, tasks, accumulators, history, momentum, scale, factors, beta, signs),
-          {address<const double>(weights), address<const bool>(finite),
-           address<const double>(clipping)},
-          outputs, pieces.count);
+          combine_of(pieces, tasks, accumulators, history, momentum, mask, scale, factors, beta,
+                     signs),
+          resolved_at(weights, finite, clipping), outputs, pieces.count);
 }
 
 Factors factors_of(int tasks, int tensors, int rows, py::handle per_tensor,
@@ -163,8 +185,7 @@ Factors factors_of(int tasks, int tensors, int rows, py::handle per_tensor,
 
 void factors_(int device, std::uintptr_t stream, const Factors& arguments, py::handle weights,
               py::handle finite, const Addresses& outputs) {
-  factors({device, stream}, arguments,
-          {address<const double>(weights), address<const bool>(finite), nullptr}, outputs);
+  factors({device, stream}, arguments, resolved_at(weights, finite, py::none()), outputs);
 }
 
 void clipping_(int device, std::uintptr_t stream, py::handle squares, int tensors, double max_norm,
@@ -173,23 +194,37 @@ void clipping_(int device, std::uintptr_t stream, py::handle squares, int tensor
            address<double>(factor));
 }
 
+void graddrop_(int device, std::uintptr_t stream, const Pieces& pieces, int tasks,
+               py::handle accumulators, py::handle momentum, py::handle mask, py::handle scale,
+               py::handle factors, double beta, float leak, std::uint64_t seed, py::handle draws,
+               std::uint64_t first, py::handle finite, const Addresses& outputs) {
+  graddrop({device, stream},
+           {rows_of(accumulators), rows_of(momentum), mask_of(mask), pieces.segments,
+            pieces.chunks, pieces.length, tasks, address<const double>(scale),
+            address<const double>(factors), beta, leak, seed, address<const std::int64_t>(draws),
+            first, address<const bool>(finite)},
+           outputs, pieces.count);
+}
+
 void resolve_(int device, std::uintptr_t stream, const Pieces& pieces, int tasks,
               py::handle accumulators, py::handle history, py::handle momentum,
-              bool momentum_products, py::handle scale, py::handle partials, py::handle total,
-              py::handle cross, py::handle per_tensor, const State& state,
-              const Settings& settings, const Decision& decision, const Factors& factors,
-              double beta, py::handle found_factors, py::object max_norm, bool signs,
-              const Addresses& outputs) {
+              bool momentum_products, py::handle mask, py::handle scale, py::handle partials,
+              py::handle total, py::handle cross, py::handle per_tensor, py::handle crosses,
+              const State& state, const Settings& settings, const Decision& decision,
+              const Factors& factors, double beta, py::handle found_factors, py::object max_norm,
+              bool signs, const Addresses& outputs) {
   const auto none = py::none();
   Resolve r{
-      gramian_of(pieces, accumulators, history, momentum_products ? momentum : py::handle(none), partials),
+      gramian_of(pieces, accumulators, history, momentum_products ? momentum : py::handle(none),
+                 mask, partials),
       {},
       {tasks, address<const double>(total), address<const double>(cross),
        address<const double>(scale), state, settings, decision},
-      combine_of(pieces, tasks, accumulators, history, momentum, scale, found_factors, beta, signs),
+      combine_of(pieces, tasks, accumulators, history, momentum, mask, scale, found_factors, beta,
+                 signs),
       factors,
       max_norm.is_none() ? NO_BOUND : max_norm.cast<double>()};
-  r.totals = totals_of(tasks, momentum_products, scale, none, total, cross, per_tensor);
+  r.totals = totals_of(tasks, momentum_products, scale, none, total, cross, per_tensor, crosses);
   r.totals.history_scale = state.history_scale;
   resolve({device, stream}, r, outputs);
 }
@@ -240,5 +275,6 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("factors", &factors_);
   module.def("clipping", &clipping_);
   module.def("combine", &combine_);
+  module.def("graddrop", &graddrop_);
   module.def("resolve", &resolve_);
 }

@@ -14,7 +14,7 @@ HD bool clips(const Resolve& r) { return r.max_norm < INFINITY; }
 
 // What was found, in the memory of the block.
 HD Resolved resolved_in(const Scratch& scratch, double clipping) {
-  return {scratch.weights, scratch.common->finite, clipping};
+  return {scratch.weights, 0, scratch.common->finite, clipping};
 }
 
 // The state of the next step, by one block, when no other reads the old one any more.
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   const int thread = static_cast<int>(threadIdx.x), number = block * THREADS + thread;
   const int chunks = r.gramian.chunk_count;
-  for (int chunk = block; chunk < chunks; chunk += blocks) products_of_chunk<K>(r.gramian, chunk);
+  for (int chunk = block; chunk < chunks; chunk += blocks) products_of_chunk<K, true>(r.gramian, chunk);
   grid.sync();
 
   add_up(r.gramian, r.totals, block, blocks);
@@ -95,7 +95,7 @@ int grid_of(const Place& place, const Resolve& r) {
 template <int K>
 void resolve_on_host(const Resolve& r, const Addresses& outputs) {
   for (int chunk = 0; chunk < r.gramian.chunk_count; ++chunk)
-    products_of_chunk<K>(r.gramian, chunk);
+    products_of_chunk<K, true>(r.gramian, chunk);
   add_up(r.gramian, r.totals, 0, 1);
   std::vector<double> memory(scratch_doubles(K));
   const Scratch scratch = scratch_in(memory.data(), K);

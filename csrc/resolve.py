@@ -52,7 +52,8 @@ def resolve(
     trust_ratio_clip: float,
     state: Mapping[str, Tensor],
     settings: Mapping[str, Any],
-) -> tuple[tuple[Tensor, Tensor, Tensor], Decision]:
+    mask: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Decision]:
     """What `gramian` and `arbitrate` return; `outputs` are written."""
     tasks, device = len(accumulators), accumulators.device
     norms = max_norm is not None or parameter_norms is not None
@@ -72,11 +73,13 @@ def resolve(
             history,
             momentum,
             momentum is not None and norms,
+            mask,
             scale,
             sums.partials,
             sums.total,
             sums.cross,
             sums.per_tensor,
+            sums.crosses,
             _cuda.State(**state),
             _cuda.Settings(**settings),
             _cuda.Decision(*decision),

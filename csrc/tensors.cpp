@@ -56,7 +56,7 @@ void* data_of(py::handle object) {
 Rows rows_of(py::handle object) {
   if (object.is_none()) return {nullptr, FLOAT32, 0};
   const dlpack::Tensor tensor = read(object);
-  // Of a single row the stride says nothing.
+  // Of a single row there is no stride.
   const std::int64_t stride = tensor.ndim == 2 ? tensor.shape[1] : 0;
   return {static_cast<char*>(tensor.data) + tensor.byte_offset, type_of(tensor), stride};
 }

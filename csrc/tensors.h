@@ -59,7 +59,7 @@ T* address(pybind11::handle tensor) {
   return static_cast<T*>(data_of(tensor));
 }
 
-// A matrix [rows, elements] or a row; null for None.
+// A matrix [rows, elements] or a row, whose stride is 0; null for None.
 Rows rows_of(pybind11::handle tensor);
 
 // The addresses and types of up to MOST_TENSORS tensors or None, from a list or tuple.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gcond_kernels import ops
-from gcond_kernels.contracts import GRADIENT_DTYPES
+from gcond_kernels.contracts import GRADIENT_DTYPES, MASK_BITS
 from gcond_kernels.dtensor import (
     is_dtensor,
     is_unfinished,
@@ -21,9 +21,11 @@ from gcond_kernels.dtensor import (
     local_part,
     placed_like,
 )
+from gcond_kernels.mask import packed, unpacked
 
 # Segments start at multiples of this many elements: 128 bytes of float32, 64 of bfloat16.
 ALIGNMENT = 32
+assert ALIGNMENT % MASK_BITS == 0  # so no word of a mask says of two parameters
 
 # Gradients that a backward pass may pile up before they are added to a row and freed: beyond some
 # tens of megabytes a launch moves memory at full speed, and more would only be kept for longer.
@@ -82,6 +84,9 @@ class Accumulator:
         segments: T segments, in the order in which their parameters were first seen.
         counts: micro-batches of each task in this window.
         touched: of each tensor, which tasks had a gradient for it in this window: a bit per task.
+        owners: of each tensor, which tasks had one in any window that was resolved.
+        compared: of each tensor, whether it was compared in the last window; None before its first.
+        mask: [N' / 32] int32, a bit for each element of a row that is trained; None for all.
         bucketed: whether gradients are taken while the backward pass runs, or after it.
         end: where the last segment ends. A row may be longer, so that it can be cut evenly.
         cuts: into how many parts history and momentum are cut, of which this process keeps one:
@@ -104,6 +109,7 @@ class Accumulator:
         part: int = 0,
         spread: bool = False,
         alone: bool = False,
+        masked: dict[Tensor, Tensor] | None = None,
     ) -> None:
         self.dtype = dtype
         self.bucketed = bucketed and not spread
@@ -117,6 +123,11 @@ class Accumulator:
         self.offsets: tuple[int, ...] = ()
         self.sizes: tuple[int, ...] = ()
         self.touched: list[int] = []
+        self.owners: list[int] = []
+        self.compared: list[bool | None] = []
+        # Of parameters without a segment yet, which elements are trained: as bool, in their shape.
+        self._masked = masked or {}
+        self.mask = None if masked is None else torch.empty(0, dtype=torch.int32)
         self.counts = [0] * tasks
         self.rows = torch.empty(tasks, 0, dtype=dtype)
         self.history = None if history_dtype is None else self.rows.to(history_dtype)
@@ -159,6 +170,28 @@ class Accumulator:
         self.offsets += tuple(segment.offset for segment in segments)
         self.sizes += tuple(segment.shape.numel() for segment in segments)
         self.touched += [0] * len(segments)
+        self.owners += [0] * len(segments)
+        self.compared += [None] * len(segments)
+        self._grow_mask(segments, device)
+
+    def _grow_mask(self, segments: Sequence[Segment], device: torch.device) -> None:
+        """Words for new segments; without a mask of its own a parameter is trained whole."""
+        if self.mask is None:
+            return
+        words = torch.full((self.rows.shape[1] // MASK_BITS,), -1, dtype=torch.int32, device=device)
+        words[: len(self.mask)] = self.mask
+        for segment in segments:
+            bits = self._masked.pop(segment.parameter, None)
+            if bits is not None:
+                set_mask(words, segment, bits)
+        self.mask = words
+
+    def mask_of(self, segment: Segment) -> Tensor | None:
+        """Which elements of a parameter are trained, in its shape: bool; None without a mask."""
+        if self.mask is None:
+            return None
+        bits = unpacked(self.mask, segment.offset, segment.offset + segment.shape.numel())
+        return segment._replace(offset=0).view(bits)
 
     @contextmanager
     def harvesting(self, task: int, scale: float | Tensor, backend: str) -> Iterator[None]:
@@ -261,6 +294,21 @@ class Accumulator:
                 given.append(gradient)
         return given
 
+    def owners_now(self) -> list[int]:
+        """Of each tensor, which tasks had a gradient for it in this window or before: bits."""
+        return [owners | new for owners, new in zip(self.owners, self.touched, strict=True)]
+
+    def note_compared(self, compared: Sequence[bool]) -> bool:
+        """Remembers which tensors are compared; returns whether it is others than last time."""
+        self.owners = self.owners_now()
+        known = [was for was in self.compared if was is not None]
+        changed = [now for now, was in zip(compared, self.compared, strict=True) if was is not None]
+        # What no task had a gradient for was compared in no way: its history is zero.
+        self.compared = [
+            now if owners else None for now, owners in zip(compared, self.owners, strict=True)
+        ]
+        return known != changed
+
     def start_window(self) -> None:
         """Forgets what this window accumulated."""
         self.counts = [0] * len(self.counts)
@@ -300,6 +348,9 @@ class Accumulator:
             "cuts": self.cuts,
             "counts": list(self.counts),
             "touched": list(self.touched),
+            "owners": list(self.owners),
+            "compared": list(self.compared),
+            "masks": None if self.mask is None else [self.mask_of(s) for s in self.segments],
             "rows": self.rows if any(self.counts) else None,
             "history": self.history,
             "momentum": self.momentum,
@@ -308,7 +359,8 @@ class Accumulator:
 
     def check_state(self, state: dict[str, Any], parameters: Sequence[tuple[Tensor, str]]) -> None:
         """Raises a ValueError that names the difference if the state is not of these parameters."""
-        for name, own in (("history", self.history), ("momentum", self.momentum)):
+        kept = (("history", self.history), ("momentum", self.momentum), ("masks", self.mask))
+        for name, own in kept:
             if (state[name] is None) != (own is None):
                 there, here = ("no ", "") if own is not None else ("", "no ")
                 raise ValueError(f"the state has {there}{name}, this optimizer has {here}{name}")
@@ -340,8 +392,12 @@ class Accumulator:
 
     def load_state_dict(
         self, state: dict[str, Any], parameters: Sequence[tuple[Tensor, str]]
-    ) -> None:
-        """Takes over a state that `check_state` has passed, whatever the order of its segments."""
+    ) -> list[int]:
+        """Takes over a state that `check_state` has passed, whatever the order of its segments.
+
+        Returns:
+            Where each tensor of the state is here.
+        """
         listed = [parameters[i] for i in state["parameters"]]
         new = [(parameter, name) for parameter, name in listed if not self.knows(parameter)]
         if new:
@@ -350,8 +406,15 @@ class Accumulator:
         here = [place[parameter] for parameter, _ in listed]
         self.counts = list(state["counts"])
         self.touched = [0] * len(self.segments)
-        for t, touched in zip(here, state["touched"], strict=True):
-            self.touched[t] = touched
+        self.owners = [0] * len(self.segments)
+        self.compared = [None] * len(self.segments)
+        kept = zip(state["touched"], state["owners"], state["compared"], strict=True)
+        for t, of_tensor in zip(here, kept, strict=True):
+            self.touched[t], self.owners[t], self.compared[t] = of_tensor
+        if self.mask is not None:
+            self.mask = self.mask.clone()
+            for t, bits in zip(here, state["masks"], strict=True):
+                set_mask(self.mask, self.segments[t], bits)
         # New memory, not cleared memory: the state may hold the very tensors that are here.
         self.rows = self._laid_out(self.rows, state["rows"], here, state)
         if self.history is not None:
@@ -360,6 +423,7 @@ class Accumulator:
             self.momentum = self._kept(self.momentum, state["momentum"], here, state)
             self.momentum_steps = torch.zeros_like(self.momentum_steps)
             self.momentum_steps[here] = state["momentum_steps"].to(self.momentum_steps.device)
+        return here
 
     def _laid_out(
         self, own: Tensor, saved: Tensor | None, here: Sequence[int], state: dict[str, Any]
@@ -606,6 +670,17 @@ def in_order(segment: Segment, gradient: Tensor, size: int, device: torch.device
         gradient.shape, segment.stride, dtype=gradient.dtype, device=gradient.device
     )
     return ordered.copy_(gradient.detach())
+
+
+def set_mask(words: Tensor, segment: Segment, bits: Tensor) -> None:
+    """Writes which elements of a parameter are trained (bool, in its shape) into a mask."""
+    ordered = torch.empty_strided(
+        segment.shape, segment.stride, dtype=torch.bool, device=words.device
+    ).copy_(bits)
+    in_order = ordered.as_strided((ordered.numel(),), (1,))
+    first = segment.offset // MASK_BITS
+    new = packed(in_order)
+    words[first : first + len(new)] = new
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -117,7 +117,8 @@ class TrainingState:
         by_name = {name: parameter for parameter, name in self._names.items()}
         for name in own["without_state"]:
             base.state.pop(by_name[name], None)
-        self.optimizer._load_own(self._as_accumulated(own), own)
+        method_state = self._stacked(own["method"])
+        self.optimizer._load_own(self._as_accumulated(own), method_state, own["counters"])
 
     @property
     def _segments(self) -> list[tuple[str, Segment]]:
@@ -130,13 +131,40 @@ class TrainingState:
         return {
             "version": STATE_VERSION,
             "tasks": list(optimizer._names),
-            "method": dict(optimizer._now.method_state),
+            "method_name": type(optimizer.method).__name__,
+            "granularity": optimizer.granularity,
+            "method": self._method_state(),
             "counters": optimizer._now.counters,
             "names": [name for name, _ in self._segments],
+            "owners": {name: acc.owners[t] for t, (name, _) in enumerate(self._segments)},
+            "compared": {name: acc.compared[t] for t, (name, _) in enumerate(self._segments)},
+            "masks": self._masks(),
             "history": self._by_name(acc.history),
             "momentum": self._by_name(acc.momentum),
             "momentum_steps": self._steps_by_name(),
         }
+
+    def _method_state(self) -> dict[str, Any]:
+        """The state of the method; what it has of each tensor by the tensors' names."""
+        optimizer = self.optimizer
+        if optimizer.granularity == "model":
+            return dict(optimizer._now.method_state)
+        return {
+            key: value
+            if key in optimizer.method.shared_state
+            else {name: value[t].clone() for t, (name, _) in enumerate(self._segments)}
+            for key, value in optimizer._now.method_state.items()
+        }
+
+    def _masks(self) -> dict[str, Tensor] | None:
+        """Which elements of each parameter are trained."""
+        masks = {}
+        for name, segment in self._segments:
+            bits = self.optimizer._accumulator.mask_of(segment)
+            if bits is None:
+                return None
+            masks[name] = placed_like(segment.parameter, bits.clone())
+        return masks
 
     def _steps_by_name(self) -> dict[str, Tensor] | None:
         steps = self.optimizer._accumulator.momentum_steps
@@ -162,8 +190,17 @@ class TrainingState:
             by_name.append({name: share_of(s.view(whole), mesh) for name, s in self._segments})
         return by_name
 
+    def _stacked(self, saved: dict[str, Any]) -> dict[str, Tensor]:
+        """A method's state as it is kept here: of each tensor in the order of the segments."""
+        return {
+            key: torch.stack([value[name] for name, _ in self._segments])
+            if isinstance(value, dict)
+            else value
+            for key, value in saved.items()
+        }
+
     def _check(self, own: dict[str, Any]) -> None:
-        self.optimizer._check_own(own)
+        self.optimizer._check_own({**own, "method": self._stacked(own["method"])})
         # What was frozen since then may be missing here.
         if missing := sorted({name for name, _ in self._segments} - set(own["names"])):
             raise ValueError(
@@ -176,6 +213,10 @@ class TrainingState:
         acc = self.optimizer._accumulator
         parameters = [parameter for parameter, _ in self.optimizer._parameters()]
         state = acc.state_dict(parameters)
+        state["owners"] = [own["owners"][name] for name, _ in self._segments]
+        state["compared"] = [own["compared"][name] for name, _ in self._segments]
+        if own["masks"] is not None:
+            state["masks"] = [local_part(own["masks"][name]) for name, _ in self._segments]
         if acc.history is not None:
             state["history"] = self._flat(own["history"], acc.history)
         if acc.momentum is not None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.contracts import ACCUMULATOR_DTYPES
+from gcond_kernels.methods import GradDrop, Method
+from gcond_kernels.scope import is_among
 
 
 def check_tasks(tasks: object) -> None:
@@ -122,6 +124,37 @@ def check_update(update: object, max_norm: float | None) -> None:
             raise ValueError(
                 "max_norm does not go with update='lion_lars': the size of that update is set "
                 "by trust_ratio_coef and trust_ratio_clip"
+            )
+
+
+def check_method(method: Method, granularity: str, update: str, max_norm: float | None) -> None:
+    """What does not go with a method."""
+    if granularity == "tensor" and method.parameters is not None:
+        raise ValueError(
+            "granularity='tensor' weighs each tensor by its own gradients: it does not go with "
+            f"parameters={method.parameters} of {type(method).__name__}"
+        )
+    if not isinstance(method, GradDrop):
+        return
+    if granularity == "tensor":
+        raise ValueError("granularity='tensor' says nothing of GradDrop, which goes by elements")
+    if update == "lion_lars" or max_norm is not None:
+        what = "update='lion_lars'" if update == "lion_lars" else "max_norm"
+        raise ValueError(
+            f"{what} asks for the length of a gradient before it is written, which the Gramian "
+            "does not tell of GradDrop's: clip between resolve() and step(), e.g. with "
+            "torch.nn.utils.clip_grad_norm_"
+        )
+
+
+def check_chosen(method: Method, names: Sequence[str]) -> None:
+    """That the parameters whose gradients a method looks at are there."""
+    for one in method.parameters or ():
+        if not any(is_among(name, [one]) for name in names):
+            raise ValueError(
+                f"{type(method).__name__}: parameters has {one!r}, which is no parameter or module "
+                "of base. It must be made of model.named_parameters() for its names, which start "
+                f"with {', '.join(map(repr, names[:3]))}"
             )
 
 

@@ -14,6 +14,9 @@ GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HISTORY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT64 = (torch.float64,)
 
+# Elements that one word of a mask says of.
+MASK_BITS = 32
+
 
 def check_gramian(
     accumulators: Tensor,
@@ -23,9 +26,11 @@ def check_gramian(
     history: Tensor | None,
     history_scale: Tensor | None,
     momentum: Tensor | None,
+    mask: Tensor | None,
 ) -> None:
     """Of `gramian`."""
     device = accumulators.device
+    check_mask(mask, accumulators)
     check_rows("accumulators", accumulators, accumulators, offsets, sizes)
     check_small("scale", scale, [len(accumulators)], FLOAT64, device)
     if momentum is not None:
@@ -38,8 +43,15 @@ def check_gramian(
         check_small("history_scale", history_scale, [len(accumulators)], FLOAT64, device)
 
 
+def check_mask(mask: Tensor | None, accumulators: Tensor) -> None:
+    """Of a mask: a bit for every element of a row."""
+    if mask is not None:
+        words = -(-accumulators.shape[1] // MASK_BITS)
+        check_small("mask", mask, [words], (torch.int32,), accumulators.device)
+
+
 def check_state(
-    K: int,
+    shape: Sequence[int],
     device: torch.device,
     norm_ema: Tensor,
     winners: Tensor,
@@ -47,12 +59,13 @@ def check_state(
     history_rows: Tensor,
     history_scale: Tensor,
 ) -> None:
-    """Of the state that `arbitrate` changes."""
+    """Of the state that `arbitrate` changes, of Gramians of this shape: [K, K] or [B, K, K]."""
     for name, matrix in (("history_gramian", history_gramian), ("history_rows", history_rows)):
-        check_small(name, matrix, [K, K], FLOAT64, device)
-    for name, vector in (("norm_ema", norm_ema), ("history_scale", history_scale)):
-        check_small(name, vector, [K], FLOAT64, device)
-    check_small("winners", winners, [winners.numel()], (torch.int64,), device)
+        check_small(name, matrix, shape, FLOAT64, device)
+    check_small("norm_ema", norm_ema, shape[:-1], FLOAT64, device)
+    check_small("history_scale", history_scale, shape[-1:], FLOAT64, device)
+    window = winners.shape[-1] if winners.dim() else 0
+    check_small("winners", winners, [*shape[:-2], window], (torch.int64,), device)
 
 
 def check_settings(thresholds: Sequence[float], max_iterations: int) -> None:
@@ -75,10 +88,12 @@ def check_combine(
     beta: float,
     max_norm: float | None,
     parameter_norms: Tensor | None,
+    mask: Tensor | None,
 ) -> None:
-    """Of `combine`, but for what the resolution came to."""
+    """Of `combine` and `graddrop`, but for what the resolution came to."""
     K, T, device = len(accumulators), len(sizes), accumulators.device
     check_rows("accumulators", accumulators, accumulators, offsets, sizes)
+    check_mask(mask, accumulators)
     check_dense("outputs", outputs, sizes, device)
     check_small("scale", scale, [K], FLOAT64, device)
     if (momentum is None) != (beta == 0.0) or (momentum is None) != (momentum_steps is None):

@@ -34,6 +34,7 @@ from gcond_kernels.alike import (
     holders_of,
     kinds_of,
 )
+from gcond_kernels.contracts import MASK_BITS
 from gcond_kernels.data_parallel import data_parallel_modules
 from gcond_kernels.dtensor import is_dtensor, local_part
 from gcond_kernels.nonfinite import nonfinite_tasks
@@ -56,6 +57,8 @@ class Work(NamedTuple):
             inner products. Over all ranks that is every element once.
         outputs: T tensors of the segments' sizes, to be written; None where there is no gradient.
         result: [N'], what the outputs are pieces of where that is for the other ranks too.
+        mask: [n / 32], a bit for each element of these rows that is trained; or None for all.
+        first: the place of the first element of these rows in whole ones.
     """
 
     rows: Tensor
@@ -66,6 +69,8 @@ class Work(NamedTuple):
     pieces: Pieces
     outputs: list[Tensor | None]
     result: Tensor | None = None
+    mask: Tensor | None = None
+    first: int = 0
 
     @property
     def counted(self) -> tuple[list[int], list[int]]:
@@ -84,6 +89,8 @@ class Sync:
 
     size = 1
     way = "alone"
+    # Of how many ranks the losses of one micro-batch are summed.
+    losses_per_micro_batch = 1
 
     def __init__(self, accumulator: Accumulator, backend: str) -> None:
         self.accumulator = accumulator
@@ -134,7 +141,7 @@ class Sync:
         acc = self.accumulator
         return Work(
             acc.rows, acc.history, acc.momentum, acc.offsets, acc.sizes, self._pieces(),
-            acc.new_gradients(),
+            acc.new_gradients(), mask=acc.mask,
         )  # fmt: skip
 
     def _pieces(self) -> Pieces:
@@ -149,10 +156,10 @@ class Sync:
         return ops.multi_tensor_norm(pieces, per_tensor=True, backend=self.backend).square()
 
     def total(
-        self, products: ops.Gramians, squared_norms: Tensor | None
-    ) -> tuple[ops.Gramians, Tensor | None]:
-        """Inner products, and squared norms of the parameters, over all ranks."""
-        return products, squared_norms
+        self, products: ops.Gramians, squared_norms: Tensor | None, losses: Tensor | None
+    ) -> tuple[ops.Gramians, Tensor | None, Tensor | None]:
+        """Inner products, squared norms of the parameters, and losses, over all ranks."""
+        return products, squared_norms, losses
 
     def gradients(self, work: Work) -> list[Tensor | None]:
         """What becomes `.grad` once the outputs are written."""
@@ -181,6 +188,7 @@ class Ranks(Sync):
         super().__init__(accumulator, backend)
         self.peers = peers
         self.size = peers.size
+        self.losses_per_micro_batch = peers.size  # all ranks make the same passes
         self._agreed = 0  # segments that all ranks have told each other of
         self._open = False  # whether the ranks have found each other alike in this window
         self._fresh = False  # whether they have compared parameters in this window
@@ -294,21 +302,23 @@ class Ranks(Sync):
         return [slice_of(n, *r) for n, r in zip(self.accumulator.sizes, self._replica, strict=True)]
 
     def total(
-        self, products: ops.Gramians, squared_norms: Tensor | None
-    ) -> tuple[ops.Gramians, Tensor | None]:
-        """Inner products, and squared norms of the parameters, summed in one all-reduce."""
-        parts = [products.total, products.cross, products.per_tensor, squared_norms]
+        self, products: ops.Gramians, squared_norms: Tensor | None, losses: Tensor | None
+    ) -> tuple[ops.Gramians, Tensor | None, Tensor | None]:
+        """Inner products, squared norms and losses, summed over the ranks in one all-reduce."""
+        parts = [*products, squared_norms, losses]
         present = [part for part in parts if part is not None]
         flat = torch.cat([part.flatten() for part in present])
         self.peers.sum(flat)
         pieces = torch.split(flat, [part.numel() for part in present])
         summed = iter([piece.view(part.shape) for piece, part in zip(pieces, present, strict=True)])
-        total, cross, per_tensor, norms = [None if p is None else next(summed) for p in parts]
+        total, cross, per_tensor, crosses, norms, losses = [
+            None if part is None else next(summed) for part in parts
+        ]
         assert total is not None
         assert per_tensor is not None
         # Ranks may be added in another order in S_ij than in S_ji.
-        total = total.triu() + total.triu(1).T
-        return ops.Gramians(total, cross, per_tensor), norms
+        total, per_tensor = symmetric(total), symmetric(per_tensor)
+        return ops.Gramians(total, cross, per_tensor, crosses), norms, losses
 
     def _check_gradients(self) -> None:
         """Raises a RuntimeError where those who hold the same part have other gradients of it.
@@ -349,6 +359,7 @@ class Reduced(Ranks):
     def __init__(self, accumulator: Accumulator, backend: str, peers: Peers) -> None:
         super().__init__(accumulator, backend, peers)
         peers.make_group_of_rows()
+        self.losses_per_micro_batch = 1  # the micro-batches of all ranks are counted
         self._final: set[int] = set()
         self._started = 0
         self._under_way: list[tuple[int, Any]] = []
@@ -517,8 +528,14 @@ class Sharded(Reduced):
         sizes = [b - a for a, b in spans]
         return Work(
             self._shards(), acc.history, acc.momentum, [a - first for a, _ in spans], sizes,
-            [(0, size) for size in sizes], outputs, result,
+            [(0, size) for size in sizes], outputs, result, self._own_words(), first,
         )  # fmt: skip
+
+    def _own_words(self) -> Tensor | None:
+        """The part of the mask that says of the shards; a copy, for kernels take whole vectors."""
+        mask, words = self.accumulator.mask, self._length // MASK_BITS
+        first = self.peers.rank * words
+        return None if mask is None else mask[first : first + words].clone()
 
     def _pieces(self) -> Pieces:
         """Within the whole tensors, of which every rank has all."""
@@ -587,6 +604,10 @@ class Local(Ranks):
 
     way = "local"
 
+    def __init__(self, accumulator: Accumulator, backend: str, peers: Peers) -> None:
+        super().__init__(accumulator, backend, peers)
+        self.losses_per_micro_batch = 1  # its own
+
     def _check_gradients(self) -> None:
         """Every rank has gradients of its own."""
 
@@ -606,12 +627,12 @@ class Local(Ranks):
         return super().work()._replace(outputs=outputs, result=acc.rows[0])
 
     def total(
-        self, products: ops.Gramians, squared_norms: Tensor | None
-    ) -> tuple[ops.Gramians, Tensor | None]:
+        self, products: ops.Gramians, squared_norms: Tensor | None, losses: Tensor | None
+    ) -> tuple[ops.Gramians, Tensor | None, Tensor | None]:
         """Inner products of this rank, but not finite where they are not on any rank."""
         bad = self.peers.any_of(nonfinite_tasks(products.total))
         total = products.total + torch.where(bad, math.nan, 0.0).diag()
-        return products._replace(total=total), squared_norms
+        return products._replace(total=total), squared_norms, losses
 
     def gradients(self, work: Work) -> list[Tensor | None]:
         """The mean over the ranks."""
@@ -674,6 +695,11 @@ def gradients_from(result: Tensor, accumulator: Accumulator) -> list[Tensor | No
             gradient.copy_(view)
         gradients.append(gradient)
     return gradients
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """Matrices [..., R, R] with their upper halves mirrored."""
+    return matrix.triu() + matrix.triu(1).mT
 
 
 def piece_of(segment: Segment, start: int, stop: int) -> Tensor:

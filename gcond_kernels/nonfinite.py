@@ -38,10 +38,13 @@ def without_tasks(products: Gramians, scale: Tensor, left_out: Tensor) -> tuple[
     cross = products.cross
     if cross is not None:
         cross = cross.masked_fill(left_out[:, None], 0.0)  # [K, K]; the history is always finite
+    crosses = products.cross_per_tensor
+    if crosses is not None:
+        crosses = crosses.masked_fill(left_out[:, None], 0.0)
     R = products.per_tensor.shape[-1]
     row = torch.nn.functional.pad(left_out, (0, R - len(left_out)))  # the momentum's row stays
     per_tensor = products.per_tensor.masked_fill(row[:, None] | row[None, :], 0.0)
-    return Gramians(total, cross, per_tensor), kept
+    return Gramians(total, cross, per_tensor, crosses), kept
 
 
 def describe(per_tensor: Tensor, tasks: Sequence[str], parameters: Sequence[str]) -> str | None:

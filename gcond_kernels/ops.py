@@ -1,19 +1,21 @@
-"""The four operations: their contracts, their checks, and the choice of a backend.
+"""The operations: their contracts, their checks, and the choice of a backend.
 
     accumulate   gradients of one task  →  added into that task's accumulator
     gramian      accumulators, history  →  inner products
     arbitrate    inner products, state  →  one weight per task
     combine      accumulators, weights  →  the gradient of every parameter
 
-and `resolve`, which is the last three in one call, and in one launch where a backend can.
+and `graddrop`, which takes the place of the last two where signs are picked element by element,
+and `resolve`, which is gramian, arbitrate and combine in one call, and in one launch where a
+backend can.
 
 Shapes: K tasks, T parameter tensors, N' elements in a row of flat storage. `offsets` and
 `sizes` say where in a row each tensor's segment lies; what is between the segments is zero.
 Gradients and outputs are tensors of any shape without gaps in memory; they and the segments list
 a parameter's elements in the same memory order.
 
-The four are torch library operators too, `torch.ops.gcond_kernels.*`, for graphs and tracing.
-Eager calls do not go through the dispatcher, which would cost more than the launch.
+But for `resolve` they are torch library operators too, `torch.ops.gcond_kernels.*`, for graphs and
+tracing. Eager calls do not go through the dispatcher, which would cost more than the launch.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import os
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -43,7 +46,7 @@ from gcond_kernels.contracts import (
 )
 
 BACKENDS = ("cuda", "triton", "python")
-OPERATIONS = ("accumulate", "gramian", "arbitrate", "combine", "resolve")
+OPERATIONS = ("accumulate", "gramian", "arbitrate", "combine", "graddrop", "resolve")
 
 # Which backend "auto" tries first on a GPU, for each operation, and what that was decided by.
 AUTO = dict.fromkeys(OPERATIONS, ("cuda", "triton", "python"))
@@ -52,6 +55,7 @@ MEASURED = {
     "gramian": "cuda 23 µs, triton 25 µs",
     "arbitrate": "cuda 21 µs, triton 23 µs",
     "combine": "cuda 69 µs, triton 81 µs",
+    "graddrop": "nothing yet: the order of combine",
     "resolve": "cuda 334 µs, triton 420 µs with all checks; cuda is one launch in the L2 cache",
 }
 MEASURED_HOW = (
@@ -67,15 +71,19 @@ class Gramians(NamedTuple):
         total: [K, K], S_ij = ĝ_i · ĝ_j.
         cross: [K, K], X_ij = ĝ_i · h_j; None without history.
         per_tensor: [T, R, R], a Gramian per tensor, R = K, or K + 1 with momentum as the last row.
+        cross_per_tensor: [T, K, K], X of each tensor; None without history.
     """
 
     total: Tensor
     cross: Tensor | None
     per_tensor: Tensor
+    cross_per_tensor: Tensor | None
 
 
 class Arbitration(NamedTuple):
     """What a resolution decided. All tensors are on the Gramian's device.
+
+    Of a batch of Gramians all of these have a leading dimension [B].
 
     Attributes:
         weights: [K] float64; the resolved gradient is Σ_k weights[k] · ĝ_k.
@@ -297,6 +305,7 @@ def gramian(
     history: Tensor | None = None,
     history_scale: Tensor | None = None,
     momentum: Tensor | None = None,
+    mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Gramians:
     """Inner products of the scaled accumulators, from one read of them.
@@ -312,16 +321,26 @@ def gramian(
         history: [K, N'] of `HISTORY_DTYPES`, or None.
         history_scale: [K] float64; goes with `history`.
         momentum: [N'] float32, or None; where given it is one more row, with scale 1.
+        mask: [⌈N' / 32⌉] int32, or None: bit e % 32 of word e // 32 is 0 where element e of a row
+            counts as zero, whatever it holds.
         backend: see `choose_backend`.
 
     Raises:
         ValueError: a size, dtype or device does not fit.
     """
     run = torch.ops.gcond_kernels.gramian if _traced(accumulators) else _gramian
-    total, cross, per_tensor = run(
-        accumulators, offsets, sizes, scale, history, history_scale, momentum, backend
+    products = run(
+        accumulators, offsets, sizes, scale, history, history_scale, momentum, mask, backend
     )
-    return Gramians(total, None if history is None else cross, per_tensor)
+    return _gramians(products, history)
+
+
+def _gramians(products: tuple[Tensor, Tensor, Tensor, Tensor], history: Tensor | None) -> Gramians:
+    """What a backend returned; without a history it has no cross-Gramians."""
+    total, cross, per_tensor, crosses = products
+    if history is None:
+        return Gramians(total, None, per_tensor, None)
+    return Gramians(total, cross, per_tensor, crosses)
 
 
 def _gramian(
@@ -332,11 +351,13 @@ def _gramian(
     history: Tensor | None,
     history_scale: Tensor | None,
     momentum: Tensor | None,
+    mask: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     device = accumulators.device
-    check_gramian(accumulators, offsets, sizes, scale, history, history_scale, momentum)
-    products: tuple[Tensor, Tensor, Tensor] = backend_module(backend, device, "gramian").gramian(
+    check_gramian(accumulators, offsets, sizes, scale, history, history_scale, momentum, mask)
+    room = backend_module(backend, device, "gramian")
+    products: tuple[Tensor, Tensor, Tensor, Tensor] = room.gramian(
         accumulators,
         history,
         momentum,
@@ -344,6 +365,7 @@ def _gramian(
         sizes,
         scale,
         scale if history_scale is None else history_scale,
+        mask,
     )
     return products
 
@@ -373,6 +395,10 @@ def arbitrate(
     backend: str = "auto",
 ) -> Arbitration:
     """One weight per task: the GCond resolution on inner products (see `GCond`).
+
+    A batch [B, K, K] of Gramians is resolved each by itself, with states of their own: `cross`,
+    `norm_ema`, `winners`, `history_gramian` and `history_rows` then have a leading dimension [B].
+    Where one of them is not finite nothing is decided on any.
 
     Args:
         gramian: S, [K, K] float64.
@@ -450,16 +476,22 @@ def _arbitrate(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if gramian.dim() != 2 or len(gramian) == 0:
-        raise ValueError(f"gramian must be [K, K] of one task or more, not {list(gramian.shape)}")
-    K, device = gramian.shape[0], gramian.device
+    if gramian.dim() not in (2, 3) or gramian.shape[-1] == 0:
+        raise ValueError(
+            f"gramian must be [K, K] or [B, K, K] of one task or more, not {list(gramian.shape)}"
+        )
+    K, device = gramian.shape[-1], gramian.device
+    shape = [*gramian.shape[:-2], K, K]
     for name, matrix in (("gramian", gramian), ("cross", cross)):
         if matrix is not None:
-            check_small(name, matrix, [K, K], FLOAT64, device)
+            check_small(name, matrix, shape, FLOAT64, device)
     check_small("scale", scale, [K], FLOAT64, device)
     state = (norm_ema, winners, history_gramian, history_rows, history_scale)
-    check_state(K, device, *state)
+    check_state(shape, device, *state)
     check_settings(thresholds, max_iterations)
+    if gramian.dim() == 3:
+        # Each resolution of a batch sees its own: told so, none of them changes its state.
+        gramian = torch.where(gramian.isfinite().all(), gramian, math.nan)
     decision: tuple[Tensor, Tensor, Tensor, Tensor] = backend_module(
         backend, device, "arbitrate"
     ).arbitrate(
@@ -501,11 +533,12 @@ def combine(
     parameter_norms: Tensor | None = None,
     trust_ratio_coef: float = 1e-4,
     trust_ratio_clip: float = 100.0,
+    mask: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Writes the gradient of every parameter, momentum and history, from one read.
 
-        g = Σ_k weights[k] · scale[k] · accumulators[k]
+        g = Σ_k weights[k] · scale[k] · accumulators[k], or 0 where the mask says so
         m ← β m + (1-β) g        m̂ = m / (1 - β^t)
         output = m̂ · min(1, max_norm / ‖m̂‖), or with parameter_norms
         output = sign(m̂) · min(‖p‖ / ‖m̂‖, trust_ratio_clip) · trust_ratio_coef
@@ -520,7 +553,7 @@ def combine(
             tensor's own segment of their first row: that is read before it is written.
         offsets: T starts of the segments, in elements.
         sizes: T lengths of the segments.
-        weights: [K] float64.
+        weights: [K] float64, or [T, K]: weights of each tensor's own.
         scale: [K] float64; the history row of a task with scale 0 is kept.
         finite: [] bool.
         per_tensor: [T, R, R] float64 as `gramian` returns it; it must hold the momentum row
@@ -534,6 +567,8 @@ def combine(
             ratio is 1 if either norm is below 1e-8.
         trust_ratio_coef: factor of the sign update.
         trust_ratio_clip: bound of the ratio of the sign update.
+        mask: [⌈N' / 32⌉] int32 as for `gramian`, or None: where a bit is 0, the output and the
+            momentum become exactly 0.
         backend: see `choose_backend`.
 
     Raises:
@@ -555,6 +590,7 @@ def combine(
         parameter_norms,
         trust_ratio_coef,
         trust_ratio_clip,
+        mask,
         backend,
     )
     if _traced(accumulators):
@@ -569,10 +605,17 @@ def _combine_listed(
     accumulators: Tensor, outputs: Sequence[Tensor], written: Sequence[int], *rest: Any
 ) -> None:
     """As `_combine`, for graphs, which know no list of optional tensors that are written to."""
-    places: list[Tensor | None] = [None] * len(rest[1])
+    _combine(accumulators, _in_places(outputs, written, len(rest[1])), *rest)
+
+
+def _in_places(
+    outputs: Sequence[Tensor], written: Sequence[int], tensors: int
+) -> list[Tensor | None]:
+    """The outputs of all tensors from those that are there, and their places."""
+    places: list[Tensor | None] = [None] * tensors
     for t, output in zip(written, outputs, strict=True):
         places[t] = output
-    _combine(accumulators, places, *rest)
+    return places
 
 
 def _combine(
@@ -592,14 +635,15 @@ def _combine(
     parameter_norms: Tensor | None,
     trust_ratio_coef: float,
     trust_ratio_clip: float,
+    mask: Tensor | None,
     backend: str,
 ) -> None:
     K, T, device = len(accumulators), len(sizes), accumulators.device
     check_combine(
         accumulators, outputs, offsets, sizes, scale, history, momentum, momentum_steps, beta,
-        max_norm, parameter_norms,
+        max_norm, parameter_norms, mask,
     )  # fmt: skip
-    check_small("weights", weights, [K], FLOAT64, device)
+    check_small("weights", weights, [K] if weights.dim() < 2 else [T, K], FLOAT64, device)
     check_small("finite", finite, [], (torch.bool,), device)
     R = per_tensor.shape[-1] if per_tensor.dim() == 3 else K
     norm_wanted = max_norm is not None or parameter_norms is not None
@@ -625,6 +669,123 @@ def _combine(
         parameter_norms,
         trust_ratio_coef,
         trust_ratio_clip,
+        mask,
+    )
+
+
+def graddrop(
+    accumulators: Tensor,
+    outputs: Sequence[Tensor | None],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    scale: Tensor,
+    finite: Tensor,
+    seed: int,
+    draws: Tensor,
+    leak: float = 0.0,
+    momentum: Tensor | None = None,
+    momentum_steps: Tensor | None = None,
+    beta: float = 0.0,
+    mask: Tensor | None = None,
+    first: int = 0,
+    backend: str = "auto",
+) -> None:
+    """Writes the gradient of every parameter by gradient sign dropout, from one read.
+
+    With v_k = scale[k] · accumulators[k], for every element by itself, and a random number
+    0 < U < 1 of its own (Chen et al. 2020, arXiv 2010.06808, algorithm 1, with f the identity):
+
+        P = (1 + Σ_k v_k / Σ_k |v_k|) / 2
+        g = Σ_k (leak + (1 - leak) · [v_k > 0 and P > U, or v_k < 0 and P < U]) · v_k
+        m ← β m + (1-β) g        output = m / (1 - β^t)
+
+    U is a function of seed, draws and the element's place in a row alone, to the same bits on every
+    device and in every backend (SplitMix64). Where `finite` is False the outputs are set to zero
+    and nothing else changes.
+
+    Args:
+        accumulators: [K, N'] float32 or bfloat16. Rows of scale 0 are not read.
+        outputs: as for `combine`.
+        offsets: T starts of the segments, in elements.
+        sizes: T lengths of the segments.
+        scale: [K] float64; rounded to float32 before it multiplies.
+        finite: [] bool.
+        seed: of the random numbers; its lower 64 bits count.
+        draws: [] int64, which draw this is; no host reads it.
+        leak: the share of the other sign that is let through, in [0, 1].
+        momentum: [N'] float32, m; None where β = 0.
+        momentum_steps: [T] int64, t of each tensor, counted up; goes with `momentum`.
+        beta: β in [0, 1).
+        mask: [⌈N' / 32⌉] int32 as for `combine`, or None.
+        first: the place of the rows' first element, where they are a part of longer ones.
+        backend: see `choose_backend`.
+
+    Raises:
+        ValueError: a size, dtype or device does not fit; nothing has been written.
+    """
+    rest = (
+        offsets, sizes, scale, finite, int(seed), draws, float(leak), momentum, momentum_steps,
+        beta, mask, int(first), backend,
+    )  # fmt: skip
+    if _traced(accumulators):
+        written = [t for t, output in enumerate(outputs) if output is not None]
+        present = [output for output in outputs if output is not None]
+        torch.ops.gcond_kernels.graddrop(accumulators, present, written, *rest)
+    else:
+        _graddrop(accumulators, outputs, *rest)
+
+
+def _graddrop_listed(
+    accumulators: Tensor, outputs: Sequence[Tensor], written: Sequence[int], *rest: Any
+) -> None:
+    """As `_graddrop`, for graphs."""
+    _graddrop(accumulators, _in_places(outputs, written, len(rest[1])), *rest)
+
+
+def _graddrop(
+    accumulators: Tensor,
+    outputs: Sequence[Tensor | None],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    scale: Tensor,
+    finite: Tensor,
+    seed: int,
+    draws: Tensor,
+    leak: float,
+    momentum: Tensor | None,
+    momentum_steps: Tensor | None,
+    beta: float,
+    mask: Tensor | None,
+    first: int,
+    backend: str,
+) -> None:
+    device = accumulators.device
+    check_combine(
+        accumulators, outputs, offsets, sizes, scale, None, momentum, momentum_steps, beta, None,
+        None, mask,
+    )  # fmt: skip
+    check_small("finite", finite, [], (torch.bool,), device)
+    check_small("draws", draws, [], (torch.int64,), device)
+    if not 0.0 <= leak <= 1.0:
+        raise ValueError(f"leak must be in [0, 1], not {leak}")
+    if first < 0:
+        raise ValueError(f"first must be 0 or more, not {first}")
+    backend_module(backend, device, "graddrop").graddrop(
+        accumulators,
+        scale,
+        finite,
+        outputs,
+        offsets,
+        sizes,
+        momentum,
+        momentum_steps,
+        beta,
+        mask,
+        leak,
+        seed,
+        draws,
+        first,
     )
 
 
@@ -645,6 +806,7 @@ def resolve(
     parameter_norms: Tensor | None = None,
     trust_ratio_coef: float = 1e-4,
     trust_ratio_clip: float = 100.0,
+    mask: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Gramians, Arbitration]:
     """A whole resolution: `gramian`, `arbitrate` and `combine`, to the same bits as those.
@@ -669,6 +831,7 @@ def resolve(
         parameter_norms: [T] float64; turns the sign update on.
         trust_ratio_coef: factor of the sign update.
         trust_ratio_clip: bound of the ratio of the sign update.
+        mask: [⌈N' / 32⌉] int32, as for `gramian` and `combine`; or None.
         backend: see `choose_backend`.
 
     Raises:
@@ -679,17 +842,19 @@ def resolve(
             "resolve is not for graphs: call gramian, arbitrate and combine, which are"
         )
     device = accumulators.device
-    check_gramian(accumulators, offsets, sizes, scale, history, state["history_scale"], momentum)
-    check_state(len(accumulators), device, **state)
+    check_gramian(
+        accumulators, offsets, sizes, scale, history, state["history_scale"], momentum, mask
+    )
+    check_state([len(accumulators)] * 2, device, **state)
     check_settings(settings["thresholds"], settings["max_iterations"])
     check_combine(
         accumulators, outputs, offsets, sizes, scale, history, momentum, momentum_steps, beta,
-        max_norm, parameter_norms,
+        max_norm, parameter_norms, mask,
     )  # fmt: skip
     room = backend_module(backend, device, "resolve")
     at_once = hasattr(room, "resolve") and room.resolves_at_once(accumulators, sizes)
     run = room.resolve if at_once else functools.partial(_resolve_apart, backend)
-    (total, cross, per_tensor), decision = run(
+    products, decision = run(
         accumulators,
         outputs,
         offsets,
@@ -705,9 +870,9 @@ def resolve(
         trust_ratio_clip,
         state,
         settings,
+        mask,
     )
-    products = Gramians(total, None if history is None else cross, per_tensor)
-    return products, Arbitration(*decision)
+    return _gramians(products, history), Arbitration(*decision)
 
 
 def _resolve_apart(
@@ -727,6 +892,7 @@ def _resolve_apart(
     trust_ratio_clip: float,
     state: Mapping[str, Any],
     settings: Mapping[str, Any],
+    mask: Tensor | None,
 ) -> Any:
     """The three operations in turn. All has been checked."""
     device = accumulators.device
@@ -739,8 +905,9 @@ def _resolve_apart(
         sizes,
         scale,
         state["history_scale"],
+        mask,
     )
-    total, cross, per_tensor = products
+    total, cross, per_tensor, _ = products
     decision = backend_module(backend, device, "arbitrate").arbitrate(
         total, None if history is None else cross, scale, **state, **settings
     )
@@ -762,6 +929,7 @@ def _resolve_apart(
         parameter_norms,
         trust_ratio_coef,
         trust_ratio_clip,
+        mask,
     )
     return products, decision
 
@@ -837,7 +1005,8 @@ def _define() -> None:
     )
     library.define(
         "gramian(Tensor accumulators, int[] offsets, int[] sizes, Tensor scale, Tensor? history, "
-        "Tensor? history_scale, Tensor? momentum, str backend) -> (Tensor, Tensor, Tensor)"
+        "Tensor? history_scale, Tensor? momentum, Tensor? mask, str backend) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
     )
     library.define(
         "arbitrate(Tensor gramian, Tensor? cross, Tensor scale, Tensor(a!) norm_ema, "
@@ -852,6 +1021,12 @@ def _define() -> None:
         "int[] sizes, Tensor weights, Tensor scale, Tensor finite, Tensor per_tensor, "
         "Tensor(b!)? history, Tensor(c!)? momentum, Tensor(d!)? momentum_steps, float beta, "
         "float? max_norm, Tensor? parameter_norms, float trust_ratio_coef, float trust_ratio_clip, "
+        "Tensor? mask, str backend) -> ()"
+    )
+    library.define(
+        "graddrop(Tensor accumulators, Tensor(a!)[] outputs, int[] written, int[] offsets, "
+        "int[] sizes, Tensor scale, Tensor finite, int seed, Tensor draws, float leak, "
+        "Tensor(b!)? momentum, Tensor(c!)? momentum_steps, float beta, Tensor? mask, int first, "
         "str backend) -> ()"
     )
     for name, function, fake in (
@@ -859,6 +1034,7 @@ def _define() -> None:
         ("gramian", _gramian, _fake_gramian),
         ("arbitrate", _arbitrate, _fake_arbitrate),
         ("combine", _combine_listed, _nothing),
+        ("graddrop", _graddrop_listed, _nothing),
     ):
         library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"gcond_kernels::{name}", fake, lib=library)
@@ -877,24 +1053,26 @@ def _fake_gramian(
     history: Tensor | None,
     history_scale: Tensor | None,
     momentum: Tensor | None,
+    mask: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     K, R = len(accumulators), len(accumulators) + (momentum is not None)
     crosses = 0 if history is None else K
     return (
         scale.new_empty((K, K)),
         scale.new_empty((crosses, crosses)),
         scale.new_empty((len(sizes), R, R)),
+        scale.new_empty((len(sizes), crosses, crosses)),
     )
 
 
 def _fake_arbitrate(gramian: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    K, max_iterations = gramian.shape[0], others[10]
+    (*batch, K, _), max_iterations = gramian.shape, others[10]
     return (
-        gramian.new_empty((K,)),
-        gramian.new_empty((K, K)),
-        gramian.new_empty((max_iterations, 5)),
-        gramian.new_empty((), dtype=torch.bool),
+        gramian.new_empty((*batch, K)),
+        gramian.new_empty((*batch, K, K)),
+        gramian.new_empty((*batch, max_iterations, 5)),
+        gramian.new_empty(tuple(batch), dtype=torch.bool),
     )
 
 

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from gcond_kernels import ops, tables
 from gcond_kernels.accumulator import Accumulator, is_distributed
+from gcond_kernels.alike import digest
 from gcond_kernels.base_step import step_if
 from gcond_kernels.checks import (
     check_base,
     check_choice,
+    check_chosen,
     check_count,
     check_loss,
+    check_method,
     check_nonfinite,
     check_range,
     check_scaler,
@@ -35,15 +38,18 @@ from gcond_kernels.checks import (
 from gcond_kernels.data_parallel import DataParallel
 from gcond_kernels.distributed import WAYS, Local, Sync, Work, peers_of, way_of
 from gcond_kernels.loss_scale import LossScale
-from gcond_kernels.methods import GCond
+from gcond_kernels.mask import check_mask
+from gcond_kernels.methods import GCond, GradDrop, Method
+from gcond_kernels.methods.method import Function, fresh_state
 from gcond_kernels.nonfinite import describe, nonfinite_tasks, without_tasks
 from gcond_kernels.recorder import Recorder
 from gcond_kernels.report import Report, Resolution
-from gcond_kernels.saving import check_owner, check_window, in_own_order
+from gcond_kernels.saving import check_method_state, check_owner, check_window, in_own_order
+from gcond_kernels.scope import Scope, scope_of
 
 Loss: TypeAlias = "Tensor | Callable[[], Tensor]"
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 @dataclass
@@ -59,6 +65,7 @@ class Progress:
         counters: [2 + K] int64: resolutions, those that were skipped, and of each task those in
             which its gradient was not finite. On the device, so that replays of a CUDA graph count.
         nonfinite: [K] bool: tasks whose gradient was not finite in the last resolution.
+        losses: [K] float64: the sum of each task's losses in this window; None where not needed.
         position: micro-batches of this window so far.
         resolved: whether `.grad` holds this window's result.
         told: whether the scaler was told of it.
@@ -70,6 +77,7 @@ class Progress:
     method_state: dict[str, Tensor]
     counters: Tensor
     nonfinite: Tensor
+    losses: Tensor | None = None
     position: int = 0
     resolved: bool = False
     told: bool = False
@@ -103,7 +111,17 @@ class GCondFused(torch.optim.Optimizer):
         mode: "exact": every micro-batch has a loss of every task. "stochastic": the window is
             cut into one block of micro-batches per task, each with a loss of that task alone:
             one backward pass per micro-batch instead of K.
-        method: how conflicts are resolved.
+        method: how conflicts are resolved: one of `gcond_kernels.methods`, or a function of your
+            own from the Gramian of the task gradients [K, K] (float64, on their device) to one
+            weight per task [K]. None is `GCond()`.
+        granularity: "model": the tasks' gradients are compared as one vector of all parameters that
+            they share. "tensor": each parameter tensor resolves its own conflicts, with a state of
+            its own. A parameter that only one task ever had a gradient for is that task's own in
+            either case: it takes no part in a conflict, and gets its gradient as it is. (Where
+            tasks come to share others than before, GCond's history starts anew.)
+        mask: parameter → bool tensor of its shape, as `neuron_mask` makes them: only where it is
+            True is a parameter trained. Other elements take no part in a conflict, and `.grad` is
+            exactly 0 there. Parameters that are not in it are trained whole.
         momentum: β of a moving average of the resolved gradient, 0 ≤ β < 1; 0 leaves smoothing
             to the base optimizer.
         update: "momentum" writes the (averaged) gradient; "lion_lars" writes its sign, times a
@@ -161,7 +179,9 @@ class GCondFused(torch.optim.Optimizer):
         *,
         accumulation_steps: int = 1,
         mode: Literal["exact", "stochastic"] = "exact",
-        method: GCond | None = None,
+        method: Method | Callable[[Tensor], Tensor] | None = None,
+        granularity: Literal["model", "tensor"] = "model",
+        mask: Mapping[Tensor, Tensor] | None = None,
         momentum: float = 0.0,
         update: Literal["momentum", "lion_lars"] = "momentum",
         trust_ratio_coef: float = 1e-4,
@@ -183,10 +203,11 @@ class GCondFused(torch.optim.Optimizer):
             raise TypeError("base must be the optimizer itself, not another GCondFused")
         check_tasks(tasks)
         check_steps(accumulation_steps, mode, len(tasks))
-        if method is not None and not isinstance(method, GCond):
-            raise TypeError(f"method must be a GCond, not {method!r}")
+        check_choice("granularity", granularity, ("model", "tensor"))
+        method = method_of(method)
         check_range("momentum", momentum, 0.0, 1.0, open_low=False)
         check_update(update, max_norm)
+        check_method(method, granularity, update, max_norm)
         check_range("trust_ratio_coef", trust_ratio_coef, 0.0, math.inf, open_low=True)
         check_range("trust_ratio_clip", trust_ratio_clip, 0.0, math.inf, open_low=True)
         check_storage(accumulator_dtype, history_dtype)
@@ -195,7 +216,10 @@ class GCondFused(torch.optim.Optimizer):
         check_nonfinite(on_nonfinite, grad_scaler)
         check_count("record_steps", record_steps)
         check_sync(module, sync)
-        parameters = [p for group in base.param_groups for p in group["params"]]
+        named = list(parameters_of(base))
+        parameters = [parameter for parameter, _ in named]
+        check_chosen(method, [name for _, name in named])
+        masked = None if mask is None else check_mask(mask, named)
         device = parameters[0].device
         for operation in ops.OPERATIONS:  # raises now rather than in training
             ops.choose_backend(backend, device, operation)
@@ -209,7 +233,8 @@ class GCondFused(torch.optim.Optimizer):
         self._weights = {task: float(weight) for task, weight in tasks.items()}
         self.accumulation_steps = accumulation_steps
         self.mode = mode
-        self.method = GCond() if method is None else method
+        self.method = method
+        self.granularity = granularity
         self.beta = float(momentum)
         self.update = update
         self.trust_ratio_coef = float(trust_ratio_coef)
@@ -229,6 +254,7 @@ class GCondFused(torch.optim.Optimizer):
             part=peers.rank if peers is not None and way == "shard" else 0,
             spread=way == "mesh",
             alone=module is not None,
+            masked=masked,
         )
         self._knows_ranks = peers is not None
         self._sync = Sync(self._accumulator, backend)
@@ -242,10 +268,12 @@ class GCondFused(torch.optim.Optimizer):
                 self._loss_scale.inverse(device)
         self._now = Progress(
             on_nonfinite,
-            self.method.new_state(len(tasks), device),
+            self._new_method_state(0, device),
             torch.zeros(2 + len(tasks), dtype=torch.int64, device=device),
             torch.zeros(len(tasks), dtype=torch.bool, device=device),
         )
+        if self.method.needs_losses:
+            self._now.losses = torch.zeros(len(tasks), dtype=torch.float64, device=device)
         self.recorder = Recorder(self._names, self.method.thresholds, record_steps)
         if self.beta > 0.0:
             warn_of_double_smoothing(base)
@@ -373,11 +401,12 @@ class GCondFused(torch.optim.Optimizer):
         if not isinstance(loss, Tensor):
             loss = loss()
             check_loss(task, loss)
+        k, value = self._names.index(task), loss.detach()  # without the scale
         unscale: float | Tensor = 1.0
         if self._loss_scale is not None:
             unscale = self._loss_scale.inverse(self._device())
             loss = self._loss_scale.scaled(loss)
-        with self._accumulator.harvesting(self._names.index(task), unscale, self.backend):
+        with self._accumulator.harvesting(k, unscale, self.backend):
             try:
                 loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             except RuntimeError as error:
@@ -395,6 +424,8 @@ class GCondFused(torch.optim.Optimizer):
                     "its own, or set torch._functorch.config.donated_buffer = False before the "
                     "model is compiled"
                 ) from error
+        if self._now.losses is not None:
+            self._now.losses[k] += value.to(self._now.losses).reshape(())
 
     def _send_if_final(self, task: str) -> None:
         """Lets the other ranks have what nothing will be added to."""
@@ -435,8 +466,10 @@ class GCondFused(torch.optim.Optimizer):
         work = self._sync.work()
         scale = self._scale(counts)
         self._move_to(scale.device)
+        scope = self._scope(counts)
+        self._fit_method_state(scale.device)
         try:
-            products, decision = self._resolve_into(work, scale)
+            products, decision = self._resolve_into(work, scale, scope, counts)
             gradients = self._sync.gradients(work)
         except KeyboardInterrupt:
             # Nobody knows what was written: a gradient that lies in a row has taken its place.
@@ -450,12 +483,14 @@ class GCondFused(torch.optim.Optimizer):
         self._now.resolved = True
         if self.on_nonfinite == "skip":
             self._now.nonfinite = nonfinite_tasks(products.total)
-        self._note(products, decision, counts)
+        self._note(products, decision, counts, scope)
 
-    def _resolve_into(self, work: Work, scale: Tensor) -> tuple[ops.Gramians, ops.Arbitration]:
+    def _resolve_into(
+        self, work: Work, scale: Tensor, scope: Scope, counts: Sequence[int]
+    ) -> tuple[ops.Gramians, ops.Arbitration]:
         signs = self.update == "lion_lars"
         squares = self._sync.squared_norms() if signs else None  # [T]
-        state, settings = self._now.method_state, self.method.settings(len(self.tasks))
+        state = self._now.method_state
         writing: dict[str, Any] = {
             "scale": scale,
             "history": work.history,
@@ -465,11 +500,15 @@ class GCondFused(torch.optim.Optimizer):
             "max_norm": self.max_norm,
             "trust_ratio_coef": self.trust_ratio_coef,
             "trust_ratio_clip": self.trust_ratio_clip,
+            "mask": work.mask,
             "backend": self.backend,
         }
         where = (work.rows, work.outputs, work.offsets, work.sizes)
-        if self._sync.size == 1 and self.on_nonfinite == "skip":
+        alone = self._sync.size == 1 and self.on_nonfinite == "skip"
+        if alone and scope.is_whole and isinstance(self.method, GCond):
+            settings = self.method.settings(len(self.tasks))
             norms = None if squares is None else squares.sqrt()
+            self._note_scope(scope)
             return ops.resolve(
                 *where, state=state, settings=settings, parameter_norms=norms, **writing
             )
@@ -478,16 +517,24 @@ class GCondFused(torch.optim.Optimizer):
             *work.counted,
             scale=scale,
             history=work.history,
-            history_scale=state["history_scale"],
+            history_scale=state.get("history_scale"),
             momentum=work.momentum if signs or self.max_norm is not None else None,
+            mask=work.mask,
             backend=self.backend,
         )
-        products, squares = self._sync.total(products, squares)
+        products = scope.needed(products)
+        products, squares, losses = self._sync.total(products, squares, self._now.losses)
         products, scale = self._between(products, scale)
-        decision = self.method.resolve(products.total, products.cross, scale, state, self.backend)
+        self._note_scope(scope)
+        if isinstance(self.method, GradDrop):
+            return products, self._drop_signs(work, products, scale)
+        S, X = scope.gramians(products, len(self.tasks))
+        means = self._mean_losses(losses, counts)
+        decision = self.method.resolve(S, X, scale, state, self.backend, means)
+        decision = decision._replace(finite=decision.finite.all())  # one flag, or the same of each
         ops.combine(
             *where,
-            weights=decision.weights,
+            weights=scope.weights(decision.weights),
             finite=decision.finite,
             per_tensor=products.per_tensor,
             parameter_norms=None if squares is None else squares.sqrt(),
@@ -495,28 +542,104 @@ class GCondFused(torch.optim.Optimizer):
         )
         return products, decision
 
+    def _drop_signs(self, work: Work, products: ops.Gramians, scale: Tensor) -> ops.Arbitration:
+        """What GradDrop writes; it has no weights to tell of."""
+        assert isinstance(self.method, GradDrop)
+        finite = products.total.isfinite().all()
+        draws = self._now.method_state["draws"]
+        ops.graddrop(
+            work.rows,
+            work.outputs,
+            work.offsets,
+            work.sizes,
+            scale=scale,
+            finite=finite,
+            seed=self.method.seed,
+            draws=draws,
+            leak=self.method.leak,
+            momentum=work.momentum,
+            momentum_steps=self._accumulator.momentum_steps,
+            beta=self.beta,
+            mask=work.mask,
+            first=work.first,
+            backend=self.backend,
+        )
+        draws += finite
+        none = scale.new_empty(0)
+        unknown = torch.full_like(scale, math.nan)
+        return ops.Arbitration(unknown, none.view(0, 0), none.view(0, 5), finite)
+
+    def _note_scope(self, scope: Scope) -> None:
+        """Nothing can raise any more: what this window showed of the tensors is remembered."""
+        changed = self._accumulator.note_compared(scope.compared)
+        if changed and not scope.by_tensor and "history_gramian" in self._now.method_state:
+            # Norms of the history are known of the tensors alone that were compared before.
+            self._now.method_state["history_gramian"].zero_()
+
+    def _scope(self, counts: Sequence[int]) -> Scope:
+        """Which tensors are compared in this resolution."""
+        acc = self._accumulator
+        names = [segment.name for segment in acc.segments]
+        by_tensor = self.granularity == "tensor"
+        return scope_of(acc.owners_now(), counts, names, by_tensor, self.method.parameters)
+
+    def _mean_losses(self, sums: Tensor | None, counts: Sequence[int]) -> Tensor | None:
+        """[K] mean loss of each task in this window; NaN of a task without a micro-batch."""
+        if sums is None:
+            return None
+        holders = self._sync.losses_per_micro_batch
+        shares = tuple(1.0 / (count * holders) if count else math.nan for count in counts)
+        share = tables.settings_tensor(shares, sums.device)
+        tables.keep_if_captured(share)
+        return sums * share
+
+    def _new_method_state(self, tensors: int, device: torch.device) -> dict[str, Tensor]:
+        """The state of the method before its first step; by tensor for so many."""
+        batch = (tensors,) if self.granularity == "tensor" else ()
+        return fresh_state(self.method, len(self._names), batch, device)
+
+    def _fit_method_state(self, device: torch.device) -> None:
+        """A state for each tensor, also for those that are new."""
+        state, tensors = self._now.method_state, len(self._accumulator.segments)
+        own = [name for name in state if name not in self.method.shared_state]
+        if self.granularity == "model" or not own or len(state[own[0]]) == tensors:
+            return
+        new = self._new_method_state(tensors - len(state[own[0]]), device)
+        for name in own:
+            state[name] = torch.cat([state[name], new[name]])
+
     def _note(
-        self, products: ops.Gramians, decision: ops.Arbitration, counts: Sequence[int]
+        self,
+        products: ops.Gramians,
+        decision: ops.Arbitration,
+        counts: Sequence[int],
+        scope: Scope,
     ) -> None:
         """Counts and records a resolution; all of it stays on the device."""
         now, acc = self._now, self._accumulator
         skipped = (~decision.finite).view(1)
         now.counters += torch.cat([torch.ones_like(skipped), skipped, now.nonfinite])
         names = [segment.name for segment in acc.segments]
+        K = len(self._names)
         now.last = Resolution(
             counters=now.counters,
             nonfinite=now.nonfinite,
             counts=list(counts),
             parameter_names=names,
-            per_tensor=products.per_tensor,
-            gramian=products.total,
+            per_tensor=products.per_tensor[:, :K, :K],
+            squares=products.total.diagonal(),
+            gramian=scope.shared_gramian(products, K),
             decision=decision,
-            norm_ema=now.method_state["norm_ema"],
-            winners=now.method_state["winners"],
+            scope=scope,
+            norm_ema=now.method_state.get("norm_ema"),
+            winners=now.method_state.get("winners"),
+            thresholds=self.method.thresholds,
         )
+        shown = decision._replace(weights=scope.mean_weights(decision.weights))
         self.recorder.record(
-            now.counters[0], names, products.total, products.per_tensor, decision, now.nonfinite
-        )
+            now.counters[0], names, now.last.gramian, now.last.per_tensor, shown, now.nonfinite,
+            now.last.squares,
+        )  # fmt: skip
 
     def _between(self, products: ops.Gramians, scale: Tensor) -> tuple[ops.Gramians, Tensor]:
         """What on_nonfinite other than "skip" does between the two passes."""
@@ -581,6 +704,8 @@ class GCondFused(torch.optim.Optimizer):
     def _start_window(self) -> None:
         self._sync.end_window()
         self._accumulator.start_window()
+        if self._now.losses is not None:
+            self._now.losses.zero_()
         self._now.position = 0
         self._now.resolved = self._now.told = False
 
@@ -628,6 +753,8 @@ class GCondFused(torch.optim.Optimizer):
         if self._now.counters.device != device:
             self._now.counters = self._now.counters.to(device)
             self._now.method_state = {k: v.to(device) for k, v in self._now.method_state.items()}
+            if self._now.losses is not None:
+                self._now.losses = self._now.losses.to(device)
 
     def _check_scaler_calls(self) -> None:
         """What GradScaler.step leaves on the optimizer that it steps tells how it was used."""
@@ -691,6 +818,10 @@ class GCondFused(torch.optim.Optimizer):
         # Where it cannot be made again nothing of it is taken back.
         sent = len(counts) if sent_now else sent
         kept = [repr(self._names[k]) for k in self._accumulator.take_back(before, sent)]
+        if self._now.losses is not None:
+            for k, count in enumerate(self._accumulator.counts):
+                if count == 0:
+                    self._now.losses[k] = 0.0
         if sent_now:
             # What is on its way cannot be added to.
             self._now.position = self.accumulation_steps
@@ -705,13 +836,7 @@ class GCondFused(torch.optim.Optimizer):
 
     def _parameters(self) -> Iterator[tuple[Tensor, str]]:
         """Every parameter and what to call it, in the order of the parameter groups."""
-        index = 0
-        for group in self.base.param_groups:
-            names = group.get("param_names")
-            for position, parameter in enumerate(group["params"]):
-                name = names[position] if names else f"parameter {index}"
-                yield parameter, name
-                index += 1
+        return parameters_of(self.base)
 
     def _include_new_parameters(self) -> None:
         knows = self._accumulator.knows
@@ -757,6 +882,8 @@ class GCondFused(torch.optim.Optimizer):
             "tasks": repr(self._weights),
             "mode": repr(self.mode),
             "method": repr(self.method),
+            "granularity": repr(self.granularity),
+            "mask": self._mask_digest(),
             "momentum": repr(self.beta),
             "update": repr(self.update),
             "trust_ratio_coef": repr(self.trust_ratio_coef),
@@ -769,6 +896,13 @@ class GCondFused(torch.optim.Optimizer):
             "resolutions so far": repr(self._now.counters.tolist()[0]),
             "state of the method": "its own" if drifts else repr(state),
         }
+
+    def _mask_digest(self) -> str:
+        """What tells masks apart, where all ranks hold the same parameters."""
+        acc = self._accumulator
+        if acc.mask is None or acc.spread:
+            return repr(acc.mask is not None)
+        return repr(digest(acc.mask.tolist()))
 
     def _scale(self, counts: Sequence[int]) -> Tensor:
         """[K] λ_k / n_k, which makes an accumulated sum the weighted mean gradient (eq. 1)."""
@@ -811,8 +945,11 @@ class GCondFused(torch.optim.Optimizer):
                 "mode": self.mode,
                 "accumulation_steps": self.accumulation_steps,
                 "position": self._now.position,
+                "losses": self._now.losses,
             },
             "counters": self._now.counters,
+            "method_name": type(self.method).__name__,
+            "granularity": self.granularity,
             "method": dict(self._now.method_state),
             "accumulator": self._accumulator.state_dict([p for p, _ in self._parameters()]),
         }
@@ -837,19 +974,30 @@ class GCondFused(torch.optim.Optimizer):
         state_dict = in_own_order(state_dict, self.base.param_groups)
         own = self._check_state(state_dict)
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "gcond"})
-        self._load_own(own["accumulator"], own)
+        self._load_own(own["accumulator"], own["method"], own["counters"])
         self._now.position = own["window"]["position"]
+        if self._now.losses is not None:
+            self._now.losses.copy_(own["window"]["losses"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _load_own(self, accumulated: dict[str, Any], own: Mapping[str, Any]) -> None:
+    def _load_own(
+        self, accumulated: dict[str, Any], method_state: Mapping[str, Tensor], counters: Tensor
+    ) -> None:
         """Takes over what `_check_own` has passed; a window begins."""
-        self._accumulator.load_state_dict(accumulated, list(self._parameters()))
-        self._now.method_state = {
-            key: own["method"][key].to(value.device, value.dtype, copy=True)
-            for key, value in self._now.method_state.items()
-        }
-        self._now.counters = own["counters"].to(self._now.counters.device, copy=True)
+        here = self._accumulator.load_state_dict(accumulated, list(self._parameters()))
+        device = self._now.counters.device
+        loaded = self._new_method_state(len(self._accumulator.segments), device)
+        for key, value in loaded.items():
+            saved = method_state[key].to(value)
+            if self.granularity == "model" or key in self.method.shared_state:
+                value.copy_(saved)
+            else:  # where the method saw no tensor yet there is none in the state
+                value[here[: len(saved)]] = saved
+        self._now.method_state = loaded
+        self._now.counters = counters.to(device, copy=True)
+        if self._now.losses is not None:
+            self._now.losses.zero_()
         self._sync.end_window()
         self._sync.forget_agreement()
         self._now.position = 0
@@ -878,14 +1026,16 @@ class GCondFused(torch.optim.Optimizer):
             raise ValueError(
                 f"the state has tasks {own['tasks']}, this optimizer {list(self._names)}"
             )
-        for key, value in self._now.method_state.items():
-            there = own["method"].get(key)
-            if there is None or there.shape != value.shape:
-                raise ValueError(
-                    f"the state's method has {key} "
-                    f"{'missing' if there is None else list(there.shape)}, this one "
-                    f"{list(value.shape)}: was it saved with another method or dominance_window?"
-                )
+        for what, here in (
+            ("method_name", type(self.method).__name__),
+            ("granularity", self.granularity),
+        ):
+            if own[what] != here:
+                raise ValueError(f"the state has {what} {own[what]!r}, this optimizer {here!r}")
+        check_method_state(
+            own["method"], self._now.method_state,
+            self.method.shared_state if self.granularity == "tensor" else None,
+        )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         if self._now.resolved:
@@ -902,6 +1052,33 @@ class GCondFused(torch.optim.Optimizer):
             f"GCondFused(tasks={self._weights}, accumulation_steps={self.accumulation_steps}, "
             f"mode={self.mode!r}, method={self.method}, base={self.base!r})"
         )
+
+
+def parameters_of(base: torch.optim.Optimizer) -> Iterator[tuple[Tensor, str]]:
+    """Every parameter and what to call it, in the order of the parameter groups."""
+    index = 0
+    for group in base.param_groups:
+        names = group.get("param_names")
+        for position, parameter in enumerate(group["params"]):
+            name = names[position] if names else f"parameter {index}"
+            yield parameter, name
+            index += 1
+
+
+def method_of(method: object) -> Method:
+    """The method that was asked for; a function of the user's own as one."""
+    if method is None:
+        return GCond()
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, type) and issubclass(method, Method):
+        raise TypeError(f"method must be {method.__name__}(...), not the class itself")
+    if callable(method) and not isinstance(method, type):
+        return Function(method)
+    raise TypeError(
+        "method must be one of gcond_kernels.methods, such as GCond() or PCGrad(), or a function "
+        f"from a Gramian [K, K] to weights [K], not {method!r}"
+    )
 
 
 def schedule(

@@ -6,9 +6,11 @@ import os
 import statistics
 from collections.abc import Sequence
 from itertools import combinations, pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gcond_kernels.recon import shortened
 from gcond_kernels.recorder import ALL_ZONES, Recorder, Row
 
 if TYPE_CHECKING:  # an import at run time would ask for matplotlib where no picture is drawn
@@ -24,7 +26,9 @@ ZONE_COLORS = {"none": "#FFFFFF", "mild": "#FFF4D6", "moderate": "#FFE0A3", "cri
 PAIR_STYLES = tuple(zip((BLUE, VERMILION, GREEN, PURPLE, SKY, BLACK), "o^svDX", strict=True))
 BAR = "#B9DDF3"  # a light sky blue: the layers' names are written on it
 
+DPI = 110
 LAYERS = 20
+SMALLEST = 8.0  # points of a layer's name above its bar; what is longer loses its middle
 WINNERS = 12
 FEW_STEPS = 60  # so few are joined by lines; more get a running median
 LEAST_HEIGHT = 0.09  # of a zone, in cosine: less has no room for its name
@@ -47,17 +51,8 @@ def plot_conflicts(recorder: Recorder, path: str | os.PathLike[str]) -> Path:
         ImportError: matplotlib is missing.
         ValueError: nothing was recorded, or the path is that of a folder.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            'plot_conflicts needs matplotlib, which is missing: pip install "gcond-kernels[plot]"'
-        ) from error
-    target = Path(path)
-    if target.is_dir():
-        raise ValueError(f"{target} is a folder: give the picture a name in it")
-    if not target.suffix:
-        target = target.with_suffix(".png")
+    new_figure = _figure_class("plot_conflicts")
+    target = _picture(path)
     rows = recorder.rows()
     if not rows:
         raise ValueError(
@@ -65,13 +60,73 @@ def plot_conflicts(recorder: Recorder, path: str | os.PathLike[str]) -> Path:
             "(with record_steps above 0)"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    _draw(Figure, recorder, rows).savefig(target, dpi=110)
+    _draw(new_figure, recorder, rows).savefig(target, dpi=DPI)
     return target
+
+
+def plot_layer_conflicts(
+    recorder: Recorder,
+    path: str | os.PathLike[str],
+    *,
+    threshold: float = 0.0,
+    most: int = 25,
+) -> Path:
+    """Draws in which layers tasks conflict most often, as a bar of the count for each.
+
+    Recon (Shi et al. 2023, arXiv 2302.11289) gives every task layers of its own by this order:
+    `split_conflicting_layers`. On a GPU this waits for the device.
+
+    Args:
+        recorder: its `layers(threshold=threshold)` are drawn, highest count on top.
+        path: of the picture, as in `plot_conflicts`.
+        threshold: a pair of tasks with a cosine below it is a conflict.
+        most: so many layers at most, 1 or more.
+
+    Returns:
+        Where the picture is.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: no layer had a gradient of two tasks, the path is that of a folder, or most is
+            no such number.
+    """
+    new_figure = _figure_class("plot_layer_conflicts")
+    if not isinstance(most, Integral) or isinstance(most, bool) or most < 1:
+        raise ValueError(f"most must be a whole number, 1 or more, not {most!r}")
+    target = _picture(path)
+    layers = recorder.layers(threshold=threshold)
+    if not layers:
+        raise ValueError(
+            "there is nothing to draw before a layer had gradients of two tasks: train some steps "
+            "first (with record_steps above 0)"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _draw_ranking(new_figure, layers, threshold, int(most)).savefig(target, dpi=DPI)
+    return target
+
+
+def _figure_class(function: str) -> type[Figure]:
+    """Of matplotlib, which is looked for only where a picture is drawn."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f'{function} needs matplotlib, which is missing: pip install "gcond-kernels[plot]"'
+        ) from error
+    return Figure
+
+
+def _picture(path: str | os.PathLike[str]) -> Path:
+    """The path of a picture, which is a PNG where nothing else is said."""
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder: give the picture a name in it")
+    return target if target.suffix else target.with_suffix(".png")
 
 
 def _draw(new_figure: type[Figure], recorder: Recorder, rows: Sequence[Row]) -> Figure:
     """The picture: one part over the steps, one over the layers, each with margins of its own."""
-    layers = recorder.layers()
+    layers = sorted(recorder.layers(), key=lambda layer: -layer["share"])
     happened = _happened(rows, recorder.tasks)
     strip = 0.55 + 0.24 * len(happened)
     heights = (5.7 + strip, 1.3 + 0.3 * max(1, min(len(layers), LAYERS)))
@@ -254,7 +309,7 @@ def _draw_layers(axes: Axes, layers: Sequence[Row]) -> None:
     shares = [100.0 * layer["share"] for layer in worst]
     axes.barh(range(len(worst)), shares, color=BAR, height=0.85)
     for place, layer in enumerate(worst):
-        name = _plain(layer["parameter"])
+        name = _plain(layer["layer"])
         size = max(4.0, min(11.0, 1100.0 / len(name)))  # points: so that the longest just fits
         axes.text(0.4, place, name, verticalalignment="center", fontsize=size)
     labels = [
@@ -262,3 +317,62 @@ def _draw_layers(axes: Axes, layers: Sequence[Row]) -> None:
     ]
     axes.set_yticks(range(len(worst)), labels)
     axes.set_ylim(len(worst) - 0.4, -0.6)
+
+
+def _draw_ranking(
+    new_figure: type[Figure], layers: Sequence[Row], threshold: float, most: int
+) -> Figure:
+    """A thin bar per layer below its name: so a name of any length takes no room from the bars."""
+    worst = layers[:most]
+    places = range(len(worst))
+    counts = [layer["conflicts"] for layer in worst]
+    # As it is saved: letters of a size are not as wide at another resolution.
+    figure = new_figure(figsize=(11, 1.5 + 0.46 * len(worst)), dpi=DPI)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
+    axes = figure.subplots()
+    axes.barh(places, counts, color=BLUE, height=0.36)
+    axes.set_yticks(places, [f"{place + 1}." for place in places])
+    axes.set_ylim(len(worst) - 0.5, -0.75)
+    axes.set_xlim(0.0, 1.25 * max(*counts, 1))  # room for the numbers
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+    axes.set_xlabel("conflicts s(l), of all comparisons of two tasks in the layer", fontsize=12)
+    below = f"{threshold:g}".replace("-", "−")
+    many = f" (the first {most} of {len(layers)})" if len(layers) > most else ""
+    axes.set_title(
+        f"Layers by conflicts: pairs of tasks with a cosine below {below}{many}", fontsize=13
+    )
+    figure.draw_without_rendering()  # only then it is known how wide the axes are
+    for place, layer in enumerate(worst):
+        _write_name(axes, place, layer["layer"])
+        count, share = layer["conflicts"], 100.0 * layer["share"]
+        axes.annotate(
+            f"{count} of {layer['compared']} ({share:.0f} %)",
+            (count, place),
+            xytext=(4.0, 0.0),
+            textcoords="offset points",
+            verticalalignment="center",
+            fontsize=10,
+        )
+    return figure
+
+
+def _write_name(axes: Axes, place: int, layer: str) -> None:
+    """Above the bar, in one line that is as wide as the axes at most."""
+    name = shortened(layer, 1000)
+    text = axes.annotate(
+        _plain(name),
+        (0.0, place - 0.22),
+        xytext=(3.0, 1.0),
+        textcoords="offset points",
+        verticalalignment="bottom",
+        fontsize=11.0,
+    )
+    room = 0.98 * axes.bbox.width
+    length, size = len(name), 11.0
+    while (width := text.get_window_extent().width) > room:
+        if size > SMALLEST:
+            size = max(SMALLEST, 0.98 * size * room / width)
+            text.set_fontsize(size)
+        else:
+            length = min(length - 1, int(length * room / width))
+            text.set_text(_plain(shortened(layer, length)))

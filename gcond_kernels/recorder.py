@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
-from gcond_kernels.report import ZONES, pair_cosines
+from gcond_kernels.report import ZONES, incidence_of, pair_cosines, zone_of
 from gcond_kernels.tables import is_capturing
 
 Row: TypeAlias = "dict[str, Any]"
@@ -32,6 +32,8 @@ WEAK_COSINE = -0.05
 # Moderate and critical conflicts in one step of ten are a part of training, not a mishap.
 NOTABLE_SHARE = 0.1
 LAYERS_NAMED = 3
+# Cosines of layers are counted in so many steps from -1 to 0.
+BINS = 100
 COMPARE = (
     "Whether the model gets better by it, only validation scores tell: compare with the plain sum."
 )
@@ -59,7 +61,10 @@ class Recorder:
         # Made by the first `record`, which knows the device.
         self._ring: Tensor | None = None  # [steps, width] float64
         self._recorded: Tensor | None = None  # [1] int64, how many there have been
-        # [2, T, K, K] int64: how often a pair was compared in a tensor, and how often it conflicted
+        self._layer_names: list[str] = []
+        # [L, M] int64: the parameters of each layer; T where it has fewer than M.
+        self._members: Tensor | None = None
+        # [L, BINS + 1] int64: pairs with a cosine in each step from -1 to 0, and of 0 or more.
         self._layers: Tensor | None = None
 
     def record(
@@ -70,16 +75,19 @@ class Recorder:
         per_tensor: Tensor,
         decision: ops.Arbitration,
         dropped: Tensor,
+        squares: Tensor | None = None,
     ) -> None:
         """Adds one resolution, in place of the oldest where there is no more room.
 
         Args:
             number: [] int64, which resolution this is, counted from 1.
             parameter_names: T names; those of the last call come first, in their order.
-            gramian: [K, K] float64, as it was resolved: rows of tasks that were dropped are zero.
+            gramian: [K, K] float64 of what tasks share; rows of tasks that were dropped are zero.
             per_tensor: [T, R, R] float64, R ≥ K; what is beyond K (the momentum) is left out.
             decision: what was decided.
             dropped: [K] bool, the tasks whose gradient was not finite.
+            squares: [K] float64, squared norms of all of a task's gradient; None is the diagonal of
+                `gramian`.
         """
         if self.steps == 0 or not self._make_room(gramian.device, parameter_names):
             return
@@ -87,17 +95,29 @@ class Recorder:
         assert self._recorded is not None
         assert self._layers is not None
         # The place is counted on the device: a CUDA graph repeats what the host did once.
-        row = _row(number, gramian, decision, dropped)
+        squares = gramian.diagonal() if squares is None else squares
+        row = _row(number, gramian, squares, decision, dropped)
         self._ring.index_copy_(0, self._recorded % self.steps, row[None])
         self._recorded += 1
 
+        self._count_cosines(per_tensor, decision.finite)
+
+    def _count_cosines(self, per_tensor: Tensor, finite: Tensor) -> None:
+        """Counts the cosine of every pair in every layer: of sums over the layer's tensors."""
+        assert self._layers is not None
+        assert self._members is not None
         K = len(self.tasks)
-        present = per_tensor.diagonal(dim1=1, dim2=2)[:, :K] > 0.0  # [T, K]
-        present = present & decision.finite
-        compared = present[:, :, None] & present[:, None, :]
-        seen, below = self._layers.unbind()  # an indexed += would copy the whole once more
-        seen += compared
-        below += compared & (per_tensor[:, :K, :K] < 0.0)
+        i, j = torch.triu_indices(K, K, 1, device=per_tensor.device)
+        padded = torch.cat([per_tensor[:, :K, :K], per_tensor.new_zeros(1, K, K)])
+        G = padded[self._members].sum(1)  # [L, K, K]
+        squares = G.diagonal(dim1=1, dim2=2)
+        present = (squares > 0.0) & finite
+        compared = present[:, i] & present[:, j]  # [L, pairs]
+        lengths = squares.sqrt()
+        cosines = G[:, i, j] / torch.where(compared, lengths[:, i] * lengths[:, j], 1.0)
+        steps = ((cosines + 1.0) * BINS).nan_to_num().floor().clamp(0, BINS - 1)
+        steps = torch.where(cosines < 0.0, steps, BINS).long()
+        self._layers.scatter_add_(1, steps, compared.long())
 
     def _make_room(self, device: torch.device, parameter_names: Sequence[str]) -> bool:
         """Memory on this device for these parameters; False where there can be none now."""
@@ -113,15 +133,20 @@ class Recorder:
             )
             return False
         if self._ring is None or self._recorded is None or self._layers is None:
-            width = K * K + 2 * K + 4
+            width = K * K + 3 * K + 4
             self._ring = torch.zeros((self.steps, width), dtype=torch.float64, device=device)
             self._recorded = torch.zeros(1, dtype=torch.int64, device=device)
-            self._layers = torch.zeros((2, 0, K, K), dtype=torch.int64, device=device)
+            self._layers = torch.zeros((0, BINS + 1), dtype=torch.int64, device=device)
         self._ring = self._ring.to(device)
         self._recorded = self._recorded.to(device)
-        grown = self._layers.new_zeros((2, more, K, K), device=device)
-        self._layers = torch.cat([self._layers.to(device), grown], dim=1)
         self._parameter_names = list(parameter_names)
+        self._layer_names, members = layers_of(parameter_names)
+        self._members = torch.tensor(members, dtype=torch.int64, device=device)
+        self._members = self._members.view(len(members), -1)
+        new = len(self._layer_names) - len(self._layers)
+        self._layers = torch.cat(
+            [self._layers.to(device), self._layers.new_zeros((new, BINS + 1), device=device)]
+        )
         return True
 
     def __len__(self) -> int:
@@ -144,12 +169,14 @@ class Recorder:
         - skipped: whether it was left out, as a gradient was not finite;
         - zone: "none", "mild", "moderate" or "critical", by the smallest cosine;
         - min_cosine: the smallest cosine of any pair before anything was resolved;
-        - conflicts: how many were resolved;
-        - winner: of the first of those, or None;
+        - incidence: the share of pairs with a cosine below 0;
+        - conflicts: how many GCond resolved;
+        - winner: of the first of those, or None (and with granularity="tensor" always);
         - cosine/a/b for every pair of tasks; norm/a, weight/a and dropped/a for every task.
 
-        A cosine is None where a task of the pair has no gradient or the step was skipped, zone and
-        min_cosine where that is so of all pairs; a norm where the gradient was not finite.
+        A cosine is None where a task of the pair has no gradient or the step was skipped, zone,
+        min_cosine and incidence where that is so of all pairs; a norm where the gradient was not
+        finite; a weight where the method has none.
         """
         return [self._row_of(values) for values in self._held()]
 
@@ -166,11 +193,12 @@ class Recorder:
         K, tasks = len(self.tasks), self.tasks
         S = values[: K * K].view(K, K)
         rest = values[K * K :].tolist()
-        weights, dropped = rest[:K], [bool(flag) for flag in rest[K : 2 * K]]
-        number, finite, conflicts, winner = rest[2 * K :]
+        weights = [None if math.isnan(weight) else weight for weight in rest[:K]]
+        dropped = [bool(flag) for flag in rest[K : 2 * K]]
+        squares = rest[2 * K : 3 * K]
+        number, finite, conflicts, winner = rest[3 * K :]
         cosines = pair_cosines(S) if finite else {}
         smallest = min(cosines.values(), default=None)
-        squares = S.diagonal().tolist()
         norms = [
             math.sqrt(square) if math.isfinite(square) and not bad else None
             for square, bad in zip(squares, dropped, strict=True)
@@ -180,6 +208,7 @@ class Recorder:
             "skipped": not finite,
             "zone": None if smallest is None else zone_of(smallest, self.thresholds),
             "min_cosine": smallest,
+            "incidence": incidence_of(cosines.values()),
             "conflicts": int(conflicts),
             "winner": tasks[int(winner)] if winner >= 0 else None,
             **{
@@ -191,26 +220,48 @@ class Recorder:
             **{f"dropped/{task}": flag for task, flag in zip(tasks, dropped, strict=True)},
         }
 
-    def layers(self) -> list[Row]:
-        """How often tasks conflict in each parameter, worst share first. On a GPU this waits.
+    def layers(self, threshold: float = 0.0) -> list[Row]:
+        """Recon's conflict scores (Shi et al. 2023, arXiv 2302.11289), highest first.
 
-        A row per parameter that more than one task had a gradient for, since the first step or the
-        last `clear`, whatever `steps` is:
+        On a GPU this waits for the device. A row per layer (a module's own parameters together,
+        such as weight and bias; a parameter that no dot in its name assigns to a module is one of
+        its own) that more than one task had a gradient for, since the first step or the last
+        `clear`, whatever `steps` is:
 
-        - parameter: its name;
-        - compared: how often a pair of tasks both had a gradient for it, all steps and pairs;
-        - conflicts: how often the cosine of the two was below zero in it;
+        - layer: its name;
+        - compared: how many pairs of tasks both had a gradient for it, over all steps;
+        - conflicts: the score s, how many of those had a cosine below the threshold in it;
         - share: conflicts / compared.
+
+        Args:
+            threshold: S, in (-1, 0], a multiple of 0.01.
+
+        Raises:
+            ValueError: the threshold is none of these.
         """
+        last = round((threshold + 1.0) * BINS)
+        if not 0 < last <= BINS or abs(threshold - (last / BINS - 1.0)) > 1e-9:
+            raise ValueError(
+                f"threshold must be a multiple of 0.01 above -1 and up to 0, not {threshold!r}"
+            )
         if self._layers is None:
             return []
-        counts = self._layers.cpu().triu(1).sum((-1, -2)).tolist()  # each pair once
+        counts = self._layers.cpu()
+        compared, below = counts.sum(1).tolist(), counts[:, :last].sum(1).tolist()
         rows = [
-            {"parameter": name, "compared": seen, "conflicts": below, "share": below / seen}
-            for name, seen, below in zip(self._parameter_names, *counts, strict=True)
+            {"layer": name, "compared": seen, "conflicts": low, "share": low / seen}
+            for name, seen, low in zip(self._layer_names, compared, below, strict=True)
             if seen > 0
         ]
-        return sorted(rows, key=lambda row: -row["share"])
+        return sorted(rows, key=lambda row: (-row["conflicts"], -row["share"]))
+
+    def incidence(self) -> float | None:
+        """Incidence of conflict: the share of pairs with a cosine below 0, mean over the steps.
+
+        (Zhang et al. 2024, arXiv 2411.18615.) None where no step compared tasks. On a GPU this
+        waits for the device.
+        """
+        return _mean_incidence(self.rows())
 
     def advise(self) -> str:
         """Whether there is a conflict worth resolving, in plain words. On a GPU this waits."""
@@ -222,6 +273,7 @@ class Recorder:
         paragraphs = (
             _what_was_seen(rows),
             _zone_shares(rows),
+            _incidence(rows),
             _worst_pair(rows, self.tasks, self.thresholds[2]),
             _worst_layers(self.layers()),
             _left_out(rows, self.tasks),
@@ -230,29 +282,36 @@ class Recorder:
         return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
-def zone_of(cosine: float, thresholds: tuple[float, float, float]) -> str:
-    """The zone of a cosine: "none" from θ_weak on, "critical" at θ_crit and below."""
-    critical, main, weak = thresholds
-    if not cosine < weak:
-        return "none"
-    if cosine <= critical:
-        return "critical"
-    return "moderate" if cosine < main else "mild"
+def layers_of(names: Sequence[str]) -> tuple[list[str], list[list[int]]]:
+    """The layers of parameters by their names, and the places of each one's parameters.
+
+    The places are filled up with the number of parameters to the same length.
+    """
+    members: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        members.setdefault(name.rpartition(".")[0] or name, []).append(place)
+    most = max(map(len, members.values()), default=0)
+    return list(members), [m + [len(names)] * (most - len(m)) for m in members.values()]
 
 
-def _row(number: Tensor, gramian: Tensor, decision: ops.Arbitration, dropped: Tensor) -> Tensor:
-    """[K² + 2 K + 4] float64: Gramian, weights, dropped, number, finite, conflicts, winner."""
+def _row(
+    number: Tensor, gramian: Tensor, squares: Tensor, decision: ops.Arbitration, dropped: Tensor
+) -> Tensor:
+    """[K² + 3 K + 4]: Gramian, weights, dropped, squares, number, finite, conflicts, winner."""
     events = decision.events
-    # There is no row of events at all where conflicts are not to be resolved.
-    winner = events[0, 3:4] if len(events) else gramian.new_full((1,), math.nan)
+    # There is no row of events at all where conflicts are not to be resolved, and by tensor
+    # there is no first one.
+    told = events.dim() == 2 and len(events) > 0
+    winner = events[0, 3:4] if told else gramian.new_full((1,), math.nan)
     return torch.cat(
         [
             gramian.flatten(),
             decision.weights,
             dropped.to(torch.float64),
+            squares,
             number.to(torch.float64).view(1),
             decision.finite.to(torch.float64).view(1),
-            (events[:, 0] >= 0.0).sum(dtype=torch.float64).view(1),
+            (events[..., 0] >= 0.0).sum(dtype=torch.float64).view(1),
             winner,
         ]
     )
@@ -289,6 +348,21 @@ def _zone_shares(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _mean_incidence(rows: Sequence[Row]) -> float | None:
+    shares = [row["incidence"] for row in _compared(rows)]
+    return statistics.fmean(shares) if shares else None
+
+
+def _incidence(rows: Sequence[Row]) -> str:
+    incidence = _mean_incidence(rows)
+    if incidence is None:
+        return ""
+    return (
+        "Incidence of conflict (pairs of tasks with a cosine below 0, mean over the steps): "
+        f"{100.0 * incidence:.1f} %."
+    )
+
+
 def _worst_pair(rows: Sequence[Row], tasks: Sequence[str], weak: float) -> str:
     """The pair that conflicts in the largest share of the steps that compared it."""
     best: tuple[float, float, str] | None = None
@@ -315,10 +389,11 @@ def _worst_layers(layers: Sequence[Row]) -> str:
     worst = [layer for layer in layers if layer["compared"] >= ENOUGH_STEPS and layer["conflicts"]]
     if not worst:
         return ""
+    worst.sort(key=lambda layer: -layer["share"])
     lines = ["Layers that conflict most (cosine below 0 within the layer):"]
     lines += [
         f"  {_percent(layer['conflicts'], layer['compared']):>7} of {layer['compared']} "
-        f"comparisons: {layer['parameter']}"
+        f"comparisons: {layer['layer']}"
         for layer in worst[:LAYERS_NAMED]
     ]
     return "\n".join(lines)

@@ -87,6 +87,27 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]
     return {**state_dict, "param_groups": matched, "gcond": own}
 
 
+def check_method_state(
+    saved: Mapping[str, Any], own: Mapping[str, Any], shared: frozenset[str] | None
+) -> None:
+    """That a method's state is of this method and its settings.
+
+    Args:
+        saved: of a state.
+        own: of the method.
+        shared: the entries that all tensors have in common, where the others are by tensor.
+    """
+    for key, value in own.items():
+        there = saved.get(key)
+        first = 0 if shared is None or key in shared else 1
+        if there is None or there.shape[first:] != value.shape[first:]:
+            raise ValueError(
+                f"the state's method has {key} "
+                f"{'missing' if there is None else list(there.shape)}, this one "
+                f"{list(value.shape)}: was it saved with another dominance_window?"
+            )
+
+
 def group_in_order(number: int, there: Mapping[str, Any], here: Mapping[str, Any]) -> list[int]:
     """The places of one group's parameters, in the order that they have here."""
     places: list[int] = list(there["params"])

@@ -54,6 +54,35 @@ def arbitrate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weights of the tasks, and the new state in place; see `gcond_kernels.ops.arbitrate`."""
     settings = Settings(**options)  # type: ignore[arg-type]
+    if gramian.dim() == 2:
+        state = (norm_ema, winners, history_gramian, history_rows)
+        return arbitrate_one(gramian, cross, scale, *state, history_scale, settings)
+    tasks, device = scale.shape[0], gramian.device
+    weights = torch.empty((len(gramian), tasks), dtype=torch.float64, device=device)
+    rows = weights.new_empty((len(gramian), tasks, tasks))
+    events = weights.new_empty((len(gramian), settings.max_iterations, 5))
+    finite = torch.empty(len(gramian), dtype=torch.bool, device=device)
+    for b, S in enumerate(gramian):
+        X = None if cross is None else cross[b]
+        weights[b], rows[b], events[b], finite[b] = arbitrate_one(
+            S, X, scale, norm_ema[b], winners[b], history_gramian[b], history_rows[b],
+            history_scale, settings,
+        )  # fmt: skip
+    return weights, rows, events, finite
+
+
+def arbitrate_one(
+    gramian: Tensor,
+    cross: Tensor | None,
+    scale: Tensor,
+    norm_ema: Tensor,
+    winners: Tensor,
+    history_gramian: Tensor,
+    history_rows: Tensor,
+    history_scale: Tensor,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One resolution, of a Gramian [K, K]."""
     S = host(gramian)
     active = host(scale) != 0.0
     tasks = len(S)

@@ -34,6 +34,18 @@ def blocks(
             yield tensor, start, min(start + length, offset + size)
 
 
+# Elements that one word of a mask says of: bit e % 32 of word e // 32 is 1 where element e of a row
+# is trained.
+WORD_BITS = 32
+
+
+def trained(mask: Tensor, start: int, stop: int) -> Tensor:
+    """Which elements from `start` to `stop` of a row are trained, of a mask [N' / 32]: bool."""
+    words = mask[start // WORD_BITS : -(-stop // WORD_BITS)]
+    bits = words[:, None] >> torch.arange(WORD_BITS, dtype=torch.int32, device=mask.device) & 1
+    return bits.flatten()[start % WORD_BITS :][: stop - start] == 1
+
+
 def in_memory_order(tensor: Tensor, start: int, length: int) -> Tensor:
     """Elements [length] from `start` on of a tensor without gaps, as its memory has them."""
     return tensor.detach().as_strided((length,), (1,), tensor.storage_offset() + start)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gcond_kernels.python.blocks import blocks, in_memory_order
+from gcond_kernels.python.blocks import blocks, in_memory_order, trained
 
 # Below this norm a trust ratio is 1: a tensor of zeros has no scale to keep to.
 TRUST_RATIO_EPS = 1e-8
@@ -28,6 +28,7 @@ def combine(
     parameter_norms: Tensor | None,
     trust_ratio_coef: float,
     trust_ratio_clip: float,
+    mask: Tensor | None,
 ) -> None:
     """Writes gradients, momentum and history; see `gcond_kernels.ops.combine`."""
     if not bool(finite):  # on a GPU this waits for the device; the kernels branch there instead
@@ -44,7 +45,8 @@ def combine(
         per_tensor, weights, written, momentum_steps, beta, max_norm,
         parameter_norms, trust_ratio_coef, trust_ratio_clip,
     ).tolist()  # fmt: skip
-    row_weights = ((1.0 - beta) * weights * scale).tolist()
+    # [T, K]; where all tensors have the same weights these are listed once.
+    row_weights = ((1.0 - beta) * weights * scale).view(-1, len(scale)).tolist()
     signs = parameter_norms is not None
     taking_part = [task for task, s in enumerate(scale.tolist()) if s != 0.0]
 
@@ -53,7 +55,7 @@ def combine(
     ):
         # Before the output is written, which may lie in a row of the accumulators.
         if history is not None:
-            if len(taking_part) == len(row_weights):
+            if len(taking_part) == len(scale):
                 history[:, start:stop] = accumulators[:, start:stop]
             else:
                 for task in taking_part:
@@ -62,14 +64,17 @@ def combine(
         if output is not None:
             first = offsets[tensor]
             target = in_memory_order(output, start - first, stop - start)
+            own_weights = row_weights[tensor if len(row_weights) > 1 else 0]
             if momentum is None:
                 total = target if target.dtype == torch.float32 and not signs else None
-                total = weighted_rows(accumulators[:, start:stop], row_weights, total)
+                total = weighted_rows(accumulators[:, start:stop], own_weights, total)
             else:
                 total = momentum[start:stop].mul_(beta)
-                for row, weight in zip(accumulators, row_weights, strict=True):
+                for row, weight in zip(accumulators, own_weights, strict=True):
                     if weight != 0.0:
                         total.add_(row[start:stop], alpha=weight)
+            if mask is not None:
+                total.masked_fill_(~trained(mask, start, stop), 0.0)
             direction = total.sign() if signs else total
             if direction is not target:
                 torch.mul(direction, factors[tensor], out=target)
@@ -118,10 +123,10 @@ def output_factors(
     if max_norm is None and parameter_norms is None:
         return correction
 
-    v = (1.0 - beta) * weights
-    if rows > len(weights):
-        v = torch.cat([v, v.new_full((1,), beta)])
-    squares = torch.einsum("i,tij,j->t", v, per_tensor, v).clamp(min=0.0) * correction**2
+    v = ((1.0 - beta) * weights).expand(tensors, -1)  # [T, K]
+    if rows > v.shape[1]:
+        v = torch.cat([v, v.new_full((tensors, 1), beta)], dim=1)
+    squares = torch.einsum("ti,tij,tj->t", v, per_tensor, v).clamp(min=0.0) * correction**2
     if max_norm is not None:
         total = squares[written].sum().sqrt()
         return correction * (max_norm / total).clamp(max=1.0)

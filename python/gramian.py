@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gcond_kernels.python.blocks import PARTIAL, blocks
+from gcond_kernels.python.blocks import PARTIAL, blocks, trained
 
 
 def gramian(
@@ -17,10 +17,12 @@ def gramian(
     sizes: Sequence[int],
     scale: Tensor,
     history_scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gramian [K, K], cross-Gramian, Gramian per tensor; see `gcond_kernels.ops.gramian`.
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gramian, cross-Gramian, and both per tensor; see `gcond_kernels.ops.gramian`.
 
-    Without a history the cross-Gramian is [0, 0].
+    [K, K], [K, K], [T, R, R] and [T, K, K]; without a history the cross-Gramians are [0, 0] and
+    [T, 0, 0].
     """
     tasks = accumulators.shape[0]
     left = tasks + (momentum is not None)
@@ -39,6 +41,9 @@ def gramian(
             block[tasks] = momentum[start:stop]
         if history is not None:
             block[left:] = history[:, start:stop]
+        if mask is not None:  # selected, not multiplied: what is not trained may be NaN
+            block[:left].masked_fill_(~trained(mask, start, stop), 0.0)
+            block[left:].masked_fill_(~trained(mask, start, stop), 0.0)
         with full_float32():
             products[tensor] += block_products(block, left)
 
@@ -51,10 +56,10 @@ def gramian(
     per_tensor = torch.where(weight != 0, square * weight, 0.0)
     total = per_tensor.sum(0)[:tasks, :tasks].contiguous()
     if history is None:
-        return total, total.new_empty(0, 0), per_tensor
+        return total, total.new_empty(0, 0), per_tensor, total.new_empty(len(sizes), 0, 0)
     weight = torch.outer(scale, history_scale)
-    cross = products[:, :tasks, left:].sum(0)  # [K, K], X_ij = ĝ_i · h_j
-    return total, torch.where(weight != 0, cross * weight, 0.0), per_tensor
+    crosses = torch.where(weight != 0, products[:, :tasks, left:] * weight, 0.0)  # X_ij = ĝ_i · h_j
+    return total, crosses.sum(0), per_tensor, crosses
 
 
 def block_products(rows: Tensor, left: int) -> Tensor:

@@ -113,12 +113,14 @@ def accumulate_cases() -> Iterator[Case]:
 def gramian_cases() -> Iterator[Case]:
     from gcond_kernels.triton_kernels.gramian import SUM_BLOCK, SUM_WARPS, WARPS, vector_elements
 
-    variants = [(K, "fp32", "bf16", 0) for K in range(1, 9)]
-    variants += [(K, "fp32", "bf16", 1) for K in range(1, 9)]
-    variants += [(K, "fp32", None, momentum) for K in (2, 8) for momentum in (0, 1)]
-    variants += [(4, "bf16", "bf16", 0), (2, "fp32", "fp32", 0), (3, "bf16", "fp16", 1)]
-    variants += [(K, "bf16", "bf16", 1) for K in (5, 8)] + [(8, "fp32", "fp32", 0)]
-    for K, row, history, momentum in variants:
+    # K, accumulators, history, momentum, mask
+    variants = [(K, "fp32", "bf16", 0, 0) for K in range(1, 9)]
+    variants += [(K, "fp32", "bf16", 1, mask) for K in range(1, 9) for mask in (0, 1)]
+    variants += [(K, "fp32", None, momentum, 0) for K in (2, 8) for momentum in (0, 1)]
+    variants += [(4, "bf16", "bf16", 0, 0), (2, "fp32", "fp32", 0, 0), (3, "bf16", "fp16", 1, 1)]
+    variants += [(K, "bf16", "bf16", 1, 0) for K in (5, 8)] + [(8, "fp32", "fp32", 0, 0)]
+    variants += [(2, "fp32", None, 0, 1), (4, "bf16", "bf16", 0, 1), (8, "bf16", "fp32", 1, 1)]
+    for K, row, history, momentum, mask in variants:
         rows, crosses = K + momentum, 0 if history is None else K * K
         products = rows * (rows + 1) // 2 + crosses
         vector = vector_elements(products)
@@ -132,6 +134,7 @@ def gramian_cases() -> Iterator[Case]:
                 "accumulators": f"*{row}",
                 "history": f"*{history or row}",
                 "momentum": "*fp32",
+                "mask": "*i32",
                 "table": "*i64",
                 "chunks": "*i32",
                 "partials": "*fp32",
@@ -142,6 +145,7 @@ def gramian_cases() -> Iterator[Case]:
                 "K": K,
                 "HISTORY": int(history is not None),
                 "MOMENTUM": momentum,
+                "MASK": bool(mask),
                 "LENGTH": 32768,
                 "LANES": 32 * WARPS,
                 "VECTOR": vector,
@@ -175,7 +179,8 @@ def gramian_cases() -> Iterator[Case]:
         yield Case(
             "gramian",
             "sum_kernel",
-            dict.fromkeys(("scale", "history_scale", "per_tensor", "gramian", "cross"), "*fp64")
+            dict.fromkeys(("scale", "history_scale", "per_tensor", "gramian"), "*fp64")
+            | {"cross": "*fp64", "cross_per_tensor": "*fp64"}
             | {"partials": "*fp32", "first": "*i32", "tensors": "i32", "chunk_count": "i32"},
             {"K": K, "ROWS": rows, "SCALED": scaled, "BLOCK": SUM_BLOCK},
             SUM_WARPS,
@@ -214,18 +219,23 @@ def combine_cases() -> Iterator[Case]:
     each = CHUNK // (32 * WARPS)
     double = ("weights", "scale", "factors", "clipping", "settings")
     variants = [
-        # K, accumulators, history, momentum, outputs, clipped, signs
-        *[(K, "fp32", "bf16", 1, ["fp32"], 1, 0) for K in range(1, 9)],
-        (2, "fp32", "bf16", 0, ["fp32"], 0, 0),
-        (2, "fp32", None, 0, ["bf16"], 0, 0),
-        (2, "fp32", "bf16", 1, ["bf16", "fp32"], 0, 1),
-        (3, "bf16", "bf16", 1, ["bf16"], 0, 0),
-        (2, "fp32", "fp32", 0, list(TYPES), 0, 0),
-        (2, "fp32", "fp16", 0, ["fp16"], 0, 0),
-        (8, "fp32", "bf16", 0, list(TYPES), 1, 0),
-        (11, "fp32", "bf16", 1, ["fp32"], 0, 0),
+        # K, accumulators, history, momentum, mask, outputs, clipped, signs
+        *[(K, "fp32", "bf16", 1, 0, ["fp32"], 1, 0) for K in range(1, 9)],
+        *[(K, "fp32", "bf16", 1, 1, ["fp32"], 1, 0) for K in (1, 2, 5, 8)],
+        (2, "fp32", "bf16", 0, 0, ["fp32"], 0, 0),
+        (2, "fp32", None, 0, 0, ["bf16"], 0, 0),
+        (2, "fp32", None, 0, 1, ["fp32"], 0, 0),
+        (2, "fp32", "bf16", 1, 0, ["bf16", "fp32"], 0, 1),
+        (3, "bf16", "bf16", 1, 0, ["bf16"], 0, 0),
+        (3, "bf16", "bf16", 1, 1, ["bf16"], 0, 1),
+        (2, "fp32", "fp32", 0, 0, list(TYPES), 0, 0),
+        (2, "fp32", "fp16", 0, 0, ["fp16"], 0, 0),
+        (8, "fp32", "bf16", 0, 0, list(TYPES), 1, 0),
+        (8, "bf16", "bf16", 0, 1, list(TYPES), 1, 0),
+        (11, "fp32", "bf16", 1, 0, ["fp32"], 0, 0),
+        (11, "fp32", "bf16", 1, 1, ["fp32"], 0, 0),
     ]
-    for K, row, history, momentum, outputs, clipped, signs in variants:
+    for K, row, history, momentum, mask, outputs, clipped, signs in variants:
         read = K * BYTES[row] + 4 * momentum
         written = sum(BYTES[o] for o in outputs) + 4 * momentum
         written += K * BYTES[history] if history else 0
@@ -237,9 +247,11 @@ def combine_cases() -> Iterator[Case]:
                 "accumulators": f"*{row}",
                 "history": f"*{history or row}",
                 "momentum": "*fp32",
+                "mask": "*i32",
                 "table": "*i64",
                 "chunks": "*i32",
                 "finite": "*i1",
+                "weight_stride": "i32",
                 "stride": "i64",
             },
             {
@@ -247,6 +259,7 @@ def combine_cases() -> Iterator[Case]:
                 "MOST_UNROLLED": MOST_UNROLLED,
                 "HISTORY": history is not None,
                 "MOMENTUM": bool(momentum),
+                "MASK": bool(mask),
                 "FACTORS": bool(momentum or signs or clipped),
                 "CLIP": bool(clipped),
                 "SIGNS": bool(signs),
@@ -268,7 +281,7 @@ def combine_cases() -> Iterator[Case]:
             "combine",
             "factor_kernel",
             dict.fromkeys(names, "*fp64")
-            | {"table": "*i64", "finite": "*i1", "momentum_steps": "*i64"},
+            | {"table": "*i64", "finite": "*i1", "momentum_steps": "*i64", "weight_stride": "i32"},
             {"K": K, "RP": 4 if K == 2 else 8, "MOMENTUM": momentum, "NORMS": norms,
              "SIGNS": signs},
             1,
@@ -284,9 +297,62 @@ def combine_cases() -> Iterator[Case]:
     )
 
 
+def graddrop_cases() -> Iterator[Case]:
+    from gcond_kernels.triton_kernels.graddrop import CHUNK, MOST_UNROLLED, WARPS
+
+    each = CHUNK // (32 * WARPS)
+    variants = [
+        # K, accumulators, momentum, mask, outputs
+        *[(K, "fp32", 1, 0, ["fp32"]) for K in range(1, 9)],
+        *[(K, "fp32", 1, 1, ["fp32"]) for K in (1, 2, 5, 8)],
+        (2, "fp32", 0, 0, ["fp32"]),
+        (2, "fp32", 0, 1, ["bf16"]),
+        (3, "bf16", 1, 0, ["bf16"]),
+        (2, "fp32", 0, 0, list(TYPES)),
+        (8, "fp32", 0, 0, list(TYPES)),
+        (8, "bf16", 1, 1, list(TYPES)),
+        (11, "fp32", 1, 0, ["fp32"]),
+        (11, "bf16", 1, 1, ["bf16"]),
+    ]
+    for K, row, momentum, mask, outputs in variants:
+        yield Case(
+            "graddrop",
+            "graddrop_kernel",
+            dict.fromkeys(("scale", "factors", "settings"), "*fp64")
+            | dict.fromkeys(("table", "draws"), "*i64")
+            | dict.fromkeys(("mask", "chunks"), "*i32")
+            | dict.fromkeys(("seed", "first_place", "stride"), "i64")
+            | {
+                "accumulators": f"*{row}",
+                "momentum": "*fp32",
+                "finite": "*i1",
+                "leak": "fp32",
+            },
+            {
+                "K": K,
+                "MOST_UNROLLED": MOST_UNROLLED,
+                "MOMENTUM": bool(momentum),
+                "MASK": bool(mask),
+                "TYPES": sum(TYPES[o] for o in outputs),
+                "CHUNK": CHUNK,
+            },
+            WARPS,
+            # In loops that are not unrolled each instruction stands once for all rows.
+            loads=each * (K * BYTES[row] + 4 * momentum) if K <= MOST_UNROLLED else None,
+            stores=each * (sum(BYTES[o] for o in outputs) + 4 * momentum),
+            fused=False,
+        )
+
+
 @functools.cache
 def all_cases() -> list[Case]:
-    return [*accumulate_cases(), *gramian_cases(), *arbitrate_cases(), *combine_cases()]
+    return [
+        *accumulate_cases(),
+        *gramian_cases(),
+        *arbitrate_cases(),
+        *combine_cases(),
+        *graddrop_cases(),
+    ]
 
 
 def wide_bytes(ptx: str, instruction: str) -> int:

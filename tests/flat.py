@@ -34,6 +34,25 @@ def layout_of(sizes: list[int]) -> Layout:
     return Layout(offsets, list(sizes), end)
 
 
+def packed_layout_of(sizes: list[int]) -> Layout:
+    """Segments without gaps: hardly any begins where a vector may."""
+    offsets = [sum(sizes[:t]) for t in range(len(sizes))]
+    return Layout(offsets, list(sizes), sum(sizes))
+
+
+def random_mask(length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which elements of a row are trained, [N'] bool, and the same in bits, [N' / 32] int32.
+
+    Single elements here and there, runs of them, and all of some words or none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    words = -(-length // 32)
+    share = torch.tensor([0.0, 0.5, 0.9, 1.0])[torch.randint(4, (words, 1), generator=generator)]
+    bits = torch.rand(words, 32, generator=generator) < share
+    mask = (bits.long() << torch.arange(32)).sum(1)
+    return bits.flatten()[:length], (mask - (mask >> 31 << 32)).to(torch.int32)
+
+
 def rows(layout: Layout, count: int, seed: int, dtype=torch.float32) -> torch.Tensor:
     """Random rows [count, N'] with zero padding."""
     generator = torch.Generator().manual_seed(seed)

@@ -73,6 +73,9 @@ class NaiveTraining:
         self.momentum_steps = np.zeros(len(o.sizes), dtype=int)
         # Of each task the gradient of the last step that it took part in.
         self.last, self.last_mass = np.zeros((self.K, self.N)), np.zeros((self.K, self.N))
+        # Which tasks ever had a gradient for each parameter.
+        self.owners: list[set[int]] = [set() for _ in o.sizes]
+        self.was_shared = [None] * len(o.sizes)
         self.steps, self.skipped_steps = 0, 0
         self.nonfinite_steps = [0] * self.K
         self.start_window()
@@ -93,6 +96,7 @@ class NaiveTraining:
         self.sums = np.zeros((self.K, self.N))
         self.mass = np.zeros((self.K, self.N))  # sums of magnitudes: what rounding is relative to
         self.touched: set[int] = set()
+        self.new_owners: list[set[int]] = [set() for _ in self.segments]
 
     def active(self) -> list[int]:
         """The tasks of the next micro-batch."""
@@ -112,6 +116,7 @@ class NaiveTraining:
                 self.sums[task, self.segments[i]] += gradient
             self.mass[task, self.segments[i]] += np.abs(gradient)
             self.touched.add(i)
+            self.new_owners[i].add(task)
 
     def shares(self) -> list[float]:
         """λ_k / n_k."""
@@ -142,6 +147,8 @@ class NaiveTraining:
         bad = self.nonfinite()
         going = [k for k, share in enumerate(self.shares()) if share > 0.0 and k not in bad]
         self.steps += 1
+        self.owners = [a | b for a, b in zip(self.owners, self.new_owners, strict=True)]
+        self.shared = self._shared()
         for k in bad:
             self.nonfinite_steps[k] += 1
         written = sorted(self.touched - frozen)
@@ -161,8 +168,11 @@ class NaiveTraining:
         self.scales = np.where(np.isin(range(self.K), going)[:, None], self.mass, 0.0) * shares
         self.last[going], self.last_mass[going] = self.vectors[going], self.scales[going]
         weights, weights_slack, undecided = self._weights(going)
-        g = weights @ self.vectors
-        slack = weights_slack @ np.abs(self.vectors) + ROUNDING * np.abs(weights) @ self.scales
+        # A parameter of one task alone gets its gradient as it is.
+        each = np.where(self.shared, weights[:, None], 1.0)  # [K, N]
+        g = (each * self.vectors).sum(0)
+        off = np.where(self.shared, weights_slack[:, None], 0.0)
+        slack = (off * np.abs(self.vectors) + ROUNDING * np.abs(each) * self.scales).sum(0)
         g, slack = self._averaged(g, slack, written)
         terms = self._norms_of_terms(weights)
         if self.o.update == "lion_lars":
@@ -180,6 +190,20 @@ class NaiveTraining:
             undecided,
         )
 
+    def _shared(self):
+        """[N] whether each element belongs to a parameter that tasks share."""
+        shared = [len(tasks) > 1 for tasks in self.owners]
+        if not any(shared) and sum(count > 0 for count in self.counts) <= 1:
+            shared = [True] * len(shared)
+        # With other parameters to compare than in the last step histories start anew.
+        pairs = list(zip(shared, self.was_shared, strict=True))
+        self.history_anew = any(was is not None and was != now for now, was in pairs)
+        if self.history_anew:
+            for resolver in self.resolvers:
+                resolver.history, resolver.last = [None] * self.K, [None] * self.K
+        self.was_shared = [s if o else None for s, o in zip(shared, self.owners, strict=True)]
+        return np.repeat(shared, self.o.sizes)
+
     def _of_parameters(self, vector, written) -> list:
         return [vector[s] if i in written else None for i, s in enumerate(self.segments)]
 
@@ -189,7 +213,7 @@ class NaiveTraining:
             return np.zeros(self.K), np.zeros(self.K), False
         found = []
         for number, resolver in enumerate(self.resolvers):
-            off = self._off_by_rounding() if number else self.vectors
+            off = self._off_by_rounding() if number else np.where(self.shared, self.vectors, 0.0)
             resolver.resolve([off[k] if k in going else None for k in range(self.K)])
             found.append(np.array(resolver.weights))
         first, *others = self.resolvers
@@ -197,7 +221,7 @@ class NaiveTraining:
         if not first.log and self.o.method.norm_cap is None:
             return found[0], np.zeros(self.K), undecided  # exactly the sum
         off = np.max([np.abs(other - found[0]) for other in found[1:]], axis=0)
-        return found[0], 2.0 * off + 1e-6 * (1.0 + np.abs(found[0])), undecided
+        return found[0], 3.0 * off + 1e-6 * (1.0 + np.abs(found[0])), undecided
 
     def _off_by_rounding(self):
         """The gradients, off by what float32 sums and products of them may be off.
@@ -207,7 +231,9 @@ class NaiveTraining:
         """
         noise = self.random.normal(size=(self.K, self.N + self.K))
         off = self.vectors + 1e-6 * self.scales * noise[:, : self.N]
-        norms = np.linalg.norm(self.scales, axis=1, keepdims=True)
+        off = np.where(self.shared, off, 0.0)
+        shared_scales = np.where(self.shared, self.scales, 0.0)
+        norms = np.linalg.norm(shared_scales, axis=1, keepdims=True)
         return np.hstack([off, (2.0**-24 / self.K) ** 0.5 * norms * noise[:, self.N :]])
 
     def _averaged(self, g, slack, written):
@@ -235,7 +261,8 @@ class NaiveTraining:
         """Per parameter the norms of what m̂ is a sum of, added up: rounding is relative to that."""
         beta, norms = self.o.momentum, []
         for i, s in enumerate(self.segments):
-            norm = (1 - beta) * np.abs(weights) @ np.linalg.norm(self.scales[:, s], axis=1)
+            own = np.abs(weights) if self.shared[s].any() else np.ones(self.K)
+            norm = (1 - beta) * own @ np.linalg.norm(self.scales[:, s], axis=1)
             if beta > 0.0:
                 norm += beta * np.linalg.norm(self.old_momentum[s])
                 norm /= 1.0 - beta ** max(1, self.momentum_steps[i])

@@ -408,3 +408,73 @@ def test_a_stability_is_at_most_one(backend):
     X = torch.tensor([[1.0, 0.0], [0.0, 1.0 + 1e-6]], dtype=torch.float64)
     decision = method.resolve(S, X, torch.ones(2).double(), state, backend)
     assert decision.events[0, 3] == 0  # a tie: the first
+
+
+def stacked(states):
+    """The states of a batch: all that is of one resolution has a leading dimension."""
+    first = states[0]
+    return {
+        name: first[name].clone()
+        if name == "history_scale"
+        else torch.stack([state[name] for state in states])
+        for name in first
+    }
+
+
+def gramians(seed, tasks, batch, scale):
+    """Gramians [B, K, K] and cross-Gramians of conflicting gradients."""
+    g = torch.stack([torch.from_numpy(conflicting(seed + b, tasks, 10)) for b in range(batch)])
+    h = g + 0.5 * torch.from_numpy(np.random.default_rng(seed).normal(size=g.shape))
+    g = scale[:, None] * g
+    return g @ g.transpose(1, 2), g @ h.transpose(1, 2)
+
+
+@given(METHODS, st.integers(1, 6), st.integers(1, 4), st.booleans(), st.integers(0, 2**31))
+def test_a_batch_is_its_entries_one_by_one(backend, method, tasks, batch, with_cross, seed):
+    states = [warm_state(method, tasks, seed + b) for b in range(batch)]
+    of_all = stacked(states)
+    for step in range(3):
+        scale = torch.ones(tasks, dtype=torch.float64)
+        scale[step % tasks] = 0.0 if step == 1 else 0.5  # in one of the steps a task sits out
+        S, X = gramians(seed + step, tasks, batch, scale)
+        X = X if with_cross else None
+        decision = method.resolve(S, X, scale, of_all, backend=backend)
+        alone = [
+            method.resolve(S[b], None if X is None else X[b], scale, states[b], backend=backend)
+            for b in range(batch)
+        ]
+        for whole, parts in zip(decision, zip(*alone, strict=True), strict=True):
+            assert torch.equal(whole.nan_to_num(-9.0), torch.stack(parts).nan_to_num(-9.0))
+        for name, value in stacked(states).items():
+            assert torch.equal(of_all[name], value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("entry", [0, 2])
+def test_one_entry_that_is_not_finite_leaves_the_state_of_all(backend, bad, entry):
+    method = GCond()
+    state = stacked([warm_state(method, 3, b) for b in range(3)])
+    one = torch.ones(3, dtype=torch.float64)
+    S, X = gramians(0, 3, 3, one)
+    assert method.resolve(S, X, one, state, backend=backend).finite.tolist() == [True] * 3
+    before = {name: value.clone() for name, value in state.items()}
+    S, X = gramians(1, 3, 3, one)
+    S[entry, 1, 2] = S[entry, 2, 1] = bad
+    decision = method.resolve(S, X, 2.0 * one, state, backend=backend)
+    assert decision.finite.tolist() == [False] * 3
+    assert (decision.weights == 0.0).all()
+    assert all(torch.equal(value, before[name]) for name, value in state.items())
+
+
+def test_a_batch_of_other_shapes_is_refused(backend):
+    method = GCond()
+    one, S = torch.ones(2, dtype=torch.float64), torch.eye(2).double().expand(3, 2, 2)
+    state = stacked([method.new_state(2, torch.device("cpu"))] * 3)
+    with pytest.raises(ValueError, match=r"gramian must be \[K, K\] or \[B, K, K\]"):
+        method.resolve(S[None], None, one, state, backend=backend)
+    with pytest.raises(ValueError, match=r"cross must be \[3, 2, 2\]"):
+        method.resolve(S.contiguous(), S[:2].contiguous(), one, state, backend=backend)
+    for name, shape in (("norm_ema", "3, 2"), ("winners", "3, 3"), ("history_rows", "3, 2, 2")):
+        broken = state | {name: state[name][:2]}
+        with pytest.raises(ValueError, match=rf"{name} must be \[{shape}\]"):
+            method.resolve(S.contiguous(), None, one, broken, backend=backend)

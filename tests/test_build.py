@@ -345,7 +345,8 @@ ONE_EACH = ("accumulate", "arbitrate", "clipping", "combine", "factor", "sum")
 KERNELS = {
     *(f"{name}_kernel" for name in ONE_EACH),
     *(f"list_products_kernel<{lists}>" for lists in (1, 2)),
-    *(f"{name}_kernel<{tasks}>" for name in ("products", "resolve") for tasks in K),
+    *(f"{name}_kernel<{tasks}>" for name in ("graddrop", "products", "resolve") for tasks in K),
+    "graddrop_kernel<0>",  # of any number of tasks
 }
 # Vectors of every row that a thread reads at once (gramian.cuh).
 UNROLLED = {1: 4, 2: 4, 3: 2, 4: 2, 5: 1, 6: 1, 7: 1, 8: 1}
@@ -450,6 +451,7 @@ def loads_on_their_way(instructions: list[str]) -> int:
         # Rows, history and momentum.
         *((f"products_kernel<{k}>", (2 * k + 1) * UNROLLED[k], 0) for k in K),
         *((f"resolve_kernel<{k}>", (2 * k + 1) * UNROLLED[k], 4) for k in K),
+        *((f"graddrop_kernel<{k}>", k * UNROLLED[k], UNROLLED[k]) for k in K),
     ],
 )
 def test_memory_is_read_16_bytes_at_a_time_and_a_tile_at_once(kernel, loads, stores):

@@ -4,7 +4,15 @@ import math
 
 import pytest
 import torch
-from flat import DTYPES, layout_of, misaligned, rows, unwritten
+from flat import (
+    DTYPES,
+    layout_of,
+    misaligned,
+    packed_layout_of,
+    random_mask,
+    rows,
+    unwritten,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
@@ -240,6 +248,8 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_written(
     )  # fmt: skip
     refused("history must be", history=torch.zeros(1, layout.length))
     refused(r"weights must be \[2\] float64", weights=vector(1.0))
+    refused(r"weights must be \[1, 2\] float64", weights=torch.ones(2, 2).double())
+    refused(r"mask must be \[1\] int32", mask=torch.ones(1))
 
 
 def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
@@ -372,3 +382,122 @@ def test_outputs_in_the_first_row_itself(backend, dtype, tasks, finite, options)
         results.append([*written, history, *(given[k] for k in given if "momentum" in k)])
     for apart, within in zip(*results, strict=True):
         assert torch.equal(apart, within)
+
+
+# Forms of the update, each with what it is given beside weights and rows.
+FORMS = {
+    "plain": {},
+    "momentum": {"beta": 0.9},
+    "clipped": {"max_norm": 1.0},
+    "clipped momentum": {"beta": 0.5, "max_norm": 1.0},
+    "signs": {"signs": True},
+    "signs of momentum": {"beta": 0.9, "signs": True},
+}
+ODD_SIZES = [4099, 1, 0, 65, 1024, 33]
+
+
+class Update:
+    """What combine reads and writes: the same each time that it is made."""
+
+    def __init__(self, tasks, dtype, *, beta=0.0, max_norm=None, signs=False, packed=False):
+        self.layout = layout = (packed_layout_of if packed else layout_of)(ODD_SIZES)
+        self.accumulators = rows(layout, tasks, 0, dtype)
+        self.history = rows(layout, tasks, 1, torch.bfloat16)
+        self.momentum = rows(layout, 1, 2)[0] if beta else None
+        self.steps = torch.arange(len(ODD_SIZES)) if beta else None
+        self.scale = torch.linspace(0.5, 1.5, tasks).double()
+        if tasks > 2:
+            self.scale[1] = 0.0
+        self.beta, self.max_norm = beta, max_norm
+        self.norms = torch.linspace(0.0, 90.0, len(ODD_SIZES)).double() if signs else None
+        kinds = [*DTYPES, None, torch.float32]
+        self.outputs = [
+            None if kind is None else unwritten(size, dtype=kind)
+            for size, kind in zip(ODD_SIZES, kinds, strict=True)
+        ]
+        self.per_tensor = gramian_of(self.accumulators, layout, self.scale, self.momentum)
+
+    def combine(self, backend, weights, tensors=None, mask=None):
+        """Runs it, for some of the tensors alone if asked for; returns outputs, and the rest."""
+        some = slice(None) if tensors is None else tensors
+        ops.combine(
+            self.accumulators,
+            self.outputs[some],
+            self.layout.offsets[some],
+            self.layout.sizes[some],
+            weights=weights,
+            scale=self.scale,
+            finite=TRUE,
+            per_tensor=self.per_tensor[some],
+            history=self.history,
+            momentum=self.momentum,
+            momentum_steps=None if self.steps is None else self.steps[some],
+            beta=self.beta,
+            max_norm=self.max_norm,
+            parameter_norms=None if self.norms is None else self.norms[some],
+            trust_ratio_coef=0.01,
+            trust_ratio_clip=10.0,
+            mask=mask,
+            backend=backend,
+        )
+        return self.outputs, [self.history, self.momentum, self.steps]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tasks", [1, 3, 9])
+def test_weights_per_tensor_are_those_of_a_call_per_tensor(backend, form, tasks):
+    options = dict(FORMS[form])
+    max_norm = options.pop("max_norm", None)
+    tensors = len(ODD_SIZES)
+    weights = torch.randn(tensors, tasks, generator=torch.Generator().manual_seed(3)).double()
+    weights[3] = 0.0
+    at_once = Update(tasks, torch.float32, **options, max_norm=max_norm)
+    apart = Update(tasks, torch.float32, **options)
+    outputs, changed = at_once.combine(backend, weights)
+    for t in range(tensors):
+        expected, expected_changed = apart.combine(backend, weights[t], slice(t, t + 1))
+    for a, b in zip(changed, expected_changed, strict=True):
+        assert (a is b is None) or torch.equal(a, b)
+    factor = 1.0
+    if max_norm is not None:  # the norm is that of all tensors together
+        factor = max_norm / float(torch.cat([b.double() for b in expected if b is not None]).norm())
+        assert factor < 1.0
+    for a, b in zip(outputs, expected, strict=True):
+        if b is None or ("clipped" not in form and "signs" not in form):
+            assert (a is b is None) or torch.equal(a, b)
+        else:
+            # A norm of inner products is as exact as those; outputs have a rounding of their own.
+            tolerance = 1e-4 if a.dtype.itemsize > 2 else 1e-2
+            torch.testing.assert_close(a.double(), factor * b.double(), rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_a_mask_leaves_out_becomes_exactly_zero(backend, form, dtype, own, packed):
+    plain, masked = (Update(3, dtype, **FORMS[form], packed=packed) for _ in range(2))
+    layout = plain.layout
+    weights = torch.randn(len(ODD_SIZES), 3, generator=torch.Generator().manual_seed(3)).double()
+    weights = weights if own else weights[0]
+    trained, mask = random_mask(layout.length, 4)
+    masked.accumulators[:, ~trained] = torch.tensor([[math.nan], [1.0], [math.inf]]).to(dtype)
+    if masked.momentum is not None:
+        masked.momentum[~trained] = math.nan
+    plain.combine(backend, weights)
+    masked.combine(backend, weights, mask=mask)
+    for t, part in enumerate(layout.split(trained)):
+        output, whole = masked.outputs[t], plain.outputs[t]
+        if output is None:
+            continue
+        assert torch.equal(output, whole.masked_fill(~part, 0.0))
+        assert not output[~part].signbit().any()
+        if masked.momentum is not None:
+            momentum, kept = (layout.split(each.momentum)[t] for each in (masked, plain))
+            assert torch.equal(momentum, kept.masked_fill(~part, 0.0))
+    assert masked.steps is plain.steps is None or torch.equal(masked.steps, plain.steps)
+    # The history is of the gradients as they are.
+    copied = masked.accumulators[::2].bfloat16()[:, layout.mask()]
+    assert torch.equal(
+        masked.history[::2][:, layout.mask()].nan_to_num(7.0), copied.nan_to_num(7.0)
+    )

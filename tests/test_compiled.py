@@ -12,7 +12,13 @@ from compiled import TARGETS, Finding
 pytest.importorskip("triton", reason="Triton is not installed: there is nothing to compile")
 NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
 # What runs over all parameters. The others work on a few numbers.
-LARGE = ("accumulate_kernel", "products_kernel", "list_products_kernel", "combine_kernel")
+LARGE = (
+    "accumulate_kernel",
+    "products_kernel",
+    "list_products_kernel",
+    "combine_kernel",
+    "graddrop_kernel",
+)
 
 
 def output_of(script: str) -> list[str]:

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from flat import Layout, layout_of, misaligned, rows, unwritten
+from flat import layout_of, misaligned, packed_layout_of, random_mask, rows, unwritten
 from hypothesis import given
 from hypothesis import strategies as st
 from sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
@@ -23,17 +23,22 @@ UNAVAILABLE = ops.unavailable("cuda", CPU)
 needs_host_driver = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
 
 
-def packed_layout_of(sizes):
-    """Segments without gaps: hardly any begins where a vector may."""
-    offsets = [sum(sizes[:t]) for t in range(len(sizes))]
-    return Layout(offsets, list(sizes), sum(sizes))
-
-
 class Problem:
     """What a resolution reads and writes, the same for the same seed."""
 
     def __init__(
-        self, sizes, tasks, seed, *, history, momentum, dtype, method, broken, packed=False
+        self,
+        sizes,
+        tasks,
+        seed,
+        *,
+        history,
+        momentum,
+        dtype,
+        method,
+        broken,
+        packed=False,
+        masked=False,
     ):
         layout = packed_layout_of(sizes) if packed else layout_of(sizes)
         self.offsets, self.sizes, self.method = layout.offsets, layout.sizes, method
@@ -43,6 +48,10 @@ class Problem:
             self.accumulators[-1, 0] = math.inf
         self.history = None if history is None else rows(layout, tasks, seed + 1, history)
         self.momentum = rows(layout, 1, seed + 2)[0] if momentum else None
+        self.mask = None
+        if masked:
+            trained, self.mask = random_mask(layout.length, seed + 3)
+            self.accumulators[:, ~trained] = math.nan
         self.steps = torch.arange(len(sizes)) if momentum else None
         self.outputs = []
         for t, size in enumerate(sizes):
@@ -66,7 +75,7 @@ class Problem:
             self.accumulators, self.outputs, self.offsets, self.sizes, scale=self.scale,
             state=self.state, settings=self.method.settings(len(self.scale)), history=self.history,
             momentum=self.momentum, momentum_steps=self.steps,
-            beta=0.0 if self.momentum is None else 0.9, backend="cuda", **options,
+            beta=0.0 if self.momentum is None else 0.9, mask=self.mask, backend="cuda", **options,
         )  # fmt: skip
         given = [self.accumulators, self.history, self.momentum, self.steps, *self.outputs]
         return [*given, *self.state.values(), *products, *decision]
@@ -96,15 +105,16 @@ METHODS = st.sampled_from(
     st.sampled_from([False, False, False, True]),
     st.sampled_from(["", "clip", "signs"]),
     st.booleans(),
+    st.booleans(),
 )
 def test_one_launch_gives_the_bits_of_the_operations_apart(
-    sizes, tasks, seed, history, momentum, dtype, method, broken, size_rule, packed
+    sizes, tasks, seed, history, momentum, dtype, method, broken, size_rule, packed, masked
 ):
     options = {"clip": {"max_norm": 0.1}, "signs": {"parameter_norms": None}}.get(size_rule, {})
     if size_rule == "signs":
         options = {"parameter_norms": torch.linspace(0.0, 3.0, len(sizes)).double()}
     given = {"history": history, "momentum": momentum, "dtype": dtype, "method": method}
-    given["packed"] = packed
+    given |= {"packed": packed, "masked": masked}
     results = []
     for at_once in (True, False):
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -130,11 +140,18 @@ def test_no_vector_is_read_where_none_may_begin(sizes, dtype, shift):
     ops.accumulate(accumulators[1], gradients, layout.offsets, sizes, backend="cuda")
     method = GCond()
     one = torch.ones(2, dtype=torch.float64)
+    mask = torch.full((-(-length // 32),), -1, dtype=torch.int32)
+    options = {"beta": 0.5, "mask": mask, "backend": "cuda"}
+    ops.graddrop(
+        accumulators, gradients, layout.offsets, sizes, scale=one, finite=torch.tensor(True),
+        seed=0, draws=torch.tensor(0), momentum=torch.zeros(length),
+        momentum_steps=torch.zeros(len(sizes), dtype=torch.int64), **options,
+    )  # fmt: skip
     products, decision = ops.resolve(
         accumulators, gradients, layout.offsets, sizes, scale=one,
         state=method.new_state(2, CPU), settings=method.settings(2), history=history,
         momentum=torch.zeros(length), momentum_steps=torch.zeros(len(sizes), dtype=torch.int64),
-        beta=0.5, backend="cuda",
+        **options,
     )  # fmt: skip
     used = accumulators[:, : layout.length].double()
     # Float32 sums of 16 thousand products at most.
@@ -192,6 +209,40 @@ def test_more_tensors_than_one_launch_holds(momentum, update):
 
 
 @needs_host_driver
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_weights_and_signs_of_more_tensors_than_one_launch_holds(beta):
+    from gcond_kernels import _cuda
+
+    sizes = torch.randint(0, 9, (_cuda.MOST_TENSORS + 203,)).tolist()
+    layout = layout_of(sizes)
+    accumulators, scale = rows(layout, 2, 0), torch.ones(2, dtype=torch.float64)
+    weights = torch.randn(len(sizes), 2, dtype=torch.float64)
+    _, mask = random_mask(layout.length, 1)
+    results = {}
+    for backend in ("cuda", "python"):
+        given = {"scale": scale, "finite": torch.tensor(True), "mask": mask, "backend": backend}
+        if beta:
+            given["momentum"] = rows(layout, 1, 2)[0]
+            given |= {"beta": beta, "momentum_steps": torch.arange(len(sizes))}
+        products = ops.gramian(
+            accumulators, layout.offsets, sizes, scale=scale, history=accumulators,
+            history_scale=scale, mask=mask, momentum=given.get("momentum"), backend=backend,
+        )  # fmt: skip
+        weighted, picked = ([unwritten(size) for size in sizes] for _ in range(2))
+        ops.combine(
+            accumulators, weighted, layout.offsets, sizes, weights=weights,
+            per_tensor=products.per_tensor, max_norm=1.0, **given,
+        )  # fmt: skip
+        ops.graddrop(
+            accumulators, picked, layout.offsets, sizes, seed=3, draws=torch.tensor(5), **given
+        )
+        results[backend] = [torch.cat(weighted), torch.cat(picked), *products]
+    for ours, reference in zip(*results.values(), strict=True):
+        # Float32 sums in another order.
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+@needs_host_driver
 def test_elements_beyond_2_31():
     # Memory that is only reserved: nothing but the pages that are used becomes real.
     far, row = 2**31 + 4096, 2**31 + 8192
@@ -216,6 +267,21 @@ def test_elements_beyond_2_31():
     assert torch.allclose(output.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(history[:, far : far + 3000], values)
 
+    mask = torch.frombuffer(mmap.mmap(-1, row // 8), dtype=torch.int32)
+    mask[far // 32 : far // 32 + 3000 // 64] = -1
+    trained = 3000 // 64 * 32
+    masked = ops.gramian(accumulators, [far], [3000], scale=one, mask=mask, backend="cuda").total
+    exact = values[:, :trained].double() @ values[:, :trained].double().T
+    assert torch.allclose(masked, exact, rtol=1e-5, atol=1e-5)
+    picked = {backend: unwritten(3000) for backend in ("cuda", "python")}
+    for backend, output in picked.items():
+        ops.graddrop(
+            accumulators, [output], [far], [3000], scale=one, finite=torch.tensor(True), seed=0,
+            draws=torch.tensor(0), mask=mask, backend=backend,
+        )  # fmt: skip
+    assert torch.equal(*picked.values())
+    assert (picked["cuda"] != 0.0).nonzero().max() == trained - 1
+
 
 @needs_host_driver
 def test_up_to_64_tasks_are_arbitrated_and_more_are_an_error():
@@ -226,11 +292,11 @@ def test_up_to_64_tasks_are_arbitrated_and_more_are_an_error():
         scale = torch.ones(tasks, dtype=torch.float64)
         if tasks > 64:
             with pytest.raises(ValueError, match="up to 64 tasks, not 65: use backend='python'"):
-                method.resolve(g @ g.T, None, scale, state, "cuda")
+                method.resolve(g @ g.T, None, scale, state, backend="cuda")
             return
-        weights = method.resolve(g @ g.T, None, scale, state, "cuda").weights
+        weights = method.resolve(g @ g.T, None, scale, state, backend="cuda").weights
         state = method.new_state(tasks, CPU)
-        expected = method.resolve(g @ g.T, None, scale, state, "python").weights
+        expected = method.resolve(g @ g.T, None, scale, state, backend="python").weights
         assert torch.allclose(weights, expected, rtol=1e-9)
 
 

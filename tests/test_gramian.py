@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from flat import layout_of, misaligned, rows
+from flat import layout_of, misaligned, packed_layout_of, random_mask, rows
 from hypothesis import given
 from hypothesis import strategies as st
 from sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
@@ -42,7 +42,7 @@ def test_against_float64(backend, sizes, tasks, dtype, history_dtype, with_momen
     momentum = rows(layout, 1, seed + 2)[0] if with_momentum else None
     scale = torch.rand(tasks, dtype=torch.float64) + 0.1
     history_scale = torch.rand(tasks, dtype=torch.float64)
-    total, cross, per_tensor = ops.gramian(
+    total, cross, per_tensor, crosses = ops.gramian(
         accumulators,
         layout.offsets,
         layout.sizes,
@@ -56,13 +56,17 @@ def test_against_float64(backend, sizes, tasks, dtype, history_dtype, with_momen
     left = g if momentum is None else torch.cat([g, momentum.double()[None]])
     assert per_tensor.shape == (len(sizes), len(left), len(left))
     check(total, g, g)
+    past = None if history is None else history.double() * history_scale[:, None]
     for t, (offset, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
-        part = left[:, offset : offset + size]
-        check(per_tensor[t], part, part)
-    if history is None:
-        assert cross is None
+        inside = slice(offset, offset + size)
+        check(per_tensor[t], left[:, inside], left[:, inside])
+        if past is not None:
+            check(crosses[t], g[:, inside], past[:, inside])
+    if past is None:
+        assert cross is crosses is None
     else:
-        check(cross, g, history.double() * history_scale[:, None])
+        assert crosses.shape == (len(sizes), tasks, tasks)
+        check(cross, g, past)
 
 
 def test_segments_longer_than_a_block(backend, monkeypatch):
@@ -70,7 +74,7 @@ def test_segments_longer_than_a_block(backend, monkeypatch):
     layout = layout_of([70_001, 5, 0, 16_384])
     accumulators, history = rows(layout, 3, 0), rows(layout, 3, 1, torch.bfloat16)
     ones = torch.ones(3, dtype=torch.float64)
-    total, cross, _per_tensor = ops.gramian(
+    total, cross, _per_tensor, _ = ops.gramian(
         accumulators,
         layout.offsets,
         layout.sizes,
@@ -91,7 +95,7 @@ def test_a_task_that_takes_no_part_is_zero_whatever_it_holds(backend, garbage):
     scale = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
     history_scale = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
     history[2] = garbage
-    _total, cross, per_tensor = ops.gramian(
+    _total, cross, per_tensor, crosses = ops.gramian(
         accumulators,
         layout.offsets,
         layout.sizes,
@@ -100,6 +104,8 @@ def test_a_task_that_takes_no_part_is_zero_whatever_it_holds(backend, garbage):
         history_scale=history_scale,
         backend=backend,
     )
+    assert (crosses[:, 1] == 0).all()
+    assert (crosses[:, :, 2] == 0).all()
     assert (per_tensor[:, 1] == 0).all()
     assert (per_tensor[:, :, 1] == 0).all()
     assert (cross[1] == 0).all()
@@ -115,13 +121,13 @@ def test_what_is_not_finite_shows_on_the_diagonal(backend, bad, place):
     layout = layout_of([3, 9000])
     accumulators = rows(layout, 2, 0)
     accumulators[1, layout.offsets[1] + place] = bad
-    _, _, per_tensor = ops.gramian(
+    per_tensor = ops.gramian(
         accumulators,
         layout.offsets,
         layout.sizes,
         scale=torch.ones(2, dtype=torch.float64),
         backend=backend,
-    )
+    ).per_tensor
     assert per_tensor[0].isfinite().all()
     assert per_tensor[1, 0, 0].isfinite()
     assert not per_tensor[1, 1, 1].isfinite()
@@ -133,13 +139,12 @@ def test_across_partial_sums_the_addition_is_float64(backend):
     accumulators[:, 0] = 4096.0
     accumulators[:, 999_999] = 1.0
     ones = torch.ones(2, dtype=torch.float64)
-    _total, cross, per_tensor = ops.gramian(
+    _total, *products = ops.gramian(
         accumulators, layout.offsets, layout.sizes, scale=ones, history=accumulators.bfloat16(),
         history_scale=ones, backend=backend,
     )  # fmt: skip
-    # 2^24 + 1 is no float32.
-    assert (per_tensor == 2**24 + 1).all()
-    assert (cross == 2**24 + 1).all()
+    for sums in products:  # 2^24 + 1 is no float32
+        assert (sums == 2**24 + 1).all()
 
 
 def test_same_input_same_bits(backend):
@@ -171,6 +176,8 @@ def test_what_does_not_fit_is_refused(backend):
         call(history=accumulators)
     with pytest.raises(ValueError, match="momentum has 3 elements"):
         call(momentum=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"mask must be \[1\] int32"):
+        call(mask=torch.zeros(2, dtype=torch.int32))
 
 
 @given(
@@ -212,7 +219,7 @@ def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
     layout = layout_of([3] * 299 + [0])
     accumulators = rows(layout, 1, 0)
     one = torch.ones(1, dtype=torch.float64)
-    total, _, per_tensor = ops.gramian(
+    total, _, per_tensor, _ = ops.gramian(
         accumulators, layout.offsets, layout.sizes, scale=one, backend=backend
     )
     check(total, accumulators, accumulators)
@@ -227,7 +234,7 @@ def test_many_tasks(backend, tasks, with_momentum):
     accumulators, history = rows(layout, tasks, 0), rows(layout, tasks, 1, torch.bfloat16)
     momentum = rows(layout, 1, 2)[0] if with_momentum else None
     ones = torch.ones(tasks, dtype=torch.float64)
-    total, cross, per_tensor = ops.gramian(
+    total, cross, per_tensor, crosses = ops.gramian(
         accumulators, layout.offsets, layout.sizes, scale=ones, history=history,
         history_scale=ones, momentum=momentum, backend=backend,
     )  # fmt: skip
@@ -235,6 +242,69 @@ def test_many_tasks(backend, tasks, with_momentum):
     check(total, accumulators, accumulators)
     check(cross, accumulators, history)
     check(per_tensor.sum(0), left, left)
+    torch.testing.assert_close(crosses.sum(0), cross, rtol=1e-12, atol=1e-12)
+    for t, (offset, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
+        inside = slice(offset, offset + size)
+        check(crosses[t], accumulators[:, inside], history[:, inside])
+
+
+MASKED_SIZES = [4101, 1, 0, 513, 64]
+
+
+def masked_rows(tasks: int, dtype, history_dtype, packed: bool):
+    """Rows, history, momentum, and their mask; the rows are in segments with gaps, or without."""
+    layout = packed_layout_of(MASKED_SIZES) if packed else layout_of(MASKED_SIZES)
+    trained, mask = random_mask(layout.length, 0)
+    given = {
+        "accumulators": rows(layout, tasks, 1, dtype),
+        "history": None if history_dtype is None else rows(layout, tasks, 2, history_dtype),
+        "momentum": rows(layout, 1, 3)[0],
+    }
+    return layout, trained, mask, given
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 4, 8, 9])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "history_dtype"),
+    [
+        (torch.float32, None),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+def test_what_a_mask_leaves_out_counts_as_zero(backend, tasks, packed, dtype, history_dtype):
+    layout, trained, mask, given = masked_rows(tasks, dtype, history_dtype, packed)
+    options = {"scale": torch.linspace(0.5, 1.0, tasks).double(), "backend": backend}
+    if history_dtype is not None:
+        options["history_scale"] = torch.linspace(1.0, 0.5, tasks).double()
+
+    def products(filled, **more):
+        values = {
+            name: None if value is None else value.masked_fill(~trained, filled)
+            for name, value in given.items()
+        }
+        first = values.pop("accumulators")
+        return ops.gramian(first, layout.offsets, layout.sizes, **values, **options, **more)
+
+    expected = products(0.0)
+    for filled in (1.0, math.nan, math.inf):
+        for got, zeros in zip(products(filled, mask=mask), expected, strict=True):
+            assert (got is zeros is None) or torch.equal(got, zeros)
+
+
+def test_a_mask_of_nothing_and_one_of_all(backend):
+    layout = layout_of([5000, 3])
+    accumulators, scale = rows(layout, 2, 0), torch.ones(2, dtype=torch.float64)
+    words = torch.zeros(layout.length // 32, dtype=torch.int32)
+    given = (accumulators, layout.offsets, layout.sizes)
+    options = {"scale": scale, "history": accumulators, "history_scale": scale, "backend": backend}
+    plain = ops.gramian(*given, **options)
+    for got, expected in zip(ops.gramian(*given, **options, mask=~words), plain, strict=True):
+        assert torch.equal(got, expected)
+    accumulators[:] = math.nan
+    assert all((sums == 0.0).all() for sums in ops.gramian(*given, **options, mask=words))
 
 
 @pytest.mark.parametrize("allowed", ["high", "medium", "tf32", "bf16"])
@@ -285,7 +355,7 @@ def test_products_are_symmetric_to_the_bit(backend):
     layout = layout_of([4096 * 3 + 7, 33, 5])
     for seed in range(20):
         accumulators = rows(layout, 3, seed)
-        total, _, per_tensor = ops.gramian(
+        total, _, per_tensor, _ = ops.gramian(
             accumulators, layout.offsets, layout.sizes, scale=torch.rand(3).double(),
             momentum=rows(layout, 1, seed + 100)[0], backend=backend,
         )  # fmt: skip

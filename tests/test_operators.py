@@ -9,6 +9,7 @@ from gcond_kernels import GCond, ops
 
 LAYOUT = layout_of([5, 40, 0])
 ONES = torch.ones(2, dtype=torch.float64)
+MASK = torch.full((-(-rows(LAYOUT, 1, 0).shape[1] // 32),), 0x55555555, dtype=torch.int32)
 operators = torch.ops.gcond_kernels
 
 
@@ -22,6 +23,7 @@ def gramian_arguments(history: bool = True, momentum: bool = True):
         rows(LAYOUT, 2, 1, torch.bfloat16) if history else None,
         ONES.clone() if history else None,
         rows(LAYOUT, 1, 2)[0] if momentum else None,
+        MASK if momentum else None,
     )  # fmt: skip
 
 
@@ -40,7 +42,15 @@ def combine_arguments():
         accumulators, [torch.empty(5), torch.empty(0)], [0, 2], LAYOUT.offsets, LAYOUT.sizes,
         ONES, ONES.clone(), torch.tensor(True), torch.zeros(3, 3, 3).double(),
         rows(LAYOUT, 2, 1, torch.bfloat16), rows(LAYOUT, 1, 2)[0],
-        torch.zeros(3, dtype=torch.int64), 0.9, 1.0, None, 1e-4, 100.0,
+        torch.zeros(3, dtype=torch.int64), 0.9, 1.0, None, 1e-4, 100.0, MASK,
+    )  # fmt: skip
+
+
+def graddrop_arguments():
+    return (
+        rows(LAYOUT, 2, 0), [torch.empty(5), torch.empty(0)], [0, 2], LAYOUT.offsets, LAYOUT.sizes,
+        ONES, torch.tensor(True), 7, torch.tensor(3), 0.1, rows(LAYOUT, 1, 2)[0],
+        torch.zeros(3, dtype=torch.int64), 0.9, MASK, 64,
     )  # fmt: skip
 
 
@@ -57,6 +67,7 @@ def test_opcheck_passes(backend):
     # One conflict for one iteration: no NaN among the events, which would compare as different.
     check(operators.arbitrate, (*arbitrate_arguments(), backend))
     check(operators.combine, (*combine_arguments(), backend))
+    check(operators.graddrop, (*graddrop_arguments(), backend))
 
 
 def test_compiled_code_holds_the_operators_and_gives_the_same(backend):

@@ -113,7 +113,7 @@ def test_clear_forgets_in_place():
     add(kept, gradients_of(2, 0), 8)
     assert kept._ring is ring  # a CUDA graph goes on writing there
     assert [row["step"] for row in kept.rows()] == [8]
-    assert [row["compared"] for row in kept.layers()] == [1, 1, 1]
+    assert [row["compared"] for row in kept.layers()] == [1, 1]
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 8])
@@ -288,7 +288,7 @@ def test_a_dropped_task_is_compared_with_none():
     assert row["cosine/a/b"] is row["cosine/b/c"] is row["norm/b"] is None
     assert row["cosine/a/c"] == row["min_cosine"]
     assert [row[f"dropped/{task}"] for task in "abc"] == [False, True, False]
-    assert [layer["compared"] for layer in kept.layers()] == [1, 1, 1]  # a and c
+    assert [layer["compared"] for layer in kept.layers()] == [1, 1]  # a and c
 
 
 def test_a_task_without_a_gradient_has_a_norm_of_zero_and_no_cosine():
@@ -307,27 +307,60 @@ def test_a_task_without_a_gradient_has_a_norm_of_zero_and_no_cosine():
 @pytest.mark.parametrize("tasks", [2, 3])
 def test_layers_are_counted_apart(tasks):
     kept = filled(9, tasks=tasks, keep=2, momentum=True)  # counted on, whatever the ring forgets
-    seen = dict.fromkeys(NAMES, 0)
-    below = dict.fromkeys(NAMES, 0)
-    for number in range(1, 10):
-        for name, G in zip(NAMES, gradients_of(tasks, number), strict=True):
-            for i, j in combinations(range(tasks), 2):
-                seen[name] += 1
-                below[name] += bool(G[i] @ G[j] < 0.0)
-    layers = kept.layers()
-    assert {layer["parameter"]: layer["compared"] for layer in layers} == seen
-    assert {layer["parameter"]: layer["conflicts"] for layer in layers} == below
-    assert all(layer["share"] == layer["conflicts"] / layer["compared"] for layer in layers)
-    shares = [layer["share"] for layer in layers]
-    assert shares == sorted(shares, reverse=True)
-    assert len(set(shares)) > 1
+    differ = False
+    for threshold in (0.0, -0.02, -0.3):
+        seen = {"first": 0, "last": 0}
+        below = {"first": 0, "last": 0}
+        for number in range(1, 10):
+            first, bias, last = gradients_of(tasks, number)
+            for name, G in (("first", torch.cat([first, bias], dim=1)), ("last", last)):
+                for i, j in combinations(range(tasks), 2):
+                    seen[name] += 1
+                    cosine = torch.nn.functional.cosine_similarity(G[i], G[j], dim=0)
+                    below[name] += bool(cosine < threshold)
+        layers = kept.layers(threshold)
+        assert {layer["layer"]: layer["compared"] for layer in layers} == seen
+        assert {layer["layer"]: layer["conflicts"] for layer in layers} == below
+        assert all(layer["share"] == layer["conflicts"] / layer["compared"] for layer in layers)
+        scores = [layer["conflicts"] for layer in layers]
+        assert scores == sorted(scores, reverse=True)
+        differ |= len(set(scores)) > 1
+    assert differ
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.01, -0.025, 1.0])
+def test_a_threshold_of_layers_is_one_that_was_counted(threshold):
+    with pytest.raises(ValueError, match=f"multiple of 0.01.*{threshold}"):
+        filled(2).layers(threshold)
+
+
+def test_every_hundredth_is_a_threshold():
+    cosines = [-0.995, -0.505, -0.015, -0.005, -1e-20, 0.0, 0.5]
+    kept = with_cosines(cosines)
+    for hundredths in range(-99, 1):
+        (layer,) = kept.layers(hundredths / 100)
+        assert layer["conflicts"] == sum(cosine < hundredths / 100 for cosine in cosines)
+        assert layer["compared"] == len(cosines)
+
+
+def test_incidence_is_the_share_of_pairs_below_zero():
+    kept = Recorder("abc", THRESHOLDS, 10)
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    add(kept, [torch.stack([a, -a, b]).double()], 1)  # one pair of three
+    add(kept, [torch.stack([a, 0 * a, a]).double()], 2)  # none of one
+    add(kept, [torch.stack([a, 0 * a, 0 * a]).double()], 3)  # nothing to compare
+    assert [row["incidence"] for row in kept.rows()] == [1 / 3, 0.0, None]
+    assert kept.incidence() == pytest.approx(1 / 6)
+    assert "Incidence of conflict" in kept.advise()
+    assert "16.7 %" in kept.advise()
+    assert Recorder("ab", THRESHOLDS, 10).incidence() is None
 
 
 def test_equal_shares_stay_in_the_order_of_the_model():
     kept = Recorder("ab", THRESHOLDS, 4)
     same, opposed = torch.ones(2, 5).double(), torch.tensor([[1.0], [-1.0]]).double().expand(2, 5)
     add(kept, [same, opposed, same, opposed], names=("w", "x", "y", "z"))
-    assert [layer["parameter"] for layer in kept.layers()] == ["x", "z", "w", "y"]
+    assert [layer["layer"] for layer in kept.layers()] == ["x", "z", "w", "y"]
 
 
 def test_a_parameter_of_one_task_alone_is_left_out():
@@ -335,7 +368,7 @@ def test_a_parameter_of_one_task_alone_is_left_out():
     shared, head = gradients_of(2, 0, 2)
     head[1] = 0.0
     add(kept, [shared, head], names=("shared", "head"))
-    assert [layer["parameter"] for layer in kept.layers()] == ["shared"]
+    assert [layer["layer"] for layer in kept.layers()] == ["shared"]
 
 
 def test_parameters_may_come_while_training():
@@ -344,9 +377,12 @@ def test_parameters_may_come_while_training():
     add(kept, [opposed], 1)
     add(kept, [opposed, opposed, -opposed], 2)
     add(kept, [opposed, opposed, -opposed], 3)
-    counted = {layer["parameter"]: layer["conflicts"] for layer in kept.layers()}
-    assert counted == {"first.weight": 3, "first.bias": 2, "last.weight": 2}
-    assert [row["step"] for row in kept.rows()] == [1, 2, 3]
+    counted = {layer["layer"]: layer["conflicts"] for layer in kept.layers()}
+    assert counted == {"first": 3, "last": 2}
+    add(kept, [opposed, opposed, -opposed, opposed], 4, names=(*NAMES, "last.bias"))
+    counted = {layer["layer"]: layer["conflicts"] for layer in kept.layers()}
+    assert counted == {"first": 4, "last": 3}
+    assert [row["step"] for row in kept.rows()] == [1, 2, 3, 4]
 
 
 # Advice.
@@ -391,7 +427,7 @@ def test_advice_says_what_it_looked_at():
     assert ["critical", "10.0", "%"] in lines
     assert "a and b conflict: in 50.0 % of 100 comparisons." in said
     assert "The median cosine in those is -0.40." in said
-    assert "50.0 % of 100 comparisons: first.weight" in said
+    assert "50.0 % of 100 comparisons: first" in said
     assert "Skipped" not in said
 
 
@@ -528,15 +564,15 @@ def test_zones_are_named_by_the_thresholds_there_is_room_for():
 
 
 def test_names_are_drawn_as_they_are_and_fit():
-    names = ("_first$_$", "module." * 25 + "weight", *(f"layer{number}" for number in range(28)))
+    names = ("_first$_$", "module." * 26 + "weight", *(f"layer{number}" for number in range(28)))
     kept = Recorder(["_a$x$", "_b"], THRESHOLDS, 10)
     add(kept, gradients_of(2, 0, 30), names=names)
     top, strip, bars = axes_of(kept)
     assert labels_of(top) == [r"cosine of _a\$x\$ and _b"]
     assert tick_names(strip)[0].startswith(r"_a\$x\$ won")
-    worst = kept.layers()[: plot.LAYERS]
+    worst = sorted(kept.layers(), key=lambda layer: -layer["share"])[: plot.LAYERS]
     assert [text.get_text().replace(r"\$", "$") for text in bars.texts] == [
-        layer["parameter"] for layer in worst
+        layer["layer"] for layer in worst
     ]
     assert tick_names(bars) == [f"{100 * layer['share']:.0f} % of 1" for layer in worst]
     assert "the worst 20 of 30" in bars.get_title()
@@ -601,8 +637,10 @@ def test_the_optimizer_records_what_it_reports(backend):
     assert {task: rows[-1][f"weight/{task}"] for task in "ab"} == report.weights
     assert {task: rows[-1][f"norm/{task}"] for task in "ab"} == report.norms
     assert rows[-1]["winner"] == (report.conflicts[0].winner if report.conflicts else None)
-    layers = {layer["parameter"]: layer["compared"] for layer in optimizer.recorder.layers()}
-    assert layers == dict.fromkeys(("0.weight", "0.bias", "2.weight", "2.bias"), 6)
+    layers = {layer["layer"]: layer["compared"] for layer in optimizer.recorder.layers()}
+    assert layers == {"0": 6, "2": 6}
+    assert rows[-1]["incidence"] == report.incidence
+    assert rows[-1]["zone"] == report.zone
 
 
 @pytest.mark.parametrize("on_nonfinite", ["skip", "drop_task"])

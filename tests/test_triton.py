@@ -5,7 +5,7 @@ import mmap
 
 import pytest
 import torch
-from flat import layout_of, rows
+from flat import layout_of, random_mask, rows
 
 from gcond_kernels import ops
 
@@ -119,6 +119,39 @@ def test_elements_beyond_2_31():
     )  # fmt: skip
     assert torch.equal(output, values[0].float() + values[1].float())
     assert torch.equal(history[:, far : far + 3000], values)
+
+
+@needs_interpreter
+def test_masks_beyond_2_31():
+    far, row = 2**31 + 4096, 2**31 + 8192
+    accumulators = torch.frombuffer(mmap.mmap(-1, row * 4), dtype=torch.bfloat16).view(2, row)
+    mask = torch.frombuffer(mmap.mmap(-1, row // 8), dtype=torch.int32)
+    trained, mask[far // 32 : far // 32 + 94] = random_mask(94 * 32, 0)
+    values = accumulators[:, far : far + 3000] = torch.randn(2, 3000).bfloat16()
+    kept = values.masked_fill(~trained[:3000], 0.0)
+    given = {"scale": torch.ones(2, dtype=torch.float64), "mask": mask}
+    products = ops.gramian(
+        accumulators, [far], [3000], **given, history=accumulators,
+        history_scale=given["scale"], backend="triton",
+    )  # fmt: skip
+    exact = kept.double() @ kept.double().T
+    for sums in (products.total, products.cross, products.cross_per_tensor[0]):
+        assert torch.allclose(sums, exact, rtol=1e-5, atol=1e-5)
+    output, given["finite"] = torch.empty(3000), torch.tensor(True)
+    ops.combine(
+        accumulators, [output], [far], [3000], **given, weights=given["scale"],
+        per_tensor=products.per_tensor, backend="triton",
+    )  # fmt: skip
+    assert torch.equal(output, kept[0].float() + kept[1].float())
+    picked = []
+    for backend in ("triton", "python"):
+        output = torch.empty(3000)
+        ops.graddrop(
+            accumulators, [output], [far], [3000], **given, seed=1, draws=torch.tensor(2),
+            backend=backend,
+        )  # fmt: skip
+        picked.append(output)
+    assert torch.equal(*picked)
 
 
 @needs_interpreter

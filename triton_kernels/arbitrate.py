@@ -207,21 +207,22 @@ def store_winners(winners, recent, count, is_finite, WINDOW: tl.constexpr, WP: t
 
 @triton.jit(do_not_specialize=["max_iterations"])
 def arbitrate_kernel(
-    gramian,  # [K, K] float64, like all that are not said to be otherwise
-    cross,  # [K, K]; read where CROSS
-    scale,  # [K]
-    norm_ema,  # [K], state
-    winners,  # [W] int64, state
-    history_gramian,  # [K, K], state
-    history_rows,  # [K, K], state
-    history_scale,  # [K], state
+    gramian,  # [B, K, K] float64, like all that are not said to be otherwise
+    cross,  # [B, K, K]; read where CROSS
+    scale,  # [K], of all
+    norm_ema,  # [B, K], state
+    winners,  # [B, W] int64, state
+    history_gramian,  # [B, K, K], state
+    history_rows,  # [B, K, K], state
+    # [K], state of all: each program writes it, all of them the same, so that none may read it.
+    history_scale,
     # [11]: θ_crit, θ_main, θ_weak, tolerance, power, weights of stability and strength,
     # decay and floor of the averages, cap, eps. A tensor, because arguments are float32.
     settings,
-    weights,  # [K], written
-    rows,  # [K, K], written
-    events,  # [max_iterations, 5], written
-    finite,  # [] bool, written
+    weights,  # [B, K], written
+    rows,  # [B, K, K], written
+    events,  # [B, max_iterations, 5], written
+    finite,  # [B] bool, written
     max_iterations,
     K: tl.constexpr,
     KP: tl.constexpr,
@@ -232,7 +233,12 @@ def arbitrate_kernel(
     SMOOTH: tl.constexpr,
     RESOLVED: tl.constexpr,
 ):
-    """The whole resolution (see `GCond`), and the state of the next."""
+    """The whole resolution of one Gramian (see `GCond`), and the state of the next."""
+    entry = tl.program_id(0).to(tl.int64)
+    gramian, cross, rows = gramian + entry * K * K, cross + entry * K * K, rows + entry * K * K
+    history_gramian, history_rows = history_gramian + entry * K * K, history_rows + entry * K * K
+    norm_ema, weights, winners = norm_ema + entry * K, weights + entry * K, winners + entry * WINDOW
+    events, finite = events + entry * 5 * max_iterations, finite + entry
     index, place = tl.arange(0, KP), tl.arange(0, WP)
     i, j = index[:, None], index[None, :]
     task, square, at = index < K, (i < K) & (j < K), i * K + j
@@ -334,7 +340,7 @@ def arbitrate(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weights of the tasks, and the new state in place; see `gcond_kernels.ops.arbitrate`."""
-    K, device, window = gramian.shape[0], gramian.device, winners.numel()
+    (*batch, K, _), device, window = gramian.shape, gramian.device, winners.shape[-1]
     if K > MOST_TASKS:
         raise ValueError(
             f"backend='triton' arbitrates up to {MOST_TASKS} tasks, not {K}: use backend='python'"
@@ -345,14 +351,14 @@ def arbitrate(
     )  # fmt: skip
     settings = tables.settings_tensor(tuple(map(float, values)), device)
     tables.keep_if_captured(settings)
-    weights = torch.empty(K, dtype=torch.float64, device=device)
-    rows = torch.empty((K, K), dtype=torch.float64, device=device)
+    weights = torch.empty((*batch, K), dtype=torch.float64, device=device)
+    rows = torch.empty((*batch, K, K), dtype=torch.float64, device=device)
     max_iterations = int(max_iterations)  # of a NumPy type, the interpreter would not take it
-    events = torch.empty((max_iterations, 5), dtype=torch.float64, device=device)
-    finite = torch.empty((), dtype=torch.bool, device=device)
+    events = torch.empty((*batch, max_iterations, 5), dtype=torch.float64, device=device)
+    finite = torch.empty(batch, dtype=torch.bool, device=device)
     KP = triton.next_power_of_2(K)
     with tables.guard(device):
-        arbitrate_kernel[(1,)](
+        arbitrate_kernel[(math.prod(batch),)](
             gramian.contiguous(),
             gramian if cross is None else cross.contiguous(),
             scale,

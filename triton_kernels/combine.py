@@ -22,6 +22,7 @@ from gcond_kernels.triton_kernels.memory import (
     locate,
     plan_of,
     throughout,
+    trained_of_piece,
     write,
 )
 
@@ -58,10 +59,11 @@ def add_row(
 
 @triton.jit
 def combine_chunk(
-    accumulators, history, momentum, address, kind, offset, first, size, weights, scale, factor,
-    beta, fresh, finite, stride,
+    accumulators, history, momentum, mask, address, kind, offset, first, size, weights, scale,
+    factor, beta, fresh, finite, stride,
     K: tl.constexpr, MOST_UNROLLED: tl.constexpr, HISTORY: tl.constexpr, MOMENTUM: tl.constexpr,
-    SIGNS: tl.constexpr, TYPES: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
+    MASK: tl.constexpr, SIGNS: tl.constexpr, TYPES: tl.constexpr, CHUNK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Weighted sum, history, momentum and output of one piece of a tensor."""
     at = tl.arange(0, CHUNK)
@@ -84,6 +86,9 @@ def combine_chunk(
         average = at_element(momentum, start, WIDE) + at
         updated = inside & throughout(finite & (kind != NO_TENSOR), at)
         total += beta * tl.load(average, mask=updated, other=0.0)
+    if MASK:
+        total = tl.where(trained_of_piece(mask, start, at, inside, CHUNK, WIDE), total, 0.0)
+    if MOMENTUM:
         tl.store(average, total, mask=updated)
     if SIGNS:
         total = tl.where(total > 0.0, 1.0, tl.where(total < 0.0, -1.0, 0.0))
@@ -91,24 +96,27 @@ def combine_chunk(
     write(address, kind, first + at, total, inside, TYPES, WIDE)
 
 
-@triton.jit(do_not_specialize=["stride"])
+@triton.jit(do_not_specialize=["weight_stride", "stride"])
 def combine_kernel(
     accumulators,  # [K, N'] float32 or bfloat16
     history,  # [K, N'], written where HISTORY
     momentum,  # [N'] float32, updated where MOMENTUM
+    mask,  # [N' / 32] int32, read where MASK
     table,  # [T, 4] int64: address, kind, offset, size
     chunks,  # [C, 2] int32: tensor, piece
-    weights,  # [K] float64
+    weights,  # [K] float64, or [T, K]
     scale,  # [K] float64
     finite,  # [] bool
     factors,  # [T] float64; read where FACTORS
     clipping,  # [] float64; read where CLIP
     settings,  # [4] float64: β, the bound of the norm, trust ratio coefficient and clip
+    weight_stride,  # 0, or K
     stride,  # N'
     K: tl.constexpr,
     MOST_UNROLLED: tl.constexpr,
     HISTORY: tl.constexpr,
     MOMENTUM: tl.constexpr,
+    MASK: tl.constexpr,
     FACTORS: tl.constexpr,
     CLIP: tl.constexpr,
     SIGNS: tl.constexpr,
@@ -120,6 +128,7 @@ def combine_kernel(
     address, kind = tl.load(table + 4 * tensor), tl.load(table + 4 * tensor + 1)
     offset, size = tl.load(table + 4 * tensor + 2), tl.load(table + 4 * tensor + 3)
     aligned, kind = kind & ALIGNED, kind & (ALIGNED - 1)
+    weights += tensor * weight_stride
     stride = tl.cast(stride, tl.int64)
     # Where a gradient was not finite nothing is read: zeros are written, the rest is kept.
     is_finite = tl.load(finite) != 0
@@ -134,29 +143,30 @@ def combine_kernel(
     beta = beta.to(tl.float32)
     if (aligned != 0) & (size - first >= CHUNK):
         combine_chunk(
-            accumulators, history, momentum, address, kind, offset, first, size, weights, scale,
-            factor, beta, fresh, is_finite, stride,
-            K, MOST_UNROLLED, HISTORY, MOMENTUM, SIGNS, TYPES, CHUNK, True,
+            accumulators, history, momentum, mask, address, kind, offset, first, size, weights,
+            scale, factor, beta, fresh, is_finite, stride,
+            K, MOST_UNROLLED, HISTORY, MOMENTUM, MASK, SIGNS, TYPES, CHUNK, True,
         )  # fmt: skip
     else:
         combine_chunk(
-            accumulators, history, momentum, address, kind, offset, first, size, weights, scale,
-            factor, beta, fresh, is_finite, stride,
-            K, MOST_UNROLLED, HISTORY, MOMENTUM, SIGNS, TYPES, CHUNK, False,
+            accumulators, history, momentum, mask, address, kind, offset, first, size, weights,
+            scale, factor, beta, fresh, is_finite, stride,
+            K, MOST_UNROLLED, HISTORY, MOMENTUM, MASK, SIGNS, TYPES, CHUNK, False,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["weight_stride"])
 def factor_kernel(
     table,  # [T, 4] int64: -, kind, -, -
     per_tensor,  # [T, R, R] float64, read where NORMS
-    weights,  # [K] float64
+    weights,  # [K] float64, or [T, K]; read where NORMS
     finite,  # [] bool
     momentum_steps,  # [T] int64, counted up where MOMENTUM
     parameter_norms,  # [T] float64, read where SIGNS
     settings,  # as in combine_kernel
     factors,  # [T] float64, written: what multiplies m, or its sign
     squares,  # [T] float64, written where NORMS and not SIGNS: ‖m̂‖²
+    weight_stride,  # 0, or K
     K: tl.constexpr,
     RP: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -179,7 +189,8 @@ def factor_kernel(
     if NORMS:
         R: tl.constexpr = K + MOMENTUM
         row = tl.arange(0, RP)
-        v = (1.0 - beta) * tl.load(weights + row, mask=row < K, other=0.0)
+        own = weights + tensor * weight_stride
+        v = (1.0 - beta) * tl.load(own + row, mask=row < K, other=0.0)
         if MOMENTUM:
             v = tl.where(row == K, beta, v)
         inside = (row[:, None] < R) & (row[None, :] < R)
@@ -188,9 +199,9 @@ def factor_kernel(
         square = tl.sum(tl.sum(G * v[None, :], axis=1) * v, axis=0)
         square = tl.maximum(square, 0.0) * factor * factor
         if SIGNS:
-            norm, own = tl.sqrt(square), tl.load(parameter_norms + tensor)
-            tiny = (norm < TRUST_RATIO_EPS) | (own < TRUST_RATIO_EPS)
-            ratio = tl.minimum(own / tl.where(tiny, 1.0, norm), tl.load(settings + 3))
+            norm, length = tl.sqrt(square), tl.load(parameter_norms + tensor)
+            tiny = (norm < TRUST_RATIO_EPS) | (length < TRUST_RATIO_EPS)
+            ratio = tl.minimum(length / tl.where(tiny, 1.0, norm), tl.load(settings + 3))
             factor = tl.load(settings + 2) * tl.where(tiny, 1.0, ratio)
         else:
             tl.store(squares + tensor, tl.where(written, square, 0.0))
@@ -233,6 +244,7 @@ def combine(
     parameter_norms: Tensor | None,
     trust_ratio_coef: float,
     trust_ratio_clip: float,
+    mask: Tensor | None,
 ) -> None:
     """Writes gradients, momentum and history; see `gcond_kernels.ops.combine`."""
     K, device = accumulators.shape[0], accumulators.device
@@ -262,6 +274,7 @@ def combine(
             accumulators,
             accumulators if history is None else history,
             accumulators if momentum is None else momentum,
+            plan.chunks.table if mask is None else mask,
             plan.rows,
             plan.chunks.table,
             weights,
@@ -270,11 +283,13 @@ def combine(
             weights if factors is None else factors,
             weights if clipping is None else clipping,
             settings,
+            weight_stride(weights),
             accumulators.stride(0),
             K=K,
             MOST_UNROLLED=MOST_UNROLLED,
             HISTORY=history is not None,
             MOMENTUM=momentum is not None,
+            MASK=mask is not None,
             FACTORS=factors is not None,
             CLIP=clipping is not None,
             SIGNS=parameter_norms is not None,
@@ -283,6 +298,11 @@ def combine(
             num_warps=WARPS,
             enable_fp_fusion=True,
         )
+
+
+def weight_stride(weights: Tensor) -> int:
+    """From the weights of one tensor to those of the next: 0 where all have the same."""
+    return weights.stride(0) if weights.dim() == 2 else 0
 
 
 def factors_of(
@@ -298,7 +318,7 @@ def factors_of(
     """[T] factors of the tensors and the factor [] of all; None where there is none."""
     if momentum_steps is None and parameter_norms is None and not clip:
         return None, None
-    tensors, K = plan.rows.shape[0], weights.shape[0]
+    tensors, K = plan.rows.shape[0], weights.shape[-1]
     factors, squares = torch.empty((2, tensors), dtype=torch.float64, device=weights.device)
     rows = K + (momentum_steps is not None)
     factor_kernel[(tensors,)](
@@ -311,6 +331,7 @@ def factors_of(
         settings,
         factors,
         squares,
+        weight_stride(weights),
         K=K,
         RP=triton.next_power_of_2(rows),
         MOMENTUM=int(momentum_steps is not None),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gcond_kernels import tables
 from gcond_kernels.python.gramian import gramian as gramian_by_matrix_products
-from gcond_kernels.triton_kernels.memory import ALIGNED, at_element, locate, plan_of, read
+from gcond_kernels.triton_kernels.memory import ALIGNED, at_element, locate, plan_of, read, trained
 
 WARPS = 4
 # One product of every pair of rows must stay in registers: beyond this many rows they do not,
@@ -25,12 +25,39 @@ SUM_WARPS = 4
 
 
 @triton.jit
-def read_rows(rows, base, stride, start, at, inside, COUNT: tl.constexpr, WIDE: tl.constexpr):
+def read_rows(
+    rows, base, stride, start, at, inside, kept,
+    COUNT: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """`rows` and `COUNT` more: elements `start + at` of each row of a matrix, as float32."""
     for row in tl.static_range(COUNT):
         source = at_element(base, row * stride + start, WIDE)
-        rows = rows + (tl.load(source + at, mask=inside, other=0.0).to(tl.float32),)
+        values = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+        if MASK:  # selected here, for a mask that differs from lane to lane makes narrow loads
+            values = tl.where(kept, values, 0.0)
+        rows = rows + (values,)
     return rows
+
+
+@triton.jit
+def read_tile(
+    accumulators, momentum, history, mask, stride, start, lane, element, inside,
+    K: tl.constexpr, HISTORY: tl.constexpr, MOMENTUM: tl.constexpr, MASK: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """A tile of all rows: those of the tasks and the momentum, and those of the history."""
+    at = lane + element
+    kept = inside
+    if MASK:
+        # What a thread holds of a vector boundary on lies within one word.
+        if WIDE:
+            kept = trained(mask, start, lane, element, True)
+        else:
+            kept = trained(mask, start, at, 0, inside)
+    rows = read_rows((), accumulators, stride, start, at, inside, kept, K, MASK, WIDE)
+    rows = read_rows(rows, momentum, 0, start, at, inside, kept, MOMENTUM, MASK, WIDE)
+    others = read_rows((), history, stride, start, at, inside, kept, K * HISTORY, MASK, WIDE)
+    return rows, others
 
 
 @triton.jit
@@ -70,6 +97,7 @@ def products_kernel(
     accumulators,  # [K, N'] float32 or bfloat16
     history,  # [K, N']; read where HISTORY
     momentum,  # [N'] float32; read where MOMENTUM
+    mask,  # [N' / 32] int32; read where MASK
     table,  # [T, 4] int64: -, kind, offset, size
     chunks,  # [C, 2] int32: tensor, piece
     partials,  # [P, C] float32
@@ -78,6 +106,7 @@ def products_kernel(
     K: tl.constexpr,
     HISTORY: tl.constexpr,
     MOMENTUM: tl.constexpr,
+    MASK: tl.constexpr,
     LENGTH: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -88,7 +117,7 @@ def products_kernel(
     start = tl.load(table + 4 * tensor + 2) + first
     length = tl.minimum(tl.load(table + 4 * tensor + 3) - first, LENGTH).to(tl.int32)
     stride = tl.cast(stride, tl.int64)
-    at = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    lane, element = tl.arange(0, LANES)[:, None] * VECTOR, tl.arange(0, VECTOR)[None, :]
     TILE: tl.constexpr = LANES * VECTOR
     ROWS: tl.constexpr = K + MOMENTUM
     COUNT: tl.constexpr = ROWS * (ROWS + 1) // 2 + K * K * HISTORY
@@ -96,16 +125,17 @@ def products_kernel(
     sums = no_products(COUNT, LANES)
     whole = tl.where(aligned, length // TILE * TILE, 0)
     for tile in range(0, whole, TILE):
-        here = start + tile
-        rows = read_rows((), accumulators, stride, here, at, True, K, True)
-        rows = read_rows(rows, momentum, 0, here, at, True, MOMENTUM, True)
-        others = read_rows((), history, stride, here, at, True, K * HISTORY, True)
+        rows, others = read_tile(
+            accumulators, momentum, history, mask, stride, start + tile, lane, element, True,
+            K, HISTORY, MOMENTUM, MASK, True,
+        )  # fmt: skip
         sums = add_products(sums, rows, others, K)
     for tile in range(whole, length, TILE):
-        here, inside = start + tile, tile + at < length
-        rows = read_rows((), accumulators, stride, here, at, inside, K, False)
-        rows = read_rows(rows, momentum, 0, here, at, inside, MOMENTUM, False)
-        others = read_rows((), history, stride, here, at, inside, K * HISTORY, False)
+        inside = tile + lane + element < length
+        rows, others = read_tile(
+            accumulators, momentum, history, mask, stride, start + tile, lane, element, inside,
+            K, HISTORY, MOMENTUM, MASK, False,
+        )  # fmt: skip
         sums = add_products(sums, rows, others, K)
     store_products(partials, chunk_count, sums)
 
@@ -183,6 +213,7 @@ def sum_kernel(
     per_tensor,  # [T, R, R] float64
     gramian,  # [K, K] float64
     cross,  # [K, K] float64
+    cross_per_tensor,  # [T, K, K] float64
     tensors,  # T
     chunk_count,  # C
     K: tl.constexpr,
@@ -193,33 +224,34 @@ def sum_kernel(
     """One product of one tensor; the last program of each product sums those of all tensors."""
     tensor, product = tl.program_id(0), tl.program_id(1)
     PAIRS: tl.constexpr = ROWS * (ROWS + 1) // 2
-    of_all = tensor == tensors
-    if of_all | (product < PAIRS):
-        begin = tl.load(first + tensor, mask=tensor < tensors, other=0)
-        end = tl.load(first + tl.minimum(tensor + 1, tensors))
-        source = partials + product * tl.cast(chunk_count, tl.int64)
-        sums = tl.zeros([BLOCK], tl.float64)
-        for start in range(begin, end, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            sums += tl.load(source + at, mask=at < end, other=0.0).to(tl.float64)
-        total = tl.sum(sums, axis=0)
+    begin = tl.load(first + tensor, mask=tensor < tensors, other=0)
+    end = tl.load(first + tl.minimum(tensor + 1, tensors))
+    source = partials + product * tl.cast(chunk_count, tl.int64)
+    sums = tl.zeros([BLOCK], tl.float64)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        sums += tl.load(source + at, mask=at < end, other=0.0).to(tl.float64)
+    total = tl.sum(sums, axis=0)
 
-        if product < PAIRS:
-            i, j = pair_of(product, ROWS)
-            if SCALED:
-                weight = row_scale(scale, i, K) * row_scale(scale, j, K)
-                # A task that takes no part may hold anything, NaN included: select.
-                total = tl.where(weight != 0.0, total * weight, 0.0)
-            place = per_tensor + tensor.to(tl.int64) * ROWS * ROWS
-            tl.store(place + i * ROWS + j, total, mask=tensor < tensors)
-            tl.store(place + j * ROWS + i, total, mask=tensor < tensors)
-            inside = of_all & (i < K) & (j < K)
-            tl.store(gramian + i * K + j, total, mask=inside)
-            tl.store(gramian + j * K + i, total, mask=inside)
-        else:
-            i, j = (product - PAIRS) // K, (product - PAIRS) % K
-            weight = tl.load(scale + i) * tl.load(history_scale + j)
-            tl.store(cross + i * K + j, tl.where(weight != 0.0, total * weight, 0.0))
+    # A task that takes no part may hold anything, NaN included: select.
+    if product < PAIRS:
+        i, j = pair_of(product, ROWS)
+        if SCALED:
+            weight = row_scale(scale, i, K) * row_scale(scale, j, K)
+            total = tl.where(weight != 0.0, total * weight, 0.0)
+        place = per_tensor + tensor.to(tl.int64) * ROWS * ROWS
+        tl.store(place + i * ROWS + j, total, mask=tensor < tensors)
+        tl.store(place + j * ROWS + i, total, mask=tensor < tensors)
+        inside = (tensor == tensors) & (i < K) & (j < K)
+        tl.store(gramian + i * K + j, total, mask=inside)
+        tl.store(gramian + j * K + i, total, mask=inside)
+    else:
+        i, j = (product - PAIRS) // K, (product - PAIRS) % K
+        weight = tl.load(scale + i) * tl.load(history_scale + j)
+        total = tl.where(weight != 0.0, total * weight, 0.0)
+        place = cross_per_tensor + tensor.to(tl.int64) * K * K
+        tl.store(place + i * K + j, total, mask=tensor < tensors)
+        tl.store(cross + i * K + j, total, mask=tensor == tensors)
 
 
 def vector_elements(products: int) -> int:
@@ -239,12 +271,13 @@ def gramian(
     sizes: Sequence[int],
     scale: Tensor,
     history_scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gramian, cross-Gramian, Gramian per tensor; see `gcond_kernels.ops.gramian`."""
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gramian, cross-Gramian, and both per tensor; see `gcond_kernels.ops.gramian`."""
     K, device = accumulators.shape[0], accumulators.device
     if K > MOST_TASKS:
         return gramian_by_matrix_products(
-            accumulators, history, momentum, offsets, sizes, scale, history_scale
+            accumulators, history, momentum, offsets, sizes, scale, history_scale, mask
         )
     rows = K + (momentum is not None)
     pairs, crosses = rows * (rows + 1) // 2, K * K if history is not None else 0
@@ -267,6 +300,7 @@ def gramian(
                 accumulators,
                 accumulators if history is None else history,
                 accumulators if momentum is None else momentum,
+                chunks.table if mask is None else mask,
                 plan.rows,
                 chunks.table,
                 partials,
@@ -275,6 +309,7 @@ def gramian(
                 K=K,
                 HISTORY=int(history is not None),
                 MOMENTUM=int(momentum is not None),
+                MASK=mask is not None,
                 LENGTH=length,
                 LANES=32 * WARPS,
                 VECTOR=vector,
@@ -292,13 +327,17 @@ def add_up(
     K: int,
     rows: int,
     crosses: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums [P, C] partial sums to [K, K], [K, K] ([0, 0] without crosses) and [T, R, R]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums [P, C] partial sums to [K, K] and [K, K], and of each tensor [T, R, R] and [T, K, K].
+
+    Without cross products the second is [0, 0] and the last [T, 0, 0].
+    """
     tensors, device = len(chunks.first) - 1, partials.device
     per_tensor = torch.empty((tensors, rows, rows), dtype=torch.float64, device=device)
     total = torch.empty((K, K), dtype=torch.float64, device=device)
     crossed = K if crosses else 0
     cross = torch.empty((crossed, crossed), dtype=torch.float64, device=device)
+    cross_per_tensor = torch.empty((tensors, crossed, crossed), dtype=torch.float64, device=device)
     sum_kernel[(tensors + 1, rows * (rows + 1) // 2 + crosses)](
         partials,
         chunks.first,
@@ -307,6 +346,7 @@ def add_up(
         per_tensor,
         total,
         cross,
+        cross_per_tensor,
         tensors,
         chunks.total,
         K=K,
@@ -316,7 +356,7 @@ def add_up(
         num_warps=SUM_WARPS,
         enable_fp_fusion=False,
     )
-    return total, cross, per_tensor
+    return total, cross, per_tensor, cross_per_tensor
 
 
 def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
@@ -349,5 +389,5 @@ def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]
                 num_warps=WARPS,
                 enable_fp_fusion=True,
             )
-        total, _, per_tensor = add_up(partials, chunks, None, None, count, count, 0)
+        total, _, per_tensor, _ = add_up(partials, chunks, None, None, count, count, 0)
     return total, per_tensor

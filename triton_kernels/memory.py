@@ -14,9 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gcond_kernels import tables
+from gcond_kernels.python.blocks import WORD_BITS as REFERENCE_BITS
 
 NO_TENSOR = tl.constexpr(tables.NO_TENSOR)
 ALIGNED = tl.constexpr(tables.ALIGNED)
+WORD_BITS = tl.constexpr(REFERENCE_BITS)
+VECTOR_ELEMENTS = tl.constexpr(tables.VECTOR_ELEMENTS)
 
 # Addresses that travel with one launch, where no table can be copied to the device.
 ADDRESSES = 64
@@ -102,6 +105,30 @@ def throughout(condition, at):
     is no mask; compiled it is the condition itself.
     """
     return tl.where(condition, tl.full(at.shape, 1, tl.int1), tl.full(at.shape, 0, tl.int1))
+
+
+@triton.jit
+def trained(mask, start, group, within, inside):
+    """Whether elements `start + group + within` of a row are trained, of a mask [N' / 32].
+
+    One word is loaded for each element of `group`, and holds the bits of all of `within`.
+    """
+    bit = (start % WORD_BITS).to(tl.uint32) + group
+    word = tl.load(mask + start // WORD_BITS + bit // WORD_BITS, mask=inside, other=0)
+    return (word >> (bit % WORD_BITS + within)) & 1 != 0
+
+
+@triton.jit
+def trained_of_piece(mask, start, at, inside, LENGTH: tl.constexpr, WIDE: tl.constexpr):
+    """Which of the elements `start + at` are trained, `at` those of a piece."""
+    if WIDE:
+        # From a vector boundary on, the elements of a vector have their bits in one word.
+        group = tl.arange(0, LENGTH // VECTOR_ELEMENTS)[:, None] * VECTOR_ELEMENTS
+        within = tl.arange(0, VECTOR_ELEMENTS)[None, :]
+        kept = trained(mask, start, group, within, True).reshape(LENGTH)
+    else:
+        kept = trained(mask, start, at, 0, inside)
+    return kept
 
 
 @triton.jit

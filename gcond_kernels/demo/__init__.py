@@ -1,10 +1,12 @@
-"""The demo: two real multi-task models trained with and without GCond."""
+"""The demo: two real multi-task models, trained by one method after another."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+
+from gcond_kernels.demo.methods import ALL, DEFAULT, KEYS
 
 INSTALL = 'pip install "gcond-kernels[demo]"'
 
@@ -23,6 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("photos", "digits", "both"),
         default="both",
         help="what to train (default: both; with --images only photos)",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"what to compare: {', '.join(KEYS)}, or {ALL}; plain, the sum by ordinary "
+        f"accumulation, always is (default: {' '.join(DEFAULT)})",
     )
     parser.add_argument(
         "--steps",

@@ -18,11 +18,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from gcond_kernels import ops
 from gcond_kernels.demo.digits import Digits
+from gcond_kernels.demo.methods import Method, methods_of
 from gcond_kernels.demo.photos import Photos, bundled_files, files_in, read_images
 from gcond_kernels.demo.pictures import write_pictures
 from gcond_kernels.demo.scenes import InputError, Scene
 from gcond_kernels.demo.summary import results, sentences, table
-from gcond_kernels.demo.training import METHODS, Run, evaluate, new_run, train
+from gcond_kernels.demo.training import Run, evaluate, new_run, train
 
 INTERRUPTED = 130
 
@@ -32,6 +33,7 @@ class Settings(NamedTuple):
 
     images: Path | None
     scenes: tuple[str, ...]
+    methods: tuple[Method, ...]
     steps: int | None
     seed: int
     output: Path
@@ -67,6 +69,10 @@ def check(arguments: argparse.Namespace) -> Settings:
         if arguments.scene == "digits":
             raise InputError("--images goes with the photos scene, not with --scene digits")
         scenes = ("photos",)
+    try:
+        chosen = methods_of(arguments.methods)
+    except ValueError as error:
+        raise InputError(f"--methods: {error}") from None
     if arguments.steps is not None and arguments.steps < 1:
         raise InputError(f"--steps must be 1 or more, not {arguments.steps}")
     if not 0 <= arguments.seed < 2**63:
@@ -79,6 +85,7 @@ def check(arguments: argparse.Namespace) -> Settings:
     return Settings(
         arguments.images,
         scenes,
+        chosen,
         arguments.steps,
         arguments.seed,
         arguments.output,
@@ -151,7 +158,7 @@ def train_all(
     planned = [
         new_run(scene, method, settings.steps or scene.steps, settings.seed, settings.device)
         for scene in scenes
-        for method in METHODS
+        for method in settings.methods
     ]
     total = sum(run.steps * step_cost(run) for run in planned)
     columns = (
@@ -196,6 +203,7 @@ def publish(
         of_scene = list(group)
         written += write_pictures(of_scene, settings.output)
         console.print(table(of_scene))
+        console.print()
         for sentence in sentences(of_scene):
             console.print(sentence)
     console.print(f"\nWritten to {settings.output}:", soft_wrap=True)

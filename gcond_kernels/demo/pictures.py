@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,25 +20,42 @@ from torch import Tensor
 from gcond_kernels import GCond
 from gcond_kernels.demo.digits import Digits
 from gcond_kernels.demo.photos import Photos
-from gcond_kernels.demo.summary import cosines, scores, zone_shares
-from gcond_kernels.demo.training import Run, device_of
-from gcond_kernels.plot import BLACK, BLUE, GREY, SKY, VERMILION, shade_zones
+from gcond_kernels.demo.summary import cosines, percent_in_conflict, scores
+from gcond_kernels.demo.training import Run, Step, device_of
+from gcond_kernels.plot import BLACK, BLUE, GREEN, GREY, PURPLE, SKY, VERMILION, shade_zones
 
 Draw: TypeAlias = "Callable[[Sequence[Run]], Figure]"
 
+ORANGE, BROWN, DARK = "#E69F00", "#7A4419", "#555555"
 # Line styles and markers differ too, and the widths, so that lines on top of each other stay
 # visible.
 METHOD_STYLES: dict[str, dict[str, Any]] = {
-    "plain sum": {"color": SKY, "linestyle": "-", "linewidth": 4.0, "marker": "o"},
-    "GCond exact": {"color": VERMILION, "linestyle": "-", "linewidth": 1.6, "marker": "s"},
-    "GCond stochastic": {"color": BLACK, "linestyle": ":", "linewidth": 1.6, "marker": "^"},
+    "plain": {"color": SKY, "linestyle": "-", "linewidth": 4.0, "marker": "o"},
+    "sum": {"color": BLUE, "linestyle": ":", "linewidth": 2.4, "marker": "x"},
+    "gcond": {"color": VERMILION, "linestyle": "-", "linewidth": 1.6, "marker": "s"},
+    "gcond-stochastic": {"color": BLACK, "linestyle": ":", "linewidth": 1.6, "marker": "^"},
+    "pcgrad": {"color": GREEN, "linestyle": "-", "linewidth": 1.6, "marker": "v"},
+    "cagrad": {"color": PURPLE, "linestyle": "-", "linewidth": 1.6, "marker": "D"},
+    "mgda": {"color": BLUE, "linestyle": "--", "linewidth": 1.6, "marker": "P"},
+    "gradnorm": {"color": ORANGE, "linestyle": "-", "linewidth": 1.6, "marker": "<"},
+    "upgrad": {"color": GREEN, "linestyle": "--", "linewidth": 1.6, "marker": ">"},
+    "gradvac": {"color": PURPLE, "linestyle": "--", "linewidth": 1.6, "marker": "h"},
+    "alignedmtl": {"color": BROWN, "linestyle": "-", "linewidth": 1.6, "marker": "*"},
+    "imtlg": {"color": ORANGE, "linestyle": "--", "linewidth": 1.6, "marker": "p"},
+    "nashmtl": {"color": BROWN, "linestyle": "-.", "linewidth": 1.6, "marker": "X"},
+    "graddrop": {"color": DARK, "linestyle": "-.", "linewidth": 1.6, "marker": "d"},
 }
-MARKER_SIZES = {"o": 13.0, "s": 9.0, "^": 6.0}
+MARKER_SIZES = {"o": 13.0, "s": 9.0, "^": 6.0}  # for lines that lie on each other
+MARKER_SIZE = 7.0
 TASK_STYLES = ({"color": BLUE, "marker": "o"}, {"color": VERMILION, "marker": "^"})
 RIGHT, WRONG = BLACK, VERMILION
 SMOOTHING = 0.9
-EXAMPLES = 6
+EXAMPLES, FEWER_EXAMPLES = 6, 3
 DIGIT_EXAMPLES = 10
+PANEL, LINE = 2.24, 0.27  # inches: the side of an example, and the height of a line below it
+FEW = 4  # so many methods have a row each where there are pictures of all of them
+COLUMNS = 3 + FEW  # of reconstructions, before they are wrapped
+PANELS = 3  # in a row, of small multiples
 
 
 def write_pictures(runs: Sequence[Run], output: Path) -> list[Path]:
@@ -61,7 +80,8 @@ def write_pictures(runs: Sequence[Run], output: Path) -> list[Path]:
 def losses_picture(runs: Sequence[Run]) -> Figure:
     """Training and validation loss of every task over the steps."""
     scene = runs[0].scene
-    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    many = len(runs) > FEW
+    figure = Figure(figsize=(15, 7.0) if many else (13, 5.6), layout="constrained")
     set_title(figure, runs, f"{scene.title}: losses in training (lines) and validation (markers)")
     panels = figure.subplots(1, len(scene.tasks), squeeze=False)[0]
     for axes, task in zip(panels, scene.tasks, strict=True):
@@ -71,10 +91,16 @@ def losses_picture(runs: Sequence[Run]) -> Figure:
         axes.set_xlabel("optimizer step", fontsize=12)
         axes.set_ylabel(scene.loss_labels[task], fontsize=12)
         axes.grid(alpha=0.3)
-    panels[-1].legend(handles=[method_handle(run) for run in runs], fontsize=12)
+    handles = [method_handle(run) for run in runs]
+    if many:  # inside, they would cover the lines
+        figure.legend(handles=handles, loc="outside right center", fontsize=12, handlelength=3.5)
+    else:
+        panels[-1].legend(handles=handles, fontsize=12)
+    fewer = ""
+    if any(run.method.mode == "stochastic" for run in runs):
+        fewer = "; in stochastic mode of fewer micro-batches per task"
     figure.supxlabel(
-        f"Lines: moving average (factor {SMOOTHING}); in stochastic mode of fewer micro-batches "
-        f"per task.\nValidation: {scene.validation_note}.",
+        f"Lines: moving average (factor {SMOOTHING}){fewer}.\nValidation: {scene.validation_note}.",
         fontsize=11,
     )
     return figure
@@ -90,7 +116,7 @@ def set_title(figure: Figure, runs: Sequence[Run], title: str) -> None:
 
 def plot_losses(axes: Axes, run: Run, task: str) -> None:
     """One method's curve of one task."""
-    style = dict(METHOD_STYLES[run.method.name])
+    style = dict(METHOD_STYLES[run.method.key])
     marker = style.pop("marker")
     steps = np.arange(1, len(run.history) + 1)
     axes.plot(steps, smooth([step.losses[task] for step in run.history]), **style)
@@ -99,7 +125,7 @@ def plot_losses(axes: Axes, run: Run, task: str) -> None:
         [float(evaluation.losses[task].mean()) for evaluation in run.evaluations],
         linestyle="",
         marker=marker,
-        markersize=MARKER_SIZES[marker],
+        markersize=MARKER_SIZES.get(marker, MARKER_SIZE),
         markerfacecolor="none",
         markeredgecolor=style["color"],
         markeredgewidth=2.0,
@@ -108,12 +134,12 @@ def plot_losses(axes: Axes, run: Run, task: str) -> None:
 
 def method_handle(run: Run) -> Line2D:
     """Legend entry of a method."""
-    style = METHOD_STYLES[run.method.name]
+    style = METHOD_STYLES[run.method.key]
     return Line2D(
         [],
         [],
         label=run.method.name,
-        markersize=MARKER_SIZES[style["marker"]],
+        markersize=MARKER_SIZES.get(style["marker"], MARKER_SIZE),
         markerfacecolor="white",
         markeredgewidth=2.0,
         **style,
@@ -133,17 +159,31 @@ def smooth(values: Sequence[float]) -> list[float]:
 def cosine_picture(runs: Sequence[Run]) -> Figure:
     """Cosine of the tasks' gradients over the steps, with GCond's zones and the winners."""
     compared = [run for run in runs if cosines(run)]
-    scene = runs[0].scene
-    tasks = list(scene.tasks)
-    figure = Figure(figsize=(13, 1.6 + 4.2 * len(compared)), layout="constrained")
-    set_title(figure, runs, f"{scene.title}: do the gradients of {' and '.join(tasks)} conflict?")
+    tasks = list(runs[0].scene.tasks)
+    title = f"{runs[0].scene.title}: do the gradients of {' and '.join(tasks)} conflict?"
+    if len(compared) <= FEW:
+        figure = cosine_rows(compared)
+    else:
+        figure = cosine_panels(compared)
+        title += "\nover the optimizer steps; shaded: the mild, moderate and critical zones of GCond"
+    set_title(figure, runs, title)
+    handles = point_handles(compared)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=12)
+    return figure
+
+
+def cosine_rows(runs: Sequence[Run]) -> Figure:
+    """A row for each run, with the distribution beside it."""
+    figure = Figure(figsize=(13, 1.6 + 4.2 * len(runs)), layout="constrained")
     rows = figure.subplots(
-        len(compared), 2, squeeze=False, sharey=True, width_ratios=(4, 1), sharex="col"
+        len(runs), 2, squeeze=False, sharey=True, width_ratios=(4, 1), sharex="col"
     )
-    for (left, right), run in zip(rows, compared, strict=True):
+    for (left, right), run in zip(rows, runs, strict=True):
         shade_zones(left, GCond().thresholds, labels=True)
         shade_zones(right, GCond().thresholds, labels=False)
-        scatter_steps(left, run)
+        scatter_steps(left, run, size=6.0)
+        # Room for the names of the zones.
+        left.set_xlim(0, 1.18 * run.steps)
         left.set_title(row_title(run), fontsize=13)
         left.set_ylabel("cosine similarity", fontsize=12)
         right.hist(
@@ -152,46 +192,82 @@ def cosine_picture(runs: Sequence[Run]) -> Figure:
         right.set_title("distribution", fontsize=13)
     rows[-1][0].set_xlabel("optimizer step", fontsize=12)
     rows[-1][1].set_xlabel("number of steps", fontsize=12)
-    figure.legend(handles=winner_handles(tasks), loc="outside lower center", ncols=3, fontsize=12)
+    return figure
+
+
+def cosine_panels(runs: Sequence[Run]) -> Figure:
+    """Small multiples, for more runs than a page has rows."""
+    count = math.ceil(len(runs) / PANELS)
+    figure = Figure(figsize=(15, 2.0 + 2.7 * count), layout="constrained")
+    panels = figure.subplots(count, PANELS, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes, run in zip(panels, runs, strict=False):
+        shade_zones(axes, GCond().thresholds, labels=False)
+        scatter_steps(axes, run, size=4.0)
+        axes.set_xlim(0, run.steps + 1)
+        median = f"{statistics.median(cosines(run)):+.2f}".replace("-", "−")
+        share = percent_in_conflict(run)
+        axes.set_title(f"{run.method.name}: {share:.0f} % of steps, median {median}", fontsize=12)
+    for axes in panels[len(runs) :]:
+        axes.set_axis_off()
+    for axes in panels[max(0, len(runs) - PANELS) : len(runs)]:  # with nothing below them
+        axes.tick_params(labelbottom=True)
+    figure.supylabel("cosine similarity", fontsize=12)
     return figure
 
 
 def row_title(run: Run) -> str:
     """Title of a row of the cosine picture."""
-    shares = zone_shares(run)
-    assert shares is not None
     data = "of the same data" if run.method.mode == "exact" else "of different micro-batches"
     return (
         f"{run.method.name} (gradients {data}): "
-        f"conflict in {100.0 * (1.0 - shares['none']):.0f} % of {len(cosines(run))} steps"
+        f"conflict in {percent_in_conflict(run):.0f} % of {len(cosines(run))} steps"
     )
 
 
-def scatter_steps(axes: Axes, run: Run) -> None:
-    """One point per step, by who won."""
-    tasks = list(run.scene.tasks)
+def scatter_steps(axes: Axes, run: Run, size: float) -> None:
+    """One point per step, by who won; by the sign alone where the method names no winner."""
+    points: dict[str, list[tuple[int, float]]] = {}
     for number, step in enumerate(run.history, start=1):
-        if step.cosine is None:
-            continue
-        style: dict[str, Any] = {"color": GREY, "marker": "."}
-        if step.winner is not None:
-            style = TASK_STYLES[tasks.index(step.winner)]
-        axes.plot(number, step.cosine, linestyle="", markersize=6, **style)
-    # Room for the names of the zones.
-    axes.set_xlim(0, 1.18 * run.steps)
+        if step.cosine is not None:
+            points.setdefault(point_kind(run, step), []).append((number, step.cosine))
+    styles = point_styles(list(run.scene.tasks))
+    for kind, places in points.items():
+        _, style = styles[kind]
+        axes.plot(*zip(*places, strict=True), linestyle="", markersize=size, **style)
 
 
-def winner_handles(tasks: Sequence[str]) -> list[Line2D]:
-    """Legend of the points."""
+def point_kind(run: Run, step: Step) -> str:
+    """What a step's point stands for: a key of `point_styles`."""
+    if step.zone == "none":
+        return "none"
+    return f"won by {step.winner}" if run.method.names_winners else "conflict"
 
-    def handle(label: str, color: str, marker: str) -> Line2D:
-        return Line2D([], [], linestyle="", label=label, color=color, marker=marker, markersize=8)
 
-    won = [
-        handle(f"conflict won by {task}", **style)
-        for task, style in zip(tasks, TASK_STYLES, strict=False)
+def point_styles(tasks: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Kind of point → what the legend says of it, and how it is drawn."""
+    styles: dict[str, tuple[str, dict[str, Any]]] = {
+        "none": ("no conflict", {"color": GREY, "marker": "."})
+    }
+    for task, style in zip(tasks, TASK_STYLES, strict=False):
+        styles[f"won by {task}"] = (f"conflict won by {task}", style)
+    # In the mild zone both may give way.
+    styles["won by None"] = ("conflict without a winner", {"color": BLACK, "marker": "s"})
+    styles["conflict"] = ("conflict (the method names no winner)", {"color": DARK, "marker": "x"})
+    return styles
+
+
+def point_handles(runs: Sequence[Run]) -> list[Line2D]:
+    """Legend of the points that can be there."""
+    kinds = {"none"}
+    for run in runs:
+        kinds |= {point_kind(run, step) for step in run.history if step.cosine is not None}
+        if run.method.names_winners:
+            kinds |= {f"won by {task}" for task in run.scene.tasks}
+    return [
+        Line2D([], [], linestyle="", label=label, markersize=8, **style)
+        for kind, (label, style) in point_styles(list(runs[0].scene.tasks)).items()
+        if kind in kinds
     ]
-    return [handle("no conflict", GREY, "."), *won]
 
 
 @torch.no_grad()
@@ -199,7 +275,35 @@ def reconstructions_picture(runs: Sequence[Run]) -> Figure:
     """Validation crops: what the network is given, what it makes of it, and the original."""
     scene = runs[0].scene
     assert isinstance(scene, Photos)
-    chosen = most_contrast(scene.held_out, scene.held_out_images)[:EXAMPLES]
+    fewer = len(runs) > FEW
+    order = most_contrast(scene.held_out, scene.held_out_images)
+    chosen = order[: FEWER_EXAMPLES if fewer else EXAMPLES]
+    columns = reconstructions(runs, chosen)
+    # Of nearly the same length, so that the last is not one of very few.
+    width = math.ceil(len(columns) / math.ceil(len(columns) / COLUMNS))
+    blocks = [columns[start : start + width] for start in range(0, len(columns), width)]
+    rows = len(blocks) * len(chosen)
+    figure = Figure(figsize=(2.4 * width, 2.25 * rows + 0.5 * len(blocks) + 0.6))
+    figure.set_layout_engine("constrained")
+    which = f"the {len(chosen)} with the most contrast" if fewer else "those with the most contrast"
+    set_title(
+        figure,
+        runs,
+        f"{scene.title}: unseen crops ({which}), 75 % hidden;\n"
+        "the numbers are means over all validation crops",
+    )
+    panels = figure.subplots(rows, width, squeeze=False)
+    for number, block in enumerate(blocks):
+        below = panels[number * len(chosen) : (number + 1) * len(chosen)]
+        for column in range(width):
+            show_column(below[:, column], block[column] if column < len(block) else None)
+    return figure
+
+
+def reconstructions(runs: Sequence[Run], chosen: Sequence[int]) -> list[tuple[str, Tensor]]:
+    """The columns: a title and an image of each of the chosen crops."""
+    scene = runs[0].scene
+    assert isinstance(scene, Photos)
     inputs, targets = scene.validation.inputs[chosen], scene.validation.targets[chosen]
     hidden = inputs[:, 3:]
     original = scene.denormalise(targets)
@@ -210,20 +314,20 @@ def reconstructions_picture(runs: Sequence[Run]) -> Figure:
     for run in runs:
         output = run.model(inputs.to(device_of(run))).cpu()
         columns.append((f"{run.method.name}\n{score_line(run, -1)}", scene.denormalise(output)))
-    columns.append(("original", original))
-    figure = Figure(figsize=(2.4 * len(columns), 2.25 * len(chosen) + 1.1), layout="constrained")
-    set_title(
-        figure,
-        runs,
-        f"{scene.title}: unseen crops (those with the most contrast), 75 % hidden;\n"
-        "the numbers are means over all validation crops",
-    )
-    panels = figure.subplots(len(chosen), len(columns), squeeze=False)
-    for column, (title, images) in enumerate(columns):
-        panels[0][column].set_title(title, fontsize=12)
-        for row, image in enumerate(images):
-            show(panels[row][column], image.permute(1, 2, 0))
-    return figure
+    return [*columns, ("original", original)]
+
+
+def show_column(panels: Iterable[Axes], column: tuple[str, Tensor] | None) -> None:
+    """One image below the other, and the title over the first; None leaves the place empty."""
+    if column is None:
+        for axes in panels:
+            axes.set_axis_off()
+        return
+    title, images = column
+    for row, (axes, image) in enumerate(zip(panels, images, strict=True)):
+        show(axes, image.permute(1, 2, 0))
+        if row == 0:
+            axes.set_title(title, fontsize=12)
 
 
 def score_line(run: Run, evaluation: int) -> str:
@@ -253,34 +357,52 @@ def examples_picture(runs: Sequence[Run]) -> Figure:
     scene = runs[0].scene
     inputs, targets = scene.validation.inputs[:DIGIT_EXAMPLES], scene.validation.targets
     guesses = [run.model(inputs.to(device_of(run))).argmax(2).cpu() for run in runs]
-    figure = Figure(figsize=(13, 8.2))
-    figure.subplots_adjust(left=0.02, right=0.98, top=0.91, bottom=0.16, hspace=0.75, wspace=0.15)
+    figure, panels = examples_layout(lines=1 + len(runs))
     set_title(
         figure,
         runs,
         f"{scene.title}: the first validation pairs, the truth and the predictions (left, right)",
     )
-    panels = figure.subplots(2, DIGIT_EXAMPLES // 2).flat
     for index, axes in enumerate(panels):
         show(axes, inputs[index, 0])
         truth = targets[index].tolist()
-        lines = [("truth", truth, True)]
-        for run, guess in zip(runs, guesses, strict=True):
+        write_line(axes, 0, "truth", truth, correct=True)
+        for row, (run, guess) in enumerate(zip(runs, guesses, strict=True), start=1):
             guessed = guess[index].tolist()
-            lines.append((run.method.name, guessed, guessed == truth))
-        for row, (name, (left, right), correct) in enumerate(lines):
-            axes.text(
-                0.5,
-                -0.04 - 0.12 * row,
-                f"{name}: {left}, {right}{'' if correct else '  ✗'}",
-                transform=axes.transAxes,
-                horizontalalignment="center",
-                verticalalignment="top",
-                fontsize=12,
-                color=RIGHT if correct else WRONG,
-                fontweight="normal" if correct else "bold",
-            )
+            write_line(axes, row, run.method.name, guessed, correct=guessed == truth)
     return figure
+
+
+def examples_layout(lines: int) -> tuple[Figure, list[Axes]]:
+    """Two rows of panels with room for so many lines of text below each."""
+    top, text = 0.74, LINE * lines
+    height = top + 2 * (PANEL + text) + 0.83
+    figure = Figure(figsize=(13, height))
+    figure.subplots_adjust(
+        left=0.02,
+        right=0.98,
+        top=1.0 - top / height,
+        bottom=(text + 0.23) / height,
+        hspace=(text + 0.6) / PANEL,
+        wspace=0.15,
+    )
+    return figure, list(figure.subplots(2, DIGIT_EXAMPLES // 2).flat)
+
+
+def write_line(axes: Axes, row: int, name: str, guess: Sequence[int], *, correct: bool) -> None:
+    """What one method, or the truth, says of the panel's pair."""
+    left, right = guess
+    axes.text(
+        0.5,
+        -0.04 - LINE / PANEL * row,
+        f"{name}: {left}, {right}{'' if correct else '  ✗'}",
+        transform=axes.transAxes,
+        horizontalalignment="center",
+        verticalalignment="top",
+        fontsize=12,
+        color=RIGHT if correct else WRONG,
+        fontweight="normal" if correct else "bold",
+    )
 
 
 def show(axes: Axes, image: Tensor) -> None:

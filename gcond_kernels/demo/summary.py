@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -19,6 +19,7 @@ from gcond_kernels.recorder import ALL_ZONES
 
 RARE, FREQUENT = 0.1, 0.3  # shares of steps with a conflict
 WEAK = -0.1  # cosine; gradients above it are close to orthogonal
+FEW = 3  # so many methods are told one by one; more of them in one sentence
 
 
 def cosines(run: Run) -> list[float]:
@@ -30,6 +31,15 @@ def zone_shares(run: Run) -> dict[str, float] | None:
     """Zone → share of the steps with a cosine; None where there was none, as in plain sum."""
     zones = [step.zone for step in run.history if step.zone is not None]
     return {zone: zones.count(zone) / len(zones) for zone in ALL_ZONES} if zones else None
+
+
+def incidence(run: Run) -> float | None:
+    """Mean over the steps of the share of pairs of tasks below 0; None where nothing was compared.
+
+    With two tasks it is the share of the steps in which they disagreed.
+    """
+    shares = [step.incidence for step in run.history if step.incidence is not None]
+    return statistics.fmean(shares) if shares else None
 
 
 def difference(a: Tensor, b: Tensor) -> tuple[float, float]:
@@ -46,30 +56,33 @@ def table(runs: Sequence[Run]) -> Table:
         title=f"\n{scene.name}: {scene.title}, scores on validation data",
         title_justify="left",
         box=box.SIMPLE,
+        show_edge=False,
         padding=(0, 1, 0, 0),
     )
     made.add_column("method")
     headers = (
         *(label.replace(" ", "\n") for label in scene.score_labels.values()),
-        "backward\npasses",
-        "seconds",
+        "back-\nward\npasses",
+        "time\n(s)",
         "% of steps:\nnone/mild/\nmod./crit.",
+        "inci-\ndence",
         "median\ncosine",
     )
     for header in headers:
         made.add_column(header, justify="right")
-    made.add_row("untrained", *scores(scene, runs[0].evaluations[0]), "0", "", "", "")
+    made.add_row("untrained", *scores(scene, runs[0].evaluations[0]), "0", "", "", "", "")
     for run in runs:
         name = run.method.name
         if not run.complete:
             name += f"\n({run.progress})"
-        shares = zone_shares(run)
+        shares, below = zone_shares(run), incidence(run)
         made.add_row(
             name,
             *scores(scene, run.evaluations[-1]),
             str(run.backward_passes),
             f"{run.seconds:.1f}",
             "/".join(f"{100.0 * share:.0f}" for share in shares.values()) if shares else "-",
+            "-" if below is None else f"{100.0 * below:.0f} %",
             f"{statistics.median(cosines(run)):+.2f}" if shares else "-",
         )
     return made
@@ -84,12 +97,25 @@ def scores(scene: Scene, evaluation: Evaluation) -> list[str]:
 def sentences(runs: Sequence[Run]) -> list[str]:
     """What one scene's numbers say, and what they do not."""
     said = [f"Validation: {runs[0].scene.validation_note}."]
+    if any(run.method.mode and not run.method.names_winners for run in runs):
+        said.append(methods_sentence())
     if any(zone_shares(run) for run in runs):
         said.append(conflict_sentence([run for run in runs if zone_shares(run)]))
     complete = [run for run in runs if run.complete]
     if len(complete) > 1:
         said += difference_sentences(complete)
     return said
+
+
+def methods_sentence() -> str:
+    """On what terms methods are compared that GCond and the plain sum are not alone among."""
+    return (
+        "Methods: each has the default options of its class. Some make a sum of the gradients and "
+        "some a mean, but all share a learning rate: AdamW, the optimizer of all of them, makes "
+        "the same steps whatever constant factor the gradients have. Zones are those of GCond's "
+        "default thresholds; incidence is the share of task pairs with a cosine below 0, mean over "
+        "the steps."
+    )
 
 
 def conflict_sentence(runs: Sequence[Run]) -> str:
@@ -107,27 +133,49 @@ def conflict_sentence(runs: Sequence[Run]) -> str:
         if strength > WEAK:
             verdict += ": so weak that there is little to resolve"
     seen = "; ".join(conflicts_seen(run) for run in runs)
+    which = ""
+    if len(runs) > FEW:
+        seen, which = range_of_conflicts(runs), f", by {runs[0].method.name}"
     tasks = " and ".join(runs[0].scene.tasks)
-    return f"Conflict: the gradients of {tasks} disagreed in {seen}. In this run: {verdict}."
+    return f"Conflict: the gradients of {tasks} disagreed in {seen}. In this run{which}: {verdict}."
 
 
 def conflicts_seen(run: Run) -> str:
     """How often the gradients disagreed in one run."""
-    shares = zone_shares(run)
-    assert shares is not None
     # The cosine of gradients of different data is closer to 0 for that alone.
     data = "same data" if run.method.mode == "exact" else "different data"
     return (
-        f"{100.0 * (1.0 - shares['none']):.0f} % of the steps of {run.method.name} "
+        f"{percent_in_conflict(run):.0f} % of the steps of {run.method.name} "
         f"({data} for the two tasks, median cosine {statistics.median(cosines(run)):+.2f})"
     )
+
+
+def range_of_conflicts(runs: Sequence[Run]) -> str:
+    """How often the gradients disagreed in the runs with the fewest and the most conflicts."""
+    ordered = sorted(runs, key=percent_in_conflict)
+    medians = [statistics.median(cosines(run)) for run in runs]
+    ends = " to ".join(
+        f"{percent_in_conflict(run):.0f} % ({run.method.name})" for run in (ordered[0], ordered[-1])
+    )
+    return f"{ends} of the steps, with median cosines of {min(medians):+.2f} to {max(medians):+.2f}"
+
+
+def percent_in_conflict(run: Run) -> float:
+    """Of its steps that compared the tasks, how many were in a zone of conflict."""
+    shares = zone_shares(run)
+    assert shares is not None
+    return 100.0 * (1.0 - shares["none"])
 
 
 def difference_sentences(runs: Sequence[Run]) -> list[str]:
     """How far the methods are from the first one at the end, and what that means."""
     if len(runs[0].scene.validation.inputs) < 2:
         return ["Difference: a single validation sample cannot tell the methods apart."]
-    said = [difference_sentence(runs[0], run) for run in runs[1:]]
+    others = runs[1:]
+    if len(others) > FEW:
+        said = [beyond_sentence(runs[0], others)]
+    else:
+        said = [difference_sentence(runs[0], run) for run in others]
     said.append(
         "+/- is twice the standard error over the validation samples. What another seed would "
         "change comes on top and is not measured here: one seed proves nothing about which method "
@@ -141,24 +189,61 @@ def difference_sentences(runs: Sequence[Run]) -> list[str]:
     return said
 
 
-def difference_sentence(first: Run, other: Run) -> str:
-    """How far one method is from another on the same validation samples."""
+class Gap(NamedTuple):
+    """How far one method's score is from another's on the same validation samples.
+
+    Attributes:
+        label: of the score.
+        text: the mean difference and twice its standard error.
+        beyond: whether the first is larger than the second, in what is printed too.
+    """
+
+    label: str
+    text: str
+    beyond: bool
+
+
+def gaps(first: Run, other: Run) -> list[Gap]:
+    """One for each score."""
     scene = first.scene
     factor, form, unit = (100.0, "+.1f", " points") if scene.score_in_percent else (1, "+.4f", "")
-    parts, beyond = [], []
+    found = []
     for task, label in scene.score_labels.items():
         final = [run.evaluations[-1].scores[task] for run in (other, first)]
         gap, error = difference(final[0], final[1])
         margin = f"{factor * error:{form}}".lstrip("+")
-        parts.append(f"{factor * gap:{form}}{unit} (+/- {margin}) in {label}")
+        text = f"{factor * gap:{form}}{unit} (+/- {margin}) in {label}"
         # Not where only rounding differs: then both print as zero.
-        if abs(gap) > error and float(f"{factor * gap:{form}}") != 0.0:
-            beyond.append(label)
+        beyond = abs(gap) > error and float(f"{factor * gap:{form}}") != 0.0
+        found.append(Gap(label, text, beyond))
+    return found
+
+
+def difference_sentence(first: Run, other: Run) -> str:
+    """How far one method is from another, in every score."""
+    found = gaps(first, other)
+    beyond = [gap.label for gap in found if gap.beyond]
     verdict = "within the validation noise"
     if beyond:
         verdict = f"beyond the validation noise in {' and '.join(beyond)}"
     names = f"{other.method.name} against {first.method.name}"
-    return f"Difference of {names}: {' and '.join(parts)}, {verdict}."
+    return f"Difference of {names}: {' and '.join(gap.text for gap in found)}, {verdict}."
+
+
+def beyond_sentence(first: Run, others: Sequence[Run]) -> str:
+    """Which of many methods differ from the first by more than the validation noise."""
+    beyond, within = [], []
+    for run in others:
+        found = [gap.text for gap in gaps(first, run) if gap.beyond]
+        if found:
+            beyond.append(f"{run.method.name} {' and '.join(found)}")
+        else:
+            within.append(run.method.name)
+    said = f"Difference against {first.method.name}, beyond the validation noise: "
+    said += f"{'; '.join(beyond) or 'none'}."
+    if within:
+        said += f" Within it: {', '.join(within)}."
+    return said
 
 
 def results(runs: Sequence[Run], settings: dict[str, Any], interrupted: bool) -> dict[str, Any]:
@@ -197,11 +282,14 @@ def run_results(run: Run) -> dict[str, Any]:
     """One method's numbers."""
     values = cosines(run)
     return {
+        "mode": run.method.mode,
+        "resolver": None if run.method.resolver is None else repr(run.method.resolver),
         "steps": len(run.history),
         "backward_passes": run.backward_passes,
         "seconds": run.seconds,
         "validation": means(run.evaluations[-1]),
         "zone_shares": zone_shares(run),
+        "incidence": incidence(run),
         "median_cosine": statistics.median(values) if values else None,
         "history": [step._asdict() for step in run.history],
         "evaluations": [{"step": e.step, **means(e)} for e in run.evaluations],

@@ -1,4 +1,4 @@
-"""The training loop of the three methods."""
+"""The training loop of all methods."""
 
 from __future__ import annotations
 
@@ -6,38 +6,18 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from gcond_kernels import GCondFused
+from gcond_kernels.demo.methods import Method
 from gcond_kernels.demo.scenes import Batch, Scene
 
 WARMUP_STEPS = 20
 EVALUATIONS = 8
-
-
-class Method(NamedTuple):
-    """A way to make one gradient from the tasks' losses.
-
-    Attributes:
-        name: what it is called in tables and pictures.
-        mode: of GCondFused; None is the plain weighted sum.
-        step_cost: rough time of a step, plain sum is 1.
-    """
-
-    name: str
-    mode: Literal["exact", "stochastic"] | None
-    step_cost: float
-
-
-METHODS = (
-    Method("plain sum", None, 1.0),
-    Method("GCond exact", "exact", 1.6),
-    Method("GCond stochastic", "stochastic", 1.0),
-)
 
 
 class Step(NamedTuple):
@@ -47,13 +27,15 @@ class Step(NamedTuple):
         losses: task → mean training loss over the micro-batches that it saw.
         cosine: between the tasks' gradients; None without a pair, as always in plain sum.
         zone: "none", "mild", "moderate" or "critical"; None where nothing was compared.
-        winner: of the first conflict; None where there was none.
+        winner: of the first conflict; None where there was none, and of methods that name none.
+        incidence: share of the pairs of tasks with a cosine below 0; None without a pair.
     """
 
     losses: dict[str, float]
     cosine: float | None = None
     zone: str | None = None
     winner: str | None = None
+    incidence: float | None = None
 
 
 class Evaluation(NamedTuple):
@@ -148,6 +130,7 @@ def new_optimizer(run: Run, backend: str) -> torch.optim.Optimizer:
         scene.tasks,
         accumulation_steps=scene.accumulation_steps,
         mode=run.method.mode,
+        method=run.method.resolver,
         momentum=0.0,
         backend=backend,
     )
@@ -181,7 +164,7 @@ def gcond_window(run: Run, optimizer: GCondFused, batches: Sequence[Batch]) -> S
     if report.min_cosine is None:
         return Step(means(seen))
     winner = report.conflicts[0].winner if report.conflicts else None
-    return Step(means(seen), report.min_cosine, report.zone, winner)
+    return Step(means(seen), report.min_cosine, report.zone, winner, report.incidence)
 
 
 def task_losses(run: Run, batch: Batch, tasks: Iterable[str]) -> dict[str, Tensor]:

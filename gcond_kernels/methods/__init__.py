@@ -1,5 +1,31 @@
 """Methods: each turns the Gramian of the task gradients into one weight per task."""
 
+from gcond_kernels.methods.aligned_mtl import AlignedMTL
+from gcond_kernels.methods.cagrad import CAGrad
 from gcond_kernels.methods.gcond import GCond
+from gcond_kernels.methods.graddrop import GradDrop
+from gcond_kernels.methods.gradnorm import GradNorm
+from gcond_kernels.methods.gradvac import GradVac
+from gcond_kernels.methods.imtl_g import IMTLG
+from gcond_kernels.methods.method import Method
+from gcond_kernels.methods.mgda import MGDA
+from gcond_kernels.methods.nash_mtl import NashMTL
+from gcond_kernels.methods.pcgrad import PCGrad
+from gcond_kernels.methods.sum import Sum
+from gcond_kernels.methods.upgrad import UPGrad
 
-__all__ = ["GCond"]
+__all__ = [
+    "IMTLG",
+    "MGDA",
+    "AlignedMTL",
+    "CAGrad",
+    "GCond",
+    "GradDrop",
+    "GradNorm",
+    "GradVac",
+    "Method",
+    "NashMTL",
+    "PCGrad",
+    "Sum",
+    "UPGrad",
+]

@@ -6,16 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from gcond_kernels import ops
+from gcond_kernels.methods.method import Method, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class GCond:
+class GCond(Method):
     """Settings of the GCond method (Limarenko et al., IEEE Access 2026, arXiv 2509.07252).
 
     The pair of tasks with the smallest cosine c is resolved first, and again until no
@@ -61,6 +62,8 @@ class GCond:
     norm_cap: float | None = None
     history: Literal["raw", "resolved"] = "raw"
     eps: float = 1e-8
+
+    shared_state: ClassVar[frozenset[str]] = frozenset({"history_scale"})
 
     def __post_init__(self) -> None:
         for name in ("thresholds", "tie_breaking_weights"):
@@ -117,7 +120,7 @@ class GCond:
         """Whether last step's gradients are kept: 2 bytes per parameter and task."""
         return self.tie_breaking_weights[0] > 0.0
 
-    def new_state(self, tasks: int, device: torch.device) -> dict[str, Tensor]:
+    def new_state(self, tasks: int, device: torch.device) -> State:
         """The state before the first step: small tensors on `device`, changed in place."""
         start = self.norm_ema_start or 0.0
 
@@ -137,12 +140,18 @@ class GCond:
         gramian: Tensor,
         cross: Tensor | None,
         scale: Tensor,
-        state: dict[str, Tensor],
+        state: State,
         backend: str = "auto",
+        losses: Tensor | None = None,
     ) -> ops.Arbitration:
-        """One weight per task from the Gramian [K, K] and the cross-Gramian with the history."""
-        given: dict[str, Any] = {**state, **self.settings(gramian.shape[0])}
+        """One weight per task from S, [K, K] or [B, K, K], the cross-Gramian with the history."""
+        given: dict[str, Any] = {**state, **self.settings(gramian.shape[-1])}
         return ops.arbitrate(gramian, cross, scale, **given, backend=backend)
+
+    def weights(self, gramian: Tensor, state: State, losses: Tensor | None) -> Tensor:
+        """The weights where there is no history."""
+        scale = gramian.new_ones(gramian.shape[-1])
+        return self.resolve(gramian, None, scale, state).weights
 
     def settings(self, tasks: int) -> dict[str, Any]:
         """The settings of `ops.arbitrate` for K tasks, by name."""

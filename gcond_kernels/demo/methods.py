@@ -1,0 +1,72 @@
+"""The methods that the demo can compare, and how they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from gcond_kernels import methods
+from gcond_kernels.methods import GCond
+
+ALL = "all"
+
+
+class Method(NamedTuple):
+    """A way to make one gradient from the tasks' losses.
+
+    Attributes:
+        key: what it is called on the command line.
+        name: what it is called in tables and pictures.
+        mode: of GCondFused; None is the plain weighted sum, without it.
+        step_cost: rough time of a step, plain sum is 1.
+        resolver: the method of GCondFused, with the default options of its class.
+    """
+
+    key: str
+    name: str
+    mode: Literal["exact", "stochastic"] | None
+    step_cost: float
+    resolver: methods.Method | None = None
+
+    @property
+    def names_winners(self) -> bool:
+        """Whether it says who won a conflict; others weigh the tasks and name nobody."""
+        return isinstance(self.resolver, GCond)
+
+
+PLAIN = Method("plain", "plain sum", None, 1.0)
+METHODS = (
+    PLAIN,
+    Method("sum", "Sum", "exact", 1.6, methods.Sum()),
+    Method("gcond", "GCond exact", "exact", 1.6, GCond()),
+    Method("gcond-stochastic", "GCond stochastic", "stochastic", 1.0, GCond()),
+    Method("pcgrad", "PCGrad", "exact", 1.6, methods.PCGrad()),
+    Method("cagrad", "CAGrad", "exact", 1.6, methods.CAGrad()),
+    Method("mgda", "MGDA", "exact", 1.6, methods.MGDA()),
+    Method("gradnorm", "GradNorm", "exact", 1.6, methods.GradNorm()),
+    Method("upgrad", "UPGrad", "exact", 1.8, methods.UPGrad()),
+    Method("gradvac", "GradVac", "exact", 1.6, methods.GradVac()),
+    Method("alignedmtl", "AlignedMTL", "exact", 1.6, methods.AlignedMTL()),
+    Method("imtlg", "IMTLG", "exact", 1.6, methods.IMTLG()),
+    Method("nashmtl", "NashMTL", "exact", 1.7, methods.NashMTL()),
+    Method("graddrop", "GradDrop", "exact", 1.7, methods.GradDrop()),
+)
+KEYS = tuple(method.key for method in METHODS)
+DEFAULT = ("plain", "gcond", "gcond-stochastic")
+
+
+def methods_of(names: Sequence[str]) -> tuple[Method, ...]:
+    """The methods of these names in their order, each once, behind the plain sum.
+
+    Raises:
+        ValueError: there is no such method; the message lists those that there are.
+    """
+    by_key = {method.key: method for method in METHODS}
+    chosen = {PLAIN.key: PLAIN}
+    for name in names:
+        key = name.lower()
+        if key != ALL and key not in by_key:
+            raise ValueError(f"there is no method {name!r}; known: {', '.join(KEYS)}, {ALL}")
+        for one in KEYS if key == ALL else (key,):
+            chosen[one] = by_key[one]
+    return tuple(chosen.values())

@@ -1,0 +1,55 @@
+"""Masks of the elements that are trained, a bit for each, in the layout of flat storage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gcond_kernels.contracts import MASK_BITS
+from gcond_kernels.dtensor import local_part
+from gcond_kernels.python.blocks import trained
+
+
+def packed(bits: Tensor) -> Tensor:
+    """[⌈n / 32⌉] int32 of a bool tensor [n]: bit e % 32 of word e // 32; 1 after the end."""
+    missing = -len(bits) % MASK_BITS
+    padded = torch.cat([bits, bits.new_ones(missing)]).view(-1, MASK_BITS)
+    places = torch.arange(MASK_BITS, device=bits.device)
+    return (padded.long() << places).sum(-1).to(torch.int32)  # the highest bit becomes the sign
+
+
+def unpacked(words: Tensor, start: int, stop: int) -> Tensor:
+    """The bits from `start` to `stop`: bool."""
+    return trained(words, start, stop)
+
+
+def check_mask(mask: object, parameters: Sequence[tuple[Tensor, str]]) -> dict[Tensor, Tensor]:
+    """Parameter → bool tensor of what this process holds of it, or an error that names it."""
+    if not isinstance(mask, Mapping):
+        raise TypeError(
+            "mask must map parameters to bool tensors, as neuron_mask(model, share=...) does, not "
+            f"{type(mask)}"
+        )
+    names = dict(parameters)
+    checked: dict[Tensor, Tensor] = {}
+    for parameter, bits in mask.items():
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"mask: a key must be a parameter, not {parameter!r}")
+        if parameter not in names:
+            raise ValueError(
+                f"mask has a parameter of shape {list(parameter.shape)} that base does not hold: "
+                "make it for the model as it is trained, after it was moved, wrapped or sharded"
+            )
+        name = names[parameter]
+        if not isinstance(bits, Tensor) or bits.dtype != torch.bool:
+            raise TypeError(f"mask of {name} must be a bool tensor, not {bits!r}")
+        own, local = local_part(bits), local_part(parameter)
+        if own.shape != local.shape:
+            raise ValueError(
+                f"mask of {name} has shape {list(bits.shape)}, the parameter "
+                f"{list(parameter.shape)}"
+            )
+        checked[parameter] = own.detach()
+    return checked

@@ -1,0 +1,187 @@
+"""What a method is: inner products of the task gradients come in, one weight per task comes out."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gcond_kernels import ops
+from gcond_kernels.methods.solvers import identity
+
+State: TypeAlias = dict[str, Tensor]
+
+
+class Method(ABC):
+    """A method that weighs the tasks by their Gramian.
+
+    `method(S)` are the weights of a Gramian S [K, K] of any floating type, from a fresh state:
+    the resolved gradient is Σ_k w_k ĝ_k. A batch [..., K, K] is weighed entry by entry. All of it
+    stays on the device of S, and, unless the method says otherwise, nothing waits for it. A task
+    without a gradient (S_kk = 0) takes no part: the others are weighed as if it were not there, and
+    its weight is 0.
+
+    Attributes:
+        needs_losses: whether the losses are to be known, not only their gradients.
+        shared_state: which entries of the state a batch has in common; of the others each Gramian
+            has its own.
+        parameters: names of the parameters, or of modules, whose gradients alone make up S; None is
+            all that tasks share.
+        thresholds: cosines by which reports tell zones of conflict apart.
+    """
+
+    needs_losses: ClassVar[bool] = False
+    shared_state: ClassVar[frozenset[str]] = frozenset()
+    parameters: tuple[str, ...] | None = None
+    thresholds: tuple[float, float, float] = (-0.8, -0.5, 0.0)
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether last step's gradients are kept: 2 bytes per parameter and task."""
+        return False
+
+    def new_state(self, tasks: int, device: torch.device) -> State:
+        """The state before the first step: small tensors on `device`."""
+        return {}
+
+    @abstractmethod
+    def weights(self, gramian: Tensor, state: State, losses: Tensor | None) -> Tensor:
+        """The weights [..., K] of finite Gramians [..., K, K], float64.
+
+        Args:
+            gramian: S_ij = ĝ_i · ĝ_j.
+            state: a copy, to be changed in place; it is dropped where the step is.
+            losses: [K] float64, the mean loss of each task since the last step, NaN where there was
+                none; None unless `needs_losses`.
+        """
+
+    def __call__(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
+        """The weights [..., K] of Gramians [..., K, K], as in a first step."""
+        S = gramian.double().contiguous()
+        if S.dim() > 3:
+            S = S.flatten(0, -3)
+        state = fresh_state(self, S.shape[-1], S.shape[:-2], S.device)
+        losses = None if losses is None else losses.double()
+        weights = self.resolve(S, None, S.new_ones(S.shape[-1]), state, losses=losses).weights
+        weights = torch.where(S.diagonal(dim1=-2, dim2=-1) > 0.0, weights, 0.0)
+        return weights.view(gramian.shape[:-1]).to(gramian.dtype)
+
+    def resolve(
+        self,
+        gramian: Tensor,
+        cross: Tensor | None,
+        scale: Tensor,
+        state: State,
+        backend: str = "auto",
+        losses: Tensor | None = None,
+    ) -> ops.Arbitration:
+        """Weighs the tasks; where that is not possible with finite numbers, nothing has changed.
+
+        Args:
+            gramian: [..., K, K] float64.
+            cross: not read.
+            scale: not read; where it is 0 the Gramian is.
+            state: changed in place.
+            backend: not read: these are operations of torch.
+            losses: as for `weights`.
+        """
+        finite = gramian.isfinite().all()
+        present = gramian.diagonal(dim1=-2, dim2=-1) > 0.0
+        # Solvers are not to be shown what is not finite.
+        S = torch.where(finite, gramian, identity(gramian))
+        after = {name: value.clone() for name, value in state.items()}
+        weights = torch.where(present, self.weights(S, after, losses), 0.0)
+        finite = finite & weights.isfinite().all()
+        for name, value in state.items():
+            value.copy_(torch.where(finite, after[name], value))
+        none = S.new_empty(0)
+        return ops.Arbitration(
+            torch.where(finite, weights, 0.0), none.view(0, 0), none.view(0, 5), finite
+        )
+
+
+class Function(Method):
+    """A user's own method: a function from S [K, K] to w [K]."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def __repr__(self) -> str:
+        # Without an address, which is another in every process.
+        function = self.function
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        return f"{function.__module__}.{name}"
+
+    def weights(self, gramian: Tensor, state: State, losses: Tensor | None) -> Tensor:
+        """What the function says, of one Gramian after another."""
+        K = gramian.shape[-1]
+        one_by_one = [self._of_one(S, K) for S in gramian.reshape(-1, K, K)]
+        if gramian.dim() == 2:
+            return one_by_one[0]
+        return torch.stack(one_by_one).view(gramian.shape[:-1])
+
+    def _of_one(self, gramian: Tensor, tasks: int) -> Tensor:
+        weights = self.function(gramian)
+        if not isinstance(weights, Tensor) or weights.shape != (tasks,):
+            said = list(weights.shape) if isinstance(weights, Tensor) else repr(weights)
+            raise ValueError(
+                f"method {self!r} must return one weight for each of the {tasks} tasks, a tensor "
+                f"[{tasks}], not {said}"
+            )
+        return weights.detach().to(gramian)
+
+
+def fresh_state(method: Method, tasks: int, batch: tuple[int, ...], device: torch.device) -> State:
+    """The state of a method before the first step, for a batch of Gramians of this shape."""
+    return {
+        name: value if name in method.shared_state else value.expand(*batch, *value.shape).clone()
+        for name, value in method.new_state(tasks, device).items()
+    }
+
+
+def norms(gramian: Tensor) -> Tensor:
+    """[..., K] lengths of the gradients."""
+    return gramian.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
+
+
+def cosines(gramian: Tensor) -> Tensor:
+    """[..., K, K] Gramian of the gradients at length 1; a task without a gradient is orthogonal."""
+    lengths = norms(gramian)
+    lengths = torch.where(lengths > 0.0, lengths, 1.0)
+    # Divided twice: the product of two lengths may leave the range of float64.
+    between = (gramian / lengths[..., :, None] / lengths[..., None, :]).clamp(-1.0, 1.0)
+    return torch.where(identity(gramian) == 1.0, 1.0, between)
+
+
+def per_length(weights: Tensor, gramian: Tensor) -> Tensor:
+    """Weights of the gradients from those of the gradients at length 1; 0 of what has no length."""
+    lengths = norms(gramian)
+    return torch.where(lengths > 0.0, weights / lengths.clamp(min=1e-300), 0.0)
+
+
+def mean_weights(gramian: Tensor) -> Tensor:
+    """[..., K] the weights of the mean gradient of all tasks that have one."""
+    present = (norms(gramian) > 0.0).to(gramian.dtype)
+    return present / present.sum(-1, keepdim=True).clamp(min=1.0)
+
+
+def check_number(method: object, option: str, value: Any, low: float, high: float) -> None:
+    """Raises a ValueError where an option is not a number in [low, high]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high or math.isinf(value):
+        bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f"of {low:g} or more"
+        raise ValueError(
+            f"{type(method).__name__}: {option} must be a number {bounds}, not {value!r}"
+        )
+
+
+def check_seed(method: object, seed: object) -> None:
+    """Raises a ValueError where a seed is not a whole number of 64 bits."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise ValueError(
+            f"{type(method).__name__}: seed must be a whole number of 64 bits, not {seed!r}"
+        )

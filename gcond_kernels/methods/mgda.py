@@ -1,0 +1,52 @@
+"""MGDA: the multiple-gradient descent algorithm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gcond_kernels.methods.method import Method, State, cosines, norms, per_length
+from gcond_kernels.methods.solvers import identity, nonnegative_minimum
+
+# Where a convex combination of the gradients is zero, it is this ridge (relative to gradients at
+# length 1) that keeps the solution finite.
+RIDGE = 1e-12
+
+
+@dataclass(frozen=True)
+class MGDA(Method):
+    """The shortest convex combination of the gradients: no task gets worse by a step against it.
+
+    J.-A. Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization",
+    Comptes Rendus Mathématique 2012; O. Sener and V. Koltun, NeurIPS 2018, arXiv 1810.04650:
+    min αᵀ S α with α ≥ 0, Σ α = 1. Two tasks in closed form. More: α is proportional to the β ≥ 0
+    at which ½ βᵀ S β − Σ β is smallest, a problem without the simplex, which an interior-point
+    method solves to rounding, however unlike the lengths of the gradients are (Frank-Wolfe, which
+    others use, gets near it slowly).
+    """
+
+    def weights(self, gramian: Tensor, state: State, losses: Tensor | None) -> Tensor:
+        """α."""
+        if gramian.shape[-1] == 2:
+            return shortest_of_two(gramian)
+        lengths = norms(gramian)
+        present = lengths > 0.0
+        shortest = torch.where(present, lengths, torch.inf).amin(-1, keepdim=True)
+        # 1 / n_i for the gradients at length 1, in units of the largest of these.
+        inverse = torch.where(present, shortest / lengths.clamp(min=1e-300), 0.0)
+        C = cosines(gramian) + RIDGE * identity(gramian)
+        weights = per_length(nonnegative_minimum(C, -inverse), gramian)
+        # In units of the largest: there may be 1e12 between them.
+        weights = weights / weights.amax(-1, keepdim=True).clamp(min=1e-300)
+        return weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
+
+
+def shortest_of_two(gramian: Tensor) -> Tensor:
+    """α of two tasks [..., 2]: where the line through both gradients is next to 0, or its end."""
+    S_11, S_12, S_22 = gramian[..., 0, 0], gramian[..., 0, 1], gramian[..., 1, 1]
+    square = S_11 + S_22 - 2.0 * S_12  # of the difference
+    share = torch.where(square > 0.0, (S_22 - S_12) / square.clamp(min=1e-300), 0.5).clamp(0.0, 1.0)
+    share = torch.where(S_11 > 0.0, torch.where(S_22 > 0.0, share, 1.0), 0.0)
+    return torch.stack([share, 1.0 - share], dim=-1)

@@ -1,0 +1,199 @@
+"""Solvers of K×K problems that never ask the host: a fixed number of steps, whole batches at once.
+
+All of them take Gramians of gradients at length 1 (cosines), so that no scale of the gradients
+spoils their numbers, and work in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+# Newton steps of the interior-point method, then the linear system is solved. On 32,000 problems of
+# 3 to 12 tasks, with lengths 1e12 apart and gradients nearly parallel, nearly anti-parallel and
+# nearly dependent by down to 1e-5, 20 found the solution in all but 1,300, 25 in all but 160, 30 in
+# all but 3 of 12 tasks, by 3e-7. Where gradients cancel out exactly, many weights make the same
+# vector: 30 find one to 2e-6 of the longest gradient.
+STEPS = 30
+# Of the way to the boundary, how far a step may go.
+TO_BOUNDARY = 0.99
+# Turns of a path, for each task: of 80,000 paths of 2 to 12 tasks none took more than 1.7 with a
+# radius of 0.5, and 2.5 with one of 2, but for one that went in circles among ties. A path that is
+# not followed to its end has a y within the radius all the same.
+TURNS = 3
+# Keeps systems solvable whose gradients cancel out, relative to gradients at length 1.
+RIDGE = 1e-12
+# Sweeps of Jacobi's method, of K = 2, 3, 4 … 3, 5, 7 … and no more than this. On 50,000 matrices of
+# each K up to 4 they leave rounding alone, 4e-15 of the largest entry. Where eigenvalues repeat, as
+# 0 does in a singular matrix, it gets there more slowly, and leaves 2e-11 of K = 12.
+SWEEPS = 12
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [..., K] and eigenvectors (columns) [..., K, K] of symmetric matrices.
+
+    Jacobi's method with the rotations of K/2 disjoint pairs at a time (Golub and Van Loan, Matrix
+    Computations, 8.5): unlike `torch.linalg.eigh` it does not make the host wait. In no order.
+    """
+    vectors = identity(matrix).expand(matrix.shape)
+    rounds = rounds_on(matrix.shape[-1], matrix.device)
+    for _ in range(min(2 * matrix.shape[-1] - 1, SWEEPS)):
+        for pairs in rounds:
+            rotation = jacobi_rotation(matrix, pairs[:, 0], pairs[:, 1])
+            matrix = rotation.mT @ matrix @ rotation
+            vectors = vectors @ rotation
+    return matrix.diagonal(dim1=-2, dim2=-1), vectors
+
+
+def identity(matrix: Tensor) -> Tensor:
+    """[K, K] the identity, of the type and on the device of a matrix [..., K, K]."""
+    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+
+@functools.lru_cache(maxsize=64)
+def rounds_on(players: int, device: torch.device) -> list[Tensor]:
+    """The rounds of `round_robin`, each [pairs, 2]; kept, for a copy to a GPU makes it wait."""
+    return [torch.tensor(pairs, device=device) for pairs in round_robin(players) if pairs]
+
+
+def round_robin(players: int) -> list[list[tuple[int, int]]]:
+    """Rounds of disjoint pairs in which all meet each other once."""
+    circle = list(range(players + players % 2))
+    rounds = []
+    for _ in range(len(circle) - 1):
+        halves = zip(circle[: len(circle) // 2], reversed(circle[len(circle) // 2 :]), strict=True)
+        rounds.append([(min(p), max(p)) for p in halves if max(p) < players])
+        circle = [circle[0], circle[-1], *circle[1:-1]]
+    return rounds
+
+
+def jacobi_rotation(matrix: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """The rotation [..., K, K] that makes the entries (p, q) of a symmetric matrix zero."""
+    a_pq = matrix[..., p, q]
+    difference = matrix[..., q, q] - matrix[..., p, p]
+    # The smaller root t of t² + 2 θ t - 1 = 0 with θ = difference / (2 a_pq), without dividing by
+    # an a_pq that may be 0.
+    sign = torch.where(difference < 0.0, -1.0, 1.0)
+    divisor = difference.abs() + torch.hypot(difference, 2.0 * a_pq)
+    t = torch.where(divisor > 0.0, sign * 2.0 * a_pq / divisor.clamp(min=1e-300), 0.0)
+    c = torch.rsqrt(1.0 + t * t)
+    rotation = identity(matrix).repeat(*matrix.shape[:-2], 1, 1)
+    rotation[..., p, p] = c
+    rotation[..., q, q] = c
+    rotation[..., p, q] = t * c
+    rotation[..., q, p] = -t * c
+    return rotation
+
+
+def solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """The x [..., K] of matrix · x = right; not finite where the matrix is singular."""
+    x: Tensor = torch.linalg.solve_ex(matrix, right[..., None])[0]
+    return x[..., 0]
+
+
+def step_length(values: Tensor, direction: Tensor) -> Tensor:
+    """[..., 1] the longest step in (0, 1] that keeps values above 0, by a margin."""
+    shrinking = direction < 0.0
+    room = torch.where(shrinking, -values / torch.where(shrinking, direction, -1.0), torch.inf)
+    return (TO_BOUNDARY * room.amin(-1, keepdim=True)).clamp(max=1.0)
+
+
+def nonnegative_minimum(C: Tensor, q: Tensor) -> Tensor:
+    """The x [..., K] ≥ 0 at which ½ xᵀ C x + qᵀ x is smallest.
+
+    Mehrotra's predictor-corrector method (Nocedal and Wright, Numerical Optimization, 16.6), and at
+    last the linear system of the entries that are not 0, which leaves no rounding but its own.
+
+    Args:
+        C: [..., K, K], positive semidefinite, of unit diagonal.
+        q: [..., K].
+    """
+    # Where q has another size than 1, so has x.
+    unit = q.abs().amax(-1, keepdim=True)
+    unit = torch.where(unit > 0.0, unit, 1.0)
+    q = q / unit
+    x, z = torch.ones_like(q), torch.ones_like(q)
+    for _ in range(STEPS):
+        gap = (x * z).mean(-1, keepdim=True)
+        residual = (C @ x[..., None])[..., 0] + q
+        system = C + torch.diag_embed(z / x)
+        straight = solve(system, -residual)
+        straight_z = -z - z / x * straight
+        ahead = step_length(x, straight), step_length(z, straight_z)
+        left = ((x + ahead[0] * straight) * (z + ahead[1] * straight_z)).mean(-1, keepdim=True)
+        target = (left / gap).clamp(0.0, 1.0) ** 3 * gap
+        complement = (target - straight * straight_z) / x
+        dx = solve(system, complement - residual)
+        dz = complement - z - z / x * dx
+        step = torch.minimum(step_length(x, dx), step_length(z, dz))
+        # Once the gap is rounding alone the system may be singular: what is there is kept.
+        sound = (dx.isfinite() & dz.isfinite()).all(-1, keepdim=True)
+        x = torch.where(sound, x + step * dx, x).clamp(min=1e-280)
+        z = torch.where(sound, z + step * dz, z).clamp(min=1e-280)
+    return unit * polished(C, q, x, x > z)
+
+
+def polished(C: Tensor, q: Tensor, x: Tensor, free: Tensor) -> Tensor:
+    """The exact minimum where the entries that are not `free` are 0, if it is one; else x."""
+    both = free[..., :, None] & free[..., None, :]
+    exact = solve(torch.where(both, C, identity(C)), torch.where(free, -q, 0.0))
+    slope = (C @ exact[..., None])[..., 0] + q
+    tolerance = 1e-9 * (1.0 + exact.abs().amax(-1, keepdim=True))
+    is_minimum = ((exact >= 0.0) & (slope >= -tolerance)).all(-1, keepdim=True)
+    return torch.where(is_minimum, exact, torch.where(free, x, 0.0))
+
+
+def best_for_the_worst(C: Tensor, b: Tensor, a: Tensor, radius: float) -> Tensor:
+    """The y [..., K] ≥ 0 as long as the radius whose smallest (C y + b)_i / a_i is largest.
+
+    Its length is √(yᵀ C y).
+    For a bound τ from below on all (C y + b)_i / a_i the shortest y is piecewise linear in τ. It is
+    followed from the τ at which y = 0 will do, until it is so long (as least angle regression
+    follows a path: Efron et al. 2004): where a bound becomes tight its y_i starts to grow, where a
+    y_i gets back to 0 its bound is let go. That is exact, after some K to 2 K turns.
+
+    Args:
+        C: [..., K, K], positive semidefinite, of unit diagonal.
+        b: [..., K].
+        a: [..., K], above 0.
+        radius: above 0.
+    """
+    C = C + RIDGE * identity(C)
+    tasks = torch.arange(C.shape[-1], device=C.device)
+    tau, first = (b / a).min(-1, keepdim=True)
+    tight = tasks == first  # [..., K]
+    y, done = torch.zeros_like(b), torch.zeros_like(first, dtype=torch.bool)
+    for _ in range(TURNS * C.shape[-1]):
+        # y = τ p - s, and what is left above the bounds is τ (C p - a) + b - C s.
+        p, s = on_the_tight(C, a, tight), on_the_tight(C, b, tight)
+        Cp, Cs = (C @ p[..., None])[..., 0], (C @ s[..., None])[..., 0]
+        closing = ~tight & (Cp - a < -1e-12 * a)
+        enters = torch.where(closing, (b - Cs) / torch.where(closing, a - Cp, 1.0), torch.inf)
+        leaving = tight & (p < 0.0)
+        leaves = torch.where(leaving, s / torch.where(leaving, p, -1.0), torch.inf)
+        turn, which = torch.minimum(enters, leaves).min(-1, keepdim=True)
+        turn = torch.maximum(turn, tau)
+        reached = torch.maximum(longest_within(p, Cp, s, Cs, radius), tau)
+        last = ~(turn < reached)  # or rounding has the last word: then y stays as it is
+        step = torch.where(last, reached, turn) * p - s
+        y = torch.where(done | ~step.isfinite().all(-1, keepdim=True), y, step)
+        done = done | last
+        tau = torch.where(done, tau, turn)
+        tight = torch.where(done, tight, tight ^ (tasks == which))
+    return y.clamp(min=0.0)
+
+
+def on_the_tight(C: Tensor, right: Tensor, tight: Tensor) -> Tensor:
+    """Product of C⁻¹ and `right` among the entries that are `tight`; 0 elsewhere."""
+    both = tight[..., :, None] & tight[..., None, :]
+    return solve(torch.where(both, C, identity(C)), torch.where(tight, right, 0.0))
+
+
+def longest_within(p: Tensor, Cp: Tensor, s: Tensor, Cs: Tensor, radius: float) -> Tensor:
+    """The larger τ [..., 1] at which τ p - s is as long as the radius; NaN if p has no length."""
+    pp, ps = (p * Cp).sum(-1, keepdim=True), (p * Cs).sum(-1, keepdim=True)
+    ss = (s * Cs).sum(-1, keepdim=True)
+    tau = (ps + (ps**2 - pp * (ss - radius**2)).clamp(min=0.0).sqrt()) / pp
+    return torch.where(pp > 0.0, tau, torch.nan)
