@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -553,8 +554,24 @@ def lay_out(parameters: Sequence[tuple[Tensor, str]], end: int) -> tuple[list[Se
         # `empty_like` closes the gaps of a parameter that is a view with some.
         stride = torch.empty_like(part).stride()
         segments.append(Segment(parameter, name, end, part.shape, stride))
-        end += aligned(part.numel())
+        end += aligned(largest_part(parameter))
     return segments, end
+
+
+def largest_part(parameter: Tensor) -> int:
+    """How many elements of a parameter any process holds at most.
+
+    With room for so many a tensor that several hold lies in the same place with all of them,
+    however unevenly others are cut.
+    """
+    if not is_dtensor(parameter):
+        return parameter.numel()
+    spread: Any = parameter
+    shape = list(parameter.shape)
+    for placement, ranks in zip(spread.placements, spread.device_mesh.shape, strict=True):
+        if hasattr(placement, "dim"):
+            shape[placement.dim] = -(-shape[placement.dim] // ranks)
+    return math.prod(shape)
 
 
 def aligned(elements: int) -> int:

@@ -78,6 +78,7 @@ class TrainingState:
         if optimizer._sync.any_rank(in_window):
             raise RuntimeError("a TrainingState is saved and loaded between windows: call step()")
         optimizer._include_new_parameters()
+        optimizer._fit_method_state(optimizer._now.counters.device)
         if isinstance(optimizer._sync, Sharded):
             optimizer._sync.fit_kept()
         with state_for_all(optimizer.base) as without, unstepped(optimizer.base):
@@ -92,9 +93,10 @@ class TrainingState:
         """Goes on from a state; all ranks call it.
 
         Raises:
-            ValueError: it is of other tasks or parameters. torch.distributed.checkpoint has read
-                into place by then what fits, and raises itself where sizes or names do not: the
-                model is not to be used after either.
+            ValueError: it is of other tasks, parameters or another method, or has history, momentum
+                or masks where this optimizer has none. torch.distributed.checkpoint has read into
+                place by then what fits, and raises itself where sizes do not, or where it lacks
+                what is kept here: the model is not to be used after either.
         """
         from torch.distributed.checkpoint.state_dict import (
             StateDictOptions,
@@ -117,8 +119,8 @@ class TrainingState:
         by_name = {name: parameter for parameter, name in self._names.items()}
         for name in own["without_state"]:
             base.state.pop(by_name[name], None)
-        method_state = self._stacked(own["method"])
-        self.optimizer._load_own(self._as_accumulated(own), method_state, own["counters"])
+        counters = torch.tensor(own["counters"], dtype=torch.int64)
+        self.optimizer._load_own(self._as_accumulated(own), self._method_of(own), counters)
 
     @property
     def _segments(self) -> list[tuple[str, Segment]]:
@@ -126,96 +128,109 @@ class TrainingState:
         return [(self._names[s.parameter], s) for s in self.optimizer._accumulator.segments]
 
     def _own_state(self) -> dict[str, Any]:
-        """What GCondFused adds, in a form that is the same however the parameters are spread."""
+        """What GCondFused adds, in a form that is the same however the parameters are spread.
+
+        torch.distributed.checkpoint loads only what it finds by the names that are here, before it
+        asks whether the state fits. So what is small is in lists, of which it reads whatever there
+        is, and what an optimizer does not keep has no name.
+        """
         optimizer, acc = self.optimizer, self.optimizer._accumulator
         return {
             "version": STATE_VERSION,
             "tasks": list(optimizer._names),
             "method_name": type(optimizer.method).__name__,
             "granularity": optimizer.granularity,
-            "method": self._method_state(),
-            "counters": optimizer._now.counters,
+            "method": [
+                [key, list(value.shape), value.flatten().tolist()]
+                for key, value in optimizer._now.method_state.items()
+            ],
+            "counters": optimizer._now.counters.tolist(),
             "names": [name for name, _ in self._segments],
-            "owners": {name: acc.owners[t] for t, (name, _) in enumerate(self._segments)},
-            "compared": {name: acc.compared[t] for t, (name, _) in enumerate(self._segments)},
+            "owners": list(acc.owners),
+            "compared": list(acc.compared),
+            "kept": self._kept(),
             "masks": self._masks(),
             "history": self._by_name(acc.history),
             "momentum": self._by_name(acc.momentum),
             "momentum_steps": self._steps_by_name(),
         }
 
-    def _method_state(self) -> dict[str, Any]:
-        """The state of the method; what it has of each tensor by the tensors' names."""
-        optimizer = self.optimizer
-        if optimizer.granularity == "model":
-            return dict(optimizer._now.method_state)
-        return {
-            key: value
-            if key in optimizer.method.shared_state
-            else {name: value[t].clone() for t, (name, _) in enumerate(self._segments)}
-            for key, value in optimizer._now.method_state.items()
-        }
+    def _kept(self) -> list[str]:
+        """What there is a tensor of for every parameter."""
+        acc = self.optimizer._accumulator
+        kept = {"history": acc.history, "momentum": acc.momentum, "masks": acc.mask}
+        return [what for what, there in kept.items() if there is not None]
 
-    def _masks(self) -> dict[str, Tensor] | None:
-        """Which elements of each parameter are trained."""
+    def _masks(self) -> dict[str, Tensor]:
+        """Which elements of each parameter are trained; nothing without a mask."""
         masks = {}
         for name, segment in self._segments:
             bits = self.optimizer._accumulator.mask_of(segment)
-            if bits is None:
-                return None
-            masks[name] = placed_like(segment.parameter, bits.clone())
+            if bits is not None:
+                masks[name] = placed_like(segment.parameter, bits.clone())
         return masks
 
-    def _steps_by_name(self) -> dict[str, Tensor] | None:
+    def _steps_by_name(self) -> dict[str, Tensor]:
         steps = self.optimizer._accumulator.momentum_steps
         if steps is None:
-            return None
+            return {}
         return {name: steps[t].clone() for t, (name, _) in enumerate(self._segments)}
 
-    def _by_name(self, kept: Tensor | None) -> list[dict[str, Tensor]] | None:
+    def _by_name(self, kept: Tensor | None) -> dict[str, dict[str, Tensor]]:
         """History or momentum, of every row a tensor per parameter, in the parameter's shape."""
         sync = self.optimizer._sync
         if kept is None:
-            return None
+            return {}
         if not isinstance(sync, Sharded):
             # In memory of its own: what copies a state behind a training's back asks for that.
-            return [
+            rows = [
                 {name: placed_like(s.parameter, s.view(row).clone()) for name, s in self._segments}
                 for row in rows_of(kept)
             ]
-        mesh = sync.peers.mesh(kept.device)
-        by_name = []
-        for row in rows_of(kept):
-            whole = sync.whole(row)  # one at a time
-            by_name.append({name: share_of(s.view(whole), mesh) for name, s in self._segments})
-        return by_name
+        else:
+            mesh, rows = sync.peers.mesh(kept.device), []
+            for row in rows_of(kept):
+                whole = sync.whole(row)  # one at a time
+                rows.append({name: share_of(s.view(whole), mesh) for name, s in self._segments})
+        return {str(k): by_name for k, by_name in enumerate(rows)}
 
-    def _stacked(self, saved: dict[str, Any]) -> dict[str, Tensor]:
+    def _method_of(self, own: dict[str, Any]) -> dict[str, Tensor]:
         """A method's state as it is kept here: of each tensor in the order of the segments."""
-        return {
-            key: torch.stack([value[name] for name, _ in self._segments])
-            if isinstance(value, dict)
-            else value
-            for key, value in saved.items()
-        }
+        places, shared = self._places_in(own), self.optimizer.method.shared_state
+        state = {}
+        for key, shape, values in own["method"]:
+            value = torch.tensor(values, dtype=torch.float64).view(shape)
+            # Of another method, which is yet to be refused, it is not known which are shared.
+            of_tensors = key not in shared and shape[:1] == [len(own["names"])]
+            by_tensor = own["granularity"] == "tensor" and of_tensors
+            state[key] = value[places] if by_tensor else value
+        return state
+
+    def _places_in(self, own: dict[str, Any]) -> list[int]:
+        """Of each segment its place among the parameters of a state."""
+        place = {name: t for t, name in enumerate(own["names"])}
+        return [place[name] for name, _ in self._segments]
 
     def _check(self, own: dict[str, Any]) -> None:
-        self.optimizer._check_own({**own, "method": self._stacked(own["method"])})
         # What was frozen since then may be missing here.
         if missing := sorted({name for name, _ in self._segments} - set(own["names"])):
             raise ValueError(
                 f"{missing[0]} was not trained when the state was saved: freeze it until the state "
                 "is loaded"
             )
+        self.optimizer._check_own({**own, "method": self._method_of(own)})
+        for what in own["kept"]:
+            if what not in self._kept():
+                raise ValueError(f"the state has {what}, this optimizer has no {what}")
 
     def _as_accumulated(self, own: dict[str, Any]) -> dict[str, Any]:
         """The state of `Accumulator` that a state is."""
-        acc = self.optimizer._accumulator
+        acc, places = self.optimizer._accumulator, self._places_in(own)
         parameters = [parameter for parameter, _ in self.optimizer._parameters()]
         state = acc.state_dict(parameters)
-        state["owners"] = [own["owners"][name] for name, _ in self._segments]
-        state["compared"] = [own["compared"][name] for name, _ in self._segments]
-        if own["masks"] is not None:
+        state["owners"] = [own["owners"][place] for place in places]
+        state["compared"] = [own["compared"][place] for place in places]
+        if acc.mask is not None:
             state["masks"] = [local_part(own["masks"][name]) for name, _ in self._segments]
         if acc.history is not None:
             state["history"] = self._flat(own["history"], acc.history)
@@ -225,10 +240,11 @@ class TrainingState:
             state["momentum_steps"] = torch.stack(steps)
         return state
 
-    def _flat(self, saved: list[dict[str, Tensor]], kept: Tensor) -> Tensor:
+    def _flat(self, saved: dict[str, dict[str, Tensor]], kept: Tensor) -> Tensor:
         """History or momentum of a state, as rows like those that are kept here."""
         sync, rows = self.optimizer._sync, []
-        for by_name in saved:
+        for k in range(len(rows_of(kept))):
+            by_name = saved[str(k)]
             row = kept.new_zeros(self.optimizer._accumulator.rows.shape[1])
             for name, segment in self._segments:
                 here = segment.view(row)

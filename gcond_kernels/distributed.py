@@ -15,6 +15,7 @@ All of it is torch.distributed's collectives on the process group of the user.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -194,6 +195,7 @@ class Ranks(Sync):
         self._fresh = False  # whether they have compared parameters in this window
         # Of each segment: which of the ranks that hold the same this one is, and how many they are.
         self._replica: list[tuple[int, int]] = []
+        self._part = 0  # which part of all parameters this process holds
 
     @property
     def owner(self) -> list[Any] | None:
@@ -281,7 +283,7 @@ class Ranks(Sync):
         layout = [description(segment) for segment in acc.segments]
         kinds, kind_of = kinds_of(acc.segments)
         prints = fingerprints([local_part(segment.parameter) for segment in acc.segments])
-        said = self.peers.objects((digest([settings, layout]), kinds, prints))
+        said = self.peers.objects((digest([settings, layout]), kinds, prints, mask_prints(acc)))
         if len({one[0] for one in said}) > 1:
             raise RuntimeError(difference(self.peers.objects((settings, layout))))
         holders = [holders_of([one[1][kind] for one in said]) for kind in range(len(kinds))]
@@ -293,10 +295,25 @@ class Ranks(Sync):
                 "from the same parameters (DistributedDataParallel sees to it; or load, or "
                 "broadcast them)"
             )
-        own = [held[coordinate] for held, coordinate in zip(holders, kinds, strict=True)]
+        if acc.mask is not None:
+            unlike = first_unlike([one[3] for one in said], holders, kind_of, rel_tol=0.0)
+            if unlike is not None:
+                tensor, rank, other = unlike
+                raise RuntimeError(
+                    f"mask of {acc.segments[tensor].name} of rank {rank} is not that of rank "
+                    f"{other}: make masks from the same weights, or broadcast them"
+                )
+        own = [held[kind] for held, kind in zip(holders, kinds, strict=True)]
         self._replica = [(own[k].index(self.peers.rank), len(own[k])) for k in kind_of]
+        # Where all are cut alike; of what others hold too the elements have the same places there.
+        coordinate: Any = kinds[0] if len(kinds) == 1 else ((), ())
+        self._part = number_of(*coordinate)
         self._holders = holders, kind_of
         self._agreed = len(acc.segments)
+
+    def work(self) -> Work:
+        """What is to be resolved here."""
+        return super().work()._replace(first=self._part * self.accumulator.rows.shape[1])
 
     def _pieces(self) -> Pieces:
         return [slice_of(n, *r) for n, r in zip(self.accumulator.sizes, self._replica, strict=True)]
@@ -695,6 +712,28 @@ def gradients_from(result: Tensor, accumulator: Accumulator) -> list[Tensor | No
             gradient.copy_(view)
         gradients.append(gradient)
     return gradients
+
+
+def mask_prints(accumulator: Accumulator) -> list[list[float]]:
+    """A number of each tensor's mask that tells it from others; nothing without one."""
+    if accumulator.mask is None:
+        return []
+    words = accumulator.mask.cpu().numpy()
+    prints = []
+    for offset, size in zip(accumulator.offsets, accumulator.sizes, strict=True):
+        of_tensor = words[offset // MASK_BITS : -(-(offset + size) // MASK_BITS)].tobytes()
+        # 48 bits, which a float holds.
+        hashed = hashlib.blake2b(of_tensor, digest_size=6).digest()
+        prints.append([float(int.from_bytes(hashed, "big"))])
+    return prints
+
+
+def number_of(coordinate: Sequence[int], sizes: Sequence[int]) -> int:
+    """The number of a place in a grid of these sizes, counted row by row."""
+    number = 0
+    for place, size in zip(coordinate, sizes, strict=True):
+        number = number * size + place
+    return number
 
 
 def symmetric(matrix: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gcond_kernels.contracts import MASK_BITS
-from gcond_kernels.dtensor import local_part
+from gcond_kernels.dtensor import is_dtensor, local_part, shard_coordinate
 from gcond_kernels.python.blocks import trained
 
 
@@ -45,11 +46,26 @@ def check_mask(mask: object, parameters: Sequence[tuple[Tensor, str]]) -> dict[T
         name = names[parameter]
         if not isinstance(bits, Tensor) or bits.dtype != torch.bool:
             raise TypeError(f"mask of {name} must be a bool tensor, not {bits!r}")
-        own, local = local_part(bits), local_part(parameter)
-        if own.shape != local.shape:
+        if bits.shape != parameter.shape:
             raise ValueError(
                 f"mask of {name} has shape {list(bits.shape)}, the parameter "
                 f"{list(parameter.shape)}"
             )
-        checked[parameter] = own.detach()
+        if not alike_spread(bits, parameter):
+            raise ValueError(
+                f"mask of {name} is not spread as the parameter is: make it with neuron_mask after "
+                "the model was sharded, or give torch.distributed.tensor.distribute_tensor(mask, "
+                "parameter.device_mesh, parameter.placements)"
+            )
+        checked[parameter] = local_part(bits)
     return checked
+
+
+def alike_spread(tensor: Any, parameter: Any) -> bool:
+    """Whether two tensors are cut alike; all ranks find the same."""
+    if is_dtensor(tensor) and is_dtensor(parameter):
+        same_mesh: bool = tensor.device_mesh == parameter.device_mesh
+        return same_mesh and tuple(tensor.placements) == tuple(parameter.placements)
+    # One of them is whole: the other must be so too, in however many copies.
+    cuts = (*shard_coordinate(tensor)[1], *shard_coordinate(parameter)[1])
+    return all(pieces == 1 for pieces in cuts)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gcond_kernels import ops, tables
 from gcond_kernels.accumulator import Accumulator, is_distributed
-from gcond_kernels.alike import digest
 from gcond_kernels.base_step import step_if
 from gcond_kernels.checks import (
     check_base,
@@ -883,7 +882,7 @@ class GCondFused(torch.optim.Optimizer):
             "mode": repr(self.mode),
             "method": repr(self.method),
             "granularity": repr(self.granularity),
-            "mask": self._mask_digest(),
+            "mask": repr(acc.mask is not None),
             "momentum": repr(self.beta),
             "update": repr(self.update),
             "trust_ratio_coef": repr(self.trust_ratio_coef),
@@ -896,13 +895,6 @@ class GCondFused(torch.optim.Optimizer):
             "resolutions so far": repr(self._now.counters.tolist()[0]),
             "state of the method": "its own" if drifts else repr(state),
         }
-
-    def _mask_digest(self) -> str:
-        """What tells masks apart, where all ranks hold the same parameters."""
-        acc = self._accumulator
-        if acc.mask is None or acc.spread:
-            return repr(acc.mask is not None)
-        return repr(digest(acc.mask.tolist()))
 
     def _scale(self, counts: Sequence[int]) -> Tensor:
         """[K] λ_k / n_k, which makes an accumulated sum the weighted mean gradient (eq. 1)."""
@@ -996,8 +988,8 @@ class GCondFused(torch.optim.Optimizer):
                 value[here[: len(saved)]] = saved
         self._now.method_state = loaded
         self._now.counters = counters.to(device, copy=True)
-        if self._now.losses is not None:
-            self._now.losses.zero_()
+        if self._now.losses is not None:  # new: the state may hold the very tensor that is here
+            self._now.losses = torch.zeros_like(self._now.losses)
         self._sync.end_window()
         self._sync.forget_agreement()
         self._now.position = 0

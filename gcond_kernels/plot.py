@@ -298,7 +298,7 @@ def _draw_layers(axes: Axes, layers: Sequence[Row]) -> None:
     """A bar per layer with its name on it: a long name takes no room from the bars."""
     worst = layers[:LAYERS]
     many = f" (the worst {LAYERS} of {len(layers)})" if len(layers) > LAYERS else ""
-    axes.set_title(f"How often do they conflict in each parameter?{many}", fontsize=14)
+    axes.set_title(f"How often do they conflict in each layer?{many}", fontsize=14)
     axes.set_xlim(0.0, 100.0)
     axes.set_xlabel("% of the comparisons of two tasks that had a cosine below 0", fontsize=12)
     if not worst:

@@ -26,8 +26,8 @@ class SplitModel(nn.Module):
     `parameters()` and `named_parameters()` give shared ones once, by the name in the first model:
     "models.0.body.0.weight"; a layer of the second task is "models.1.body.2.weight".
 
-    Only modules that a split layer lies in exist once per task too, without parameters of their
-    own: an attribute that is set on one of those is set for its task alone.
+    The modules that a split layer lies in exist once per task too, with the same parameters and
+    buffers: any other attribute that is set on one of them is set for its task alone.
 
     Attributes:
         tasks: the names.
@@ -105,8 +105,9 @@ def split_conflicting_layers(
         model: is not changed. Split it before it is compiled or wrapped (FSDP2,
             DistributedDataParallel), which hold on to the modules that they are given.
         layers: names as in `model.named_modules()`: those of parameters without their last part.
-            With a layer all that is in it becomes task-specific. A module that is reached by
-            several names may be given by any; it stays one for all its uses, once per task.
+            With a layer all that is in it becomes task-specific; a parameter of the model itself is
+            in none, and stays shared. A module that is reached by several names may be given by
+            any; it stays one for all its uses, once per task.
         tasks: names, any strings; a mapping gives its keys.
 
     Returns:
@@ -206,6 +207,11 @@ def _chosen(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
             raise ValueError(
                 "layers: '' is the whole model, which leaves nothing to share: train a model per "
                 "task, or name the layers in it"
+            )
+        if name in model._parameters:
+            raise ValueError(
+                f"layers: {name!r} is a parameter of the model itself, in no layer: leave it out, "
+                "or put it into a module"
             )
         if name not in known:
             close = get_close_matches(name, [other for other in known if other], 1, 0.0)

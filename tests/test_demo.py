@@ -1,24 +1,30 @@
 """The demo: its data, its training loop, and what it writes."""
 
 import argparse
+import io
 import json
 import subprocess
 import sys
 import urllib.request
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from skimage.io import imsave
 from skimage.metrics import structural_similarity
 
+import gcond_kernels.methods
 from gcond_kernels import GCondFused
-from gcond_kernels.demo import add_arguments, app, digits, main, photos, summary, training
+from gcond_kernels.demo import add_arguments, app, digits, main, photos, pictures, summary, training
 from gcond_kernels.demo.digits import Digits
+from gcond_kernels.demo.methods import DEFAULT, METHODS, methods_of
 from gcond_kernels.demo.photos import CROP, SPLIT, WIDTH, Photos
 
 CPU = torch.device("cpu")
+PLAIN, EXACT, STOCHASTIC = methods_of(DEFAULT)
 PICTURES = {
     "photos": {"photos_losses.png", "photos_cosine.png", "photos_reconstructions.png"},
     "digits": {"digits_losses.png", "digits_cosine.png", "digits_examples.png"},
@@ -154,6 +160,43 @@ def test_floating_point_of_any_range_is_an_image():
         photos.to_rgb(np.zeros((3, 4, 5, 6), dtype=np.float32))
 
 
+# The methods.
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (DEFAULT, ["plain sum", "GCond exact", "GCond stochastic"]),
+        (["MGDA", "PCGrad"], ["plain sum", "MGDA", "PCGrad"]),
+        (["sum", "plain", "SUM"], ["plain sum", "Sum"]),
+        (["plain"], ["plain sum"]),
+        (["all"], [method.name for method in METHODS]),
+        (
+            ["upgrad", "all"],
+            ["plain sum", "UPGrad", *[m.name for m in METHODS[1:] if m.key != "upgrad"]],
+        ),
+    ],
+)
+def test_methods_come_in_the_order_asked_for_behind_the_plain_sum(names, expected):
+    assert [method.name for method in methods_of(names)] == expected
+
+
+def test_an_unknown_method_is_answered_with_those_that_there_are(tmp_path, capsys):
+    assert demo("--methods", "mgda", "Adam", "--output", tmp_path / "output") == 2
+    error = capsys.readouterr().err
+    assert "'Adam'" in error
+    assert all(method.key in error for method in METHODS)
+
+
+def test_every_method_of_the_package_can_be_compared():
+    resolvers = {type(method.resolver).__name__ for method in METHODS if method.resolver}
+    assert resolvers == set(gcond_kernels.methods.__all__) - {"Method"}
+    assert set(pictures.METHOD_STYLES) == {method.key for method in METHODS}
+    # Without looking at colours alone.
+    looks = [(s["color"], s["linestyle"], s["marker"]) for s in pictures.METHOD_STYLES.values()]
+    assert len(set(looks)) == len({marker for _, _, marker in looks}) == len(METHODS)
+
+
 # The training.
 
 
@@ -168,7 +211,7 @@ def test_all_methods_start_alike_and_see_the_same_micro_batches(scene, monkeypat
 
     monkeypatch.setattr(type(scene), "micro_batch", recorded)
     untrained = []
-    for method in training.METHODS:
+    for method in (PLAIN, EXACT, STOCHASTIC):
         seen.append([])
         run = trained(scene, method)
         untrained.append(summary.means(run.evaluations[0]))
@@ -179,7 +222,7 @@ def test_all_methods_start_alike_and_see_the_same_micro_batches(scene, monkeypat
 
 
 def test_plain_sum_is_ordinary_gradient_accumulation(scene):
-    run = training.new_run(scene, training.METHODS[0], 1, 0, CPU)
+    run = training.new_run(scene, PLAIN, 1, 0, CPU)
     generator = torch.Generator().manual_seed(0)
     batches = [scene.micro_batch(generator) for _ in range(scene.accumulation_steps)]
     inputs = torch.cat([batch.inputs for batch in batches])
@@ -196,12 +239,13 @@ def test_plain_sum_is_ordinary_gradient_accumulation(scene):
     assert run.backward_passes == scene.accumulation_steps
 
 
-def test_without_a_conflict_gcond_writes_the_gradient_of_plain_sum(photos_scene):
+@pytest.mark.parametrize("method", [EXACT, methods_of(["sum"])[1]], ids=lambda m: m.name)
+def test_without_a_conflict_the_gradient_is_that_of_plain_sum(photos_scene, method):
     generator = torch.Generator().manual_seed(0)
     batches = [photos_scene.micro_batch(generator) for _ in range(4)]
     gradients = []
-    for method in training.METHODS[:2]:
-        run = training.new_run(photos_scene, method, 1, 0, CPU)
+    for one in (PLAIN, method):
+        run = training.new_run(photos_scene, one, 1, 0, CPU)
         optimizer = training.new_optimizer(run, "auto")
         gcond = isinstance(optimizer, GCondFused)
         window = training.gcond_window if gcond else training.plain_window
@@ -213,12 +257,13 @@ def test_without_a_conflict_gcond_writes_the_gradient_of_plain_sum(photos_scene)
 
 
 def test_the_same_seed_makes_the_same_run(digits_scene):
-    runs = [trained(digits_scene, training.METHODS[2], steps=3, seed=s) for s in (1, 1, 2)]
+    runs = [trained(digits_scene, STOCHASTIC, steps=3, seed=s) for s in (1, 1, 2)]
     assert runs[0].history == runs[1].history != runs[2].history
 
 
 def test_backward_passes_are_counted(digits_scene):
-    passes = [trained(digits_scene, method).backward_passes for method in training.METHODS]
+    methods = (PLAIN, EXACT, STOCHASTIC)
+    passes = [trained(digits_scene, method).backward_passes for method in methods]
     assert passes == [8, 16, 8]
 
 
@@ -247,10 +292,58 @@ def test_a_difference_within_the_validation_noise_is_called_so():
     ],
 )
 def test_the_verdict_on_the_conflict_follows_the_cosines(digits_scene, cosines, verdict):
-    run = training.new_run(digits_scene, training.METHODS[1], len(cosines), 0, CPU)
+    run = training.new_run(digits_scene, EXACT, len(cosines), 0, CPU)
     zones = ["none" if cosine >= 0.0 else "mild" for cosine in cosines]
     run.history = [training.Step({}, c, zone) for c, zone in zip(cosines, zones, strict=True)]
     assert verdict in summary.conflict_sentence([run])
+
+
+@pytest.mark.parametrize("others", [3, 4])
+def test_many_methods_are_told_in_one_sentence(digits_scene, others):
+    runs = [training.new_run(digits_scene, method, 1, 0, CPU) for method in METHODS[: 1 + others]]
+    for number, run in enumerate(runs):
+        # Each a little better than the last.
+        left = (torch.arange(1000) < 500 + 10 * number).float()
+        scores = {"left": left, "right": torch.full((1000,), 0.5)}
+        run.evaluations = [training.Evaluation(1, {}, scores)]
+        run.history = [training.Step({})]
+        if run.method.mode:
+            run.history = [training.Step({}, -0.1 * number, "mild", None, 1.0)]
+    said = summary.sentences(runs)
+    differences = [sentence for sentence in said if sentence.startswith("Difference")]
+    conflict = next(sentence for sentence in said if sentence.startswith("Conflict"))
+    if others > summary.FEW:
+        assert len(differences) == 1
+        assert "PCGrad +4.0 points (+/- 1.2) in left correct." in differences[0]
+        assert "median cosines of -0.40 to -0.10" in conflict
+    else:
+        assert len(differences) == others
+        assert conflict.count("median cosine") == others + 1  # and that of the verdict
+
+
+def widest_table(scene) -> str:
+    """With the widest of what can stand in each column: on a console of 80 columns."""
+    runs = [training.new_run(scene, method, 300, 0, CPU) for method in METHODS]
+    for run in runs:
+        ones = torch.ones(2)
+        evaluation = training.Evaluation(300, {}, dict.fromkeys(scene.tasks, ones))
+        run.evaluations, run.seconds, run.backward_passes = [evaluation], 999.9, 99999
+        for zone in summary.ALL_ZONES if run.method.mode else ():
+            run.history += [training.Step({}, -1.0, zone, None, 1.0)] * 75
+    file = io.StringIO()
+    Console(file=file, width=80).print(summary.table(runs))
+    return file.getvalue()
+
+
+def test_the_table_fits_80_columns(scene):
+    lines = widest_table(scene).splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = {line[:17].strip(): line for line in lines}
+    for method in METHODS:  # a row each: nothing is broken into two lines
+        row = rows[method.name]
+        assert "999.9" in row
+        assert "99999" in row
+        assert ("25/25/25/25" in row) == ("100 %" in row) == (method.mode is not None)
 
 
 def test_what_is_not_a_number_becomes_null():
@@ -281,6 +374,61 @@ def test_the_demo_writes_pictures_table_and_results(name, tmp_path, capsys):
     assert "one seed" in printed
     assert "Conflict: " in printed
     assert len(printed.splitlines()) < 60  # no flood where there is no terminal
+
+
+@pytest.mark.parametrize("name", ["photos", "digits"])
+def test_other_methods_are_compared_alike(name, tmp_path, capsys):
+    options = ("--scene", name, "--steps", 2, "--output", tmp_path, "--device", "cpu")
+    assert demo("--methods", "MGDA", "GradNorm", "graddrop", *options) == 0
+    assert {path.name for path in tmp_path.iterdir()} == PICTURES[name] | {"results.json"}
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    methods = results["scenes"][name]["methods"]
+    assert list(methods) == ["plain sum", "MGDA", "GradNorm", "GradDrop"]
+    assert methods["plain sum"]["incidence"] is methods["plain sum"]["resolver"] is None
+    assert methods["GradNorm"]["resolver"].startswith("GradNorm(alpha=1.5, lr=0.001")
+    for method in list(methods.values())[1:]:
+        below = [step["cosine"] < 0.0 for step in method["history"]]
+        assert method["incidence"] == pytest.approx(sum(below) / 2)
+        assert all(step["winner"] is None for step in method["history"])
+    printed = capsys.readouterr().out
+    assert "inci-" in printed
+    assert "AdamW" in printed
+
+
+def test_pictures_of_all_methods_at_once(scene, tmp_path):
+    runs = [training.new_run(scene, method, 2, 0, CPU) for method in METHODS]
+    for run in runs:
+        training.evaluate(run)
+        compared = (0.5, "none", None, 0.0), (-0.5, "moderate", None, 1.0)
+        nothing = ((None, None, None, None),) * 2
+        losses = dict.fromkeys(scene.tasks, 1.0)
+        steps = compared if run.method.mode else nothing
+        run.history = [training.Step(losses, *step) for step in steps]
+    pictures.write_pictures(runs, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == PICTURES[scene.name]
+    figure = pictures.cosine_picture(runs)
+    titles = [axes.get_title() for axes in figure.axes if axes.axison]
+    assert [title.partition(":")[0] for title in titles] == [m.name for m in METHODS[1:]]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "conflict (the method names no winner)" in legend
+
+
+def test_the_benchmark_of_methods_writes_figures_tables_and_a_picture(tmp_path):
+    script = Path(__file__).parents[1] / "bench" / "methods.py"
+    output = tmp_path / "methods.json"
+    options = ["--steps", "2", "--seeds", "1", "--scene", "digits", "--methods", "mgda", "--output"]
+    command = [sys.executable, script, *options, output]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    results = json.loads(output.read_text(encoding="utf-8"))
+    assert [run["method"] for run in results["runs"]] == ["plain", "mgda"]
+    assert results["planned_runs"] == 2
+    assert results["machine"]["torch"] == torch.__version__
+    tables = (tmp_path / "methods.md").read_text(encoding="utf-8")
+    assert "| plain sum |" in tables
+    assert "| MGDA |" in tables
+    assert "single seed" in tables
+    assert (tmp_path / "methods.png").is_file()
 
 
 @pytest.mark.filterwarnings("ignore:The legacy `DICOM`")  # imageio, before it gives up a file
@@ -314,6 +462,7 @@ def test_bad_input_is_named_and_nothing_is_written(tmp_path, capsys):
         ("--device", "cuda:99"): "cuda:99",
         ("--device", "meta"): "meta",
         ("--backend", "nonsense"): "nonsense",
+        ("--methods", "mgda", "nonsense"): "nonsense",
     }
     for options, named in bad.items():
         output = tmp_path / "output"

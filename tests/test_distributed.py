@@ -15,6 +15,7 @@ from ranks import Ranks, start
 from test_optimizer import same
 
 from gcond_kernels import alike, distributed
+from gcond_kernels.methods import CAGrad, GradNorm, PCGrad
 
 pytestmark = [
     pytest.mark.skipif(
@@ -136,6 +137,104 @@ def test_local_decisions_are_each_ranks_own_and_the_results_averaged(ranks2, opt
     assert_close(said[0][0], t.train_local(2, options))
 
 
+# Other methods, with a head for each task, a mask, momentum and clipping.
+
+# Adam without weight decay: it moves nothing that has no gradient.
+HEADED = {"net": t.Headed, "share": 0.4, "max_norm": 0.5, "base": torch.optim.Adam}
+METHODS = {
+    "GCond": {},
+    "PCGrad": {"method": PCGrad(seed=3)},
+    "CAGrad": {"method": CAGrad()},
+    "GradNorm": {"method": GradNorm(lr=0.05)},
+    "of the user": {"method": t.by_length},
+    "by tensor": {"granularity": "tensor"},
+}
+METHODS = {name: HEADED | options for name, options in METHODS.items()}
+RUNS_OF_METHODS = [
+    *((2, way, method) for way in ("shard", "replicate", "fsdp") for method in METHODS),
+    (4, "shard", "by tensor"),
+    (4, "fsdp_tp", "PCGrad"),
+]
+
+
+def assert_masked_stay(parameters):
+    model = t.new_model(net=t.Headed)
+    mask = t.mask_of(model, HEADED["share"])
+    for name, before in model.named_parameters():
+        moved = parameters[name] != before
+        trained = mask.get(before, torch.ones_like(moved))
+        assert not moved[~trained].any(), name
+        assert name == "unused" or moved[trained].all(), name
+
+
+def assert_decided_alike(decisions, others):
+    for ours, theirs in zip(decisions, others, strict=True):
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-3, abs=1e-3)  # the weights
+        assert ours[4] == pytest.approx(theirs[4], rel=1e-3)  # the norm
+        assert ours[5].keys() == theirs[5].keys()  # the tensors that are shared
+        for name, weights in ours[5].items():
+            assert weights == pytest.approx(theirs[5][name], rel=1e-2, abs=1e-2), name
+
+
+@pytest.mark.parametrize(("size", "way", "method"), RUNS_OF_METHODS)
+def test_any_method_decides_alike_and_as_one_process_that_sees_all(ranks, size, way, method):
+    options = METHODS[method]
+    said = ranks[size](t.train, way, options, None, 10)
+    assert_all_ranks_alike(said)
+    parameters, decisions = said[0]
+    alone, decisions_alone = t.train_alone(t.data_rank(way, 0, size)[1], options, None, 10)
+    assert_close(parameters, alone)
+    assert_decided_alike(decisions, decisions_alone)
+    assert_masked_stay(parameters)
+    for weights, *_ in decisions[1:]:  # there is something
+        assert max(abs(weight - 1.0) for weight in weights.values()) > 0.01
+    shared = set() if method != "by tensor" else set(parameters) - {"unused"}
+    assert set(decisions[-1][5]) == {name for name in shared if not name.startswith("heads")}
+
+
+@pytest.mark.parametrize("way", ["shard", "replicate"])
+def test_losses_are_means_over_the_micro_batches_of_all_ranks(ranks2, way):
+    options = METHODS["GradNorm"]
+    said = ranks2(t.train, way, options, [1, 3], 10)
+    assert_all_ranks_alike(said)
+    parameters, decisions = t.train_alone(2, options, [1, 3], 10)
+    assert_close(said[0][0], parameters)
+    assert_decided_alike(said[0][1], decisions)
+
+
+@pytest.mark.parametrize("method", ["PCGrad", "GradNorm", "by tensor"])
+def test_any_methods_local_decisions_are_averaged(ranks2, method):
+    options = METHODS[method]
+    said = ranks2(t.train, "local", options, None, 10)
+    assert equal(said[0][0], said[1][0])
+    assert said[0][1] != said[1][1]
+    assert_close(said[0][0], t.train_local(2, options, 10))
+    assert_masked_stay(said[0][0])
+
+
+@pytest.mark.parametrize(("size", "way"), [(2, "shard"), (2, "replicate"), (4, "shard")])
+def test_ranks_pick_the_signs_of_one_process(ranks, size, way):
+    said = ranks[size](t.dropped_signs, way)
+    gradients, parameters = t.dropped_signs(None, size)
+    for ours, parameters_here in said:
+        assert equal(parameters_here, said[0][1])
+        assert_close(parameters_here, parameters, 1e-5)
+        for step, of_step in enumerate(ours):
+            assert equal(of_step, said[0][0][step])
+            assert_close(of_step, gradients[step], 1e-6)
+
+
+def test_shards_pick_signs_of_their_own_and_copies_the_same(ranks2):
+    ours, theirs = ranks2(t.signs_of_parts, "fsdp")
+    assert not torch.equal(ours["first.weight"][:32], theirs["first.weight"][:32])
+    assert abs((ours["first.weight"][:32] * theirs["first.weight"][:32]).mean()) < 0.3
+    ours, theirs = ranks2(t.signs_of_parts, "tp")
+    assert ours["first.weight"].shape == (33, 6)
+    assert theirs["first.weight"].shape == (32, 6)
+    assert torch.equal(ours["norm.weight"], theirs["norm.weight"])
+    assert torch.equal(ours["norm.bias"], theirs["norm.bias"])
+
+
 def test_the_kernels_in_cuda_cpp(ranks2):
     try:
         from gcond_kernels import _cuda  # noqa: F401
@@ -248,6 +347,20 @@ def test_bytes_on_the_wire(ranks, size):
     assert len(sent["all_reduce"]) == 2
 
 
+@pytest.mark.parametrize("net", [t.Net, t.Headed])
+def test_inner_products_with_the_history_travel_by_tensor_only_where_needed(ranks2, net):
+    """S, X and S of each tensor, in float64; by tensor X of each tensor too."""
+    K = len(t.TASKS)
+    T = len(list(t.new_model(net=net).parameters()))
+    sent = [
+        ranks2(t.traffic_of, "shard", {"net": net, "granularity": granularity})[0][0]
+        for granularity in ("model", "tensor")
+    ]
+    by_model, by_tensor = (sum(of_granularity["all_reduce"]) for of_granularity in sent)
+    assert by_model == 8 * K**2 * (2 + T)  # of two ranks each sends as much as it has
+    assert by_tensor - by_model == 8 * K**2 * T
+
+
 def test_the_result_travels_in_the_type_of_the_gradients(ranks2):
     sent, row, _ = ranks2(t.traffic_of, "shard", {"dtype": torch.bfloat16})[0]
     assert sent[t.ALL_GATHER][-1] == 2 * row / 2
@@ -306,13 +419,23 @@ MISTAKES = {
     "saved in a window": "RuntimeError: with several ranks a state is saved between windows",
     "copied": "RuntimeError: an optimizer that is one of several ranks cannot be copied",
     "late parameter": "RuntimeError: late is new, and the other ranks have a part of this window",
+    "other seed": r"RuntimeError: rank 1 has method=PCGrad\(seed=1\), rank 0 .*\(seed=0\)",
+    "other function": r"RuntimeError: rank 1 has method=\w+\.half, rank 0 method=\w+\.by_length",
+    "other granularity": "RuntimeError: rank 1 has granularity='tensor', rank 0 .*='model'",
+    "mask on one rank": "RuntimeError: rank 1 has mask=True, rank 0 mask=False",
+    "other mask": "RuntimeError: mask of first.weight of rank 1 is not that of rank 0",
+    "other mask of a part that both hold": "RuntimeError: mask of norm.weight of rank 1 is not",
+    "mask made before sharding": "ValueError: mask of first.weight is not spread as the parameter",
+    "mask cut otherwise": "ValueError: mask of first.weight is not spread as the parameter is",
 }
 
 
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_a_mistake_is_named_on_every_rank(ranks2, kind):
-    for said in ranks2(t.mistake, kind):
-        assert re.match(MISTAKES[kind], said), said
+    said = ranks2(t.mistake, kind)
+    for here in said:
+        assert re.match(MISTAKES[kind], here), here
+    assert "rank 1 has" not in said[0] or said[0] == said[1]
 
 
 # Checkpoints.
@@ -370,6 +493,36 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(ranks, tmp_path, before
     assert [d[2] for d in later] == [d[2] for d in decisions[8:]]
     for ours, theirs in zip(later, decisions[8:], strict=True):
         assert ours[0] == pytest.approx(theirs[0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("shard", 2), (None, 1)),
+        (("shard", 2), ("fsdp", 2)),
+        (("fsdp", 2), (None, 1)),
+        (("fsdp", 2), ("replicate", 2)),
+        ((None, 1), ("shard", 2)),
+        ((None, 1), ("fsdp", 2)),
+    ],
+)
+@pytest.mark.parametrize("method", ["PCGrad", "GradNorm", "by tensor"])
+def test_a_checkpoint_of_any_method_resumes(ranks2, tmp_path, before, after, method):
+    """The mask is that of the state, not the one that was given."""
+
+    def run(way, size, *args):
+        train = [t.trained_on(way, *args)] if way is None else ranks2(t.trained_on, way, *args)
+        assert_all_ranks_alike(train)
+        return train[0]
+
+    options = {**METHODS[method]}
+    base = options.pop("base")
+    whole, decisions = run(*before, str(tmp_path), 4, 10, options, base)
+    resumed, later = run(*after, str(tmp_path), None, 10, options | {"share": 0.7}, base)
+    assert len(later) == 6
+    assert_close(resumed, whole)
+    assert_decided_alike(later, decisions[4:])
+    assert_masked_stay(resumed)
 
 
 @pytest.mark.parametrize(("how", "seconds"), [(signal.SIGKILL, 60), (signal.SIGSTOP, 5)])
@@ -697,3 +850,93 @@ def test_what_is_no_state_of_this_training(tmp_path):
     renamed = t.GCondFused(sgd, tasks, momentum=0.5)
     with pytest.raises(ValueError, match="the state has tasks"):
         dcp.load({"t": t.TrainingState(other, renamed)}, checkpoint_id=str(tmp_path))
+
+
+PLAIN = {"method": t.GCond(tie_breaking_weights=(0.0, 1.0))}
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "words"),
+    [
+        ({"method": PCGrad()}, {"method": CAGrad()}, "method_name 'PCGrad', this .* 'CAGrad'"),
+        ({"method": CAGrad()}, {"method": GradNorm()}, "method_name 'CAGrad', this .* 'GradNorm'"),
+        ({"method": t.by_length}, {"method": PCGrad()}, "method_name 'Function', this .* 'PCGrad'"),
+        ({}, {"method": PCGrad()}, "method_name 'GCond', this optimizer 'PCGrad'"),
+        ({}, {"granularity": "tensor"}, "granularity 'model', this optimizer 'tensor'"),
+        ({"granularity": "tensor"}, {}, "granularity 'tensor', this optimizer 'model'"),
+        (
+            {"method": PCGrad(), "granularity": "tensor"},
+            PLAIN | {"granularity": "tensor"},
+            "method_name 'PCGrad', this optimizer 'GCond'",
+        ),
+        ({"method": t.GCond(dominance_window=2)}, {}, r"winners \[2\], this one \[3\]"),
+        ({"share": 0.4}, {}, "the state has masks, this optimizer has no masks"),
+        ({}, PLAIN, "the state has history, this optimizer has no history"),
+        ({}, {"momentum": 0.0}, "the state has momentum, this optimizer has no momentum"),
+    ],
+)
+def test_a_checkpoint_of_another_method_is_refused(tmp_path, saved, here, words):
+    import torch.distributed.checkpoint as dcp
+
+    for steps in (0, 1):
+        model, optimizer = t.prepared(None, 1, net=t.Headed, **saved)
+        for number in range(steps):
+            t.window(optimizer, model, [number])
+        folder = str(tmp_path / str(steps))
+        dcp.save({"t": t.TrainingState(model, optimizer)}, checkpoint_id=folder)
+        other = t.prepared(None, 1, net=t.Headed, **here)
+        with pytest.raises(ValueError, match=words):
+            dcp.load({"t": t.TrainingState(*other)}, checkpoint_id=folder)
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "words"),
+    [
+        ({}, {"share": 0.4}, r"Missing key .*gcond\.masks\."),
+        (PLAIN, {}, r"Missing key .*gcond\.history\."),
+    ],
+)
+def test_where_a_checkpoint_lacks_what_is_kept_torch_names_it(tmp_path, saved, here, words):
+    import torch.distributed.checkpoint as dcp
+
+    model, optimizer = t.prepared(None, 1, **saved)
+    t.window(optimizer, model, [0])
+    dcp.save({"t": t.TrainingState(model, optimizer)}, checkpoint_id=str(tmp_path))
+    other = t.prepared(None, 1, **here)
+    with pytest.raises(dcp.api.CheckpointException, match=words):
+        dcp.load({"t": t.TrainingState(*other)}, checkpoint_id=str(tmp_path))
+
+
+def by_name(optimizer):
+    """What is kept of each parameter: state of the method, mask, who had a gradient of it."""
+    acc, shared = optimizer._accumulator, optimizer.method.shared_state
+    state = {k: v for k, v in optimizer._now.method_state.items() if k not in shared}
+    return {
+        segment.name: (
+            {key: value[i] for key, value in state.items()},
+            acc.mask_of(segment),
+            acc.owners[i],
+            acc.compared[i],
+            acc.momentum_steps[i],
+        )
+        for i, segment in enumerate(acc.segments)
+    }
+
+
+def test_what_is_kept_by_tensor_goes_with_its_tensor(tmp_path):
+    options = {"net": t.Headed, "granularity": "tensor", "base": torch.optim.Adam}
+    before = t.prepared(None, 1, share=0.4, **options)
+    model = t.new_model(net=t.Headed)
+    turned = torch.optim.Adam(reversed(list(model.named_parameters())), lr=1e-2)
+    mask = t.mask_of(model, 0.7)
+    after = model, t.GCondFused(turned, t.TASKS, granularity="tensor", momentum=0.5, mask=mask)
+    ours, theirs = resumed(tmp_path, before, after)
+    assert_close(ours, theirs, 1e-6)
+    assert_masked_stay(theirs)
+    kept, kept_after = by_name(before[1]), by_name(after[1])
+    assert list(kept_after) == list(reversed(list(kept)))
+    for name, (state, *others) in kept.items():
+        state_after, *others_after = kept_after[name]
+        assert same(others, others_after)
+        for key, value in state.items():
+            torch.testing.assert_close(value, state_after[key], rtol=1e-4, atol=1e-6)

@@ -24,7 +24,7 @@ from gcond_kernels.methods import (
 )
 from gcond_kernels.methods.pcgrad import projected
 
-WHY = "the methods are compared with TorchJD: pip install 'torchjd[cagrad,nash-mtl,quadprog-projector]'"
+WHY = "others' weights are TorchJD's: pip install 'torchjd[cagrad,nash-mtl,quadprog-projector]'"
 jd = pytest.importorskip("torchjd.aggregation", reason=WHY)
 for module in ("cvxpy", "clarabel", "ecos", "quadprog", "qpsolvers"):
     pytest.importorskip(module, reason=WHY)
@@ -118,10 +118,10 @@ def test_imtl_g_of_lengths_far_apart(tasks):
 @pytest.mark.parametrize(("tasks", "size"), [(3, 2), (4, 2), (6, 3), (8, 5)])
 def test_imtl_g_of_dependent_gradients_has_equal_projections_where_there_are_any(tasks, size):
     for seed in range(10):
-        # One component in common: then some combination has equal projections onto all of them.
-        J = torch.cat([gradients("random", tasks, seed)[:, : size - 1], torch.ones(tasks, 1)], 1)
-        J = spread(J.double(), 2.0, seed)
-        J[:, -1] = J.norm(dim=-1)
+        # Half the length of each is in common: that part has equal projections onto all of them.
+        J = gradients("random", tasks, seed)[:, : size - 1]
+        J = torch.cat([J / J.norm(dim=-1, keepdim=True), torch.ones_like(J[:, :1])], 1)
+        J = spread(J, 2.0, seed)
         w = IMTLG()(gramian(J))
         projections = (J @ (w @ J)) / J.norm(dim=-1)
         assert close(projections, projections.mean().expand(tasks), 1e-9)
@@ -225,7 +225,7 @@ def test_upgrad_makes_no_task_worse(family):
 def mgda_objective(S, w):
     n = lengths(S)
     C = S / n[:, None] / n[None, :]
-    return float((w * n) @ C @ (w * n)) ** 0.5
+    return max(float((w * n) @ C @ (w * n)), 0.0) ** 0.5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -278,9 +278,11 @@ def test_mgda_by_its_conditions(family, decades, tasks):
         w = MGDA()(gramian(J))
         g = w @ J
         over = (J @ g - g @ g) / n
-        # Two tasks take rounding alone, and so do more, but for the ridge: 1e-12 of ‖β‖, which is
-        # 1e3 at most, or of the 1e6 that dependent gradients come to (and rounding of these).
-        tolerance = 1e-5 if family == "deficient" else 1e-7
+        # What the ridge of 1e-12 adds to ‖g‖² and takes from C α, and rounding; dependent
+        # gradients leave the steps in a valley that is flat to 1e-9.
+        y = w * n
+        tolerance = 1e-9 + 2e-12 * float(y @ y + y.amax())
+        tolerance = 1e-5 if family == "deficient" else tolerance
         assert (over >= -tolerance).all()
         assert (torch.minimum(over, w * n).abs() <= tolerance).all()
 
@@ -302,7 +304,7 @@ def for_the_worst(S, w):
 @pytest.mark.parametrize("decades", [0.0, 1.0])
 @pytest.mark.parametrize("tasks", TASKS)
 def test_cagrad_is_as_good_for_the_worst_as_theirs(family, decades, tasks):
-    """CLARABEL stops at 1e-8 of the objective, which near its flat bottom is 1e-4 of the weights."""
+    """CLARABEL stops at some 1e-8 of the objective in its own units, where that is flat."""
     for seed, (scale, c) in enumerate(zip(SCALES, (0.5, 0.2, 0.9), strict=True)):
         S = gramian(scale * spread(gradients(family, tasks, seed), decades, seed))
         w, theirs = CAGrad(c=c)(S), jd.CAGradWeighting(c=c, norm_eps=1e-30)(S)
@@ -312,12 +314,14 @@ def test_cagrad_is_as_good_for_the_worst_as_theirs(family, decades, tasks):
         assert value >= their_value - 1e-8 * unit
         assert radius <= c * (1.0 + 1e-9)
         if family in ("random", "conflicting"):
-            assert close(w, theirs, 2e-4)
+            # Ours is better by up to 4e-4: so far off are its weights.
+            n = lengths(S)
+            assert close(w * n, theirs * n, 1e-3)
 
 
 @pytest.mark.parametrize("tasks", TASKS)
 def test_cagrad_of_lengths_far_apart(tasks):
-    """TorchJD gets nowhere near: what is checked is that it is no better, and the path's own gap."""
+    """TorchJD gets nowhere near: what is checked is that it is no better."""
     for seed in range(3):
         S = gramian(spread(gradients("conflicting", tasks, seed), 6.0, seed))
         w, theirs = CAGrad()(S), jd.CAGradWeighting(c=0.5, norm_eps=1e-30)(S)
@@ -343,34 +347,33 @@ def test_cagrad_without_a_radius_is_the_mean():
 # ---- Nash-MTL.
 
 
-def unfairness(S, w):
-    """Of w_k (S w)_k, which are all to be the same: the largest over the smallest, less 1."""
-    n = lengths(S)
-    C = S / n[:, None] / n[None, :]
-    shares = (w * n) * (C @ (w * n))
-    smallest = float(shares.amin())
-    return float(shares.amax()) / smallest - 1.0 if smallest > 0.0 else float("inf")
+def bargain(S, w):
+    """½ wᵀ S w − Σ log w, which the solution has the least of."""
+    return float(0.5 * (w @ S @ w) - w.log().sum()) if (w > 0.0).all() else float("inf")
 
 
 @pytest.mark.filterwarnings("ignore:You are solving a parameterized problem that is not DPP")
 @pytest.mark.filterwarnings("ignore:Solution may be inaccurate")
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tasks", [2, 3, 5, 8, 10])
-def test_nash_mtl_is_as_fair_as_theirs(family, tasks):
+@pytest.mark.parametrize("tasks", [2, 3, 5, 8])
+def test_nash_mtl_is_as_good_a_bargain_as_theirs(family, tasks):
     """ECOS linearises a concave part: from some starts it stops far from the solution."""
-    J = gradients(family, tasks, 3)
-    S = gramian(J)
-    w = NashMTL()(S)
-    theirs = jd.NashMTL(n_tasks=tasks, max_norm=0.0, optim_niter=50).weighting(J)
-    # In a singular S the ridge is what the solution stands on, with weights of 1e6: rounding of
-    # these, 1e-10, over what the ridge has of them.
-    assert unfairness(S, w) <= max(1e-2 if family == "deficient" else 1e-7, 0.0)
-    if family != "deficient":
-        assert unfairness(S, w) <= unfairness(S, theirs) + 1e-9
-    if unfairness(S, theirs) < 1e-4:
-        # Theirs are for S as it is, and not divided by its norm.
-        assert close(w, theirs * S.norm() ** 0.5, 1e-3)
+    solved = 0
+    for seed in range(2):
+        J = gradients(family, tasks, seed)
+        S = gramian(J)
+        # Theirs are the weights for S as it is, and not divided by its norm.
+        w = NashMTL()(S) / S.norm() ** 0.5
+        theirs = jd.NashMTL(n_tasks=tasks, max_norm=0.0, optim_niter=50).weighting(J)
+        # 1e-9 of the squares of terms that are 1 each.
+        assert bargain(S, w) <= bargain(S, theirs) + 1e-9 * tasks
+        shares = theirs * (S @ theirs)
+        if (theirs > 0.0).all() and (shares - 1.0).abs().amax() < 1e-5:
+            # Where it gets there, to 1e-5 of C: the weights of it, times the condition's root.
+            assert close(w, theirs, 1e-4)
+            solved += 1
+    assert solved > 0 or family in ("deficient", "anti-parallel")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -384,13 +387,14 @@ def test_nash_mtl_solves_its_equation(family, decades, tasks):
         w = NashMTL()(S)
         assert (w > 0.0).all()
         C = S / n[:, None] / n[None, :]
-        if family == "deficient":
-            C = C + 1e-12 * torch.eye(tasks)  # without it there is no solution
-        shares = (w * n) * (C @ (w * n)) / S.norm()
-        # Rounding of terms that cancel out: up to 1e3 each, where two are nearly anti-parallel,
-        # which makes 1e6 · 1e-16 of what is 1; and 1e12 · 1e-16 where the ridge is all there is.
-        tolerance = {"anti-parallel": 1e-7, "deficient": 1e-2}.get(family, 1e-8)
-        assert (shares - 1.0).abs().amax() <= tolerance
+        y = w * n / S.norm() ** 0.5
+        shares = y * (C @ y)
+        # Without the ridge dependent gradients have no solution: 1 is shared with 1e-12 y². Terms
+        # as large as y² cancel out: 1e6 of them make rounding of 1e-10, and 1e12 of them 1e-3.
+        tolerance = 1e-2 if family == "deficient" else 1e-8
+        assert (shares + 1e-12 * y**2 - 1.0).abs().amax() <= tolerance
+        if family != "deficient":
+            assert (shares - 1.0).abs().amax() <= 1e-5
 
 
 @pytest.mark.parametrize("tasks", [3, 6, 12])

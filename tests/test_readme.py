@@ -33,14 +33,29 @@ def test_the_example_of_conflicts_finds_one(capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().out.startswith(names["optimizer"].advise().split("\n")[0])
 
 
+def test_the_example_of_other_methods_tells_their_weights(capsys):
+    run(2)
+    assert capsys.readouterr().out.count("mse") == 3
+
+
+def test_the_example_of_layers_draws_them(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(3)
+    said = capsys.readouterr().out
+    assert (tmp_path / "layers.png").stat().st_size > 10_000
+    assert "below -0.02" in said
+    shares = {line.split(":")[0]: int(line.split()[-6]) for line in said.splitlines()[-3:]}
+    assert shares["Recon"] < shares["all shared"]
+
+
 def test_the_example_of_mixed_precision_trains():
-    names = run(2)
+    names = run(4)
     assert names["optimizer"].report().step == 10
     assert names["optimizer"].report().skipped_steps < 10
 
 
 def test_the_example_of_many_gpus_runs_in_two_processes(tmp_path):
-    (tmp_path / "train.py").write_text(EXAMPLES[3])
+    (tmp_path / "train.py").write_text(EXAMPLES[5])
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"],
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
@@ -50,8 +65,8 @@ def test_the_example_of_many_gpus_runs_in_two_processes(tmp_path):
 
 
 def test_the_other_examples_run():
-    assert len(EXAMPLES) == 5
-    run(4)
+    assert len(EXAMPLES) == 7
+    run(6)
 
 
 def test_every_file_that_is_named_exists():

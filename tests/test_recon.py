@@ -482,6 +482,25 @@ def test_it_trains_by_gcond_and_is_saved(tmp_path):
     )
 
 
+def test_layers_that_a_recorder_names_can_be_split():
+    """From training to the table and to the model that training starts over with."""
+    tasks = {"a": 1.0, "b": 1.0}
+    model = model_of()
+    base = torch.optim.SGD(model.named_parameters(), lr=0.01)
+    optimizer = GCondFused(base, tasks)
+    for step in range(3):
+        x = X + step
+        optimizer.backward({"a": model(x).pow(2).mean(), "b": (model(x) - 3.0).pow(2).mean()})
+        optimizer.step()
+    rows = optimizer.recorder.layers(threshold=-0.02)
+    layers = [row["layer"] for row in rows if row["layer"] != "scale"]
+    assert set(layers) == {"body.0", "body.1", "body.2.0", "twice", "head"}
+    lines = conflict_table(optimizer.recorder, threshold=-0.02).splitlines()
+    assert [line.split()[-1] for line in lines[2:]] == [row["layer"] for row in rows]
+    split = split_conflicting_layers(model_of(), layers, tasks)
+    assert reached(split, "a") & reached(split, "b") == {"models.0.scale"}
+
+
 # What is refused.
 
 
@@ -492,6 +511,7 @@ def test_layers_that_cannot_be_split():
         "": "'' is the whole model",
         "body.2.0.weight": r"no 'body\.2\.0\.weight' in Model: did you mean 'body\.2\.0'",
         "haed": "did you mean 'head'",
+        "scale": "'scale' is a parameter of the model itself, in no layer",
     }
     for layer, message in bad.items():
         with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ from ranks import Ranks
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from gcond_kernels import sparse
+from gcond_kernels import GCondFused, sparse
 from gcond_kernels.sparse import neuron_mask
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -196,6 +196,22 @@ def test_the_rule_of_the_paper_in_plain_torch():
             optimizer.step()
         moved = layer.weight.detach() != before
         assert torch.equal(moved, mask[layer.weight] | (decay > 0.0))
+
+
+def test_gcond_trains_what_is_chosen_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(8, 2))
+    mask = neuron_mask(model, share=0.3)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    base = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    optimizer = GCondFused(base, {"a": 1.0, "b": 1.0}, mask=mask)
+    for _ in range(3):
+        y = model(torch.randn(8, 2, 4))
+        optimizer.backward({"a": y[:, 0].pow(2).mean(), "b": (y.sum(1) - 1.0).pow(2).mean()})
+        optimizer.step()
+    for was, parameter in zip(before, model.parameters(), strict=True):
+        everything = torch.ones_like(parameter, dtype=torch.bool)
+        assert torch.equal(parameter.detach() != was, mask.get(parameter, everything))
 
 
 # Spread over ranks.

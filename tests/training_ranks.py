@@ -11,7 +11,8 @@ import torch.distributed as dist
 from ranks import join
 from torch import nn
 
-from gcond_kernels import GCond, GCondFused, TrainingState
+from gcond_kernels import GCond, GCondFused, TrainingState, neuron_mask
+from gcond_kernels.methods import GradDrop, PCGrad
 
 TASKS = {"a": 0.7, "b": 1.0, "c": 0.4}
 STEPS = 20
@@ -42,16 +43,29 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.third(torch.tanh(self.second(x)))))
 
 
+class Headed(Net):
+    """With a layer for each task that no other task uses."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"a": 2, "b": 1, "c": 3}
+        self.heads = nn.ModuleDict({task: nn.Linear(3, size) for task, size in sizes.items()})
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y, {task: head(y) for task, head in self.heads.items()}
+
+
 def device():
     """The GPU of this rank, where ranks have some."""
     on_gpus = dist.is_initialized() and "nccl" in dist.get_backend_config()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpus else torch.device("cpu")
 
 
-def new_model(dtype=torch.float32):
+def new_model(dtype=torch.float32, net=Net):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Net().to(device(), dtype)
+        return net().to(device(), dtype)
 
 
 def losses_of(model, number, tasks=TASKS):
@@ -59,12 +73,15 @@ def losses_of(model, number, tasks=TASKS):
     generator = torch.Generator().manual_seed(number)
     x = torch.randn(4, 6, generator=generator)
     y = model(x.to(device(), next(model.parameters()).dtype))
+    y, of_heads = y if isinstance(y, tuple) else (y, {})
     y = y.float()
     losses = {
         "a": (y[:, 0] - 1).pow(2).mean(),
         "b": (y[:, 0] + y[:, 1] + 1).pow(2).mean(),
         "c": (y.sum(1) - 0.5).abs().mean(),
     }
+    for task, z in of_heads.items():
+        losses[task] = losses[task] + (z - 0.3).pow(2).mean()
     return {task: losses[task] for task in tasks}
 
 
@@ -128,6 +145,48 @@ def new_optimizer(model, way=None, steps=MICRO_BATCHES, base=torch.optim.AdamW, 
     return GCondFused(adamw, TASKS, accumulation_steps=steps, **options)
 
 
+def prepared(way, steps=MICRO_BATCHES, net=Net, share=None, **options):
+    """A model as it is trained, and its optimizer.
+
+    Args:
+        way: how the model is spread; None is one process.
+        steps: micro-batches of a window.
+        net: the model.
+        share: of the weights that a mask leaves; None is no mask.
+        options: of the optimizer.
+    """
+    model = new_model(net=net)
+    if way is not None:
+        model = spread(model, way, dist.get_world_size())
+    if share is not None:
+        options["mask"] = mask_of(model, share)
+    return model, new_optimizer(model, way, steps=steps, **options)
+
+
+def mask_of(model, share):
+    """A part of each neuron's weights, and of a vector of which some ranks may hold nothing."""
+    from torch.distributed.tensor import distribute_tensor
+
+    mask = neuron_mask(model, share=share)
+    for name, p in model.named_parameters():
+        if name.removeprefix("module.") in ("norm.bias", "last.bias"):
+            bits = torch.arange(p.numel(), device=p.device) % 3 < (2 if share < 0.5 else 1)
+            spread_out = hasattr(p, "placements")
+            mask[p] = distribute_tensor(bits, p.device_mesh, p.placements) if spread_out else bits
+    return mask
+
+
+def by_length(gramian):
+    """A method of the user's own: all gradients get the mean of their lengths."""
+    lengths = gramian.diagonal().sqrt()
+    return lengths.mean() / lengths.clamp(min=1e-12)
+
+
+def half(gramian):
+    """Another one."""
+    return torch.full_like(gramian.diagonal(), 0.5)
+
+
 def number_of(step, data, position):
     return 10_000 * step + 100 * data + position
 
@@ -155,7 +214,11 @@ def parameters_of(model):
 
 def decision_of(optimizer):
     report = optimizer.report()
-    return report.weights, report.conflicts, report.winners, report.norm_ema, report.gradient_norm
+    by_tensor = {name.removeprefix("module."): w for name, w in report.tensor_weights.items()}
+    return (
+        report.weights, report.conflicts, report.winners, report.norm_ema, report.gradient_norm,
+        by_tensor,
+    )  # fmt: skip
 
 
 def train(way, options=None, counts=None, steps=STEPS):
@@ -167,8 +230,7 @@ def train(way, options=None, counts=None, steps=STEPS):
         counts: micro-batches of each rank in a window; None is as many for all.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    model = spread(new_model(), way, size)
-    optimizer = new_optimizer(model, way, **(options or {}))
+    model, optimizer = prepared(way, **(options or {}))
     data, _ = data_rank(way, rank, size)
     decisions = []
     for step in range(steps):
@@ -180,9 +242,8 @@ def train(way, options=None, counts=None, steps=STEPS):
 
 def train_alone(ranks, options=None, counts=None, steps=STEPS):
     """The same in one process, which sees the data of that many ranks."""
-    model = new_model()
     per_rank = [MICRO_BATCHES] * ranks if counts is None else counts
-    optimizer = new_optimizer(model, steps=sum(per_rank), **(options or {}))
+    model, optimizer = prepared(None, sum(per_rank), **(options or {}))
     decisions = []
     for step in range(steps):
         # First the first of all ranks: in stochastic mode that is the order of the blocks.
@@ -200,8 +261,8 @@ def train_alone(ranks, options=None, counts=None, steps=STEPS):
 
 def train_local(ranks, options=None, steps=STEPS):
     """What sync="local" stands for: each rank's own decisions, the mean of the results."""
-    models = [new_model() for _ in range(ranks)]
-    optimizers = [new_optimizer(model, **(options or {})) for model in models]
+    trainings = [prepared(None, **(options or {})) for _ in range(ranks)]
+    models, optimizers = zip(*trainings, strict=True)
     for step in range(steps):
         for data, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             for position in range(MICRO_BATCHES):
@@ -256,8 +317,7 @@ def trained_on(way, folder, save_after=None, steps=STEPS, options=None, base=tor
     size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     data, of = (0, 1) if way is None else data_rank(way, rank, size)
-    model = new_model() if way is None else spread(new_model(), way, size)
-    optimizer = new_optimizer(model, way, steps=4 // of, base=base, **(options or {}))
+    model, optimizer = prepared(way, 4 // of, base=base, **(options or {}))
     state = {"training": TrainingState(model, optimizer)}
     start = 0
     if save_after is None:
@@ -319,7 +379,8 @@ def short_windows_alone(per_rank):
 
 def traffic_of(way, options):
     """Bytes sent in the third window and step, by collective, and what the window is made of."""
-    model = spread(new_model(options.pop("dtype", torch.float32)), way, dist.get_world_size())
+    kind = {key: options.pop(key) for key in ("dtype", "net") if key in options}
+    model = spread(new_model(**kind), way, dist.get_world_size())
     optimizer = new_optimizer(model, way, **options)
     rank = dist.get_rank()
     for step in range(2):
@@ -508,6 +569,22 @@ def mistake(kind):
             return not_the_wrapped_model()
         if kind == "other setting" and odd:
             options["max_norm"] = 2.0
+        if kind in UNLIKE:
+            options |= UNLIKE[kind][rank]
+        if kind == "other mask":
+            options["mask"] = mask_of(model, 0.4 if odd else 0.6)
+        if kind == "mask on one rank" and odd:
+            options["mask"] = mask_of(model, 0.4)
+        if kind == "other mask of a part that both hold":
+            model = spread(model, "tp", size)
+            options = {"mask": {model.norm.weight: torch.arange(12) != rank}}
+        if kind == "mask made before sharding":
+            bits = torch.ones(12, 6, dtype=torch.bool)
+            model = spread(model, "fsdp", size)
+            options = {"mask": {model.first.weight: bits}}
+        if kind == "mask cut otherwise":
+            model = spread(model, "fsdp", size)
+            options = {"mask": {model.first.weight: cut_by_columns(model.first.weight)}}
         if kind == "other shape" and odd:
             model.last = nn.Linear(5, 4)
         if kind == "one parameter more" and odd:
@@ -558,6 +635,22 @@ def mistake(kind):
         return "nothing"
     except (RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+# Options of rank 0 and of rank 1.
+UNLIKE = {
+    "other seed": ({"method": PCGrad(seed=0)}, {"method": PCGrad(seed=1)}),
+    "other function": ({"method": by_length}, {"method": half}),
+    "other granularity": ({}, {"granularity": "tensor"}),
+}
+
+
+def cut_by_columns(parameter):
+    """A mask of a parameter that is cut by rows."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    bits = torch.ones(parameter.shape, dtype=torch.bool)
+    return distribute_tensor(bits, parameter.device_mesh, [Shard(1)])
 
 
 def fully_shard_without(model, name):
@@ -985,3 +1078,79 @@ def writes_at_once():
 
     with mock.patch.object(Peers, "scatter_sum", scatter_sum):
         return tasks_in_all_numbers(3, torch.float32)
+
+
+def dropped_signs(way, ranks=None):
+    """Steps of GradDrop in ranks, or in one process that sees the data of so many.
+
+    Gradients are small whole numbers and weights powers of two, so that sums in any order are
+    exact: beside a threshold by a rounding another sign would be picked, and everything differ.
+    """
+    of = dist.get_world_size() if way else ranks
+    mine = [dist.get_rank()] if way else range(ranks)
+    model = new_model(net=Headed)
+    parameters = dict(model.named_parameters())
+    sgd = torch.optim.SGD(list(parameters.items()), lr=1.0)
+    optimizer = GCondFused(
+        sgd, {"a": 1.0, "b": 0.5, "c": 2.0}, accumulation_steps=len(mine), momentum=0.5,
+        method=GradDrop(leak=0.25, seed=7), mask=mask_of(model, 0.7), sync=way,
+    )  # fmt: skip
+    gradients = []
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        drawn = [
+            {
+                task: {
+                    name: torch.randint(-3, 4, p.shape, generator=generator).float()
+                    for name, p in parameters.items()
+                    if not name.startswith("heads") or f".{task}." in name
+                }
+                for task in TASKS
+            }
+            for _ in range(of)
+        ]
+        for data in mine:
+            optimizer.backward(
+                {
+                    task: sum((parameters[name] * n).sum() for name, n in numbers.items())
+                    for task, numbers in drawn[data].items()
+                }
+            )
+        optimizer.resolve()
+        gradients.append({name: p.grad.clone() for name, p in parameters.items()})
+        optimizer.step()
+    return gradients, parameters_of(model)
+
+
+class Uneven(nn.Module):
+    """A layer of which two ranks hold unlike shares, and one that both hold whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(6, 65), nn.LayerNorm(65)
+
+
+def signs_of_parts(way):
+    """The signs that GradDrop picks of gradients of 1 and -1, of what this rank holds."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    from gcond_kernels.dtensor import local_part
+
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
+    model = Uneven()
+    if way == "fsdp":
+        fully_shard(model, mesh=mesh)
+    else:
+        parallelize_module(model, mesh, {"first": ColwiseParallel()})
+    sgd = torch.optim.SGD(model.named_parameters(), lr=1.0)
+    optimizer = GCondFused(sgd, {"a": 1.0, "b": 1.0}, method=GradDrop())
+
+    def total():
+        locals_ = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+        return sum(p.sum() for p in locals_)
+
+    optimizer.backward({"a": total, "b": lambda: -total()})
+    optimizer.resolve()
+    return {name: local_part(p.grad).sign() for name, p in model.named_parameters()}

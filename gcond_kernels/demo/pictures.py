@@ -165,7 +165,7 @@ def cosine_picture(runs: Sequence[Run]) -> Figure:
         figure = cosine_rows(compared)
     else:
         figure = cosine_panels(compared)
-        title += "\nover the optimizer steps; shaded: the mild, moderate and critical zones of GCond"
+        title += "\nover the optimizer steps; shaded: GCond's mild, moderate and critical zones"
     set_title(figure, runs, title)
     handles = point_handles(compared)
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=12)

@@ -1,0 +1,137 @@
+"""The methods on a real GPU: the weights of the CPU, and nothing that waits for the device."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from gcond_kernels import GCondFused
+from gcond_kernels.methods import (
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    GCond,
+    GradDrop,
+    GradNorm,
+    GradVac,
+    NashMTL,
+    PCGrad,
+    Sum,
+    UPGrad,
+)
+from gcond_kernels.methods.method import fresh_state
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
+]
+GPU = torch.device("cuda:0")
+WEIGHING = [
+    Sum(), PCGrad(), GradVac(), GradNorm(), CAGrad(), MGDA(), UPGrad(), AlignedMTL(), IMTLG(),
+    NashMTL(),
+]  # fmt: skip
+TASKS = {"a": 1.0, "b": 0.5, "c": 2.0}
+
+
+def gramians(count: int, tasks: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    J = torch.randn(count, tasks, 7, generator=generator, dtype=torch.float64)
+    J -= 1.2 * J.mean(1, keepdim=True)
+    return J @ J.mT
+
+
+@pytest.mark.parametrize("method", WEIGHING, ids=repr)
+@pytest.mark.parametrize("tasks", [2, 5])
+def test_weights_are_those_of_the_cpu(method, tasks):
+    S, losses = gramians(9, tasks), torch.arange(1.0, tasks + 1.0).double()
+    scale = torch.ones(tasks).double()
+    on_cpu = fresh_state(method, tasks, (9,), S.device)
+    moved = S.to(GPU), scale.to(GPU), losses.to(GPU)
+    for again in (False, True):  # the first time tables are copied to the device
+        state = fresh_state(method, tasks, (9,), GPU)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if again else "default")
+        try:
+            found = method.resolve(moved[0], None, moved[1], state, "auto", moved[2])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    expected = method.resolve(S, None, scale, on_cpu, "auto", losses)
+    torch.testing.assert_close(found.weights.cpu(), expected.weights, rtol=1e-6, atol=1e-9)
+    for key, value in on_cpu.items():
+        torch.testing.assert_close(state[key].cpu(), value, rtol=1e-6, atol=1e-9)
+
+
+def losses_of(model, x):
+    y = model[1](model[0](x))
+    return {
+        "a": (y[:, 0] - 1).square().mean(),
+        "b": (y[:, 0] + 1).square().mean(),
+        "c": model[2](model[0](x)).abs().mean() + y[:, 1].abs().mean(),
+    }
+
+
+def model_and_optimizer(method, granularity):
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(8, 300), nn.Linear(300, 2), nn.Linear(300, 3)]).to(GPU)
+    mask = {model[0].weight: torch.rand(300, 8, device=GPU) < 0.5}
+    base = torch.optim.SGD(model.named_parameters(), lr=0.01, fused=True)
+    return model, GCondFused(
+        base, TASKS, method=method, granularity=granularity, mask=mask, momentum=0.5
+    )
+
+
+@pytest.mark.parametrize("granularity", ["model", "tensor"])
+@pytest.mark.parametrize("method", [*WEIGHING, GCond(), GradDrop()], ids=repr)
+def test_a_step_waits_for_nothing_and_is_that_of_the_cpu(method, granularity):
+    """With heads, a mask, and each tensor by itself."""
+    if isinstance(method, GradDrop):
+        granularity = "model"
+    x = torch.randn(4, 16, 8, device=GPU)
+    model, optimizer = model_and_optimizer(method, granularity)
+    twin = copy.deepcopy(model).cpu()
+    mask = {twin[0].weight: optimizer._accumulator._masked[model[0].weight].cpu()}
+    other = GCondFused(
+        torch.optim.SGD(twin.named_parameters(), lr=0.01), TASKS, method=method,
+        granularity=granularity, mask=mask, momentum=0.5,
+    )  # fmt: skip
+    for number, batch in enumerate(x):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")
+        try:
+            optimizer.backward(losses_of(model, batch))
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        other.backward(losses_of(twin, batch.cpu()))
+        other.step()
+        if isinstance(method, GradDrop):
+            continue  # rounding of the gradients decides where two signs are as strong
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p.cpu(), q, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [*WEIGHING, GCond(), GradDrop()], ids=repr)
+def test_a_graph_holds_a_step(method):
+    """Replays draw other random numbers, and count, as steps do."""
+    x = torch.randn(16, 8, device=GPU)
+    model, optimizer = model_and_optimizer(method, "model")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            optimizer.backward(losses_of(model, x))
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.backward(losses_of(model, x))
+        optimizer.step()
+    before = int(optimizer._now.counters[0])
+    for _ in range(4):
+        graph.replay()
+    assert int(optimizer._now.counters[0]) == before + 4
+    if "draws" in optimizer._now.method_state:
+        assert int(optimizer._now.method_state["draws"]) == before + 4
+    assert not optimizer.report().skipped
