@@ -94,12 +94,11 @@ DEFINED = {
 
 
 @every_method
-@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
 @pytest.mark.parametrize("case", DEFINED)
-def test_defined(method, case, scale):
-    J = float64(DEFINED[case]) * scale
-    state = fresh_state(method, len(J), (), CPU)
-    for _ in range(3):
+def test_defined(method, case):
+    state = fresh_state(method, len(DEFINED[case]), (), CPU)
+    for scale in (1.0, 1.0, 1e-12, 1e12):
+        J = scale * float64(DEFINED[case])
         decision = resolve(method, J @ J.mT, state)
         assert bool(decision.finite)
         assert decision.weights.isfinite().all()
@@ -113,17 +112,16 @@ def test_defined(method, case, scale):
 
 @every_method
 @pytest.mark.parametrize("tasks", [1, 2, 3, 5, 12])
-@pytest.mark.parametrize("rank", [1, 2, 4])
-def test_defined_where_float32_has_left_the_gramian_indefinite(method, tasks, rank):
+def test_defined_where_float32_has_left_the_gramian_indefinite(method, tasks):
     """A Gramian is a sum of float32 products: what ought to be 0 is 1e-7 of either sign."""
     generator = torch.Generator().manual_seed(tasks)
-    for _ in range(20):
-        J = torch.randn(tasks, rank, generator=generator)
-        S = (J @ J.mT).double()
-        w = weights(method, S)
+    for rank in (1, 2, 4):
+        J = torch.randn(20, tasks, rank, generator=generator)
+        w = weights(method, (J @ J.mT).double())
         assert w.isfinite().all()
         lengths = J.double().norm(dim=-1)
-        assert (w * lengths).abs().amax() <= 1e8 * lengths.amax()
+        largest = lengths.amax(-1, keepdim=True)
+        assert ((w * lengths).abs() <= 1e8 * largest).all()
 
 
 @pytest.mark.parametrize(
@@ -171,13 +169,12 @@ def test_two_that_cancel_out():
 
 @every_method
 @pytest.mark.parametrize("family", ["conflicting", "anti-parallel"])
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_zero_gradient_takes_no_part(method, family, place):
+def test_a_zero_gradient_takes_no_part(method, family):
     # Two others, where a random order of theirs is none.
     others = 2 if method in RANDOM else 4
     if isinstance(method, GCond):
         method = GCond(max_iterations=8)  # its own bound, 2 K, is of all tasks
-    for seed in range(5):
+    for seed, place in enumerate((0, 1, 2, 0, 1)):
         S = random_gramian(others, seed, family)
         kept = [k for k in range(others + 1) if k != place]
         padded = torch.zeros(others + 1, others + 1, dtype=torch.float64)
@@ -204,18 +201,18 @@ def test_a_task_beside_zero_gradients_is_alone():
 
 
 @every_method
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", [(0, 0), (2, 2), (0, 2)])
-def test_where_the_gramian_is_not_finite_nothing_changes(method, value, place):
+def test_where_the_gramian_is_not_finite_nothing_changes(method):
     state = warm(method, 3)
     before = {name: tensor.clone() for name, tensor in state.items()}
-    S = random_gramian(3)
-    S[place] = S[place[::-1]] = value
-    decision = resolve(method, S, state, float64([1.0, 2.0, 3.0]))
-    assert not bool(decision.finite)
-    assert decision.weights.tolist() == [0.0] * 3
-    for name, tensor in state.items():
-        assert tensor.numpy().tobytes() == before[name].numpy().tobytes(), name
+    for value in (math.nan, math.inf, -math.inf):
+        for place in ((0, 0), (2, 2), (0, 2)):
+            S = random_gramian(3)
+            S[place] = S[place[::-1]] = value
+            decision = resolve(method, S, state, float64([1.0, 2.0, 3.0]))
+            assert not bool(decision.finite)
+            assert decision.weights.tolist() == [0.0] * 3
+            for name, tensor in state.items():
+                assert tensor.numpy().tobytes() == before[name].numpy().tobytes(), name
     assert bool(resolve(method, random_gramian(3), state).finite)
 
 
@@ -243,17 +240,17 @@ def test_graddrop_has_no_weights():
 
 
 @every_method
-@pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 2, 3), (1,)])
-def test_a_batch_is_weighed_one_by_one(method, shape):
+def test_a_batch_is_weighed_one_by_one(method):
     tasks = 2 if method in RANDOM else 4  # the orders of two are all the same
-    count = math.prod(shape)
-    S = torch.stack([random_gramian(tasks, seed) for seed in range(count)])
+    S = torch.stack([random_gramian(tasks, seed) for seed in range(6)])
     S[0, 1, :] = S[0, :, 1] = 0.0
-    at_once = weights(method, S.view(*shape, tasks, tasks))
-    assert at_once.shape == (*shape, tasks)
-    one_by_one = torch.stack([weights(method, S[b]) for b in range(count)])
-    # Batched products and solves may round otherwise.
-    assert torch.allclose(at_once.view(count, tasks), one_by_one, rtol=1e-9, atol=1e-12)
+    one_by_one = torch.stack([weights(method, S[b]) for b in range(6)])
+    for shape in ((6,), (2, 3), (1, 2, 3)):
+        at_once = weights(method, S.view(*shape, tasks, tasks))
+        assert at_once.shape == (*shape, tasks)
+        # Batched products and solves may round otherwise.
+        assert torch.allclose(at_once.view(6, tasks), one_by_one, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(weights(method, S[:1]), one_by_one[:1], rtol=1e-9, atol=1e-12)
 
 
 @every_method
@@ -420,6 +417,8 @@ def windows(tasks, seed, sits_out):
             losses[step % tasks], lengths[step % tasks] = math.nan, 0.0
         if sits_out and step % 7 == 5:
             lengths[0] = 0.0  # it has a loss, but no gradient
+        if sits_out and step % 11 == 7:
+            losses[-1] = math.inf  # a gradient, but no loss to tell a rate by
         if sits_out and step == 20:
             losses, lengths = [math.nan] * tasks, [0.0] * tasks
         yield lengths, losses

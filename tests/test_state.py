@@ -8,7 +8,8 @@ import torch
 from test_optimizer import TASKS, batches, flat_parameters, losses_of, model_of, same
 from torch import nn
 
-from gcond_kernels import GCond, GCondFused
+from gcond_kernels import GCond, GCondFused, neuron_mask
+from gcond_kernels.methods import GradDrop, GradNorm, GradVac, PCGrad
 
 OPTIONS = {"accumulation_steps": 3, "momentum": 0.9}
 
@@ -182,6 +183,9 @@ def shorter() -> nn.Module:
             "the state has history, this optimizer has no history",
         ),
         (model_of, {"method": GCond(dominance_window=2)}, r"winners \[3\], this one \[2\]"),
+        (model_of, {"method": PCGrad()}, "the state has method_name 'GCond', this optimizer 'PCG"),
+        (model_of, {"granularity": "tensor"}, "the state has granularity 'model', this .*'tensor'"),
+        (model_of, {"mask": {}}, "the state has no masks, this optimizer has masks"),
         (wider, {}, r"parameter 0 has shape \[9, 4\], in the state it has \[8, 4\]"),
         (shorter, {}, "parameter group 0 has 4 parameters in the state, here 2"),
     ],
@@ -200,6 +204,83 @@ def test_a_state_of_something_else_is_refused_and_nothing_changes(backend, make,
     with pytest.raises(ValueError, match=words):
         other.load_state_dict(state)
     assert same(before, other.state_dict())
+
+
+def test_a_state_with_masks_is_refused_without():
+    model, x = model_of(), batches(4)
+    optimizer = optimizer_of(model, mask=neuron_mask(model, 1))
+    train(model, optimizer, x)
+    with pytest.raises(ValueError, match="the state has masks, this optimizer has no masks"):
+        optimizer_of(model).load_state_dict(optimizer.state_dict())
+
+
+METHODS = {
+    "PCGrad": {"method": PCGrad(seed=1)},
+    "GradNorm": {"method": GradNorm(lr=0.05)},
+    "GradDrop": {"method": GradDrop(leak=0.1)},
+    "by tensor": {"granularity": "tensor"},
+    "GradVac by tensor": {"granularity": "tensor", "method": GradVac(beta=0.3)},
+    "GradNorm by tensor": {"granularity": "tensor", "method": GradNorm(lr=0.05)},
+}
+
+
+@pytest.mark.parametrize("mode", ["exact", "stochastic"])
+@pytest.mark.parametrize("method", METHODS)
+def test_any_method_goes_on_to_the_same_bits(method, mode):
+    """Masks are those of the state: the others that are given are forgotten."""
+    x = batches(12)
+    options = METHODS[method] | {"mode": mode}
+    for at in (0, 1, 2, 3, 4, 8):
+        model = model_of()
+        optimizer = optimizer_of(model, mask=neuron_mask(model, 2), **options)
+        train(model, optimizer, x[:at])
+        saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        train(model, optimizer, x[at:])
+
+        resumed = model_of(seed=0 if at == 0 else 5)  # before a first window nothing is known
+        other = optimizer_of(resumed, mask=neuron_mask(resumed, 2), **options)
+        resumed.load_state_dict(saved["model"])
+        other.load_state_dict(saved["optimizer"])
+        train(resumed, other, x[at:])
+        assert torch.equal(flat_parameters(model), flat_parameters(resumed))
+        assert same(optimizer.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("at", [3, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_any_method_loads_its_own_state_and_nothing_changes(method, at):
+    model, x = model_of(), batches(at)
+    optimizer = optimizer_of(model, mask=neuron_mask(model, 2), **METHODS[method])
+    train(model, optimizer, x)
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert same(before, optimizer.state_dict())
+    losses = before["gcond"]["window"]["losses"]
+    assert losses is None or losses.any() == (at == 4)
+
+
+def test_whose_parameters_are_whose_is_remembered():
+    """In a window of one task alone that can only be known from before."""
+
+    def new(model):
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        halves = {"method": lambda S: torch.full_like(S[0], 0.5), "mode": "stochastic"}
+        return GCondFused(base, TASKS, accumulation_steps=2, **halves)
+
+    model = nn.ParameterDict({"shared": nn.Parameter(torch.ones(2)), "own": torch.ones(3)})
+    optimizer = new(model)
+    optimizer.backward({"a": model["shared"].sum() + model["own"].sum()})
+    optimizer.backward({"b": model["shared"].sum()})
+    optimizer.step()
+    for known in (False, True):
+        other = new(model)
+        if known:
+            other.load_state_dict(through_a_file(optimizer.state_dict()))
+        model.zero_grad()
+        other.backward({"a": model["shared"].sum() + model["own"].sum()})
+        other.resolve()
+        assert model["shared"].grad.tolist() == [0.5] * 2
+        assert model["own"].grad.tolist() == [1.0 if known else 0.5] * 3
 
 
 def test_a_plain_state_is_refused_with_a_way_out(backend):
@@ -247,6 +328,47 @@ def test_parameters_in_another_order_are_matched_by_their_names(backend, at, spl
     state = copy.deepcopy(other.state_dict())
     other.load_state_dict(state)
     assert same(state, other.state_dict())
+
+
+def kept_by_name(optimizer):
+    """What is kept of each parameter: state of the method, mask, who had a gradient of it."""
+    acc, shared = optimizer._accumulator, optimizer.method.shared_state
+    state = {k: v for k, v in optimizer._now.method_state.items() if k not in shared}
+    return {
+        segment.name: (
+            {key: value[t].clone() for key, value in state.items()},
+            acc.mask_of(segment),
+            acc.owners[t],
+            acc.compared[t],
+        )
+        for t, segment in enumerate(acc.segments)
+    }
+
+
+@pytest.mark.parametrize("at", [3, 4])
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("method", ["by tensor", "GradVac by tensor", "GradNorm by tensor"])
+def test_what_is_kept_by_tensor_follows_its_tensor(method, seen, at):
+    """Also into an optimizer that has seen its parameters in another order."""
+    x = batches(9)
+    model = model_of()
+    options = METHODS[method]
+    optimizer = named_optimizer(model, NAMES, mask=neuron_mask(model, 2), **options)
+    train(model, optimizer, x[:at])
+    resumed = copy.deepcopy(model)
+    mask = {parameter: ~bits for parameter, bits in neuron_mask(resumed, 1).items()}
+    other = named_optimizer(resumed, TURNED, mask=mask, **options)
+    if seen:
+        train(resumed, other, x[:3])
+        resumed.load_state_dict(model.state_dict())
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    kept, kept_there = kept_by_name(optimizer), kept_by_name(other)
+    assert list(kept_there) == (TURNED if seen else NAMES)
+    assert same(kept, {name: kept_there[name] for name in kept})
+    assert not same(kept["0.weight"][0], kept["0.bias"][0])
+    train(model, optimizer, x[at:])
+    train(resumed, other, x[at:])
+    assert torch.allclose(flat_parameters(model), flat_parameters(resumed), rtol=1e-5, atol=1e-7)
 
 
 def test_names_that_wrappers_of_a_model_have_put_before_do_not_count():

@@ -215,9 +215,10 @@ def parameters_of(model):
 def decision_of(optimizer):
     report = optimizer.report()
     by_tensor = {name.removeprefix("module."): w for name, w in report.tensor_weights.items()}
+    state = {key: value.tolist() for key, value in optimizer._now.method_state.items()}
     return (
         report.weights, report.conflicts, report.winners, report.norm_ema, report.gradient_norm,
-        by_tensor,
+        by_tensor, state,
     )  # fmt: skip
 
 
@@ -694,11 +695,10 @@ def late_parameter(optimizer, model):
     optimizer.backward({"b": losses_of(model, 2)["b"]})
 
 
-def state_of_rank(way, folder, save):
+def state_of_rank(way, folder, save, options=None):
     """A state saved by every rank for itself, or by rank 0 for all, and loaded again."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    model = spread(new_model(), way, size)
-    optimizer = new_optimizer(model, way)
+    model, optimizer = prepared(way, **(options or {}))
     data, _ = data_rank(way, rank, size)
     for step in range(4):
         window(optimizer, model, [number_of(step, data, i) for i in range(MICRO_BATCHES)])
@@ -706,8 +706,7 @@ def state_of_rank(way, folder, save):
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, name)
     dist.barrier()
 
-    again = spread(new_model(), way, size)
-    other = new_optimizer(again, way)
+    again, other = prepared(way, **(options or {}))
     saved = torch.load(name if save == "each" else f"{folder}/0.pt", weights_only=False)
     again.load_state_dict(saved["model"])
     said = None

@@ -61,7 +61,7 @@ class Method(ABC):
 
     def __call__(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
         """The weights [..., K] of Gramians [..., K, K], as in a first step."""
-        S = gramian.double().contiguous()
+        S = gramian.detach().double().contiguous()
         if S.dim() > 3:
             S = S.flatten(0, -3)
         state = fresh_state(self, S.shape[-1], S.shape[:-2], S.device)
