@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test cuda lint info bench-cpu bench-host bench-memory bench-overlap bench-traffic gpu-check clean
+.PHONY: help demo test cuda lint info bench-cpu bench-host bench-memory bench-methods bench-overlap bench-traffic gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make bench-cpu  a resolution on the CPU beside a copy of the same bytes"
 	@echo "make bench-host what a launch over 300 tensors costs the host; needs no GPU"
 	@echo "make bench-memory what a window and its step keep, in bytes per parameter"
+	@echo "make bench-methods the demo's scenes by every method, three seeds; 10 to 30 minutes"
 	@echo "make bench-overlap what exchanging gradients early gains, with two processes"
 	@echo "make bench-traffic bytes sent and kept by many GPUs, on paper"
 	@echo "make gpu-check  tests, figures and sanitizers on an NVIDIA GPU; results in gpu_check_output/"
@@ -57,6 +58,9 @@ bench-host: $(VENV)/.demo
 
 bench-memory: $(VENV)/.demo
 	$(BIN)/python bench/memory.py $(ARGS)
+
+bench-methods: $(VENV)/.demo
+	$(BIN)/python bench/methods.py $(ARGS)
 
 bench-overlap: $(VENV)/.demo
 	$(BIN)/python bench/overlap.py $(ARGS)

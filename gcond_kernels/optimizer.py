@@ -39,7 +39,7 @@ from gcond_kernels.distributed import WAYS, Local, Sync, Work, peers_of, way_of
 from gcond_kernels.loss_scale import LossScale
 from gcond_kernels.mask import check_mask
 from gcond_kernels.methods import GCond, GradDrop, Method
-from gcond_kernels.methods.method import Function, fresh_state
+from gcond_kernels.methods.method import Function, Known, fresh_state
 from gcond_kernels.nonfinite import describe, nonfinite_tasks, without_tasks
 from gcond_kernels.recorder import Recorder
 from gcond_kernels.report import Report, Resolution
@@ -112,11 +112,13 @@ class GCondFused(torch.optim.Optimizer):
             one backward pass per micro-batch instead of K.
         method: how conflicts are resolved: one of `gcond_kernels.methods`, or a function of your
             own from the Gramian of the task gradients [K, K] (float64, on their device) to one
-            weight per task [K]. None is `GCond()`.
+            weight per task [K]. None is `GCond()`. (In a step that is skipped the function sees the
+            identity.)
         granularity: "model": the tasks' gradients are compared as one vector of all parameters that
             they share. "tensor": each parameter tensor resolves its own conflicts, with a state of
             its own. A parameter that only one task ever had a gradient for is that task's own in
-            either case: it takes no part in a conflict, and gets its gradient as it is. (Where
+            either case: it takes no part in a conflict, and gets its gradient as it is. A gradient
+            of zeros counts as one: leave `0 * output.sum()` out of the losses of others. (Where
             tasks come to share others than before, GCond's history starts anew.)
         mask: parameter → bool tensor of its shape, as `neuron_mask` makes them: only where it is
             True is a parameter trained. Other elements take no part in a conflict, and `.grad` is
@@ -126,7 +128,8 @@ class GCondFused(torch.optim.Optimizer):
         update: "momentum" writes the (averaged) gradient; "lion_lars" writes its sign, times a
             trust ratio per parameter tensor.
         trust_ratio_coef: factor of "lion_lars".
-        trust_ratio_clip: bound of the ratio ‖p‖ / ‖m̂‖ of "lion_lars".
+        trust_ratio_clip: bound of the ratio ‖p‖ / ‖m̂‖ of "lion_lars"; with a mask ‖p‖ is still that
+            of the whole parameter.
         max_norm: what is written to `.grad` is shortened to this norm; costs no pass over memory.
         accumulator_dtype: torch.float32, or torch.bfloat16 for half the memory; bfloat16 loses
             small gradients beside large sums.
@@ -138,7 +141,8 @@ class GCondFused(torch.optim.Optimizer):
         on_nonfinite: what becomes of a step in which a task's gradient holds a NaN or an infinity.
             "skip": it is left out; parameters and all state stay as they are. "drop_task": that
             task sits it out, as one without a micro-batch does (parameters that it alone uses get
-            a gradient of zeros, for the host does not know); without any other, "skip".
+            a gradient of zeros, or what is left of their momentum, for the host does not know);
+            without any other, "skip".
             "raise": `resolve` raises and changes nothing; for that it waits for the device. May be
             set at any time.
         grad_scaler: a `torch.amp.GradScaler`. `backward` scales the losses with it and accumulates
@@ -529,7 +533,9 @@ class GCondFused(torch.optim.Optimizer):
             return products, self._drop_signs(work, products, scale)
         S, X = scope.gramians(products, len(self.tasks))
         means = self._mean_losses(losses, counts)
-        decision = self.method.resolve(S, X, scale, state, self.backend, means)
+        chosen = scope.chosen_gramian(products, len(self.tasks))
+        known = Known(losses=means)
+        decision = self.method.resolve(S, X, scale, state, self.backend, known, chosen)
         decision = decision._replace(finite=decision.finite.all())  # one flag, or the same of each
         ops.combine(
             *where,
@@ -569,8 +575,8 @@ class GCondFused(torch.optim.Optimizer):
         return ops.Arbitration(unknown, none.view(0, 0), none.view(0, 5), finite)
 
     def _note_scope(self, scope: Scope) -> None:
-        """Nothing can raise any more: what this window showed of the tensors is remembered."""
-        changed = self._accumulator.note_compared(scope.compared)
+        """What this window showed of the tensors is remembered; only the method may raise now."""
+        changed = self._accumulator.note_compared(scope.shared)
         if changed and not scope.by_tensor and "history_gramian" in self._now.method_state:
             # Norms of the history are known of the tensors alone that were compared before.
             self._now.method_state["history_gramian"].zero_()
@@ -580,7 +586,9 @@ class GCondFused(torch.optim.Optimizer):
         acc = self._accumulator
         names = [segment.name for segment in acc.segments]
         by_tensor = self.granularity == "tensor"
-        return scope_of(acc.owners_now(), counts, names, by_tensor, self.method.parameters)
+        # GCond keeps an average of each task's norm, also of one that comes alone.
+        alone = isinstance(self.method, GCond)
+        return scope_of(acc.owners_now(), counts, names, by_tensor, self.method.parameters, alone)
 
     def _mean_losses(self, sums: Tensor | None, counts: Sequence[int]) -> Tensor | None:
         """[K] mean loss of each task in this window; NaN of a task without a micro-batch."""
@@ -634,7 +642,8 @@ class GCondFused(torch.optim.Optimizer):
             winners=now.method_state.get("winners"),
             thresholds=self.method.thresholds,
         )
-        shown = decision._replace(weights=scope.mean_weights(decision.weights))
+        weights = scope.mean_weights(decision, now.last.squares)
+        shown = decision._replace(weights=weights)
         self.recorder.record(
             now.counters[0], names, now.last.gramian, now.last.per_tensor, shown, now.nonfinite,
             now.last.squares,
@@ -914,7 +923,8 @@ class GCondFused(torch.optim.Optimizer):
         In the middle of a window it holds the accumulators too, so that training goes on from
         there to the same bits; with several ranks it is to be taken between windows, and is this
         rank's own but for sync="replicate" (see `TrainingState`). As with torch's optimizers the
-        tensors are not copies. What `recorder` holds is not in it, nor the state of `grad_scaler`.
+        tensors are not copies. What `recorder` holds is not in it, nor the state of `grad_scaler`,
+        nor the settings of the method.
 
         Raises:
             RuntimeError: between resolve() and step(): `.grad` is in no state dict; or, with

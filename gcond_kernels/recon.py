@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gcond_kernels.recorder import Recorder
+from gcond_kernels.saving import without_wrappers
 
 MOST_COLUMNS = 80
 
@@ -202,8 +203,11 @@ def _chosen(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
     """The layers of these names; of a module that is given by two only the first."""
     known = dict(model.named_modules(remove_duplicate=False))
     chosen: dict[str, nn.Module] = {}
-    for name in layers:
-        if name == "":
+    plain = dict(zip(without_wrappers(list(known)), known, strict=True))
+    for given in layers:
+        # A recorder's names are without what wrappers add: here there may be some, or not.
+        name = given if given in known else plain.get(without_wrappers([given])[0], given)
+        if given == "":
             raise ValueError(
                 "layers: '' is the whole model, which leaves nothing to share: train a model per "
                 "task, or name the layers in it"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gcond_kernels import ops
 from gcond_kernels.report import ZONES, incidence_of, pair_cosines, zone_of
+from gcond_kernels.saving import without_wrappers
 from gcond_kernels.tables import is_capturing
 
 Row: TypeAlias = "dict[str, Any]"
@@ -285,10 +286,11 @@ class Recorder:
 def layers_of(names: Sequence[str]) -> tuple[list[str], list[list[int]]]:
     """The layers of parameters by their names, and the places of each one's parameters.
 
+    Without what wrappers (torch.compile, DistributedDataParallel) put into names.
     The places are filled up with the number of parameters to the same length.
     """
     members: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
+    for place, name in enumerate(without_wrappers(names)):
         members.setdefault(name.rpartition(".")[0] or name, []).append(place)
     most = max(map(len, members.values()), default=0)
     return list(members), [m + [len(names)] * (most - len(m)) for m in members.values()]

@@ -139,7 +139,7 @@ class Resolution:
             incidence=incidence_of(cosines.values()),
             zone=zone_of(min(cosines.values(), default=1.0), self.thresholds),
             conflicts=self._conflicts(tasks),
-            weights=named(self.scope.mean_weights(self.decision.weights).tolist()),
+            weights=named(self.scope.mean_weights(self.decision, self.squares).tolist()),
             tensor_weights=self._tensor_weights(tasks),
             gradient_norm=math.nan if skipped else self._gradient_norm(),
             winners=[tasks[index] for index in winners if index >= 0],

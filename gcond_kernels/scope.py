@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops, tables
+from gcond_kernels.saving import without_wrappers
 
 
 class Scope(NamedTuple):
@@ -20,26 +21,26 @@ class Scope(NamedTuple):
 
     Attributes:
         by_tensor: whether each tensor's conflicts are resolved by themselves.
-        shared: of each tensor, whether it is resolved at all.
-        compared: of each tensor, whether its inner products count; some of the shared ones.
+        shared: of each tensor, whether tasks share it: whether it is compared and resolved.
+        chosen: of each tensor, whether the method looks at it; None where at all that are shared.
     """
 
     by_tensor: bool
     shared: tuple[bool, ...]
-    compared: tuple[bool, ...]
+    chosen: tuple[bool, ...] | None = None
 
     @property
     def is_whole(self) -> bool:
         """Whether what is resolved is the Gramian of all tensors together."""
-        return not self.by_tensor and all(self.compared)
+        return not self.by_tensor and all(self.shared)
 
     def needed(self, products: ops.Gramians) -> ops.Gramians:
         """Without what nobody will read: it need not be sent to other ranks."""
         cross, crosses = products.cross, products.cross_per_tensor
         if crosses is None or self.by_tensor:
             return products
-        if not all(self.compared):
-            cross = summed(crosses, self.compared)
+        if not all(self.shared):
+            cross = summed(crosses, self.shared)
         return products._replace(cross=cross, cross_per_tensor=None)
 
     def gramians(self, products: ops.Gramians, tasks: int) -> tuple[Tensor, Tensor | None]:
@@ -53,8 +54,14 @@ class Scope(NamedTuple):
         S = products.per_tensor[:, :tasks, :tasks]
         X = products.cross_per_tensor if self.by_tensor else products.cross
         if not self.by_tensor:
-            S = summed(S, self.compared)
+            S = summed(S, self.shared)
         return torch.where(finite, S, math.nan).contiguous(), X
+
+    def chosen_gramian(self, products: ops.Gramians, tasks: int) -> Tensor | None:
+        """[K, K] over the tensors that the method looks at; None where at all that are shared."""
+        if self.chosen is None:
+            return None
+        return summed(products.per_tensor[:, :tasks, :tasks], self.chosen)
 
     def shared_gramian(self, products: ops.Gramians, tasks: int) -> Tensor:
         """[K, K] over the tensors that are shared: what cosines are told of."""
@@ -68,8 +75,17 @@ class Scope(NamedTuple):
             return weights
         return torch.where(flags(self.shared, weights.device)[:, None], weights, 1.0)
 
-    def mean_weights(self, weights: Tensor) -> Tensor:
-        """[K] to be told: of weights per tensor [T, K] the mean over those that are shared."""
+    def mean_weights(self, decision: ops.Arbitration, squares: Tensor) -> Tensor:
+        """[K] to be told: of weights per tensor [T, K] the mean over those that are shared.
+
+        Args:
+            decision: of which the weights are [K] or [T, K].
+            squares: [K], squared norms of the gradients.
+        """
+        weights = decision.weights
+        if not any(self.shared):  # every gradient is written as it is
+            each = weights[0] if self.by_tensor else weights
+            return torch.where(each > 0.0, each, (decision.finite & (squares > 0.0)).to(each))
         if not self.by_tensor:
             return weights
         chosen = flags(self.shared, weights.device)[:, None]
@@ -95,6 +111,7 @@ def scope_of(
     names: Sequence[str],
     by_tensor: bool,
     chosen: Sequence[str] | None,
+    alone: bool = False,
 ) -> Scope:
     """The scope of one resolution.
 
@@ -103,20 +120,32 @@ def scope_of(
         counts: micro-batches of each task in this window.
         names: of each tensor.
         by_tensor: granularity="tensor".
-        chosen: names of parameters or modules that alone are compared; None is all.
+        chosen: names of parameters or modules that alone the method looks at; None is all.
+        alone: whether one task alone, with nothing that is known to be shared, is resolved too.
+
+    Raises:
+        ValueError: tasks share none of the chosen parameters.
     """
     shared = tuple(bits & (bits - 1) != 0 for bits in owners)  # more than one bit
-    if not any(shared) and sum(count > 0 for count in counts) <= 1:
-        # One task alone, so far: which parameters it shares is not known yet, and does not matter.
+    if alone and not any(shared) and sum(count > 0 for count in counts) <= 1:
         shared = (True,) * len(shared)
-    if chosen is None:
-        return Scope(by_tensor, shared, shared)
-    compared = tuple(
+    if chosen is None or not any(shared):
+        return Scope(by_tensor, shared)
+    looked_at = tuple(
         flag and is_among(name, chosen) for flag, name in zip(shared, names, strict=True)
     )
-    return Scope(by_tensor, shared, compared)
+    if not any(looked_at):
+        raise ValueError(
+            f"of parameters={tuple(chosen)}, which the method is to look at, more than one task "
+            "has a gradient for none: choose some that tasks share, and that are not frozen"
+        )
+    return Scope(by_tensor, shared, looked_at)
 
 
 def is_among(name: str, chosen: Sequence[str]) -> bool:
-    """Whether a parameter is one of these, or belongs to a module of that name."""
-    return any(name == one or name.startswith(f"{one}.") for one in chosen)
+    """Whether a parameter is one of these, or belongs to a module of that name.
+
+    What wrappers of a model add to names does not count.
+    """
+    plain, *others = without_wrappers([name, *chosen])
+    return any(plain == one or plain.startswith(f"{one}.") for one in others)

@@ -99,6 +99,11 @@ def sentences(runs: Sequence[Run]) -> list[str]:
     said = [f"Validation: {runs[0].scene.validation_note}."]
     if any(run.method.mode and not run.method.names_winners for run in runs):
         said.append(methods_sentence())
+    if any(run.method.key == "sum" for run in runs):
+        said.append(
+            "Sum makes the gradients of the plain sum but for rounding, which training amplifies: "
+            "what lies between the two is chance."
+        )
     if any(zone_shares(run) for run in runs):
         said.append(conflict_sentence([run for run in runs if zone_shares(run)]))
     complete = [run for run in runs if run.complete]

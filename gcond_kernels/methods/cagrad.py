@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.methods.method import (
+    Known,
     Method,
     State,
     check_number,
@@ -16,7 +17,7 @@ from gcond_kernels.methods.method import (
     norms,
     per_length,
 )
-from gcond_kernels.methods.solvers import best_for_the_worst
+from gcond_kernels.methods.solvers import best_for_the_worst, definite
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,20 @@ class CAGrad(Method):
         if type(self.rescale) is not int or self.rescale not in (0, 1, 2):
             raise ValueError(f"CAGrad: rescale must be 0, 1 or 2, not {self.rescale!r}")
 
-    def weights(self, gramian: Tensor, state: State, losses: Tensor | None) -> Tensor:
+    def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """1/K + c ‖g0‖ u / ‖g_u‖."""
         mean = mean_weights(gramian)
-        weights = mean if self.c == 0.0 else mean + self.towards_the_worst(gramian, mean)
+        weights = (
+            mean if self.c == 0.0 else mean + self.towards_the_worst(gramian, mean, known.rounding)
+        )
         return weights / (1.0, 1.0 + self.c**2, 1.0 + self.c)[self.rescale]
 
-    def towards_the_worst(self, gramian: Tensor, mean: Tensor) -> Tensor:
+    def towards_the_worst(self, gramian: Tensor, mean: Tensor, rounding: float) -> Tensor:
         """What is added to the mean, c ‖g0‖ u / ‖g_u‖.
 
         Found for gradients at length 1, and in units of ‖g0‖.
         """
-        C, lengths = cosines(gramian), norms(gramian)
+        C, lengths = definite(cosines(gramian), rounding), norms(gramian)
         present = lengths > 0.0
         mean_at_1 = mean * lengths  # weights of the gradients at length 1
         products = (C @ mean_at_1[..., None])[..., 0]  # g0 · ĝ_k / ‖ĝ_k‖

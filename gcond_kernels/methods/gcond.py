@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
-from gcond_kernels.methods.method import Method, State
+from gcond_kernels.methods.method import Known, Method, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +142,14 @@ class GCond(Method):
         scale: Tensor,
         state: State,
         backend: str = "auto",
-        losses: Tensor | None = None,
+        known: Known | None = None,
+        chosen: Tensor | None = None,
     ) -> ops.Arbitration:
         """One weight per task from S, [K, K] or [B, K, K], the cross-Gramian with the history."""
         given: dict[str, Any] = {**state, **self.settings(gramian.shape[-1])}
         return ops.arbitrate(gramian, cross, scale, **given, backend=backend)
 
-    def weights(self, gramian: Tensor, state: State, losses: Tensor | None) -> Tensor:
+    def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """The weights where there is no history."""
         scale = gramian.new_ones(gramian.shape[-1])
         return self.resolve(gramian, None, scale, state).weights

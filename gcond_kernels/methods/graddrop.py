@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.method import Method, State, check_number, check_seed
+from gcond_kernels.methods.method import Known, Method, State, check_number, check_seed
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class GradDrop(Method):
     gradient.
 
     Args:
-        leak: the share of the dropped gradients that is let through, in [0, 1].
+        leak: the share of the dropped gradients that is let through, in [0, 1]: one for all tasks
+            (the paper allows one for each).
         seed: of the random numbers, which are a function of it, of how many steps there were, and
             of the element's place: the same on every device and in every backend.
     """
@@ -40,7 +41,7 @@ class GradDrop(Method):
         """How many steps there were."""
         return {"draws": torch.zeros((), dtype=torch.int64, device=device)}
 
-    def weights(self, gramian: Tensor, state: State, losses: Tensor | None) -> Tensor:
+    def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """Raises: there are none."""
         raise TypeError(
             "GradDrop picks signs element by element: it has no weights, and a Gramian does not "

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.method import Method, State, check_number, norms
+from gcond_kernels.methods.method import Known, Method, State, check_number, norms
 
 # Of Adam, by which the weights learn.
 BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
@@ -24,8 +24,9 @@ class GradNorm(Method):
     of these; w goes down the slope of Σ_i |n_i − n̄ r_i^α| with n̄ r_i^α held constant, by Adam in
     units of the mean length of the gradients, and is then scaled so that Σ w = K. A step is weighed
     with the weights before it; the first is the plain sum. No weight falls below 0. L_i is the mean
-    loss of a window, without the loss weight; a task without a micro-batch, or without a gradient,
-    keeps its weight, and its gradient counts as 0 in Adam's averages.
+    loss of a window, without the loss weight, and is to be positive: a loss that is not says
+    nothing of how fast its task trains. A task without a micro-batch, or without a gradient, keeps
+    its weight, and its gradient counts as 0 in Adam's averages.
 
     Args:
         alpha: α, 0 or more: how strongly slow tasks are pulled along.
@@ -49,10 +50,12 @@ class GradNorm(Method):
                 raise ValueError(
                     f"GradNorm: parameters must be names, not one: ({self.parameters!r},)"
                 )
-            names = isinstance(self.parameters, Iterable)
-            if not names or not all(isinstance(name, str) for name in self.parameters):
-                raise ValueError(f"GradNorm: parameters must be names, not {self.parameters!r}")
-            object.__setattr__(self, "parameters", tuple(self.parameters))
+            named = tuple(self.parameters) if isinstance(self.parameters, Iterable) else ()
+            if not named or not all(isinstance(name, str) for name in named):
+                raise ValueError(
+                    f"GradNorm: parameters must be names, one or more, not {self.parameters!r}"
+                )
+            object.__setattr__(self, "parameters", named)
 
     def new_state(self, tasks: int, device: torch.device) -> State:
         """Weights, Adam's averages, and the losses of each task's first window (0 before it)."""
@@ -65,8 +68,9 @@ class GradNorm(Method):
             "updates": torch.zeros((), dtype=torch.int64, device=device),
         }
 
-    def weights(self, gramian: Tensor, state: State, losses: Tensor | None) -> Tensor:
+    def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """The weights as they are; then they learn."""
+        losses = known.losses
         if losses is None:
             raise ValueError("GradNorm: losses must be given, one for each task")
         weights = state["task_weights"].clone()

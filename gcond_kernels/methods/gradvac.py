@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.methods.method import (
+    Known,
     Method,
     State,
     check_number,
@@ -54,7 +55,7 @@ class GradVac(Method):
             "draws": torch.zeros((), dtype=torch.int64, device=device),
         }
 
-    def weights(self, gramian: Tensor, state: State, losses: Tensor | None) -> Tensor:
+    def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """Sum of the vaccinated rows."""
         lengths = norms(gramian)
         order = random_orders(gramian, self.seed, state["draws"])

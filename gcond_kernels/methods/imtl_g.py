@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.method import Method, State, cosines, norms, per_length
+from gcond_kernels.methods.method import Known, Method, State, cosines, norms, per_length
 from gcond_kernels.methods.solvers import eigh
 
 
@@ -17,16 +17,15 @@ class IMTLG(Method):
 
     L. Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021 (IMTL-G). On gradients at
     length 1, with cosines C: C β = 1, w_k = β_k / ‖ĝ_k‖, divided by their sum. Where C is singular,
-    β is the shortest that comes nearest; where the weights sum to 0 there is none, and all are 0.
-    Weights may be negative.
+    as far as rounding tells, β is the shortest that comes nearest; where the weights sum to 0 there
+    is none, and all are 0. Weights may be negative, and the result then longer than any gradient.
     """
 
-    def weights(self, gramian: Tensor, state: State, losses: Tensor | None) -> Tensor:
+    def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """β / ‖ĝ‖, normalised."""
         present = (norms(gramian) > 0.0).to(gramian.dtype)
         values, vectors = eigh(cosines(gramian))
-        rounding = gramian.shape[-1] * torch.finfo(values.dtype).eps
-        counted = values > values.amax(-1, keepdim=True) * rounding
+        counted = values > known.rounding
         inverse = torch.where(counted, 1.0 / torch.where(counted, values, 1.0), 0.0)
         components = (vectors.mT @ present[..., None])[..., 0]
         beta = (vectors @ (inverse * components)[..., None])[..., 0]

@@ -5,32 +5,47 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gcond_kernels import ops
-from gcond_kernels.methods.solvers import identity
+from gcond_kernels.methods.solvers import FLOAT32_ROUNDING, FLOAT64_ROUNDING, identity
 
 State: TypeAlias = dict[str, Tensor]
+
+
+class Known(NamedTuple):
+    """What a method is told beside the Gramian.
+
+    Attributes:
+        rounding: among gradients at length 1, an eigenvalue below it is rounding.
+        losses: [K] float64, the mean loss of each task since the last step, NaN where there was
+            none; None unless the method needs them.
+    """
+
+    rounding: float = FLOAT32_ROUNDING
+    losses: Tensor | None = None
 
 
 class Method(ABC):
     """A method that weighs the tasks by their Gramian.
 
     `method(S)` are the weights of a Gramian S [K, K] of any floating type, from a fresh state:
-    the resolved gradient is Σ_k w_k ĝ_k. A batch [..., K, K] is weighed entry by entry. All of it
-    stays on the device of S, and, unless the method says otherwise, nothing waits for it. A task
-    without a gradient (S_kk = 0) takes no part: the others are weighed as if it were not there, and
-    its weight is 0.
+    the resolved gradient is Σ_k w_k ĝ_k. A float64 S is taken as exact, any other as sums in
+    float32, of which gradients that depend on each other leave some rounding; so are those of
+    GCondFused. A batch [..., K, K] is weighed entry by entry, but where one entry is not finite all
+    weights are 0. All of it stays on the device of S, and nothing here waits for it. A task without
+    a gradient (S_kk = 0; also where squares leave float32, below some 1e-22) takes no part: the
+    others are weighed as if it were not there, and its weight is 0.
 
     Attributes:
         needs_losses: whether the losses are to be known, not only their gradients.
         shared_state: which entries of the state a batch has in common; of the others each Gramian
             has its own.
-        parameters: names of the parameters, or of modules, whose gradients alone make up S; None is
-            all that tasks share.
+        parameters: names of the parameters, or of modules, whose gradients alone the method looks
+            at; None is all that tasks share.
         thresholds: cosines by which reports tell zones of conflict apart.
     """
 
@@ -49,24 +64,32 @@ class Method(ABC):
         return {}
 
     @abstractmethod
-    def weights(self, gramian: Tensor, state: State, losses: Tensor | None) -> Tensor:
+    def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """The weights [..., K] of finite Gramians [..., K, K], float64.
 
         Args:
             gramian: S_ij = ĝ_i · ĝ_j.
             state: a copy, to be changed in place; it is dropped where the step is.
-            losses: [K] float64, the mean loss of each task since the last step, NaN where there was
-                none; None unless `needs_losses`.
+            known: what else there is to go by.
         """
 
     def __call__(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
-        """The weights [..., K] of Gramians [..., K, K], as in a first step."""
+        """The weights [..., K] of Gramians [..., K, K], as in a first step.
+
+        Raises:
+            ValueError: the Gramian is not square, or not of a floating type.
+        """
+        check_gramian(self, gramian)
         S = gramian.detach().double().contiguous()
         if S.dim() > 3:
             S = S.flatten(0, -3)
         state = fresh_state(self, S.shape[-1], S.shape[:-2], S.device)
-        losses = None if losses is None else losses.double()
-        weights = self.resolve(S, None, S.new_ones(S.shape[-1]), state, losses=losses).weights
+        exact = gramian.dtype == torch.float64
+        known = Known(
+            FLOAT64_ROUNDING if exact else FLOAT32_ROUNDING,
+            None if losses is None else losses.double(),
+        )
+        weights = self.resolve(S, None, S.new_ones(S.shape[-1]), state, known=known).weights
         weights = torch.where(S.diagonal(dim1=-2, dim2=-1) > 0.0, weights, 0.0)
         return weights.view(gramian.shape[:-1]).to(gramian.dtype)
 
@@ -77,7 +100,8 @@ class Method(ABC):
         scale: Tensor,
         state: State,
         backend: str = "auto",
-        losses: Tensor | None = None,
+        known: Known | None = None,
+        chosen: Tensor | None = None,
     ) -> ops.Arbitration:
         """Weighs the tasks; where that is not possible with finite numbers, nothing has changed.
 
@@ -87,14 +111,15 @@ class Method(ABC):
             scale: not read; where it is 0 the Gramian is.
             state: changed in place.
             backend: not read: these are operations of torch.
-            losses: as for `weights`.
+            known: what else there is to go by; None is a Gramian of float32 gradients.
+            chosen: the Gramian over `parameters`, where there are some.
         """
         finite = gramian.isfinite().all()
         present = gramian.diagonal(dim1=-2, dim2=-1) > 0.0
         # Solvers are not to be shown what is not finite.
-        S = torch.where(finite, gramian, identity(gramian))
+        S = torch.where(finite, gramian if chosen is None else chosen, identity(gramian))
         after = {name: value.clone() for name, value in state.items()}
-        weights = torch.where(present, self.weights(S, after, losses), 0.0)
+        weights = torch.where(present, self.weights(S, after, known or Known()), 0.0)
         finite = finite & weights.isfinite().all()
         for name, value in state.items():
             value.copy_(torch.where(finite, after[name], value))
@@ -116,7 +141,7 @@ class Function(Method):
         name = getattr(function, "__qualname__", type(function).__qualname__)
         return f"{function.__module__}.{name}"
 
-    def weights(self, gramian: Tensor, state: State, losses: Tensor | None) -> Tensor:
+    def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """What the function says, of one Gramian after another."""
         K = gramian.shape[-1]
         one_by_one = [self._of_one(S, K) for S in gramian.reshape(-1, K, K)]
@@ -133,6 +158,19 @@ class Function(Method):
                 f"[{tasks}], not {said}"
             )
         return weights.detach().to(gramian)
+
+
+def check_gramian(method: object, gramian: object) -> None:
+    """Raises a ValueError where a Gramian is none."""
+    if isinstance(gramian, Tensor) and gramian.is_floating_point():
+        shape = gramian.shape[-2:]
+        if len(shape) == 2 and shape[0] == shape[1] > 0:
+            return
+    said = f"{list(gramian.shape)} {gramian.dtype}" if isinstance(gramian, Tensor) else gramian
+    raise ValueError(
+        f"{type(method).__name__} takes a Gramian [K, K] of inner products of the tasks' "
+        f"gradients, a tensor of a floating type, not {said}"
+    )
 
 
 def fresh_state(method: Method, tasks: int, batch: tuple[int, ...], device: torch.device) -> State:

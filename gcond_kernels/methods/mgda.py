@@ -7,12 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.method import Method, State, cosines, norms, per_length
-from gcond_kernels.methods.solvers import identity, nonnegative_minimum
-
-# Where a convex combination of the gradients is zero, it is this ridge (relative to gradients at
-# length 1) that keeps the solution finite.
-RIDGE = 1e-12
+from gcond_kernels.methods.method import Known, Method, State, cosines, norms, per_length
+from gcond_kernels.methods.solvers import definite, nonnegative_minimum
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class MGDA(Method):
     others use, gets near it slowly).
     """
 
-    def weights(self, gramian: Tensor, state: State, losses: Tensor | None) -> Tensor:
+    def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """α."""
         if gramian.shape[-1] == 2:
             return shortest_of_two(gramian)
@@ -36,7 +32,7 @@ class MGDA(Method):
         shortest = torch.where(present, lengths, torch.inf).amin(-1, keepdim=True)
         # 1 / n_i for the gradients at length 1, in units of the largest of these.
         inverse = torch.where(present, shortest / lengths.clamp(min=1e-300), 0.0)
-        C = cosines(gramian) + RIDGE * identity(gramian)
+        C = definite(cosines(gramian), known.rounding)
         weights = per_length(nonnegative_minimum(C, -inverse), gramian)
         # In units of the largest: there may be 1e12 between them.
         weights = weights / weights.amax(-1, keepdim=True).clamp(min=1e-300)
@@ -46,7 +42,12 @@ class MGDA(Method):
 def shortest_of_two(gramian: Tensor) -> Tensor:
     """α of two tasks [..., 2]: where the line through both gradients is next to 0, or its end."""
     S_11, S_12, S_22 = gramian[..., 0, 0], gramian[..., 0, 1], gramian[..., 1, 1]
-    square = S_11 + S_22 - 2.0 * S_12  # of the difference
-    share = torch.where(square > 0.0, (S_22 - S_12) / square.clamp(min=1e-300), 0.5).clamp(0.0, 1.0)
-    share = torch.where(S_11 > 0.0, torch.where(S_22 > 0.0, share, 1.0), 0.0)
-    return torch.stack([share, 1.0 - share], dim=-1)
+    # Each share by a quotient of its own: 1 minus the other would round a small one away.
+    share, other = (S_22 - S_12).clamp(min=0.0), (S_11 - S_12).clamp(min=0.0)
+    total = share + other
+    share = torch.where(total > 0.0, share / total.clamp(min=1e-300), 0.5)
+    other = torch.where(total > 0.0, other / total.clamp(min=1e-300), 0.5)
+    both = (S_11 > 0.0) & (S_22 > 0.0)
+    share = torch.where(both, share, (S_11 > 0.0).to(share))
+    other = torch.where(both, other, (S_22 > 0.0).to(other))
+    return torch.stack([share, other], dim=-1)

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.method import Method, State, cosines, norms, per_length
-from gcond_kernels.methods.solvers import identity, solve
+from gcond_kernels.methods.method import Known, Method, State, cosines, norms, per_length
+from gcond_kernels.methods.solvers import definite, solve
 
-# Gradients that cancel out have no bargain: this ridge keeps their weights finite.
-RIDGE = 1e-12
 # Newton steps: on some 40,000 Gramians of 2 to 12 tasks, with cosines of -1 + 1e-9 and singular
 # ones among them, 20 were enough.
 STEPS = 25
@@ -34,34 +32,38 @@ class NashMTL(Method):
     leads down.
     """
 
-    def weights(self, gramian: Tensor, state: State, losses: Tensor | None) -> Tensor:
+    def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """α."""
-        C = cosines(gramian) + RIDGE * identity(gramian)
+        C = definite(cosines(gramian), known.rounding)
         y = torch.ones_like(norms(gramian))
         for _ in range(STEPS):
             slope = (C @ y[..., None])[..., 0] - 1.0 / y
             direction = solve(C + torch.diag_embed(1.0 / y**2), -slope)
             decrement = (-slope * direction).sum(-1, keepdim=True).clamp(min=0.0).sqrt()
             # A full step where it is sure to get nearer by its square.
-            full = (decrement < 0.25) & is_within_bounds(y + direction)[..., None]
-            damped = longest_downhill(C, y, direction, 1.0 / (1.0 + decrement))
+            full = (decrement < 0.25) & is_within_bounds(y + direction, known.rounding)[..., None]
+            damped = longest_downhill(C, y, direction, 1.0 / (1.0 + decrement), known.rounding)
             y = y + direction * torch.where(full, 1.0, damped)
         size: Tensor = torch.linalg.matrix_norm(gramian)[..., None].sqrt()
         return size * per_length(y, gramian)
 
 
-def longest_downhill(C: Tensor, y: Tensor, direction: Tensor, damped: Tensor) -> Tensor:
+def longest_downhill(
+    C: Tensor, y: Tensor, direction: Tensor, damped: Tensor, rounding: float
+) -> Tensor:
     """[..., 1] the longest step of damped · 4^j up to which ½ yᵀ C y − Σ log y gets smaller."""
     steps = damped * 4.0 ** torch.arange(MULTIPLES, dtype=y.dtype, device=y.device)
     ahead = y[..., None, :] + steps[..., None] * direction[..., None, :]  # [..., multiples, K]
     slope = ahead @ C - 1.0 / ahead
     downhill = (slope * direction[..., None, :]).sum(-1) <= 0.0
-    return torch.where(downhill & is_within_bounds(ahead), steps, 0.0).amax(-1, keepdim=True)
+    return torch.where(downhill & is_within_bounds(ahead, rounding), steps, 0.0).amax(
+        -1, keepdim=True
+    )
 
 
-def is_within_bounds(y: Tensor) -> Tensor:
-    """[...] whether all are positive, and no larger than the ridge lets the solution be, by far.
+def is_within_bounds(y: Tensor, rounding: float) -> Tensor:
+    """[...] whether all are positive, and no larger than the solution can be, by far.
 
     There yᵀ C y = K. Where rounding has left C indefinite there is no solution, and no end.
     """
-    return (y > 0.0).all(-1) & (RIDGE * (y * y).sum(-1) <= 4.0 * y.shape[-1])
+    return (y > 0.0).all(-1) & (rounding * (y * y).sum(-1) <= 4.0 * y.shape[-1])

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.method import Method, State, check_seed
+from gcond_kernels.methods.method import Known, Method, State, check_seed
 from gcond_kernels.python.random import start_of, uniform
 
 
@@ -36,7 +36,7 @@ class PCGrad(Method):
         """How many orders were drawn."""
         return {"draws": torch.zeros((), dtype=torch.int64, device=device)}
 
-    def weights(self, gramian: Tensor, state: State, losses: Tensor | None) -> Tensor:
+    def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """Sum of the projected rows."""
         order = random_orders(gramian, self.seed, state["draws"])
         state["draws"] += 1

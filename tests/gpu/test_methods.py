@@ -21,7 +21,7 @@ from gcond_kernels.methods import (
     Sum,
     UPGrad,
 )
-from gcond_kernels.methods.method import fresh_state
+from gcond_kernels.methods.method import Known, fresh_state
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,10 +54,10 @@ def test_weights_are_those_of_the_cpu(method, tasks):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if again else "default")
         try:
-            found = method.resolve(moved[0], None, moved[1], state, "auto", moved[2])
+            found = method.resolve(moved[0], None, moved[1], state, "auto", Known(losses=moved[2]))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    expected = method.resolve(S, None, scale, on_cpu, "auto", losses)
+    expected = method.resolve(S, None, scale, on_cpu, "auto", Known(losses=losses))
     torch.testing.assert_close(found.weights.cpu(), expected.weights, rtol=1e-6, atol=1e-9)
     for key, value in on_cpu.items():
         torch.testing.assert_close(state[key].cpu(), value, rtol=1e-6, atol=1e-9)
