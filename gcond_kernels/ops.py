@@ -51,12 +51,12 @@ OPERATIONS = ("accumulate", "gramian", "arbitrate", "combine", "graddrop", "reso
 # Which backend "auto" tries first on a GPU, for each operation, and what that was decided by.
 AUTO = dict.fromkeys(OPERATIONS, ("cuda", "triton", "python"))
 MEASURED = {
-    "accumulate": "cuda 34 µs, triton 58 µs",
-    "gramian": "cuda 23 µs, triton 25 µs",
-    "arbitrate": "cuda 21 µs, triton 23 µs",
-    "combine": "cuda 69 µs, triton 81 µs",
-    "graddrop": "nothing yet: the order of combine",
-    "resolve": "cuda 334 µs, triton 420 µs with all checks; cuda is one launch in the L2 cache",
+    "accumulate": "cuda 19 µs, triton 33 µs",
+    "gramian": "cuda 13 µs, triton 14 µs",
+    "arbitrate": "cuda 11 µs, triton 12 µs",
+    "combine": "cuda 30 µs, triton 40 µs",
+    "graddrop": "cuda 32 µs, triton 39 µs",
+    "resolve": "cuda 164 µs, triton 202 µs with all checks; cuda is one launch in the L2 cache",
 }
 MEASURED_HOW = (
     "host time of a call on 300 tensors, without the launch (make bench-host); "
