@@ -100,7 +100,7 @@ class GCondFused(torch.optim.Optimizer):
 
     It is a `torch.optim.Optimizer` and shares `param_groups`, `state` and `defaults` with the
     one it wraps, so schedulers take either. Persistent memory per parameter: 4 bytes per task
-    for the accumulators, 2 per task for the history of the arbitrator, 4 with momentum.
+    for the accumulators, with GCond 2 per task for the history of its arbitrator, 4 with momentum.
 
     Args:
         base: any torch optimizer. Its parameters must be on one device; those that require no

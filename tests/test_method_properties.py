@@ -91,6 +91,7 @@ DEFINED = {
     "a zero gradient": [[1.0, 2.0], [0.0, 0.0], [-2.0, 0.5]],
     "two zero gradients": [[0.0, 0.0], [1.0, 2.0], [0.0, 0.0]],
     "one beside a zero gradient": [[0.0, 0.0], [1.0, 2.0]],
+    "one before a zero gradient": [[1.0, 2.0], [0.0, 0.0]],
     "anti-parallel beside a zero gradient": [[1.0, 2.0], [0.0, 0.0], [-1.0, -2.0]],
     "all zero": [[0.0, 0.0]] * 3,
     "two, both zero": [[0.0]] * 2,
@@ -193,14 +194,14 @@ def test_a_zero_gradient_takes_no_part(method, family):
         )
 
 
-def test_a_task_beside_zero_gradients_is_alone():
-    S = torch.zeros(4, 4, dtype=torch.float64)
-    S[2, 2] = 7.0
-    for method in METHODS:
-        w = weights(method, S)
-        alone = weights(method, float64([[7.0]]))
-        assert torch.allclose(w[2], alone[0], rtol=1e-12)
-        assert w[[0, 1, 3]].tolist() == [0.0] * 3
+@every_method
+@pytest.mark.parametrize(("tasks", "place"), [(2, 0), (2, 1), (4, 2)])
+def test_a_task_beside_zero_gradients_is_alone(method, tasks, place):
+    S = torch.zeros(tasks, tasks, dtype=torch.float64)
+    S[place, place] = 7.0
+    w = weights(method, S)
+    assert torch.allclose(w[place], weights(method, float64([[7.0]]))[0], rtol=1e-12)
+    assert w.count_nonzero() == 1
 
 
 # ---- What is not finite.
@@ -304,6 +305,23 @@ def test_weights_are_of_the_type_of_the_gramian_which_is_left_alone(method, dtyp
     assert w.dtype == dtype
     assert torch.equal(S, before)
     assert torch.equal(w, weights(method, S.double()).to(dtype))
+
+
+@every_method
+def test_weights_have_no_graph(method):
+    S = random_gramian(3).requires_grad_()
+    assert not weights(method, S).requires_grad
+
+
+def test_gradients_of_float32_are_dependent_sooner_than_those_of_float64():
+    """Whether two are opposite to 1e-8: float64 knows, and the sums of float32 do not."""
+    S = float64([[1.0, -1.0 + 1e-8], [-1.0 + 1e-8, 1.0]])
+    method, root = NashMTL(), float(torch.linalg.matrix_norm(S)) ** 0.5
+    assert torch.allclose(method(S), root * float64([1e4, 1e4]), rtol=1e-6)
+    assert torch.allclose(method(S.float()).double(), root * float64([1024.0, 1024.0]), rtol=1e-2)
+    # Nobody said that these are of float64.
+    untold = method.resolve(S, None, S.new_ones(2), {}).weights
+    assert torch.allclose(untold, root * float64([1024.0, 1024.0]), rtol=1e-2)
 
 
 # ---- Two tasks: PCGrad is GCond where both give way.
@@ -414,7 +432,7 @@ def test_what_has_given_way_entirely_has_no_cosine(monkeypatch):
     assert w.tolist() == [2.0, 2.0, 1.0]
 
 
-def test_cosines_beyond_one_by_rounding_are_none():
+def test_random_orders_of_gradients_on_one_line_are_defined():
     generator = torch.Generator().manual_seed(0)
     J = torch.randn(2000, 4, 1, generator=generator, dtype=torch.float64)
     J = J * torch.randn(2000, 1, 3, generator=generator, dtype=torch.float64)

@@ -167,6 +167,15 @@ def test_imtl_g_has_no_weights_where_gradients_of_length_one_cancel_out(tasks):
         J = J[:1] / J[0].norm() * J.norm(dim=-1, keepdim=True)
         J[::2] *= -1.0
         assert IMTLG()(gramian(J)).tolist() == [0.0] * tasks
+        J = torch.cat([J, torch.zeros_like(J[:1])])
+        assert IMTLG()(gramian(J)).tolist() == [0.0] * (tasks + 1)
+
+
+def test_imtl_g_has_no_weights_where_they_sum_to_zero():
+    C = float64([[1.0, -0.25, 0.5], [-0.25, 1.0, 0.5], [0.5, 0.5, 1.0]])
+    assert torch.allclose(C @ float64([2.0, 2.0, -1.0]), float64([1.0, 1.0, 1.0]))
+    S = with_lengths(C, float64([1.0, 1.0, 0.25]))  # 2 / 1 + 2 / 1 - 1 / 0.25
+    assert IMTLG()(S).tolist() == jd.IMTLGWeighting()(S).tolist() == [0.0, 0.0, 0.0]
 
 
 @every_case

@@ -24,7 +24,7 @@ from gcond_kernels import (
     UPGrad,
     ops,
 )
-from gcond_kernels.methods.method import Known, fresh_state
+from gcond_kernels.methods.method import Known, Method, fresh_state
 from gcond_kernels.scope import scope_of
 
 TASKS = {"a": 1.0, "b": 0.5, "c": 2.0}
@@ -861,3 +861,37 @@ def test_weights_of_tasks_that_share_nothing_are_one():
         assert report.zone == "none"
         assert q.grad.tolist() == [3.0, 3.0]
         base.zero_grad()
+
+
+class Slowed(Method):
+    """A user's own method with a state: weights that grow from 0 to 1, by a count of steps."""
+
+    def new_state(self, tasks, device):
+        return {"steps": torch.zeros((), dtype=torch.int64, device=device)}
+
+    def weights(self, gramian, state, known):
+        state["steps"] += 1
+        share = 1.0 - 0.5 ** state["steps"].double()
+        return share[..., None].expand(gramian.shape[:-1])
+
+
+@pytest.mark.parametrize("granularity", ["model", "tensor"])
+def test_a_method_of_the_users_own_may_keep_a_state(granularity):
+    model = net()
+    optimizer = optimizer_of(model, method=Slowed(), granularity=granularity)
+    train(model, optimizer, inputs(4))
+    assert list(optimizer.report().weights.values()) == [0.75] * 3
+    other = optimizer_of(copy.deepcopy(model), method=Slowed(), granularity=granularity)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert (other._now.method_state["steps"] == 2).all()
+    assert repr(Slowed()) == "Slowed()"  # no address: ranks compare it
+    assert Slowed()(torch.eye(2)).tolist() == [0.5, 0.5]
+
+
+def test_a_method_that_returns_no_weights_says_so():
+    class Wrong(Slowed):
+        def weights(self, gramian, state, known):
+            return gramian.new_ones(1)
+
+    with pytest.raises(ValueError, match=r"Wrong.weights must return .* \[2\], not \[1\]"):
+        Wrong()(torch.eye(2))

@@ -138,11 +138,11 @@ def conflict_sentence(runs: Sequence[Run]) -> str:
         if strength > WEAK:
             verdict += ": so weak that there is little to resolve"
     seen = "; ".join(conflicts_seen(run) for run in runs)
-    which = ""
     if len(runs) > FEW:
-        seen, which = range_of_conflicts(runs), f", by {runs[0].method.name}"
+        seen = range_of_conflicts(runs)
     tasks = " and ".join(runs[0].scene.tasks)
-    return f"Conflict: the gradients of {tasks} disagreed in {seen}. In this run{which}: {verdict}."
+    name = runs[0].method.name
+    return f"Conflict: the gradients of {tasks} disagreed in {seen}. With {name}: {verdict}."
 
 
 def conflicts_seen(run: Run) -> str:

@@ -7,7 +7,7 @@ from gcond_kernels.methods.graddrop import GradDrop
 from gcond_kernels.methods.gradnorm import GradNorm
 from gcond_kernels.methods.gradvac import GradVac
 from gcond_kernels.methods.imtl_g import IMTLG
-from gcond_kernels.methods.method import Method
+from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.mgda import MGDA
 from gcond_kernels.methods.nash_mtl import NashMTL
 from gcond_kernels.methods.pcgrad import PCGrad
@@ -23,9 +23,11 @@ __all__ = [
     "GradDrop",
     "GradNorm",
     "GradVac",
+    "Known",
     "Method",
     "NashMTL",
     "PCGrad",
+    "State",
     "Sum",
     "UPGrad",
 ]

@@ -40,6 +40,12 @@ class Method(ABC):
     a gradient (S_kk = 0; also where squares leave float32, below some 1e-22) takes no part: the
     others are weighed as if it were not there, and its weight is 0.
 
+    A method of your own with a state subclasses this: `new_state` makes small tensors of any shape,
+    `weights` reads and changes them in place. They are saved with the optimizer, and are as before
+    where a step is skipped, as it is where a weight is not finite; other attributes are its options
+    (a frozen dataclass shows them, and ranks compare them). With granularity="tensor" all Gramians
+    come in one call, [T, K, K], and each has a state of its own but for what `shared_state` names.
+
     Attributes:
         needs_losses: whether the losses are to be known, not only their gradients.
         shared_state: which entries of the state a batch has in common; of the others each Gramian
@@ -53,6 +59,11 @@ class Method(ABC):
     shared_state: ClassVar[frozenset[str]] = frozenset()
     parameters: tuple[str, ...] | None = None
     thresholds: tuple[float, float, float] = (-0.8, -0.5, 0.0)
+
+    def __repr__(self) -> str:
+        # Without an address: ranks compare it. (A dataclass has one of its own, with its options.)
+        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__qualname__}({options})"
 
     @property
     def needs_history(self) -> bool:
@@ -76,10 +87,23 @@ class Method(ABC):
     def __call__(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
         """The weights [..., K] of Gramians [..., K, K], as in a first step.
 
+        Args:
+            gramian: S.
+            losses: [K], for a method that needs them.
+
         Raises:
-            ValueError: the Gramian is not square, or not of a floating type.
+            ValueError: the Gramian is not square, or not of a floating type, or the losses are
+                missing or not one for each task.
+            TypeError: of GradDrop, which has no weights.
         """
         check_gramian(self, gramian)
+        if losses is not None:
+            losses = torch.as_tensor(losses, dtype=torch.float64, device=gramian.device)
+            if losses.shape != gramian.shape[-1:]:
+                raise ValueError(
+                    f"losses must be one for each of the {gramian.shape[-1]} tasks, not "
+                    f"{list(losses.shape)}"
+                )
         S = gramian.detach().double().contiguous()
         if S.dim() > 3:
             S = S.flatten(0, -3)
@@ -87,7 +111,7 @@ class Method(ABC):
         exact = gramian.dtype == torch.float64
         known = Known(
             FLOAT64_ROUNDING if exact else FLOAT32_ROUNDING,
-            None if losses is None else losses.double(),
+            losses,
         )
         weights = self.resolve(S, None, S.new_ones(S.shape[-1]), state, known=known).weights
         weights = torch.where(S.diagonal(dim1=-2, dim2=-1) > 0.0, weights, 0.0)
@@ -119,7 +143,14 @@ class Method(ABC):
         # Solvers are not to be shown what is not finite.
         S = torch.where(finite, gramian if chosen is None else chosen, identity(gramian))
         after = {name: value.clone() for name, value in state.items()}
-        weights = torch.where(present, self.weights(S, after, known or Known()), 0.0)
+        weights = self.weights(S, after, known or Known())
+        if not isinstance(weights, Tensor) or weights.shape != S.shape[:-1]:
+            said = list(weights.shape) if isinstance(weights, Tensor) else repr(weights)
+            raise ValueError(
+                f"{type(self).__name__}.weights must return one weight for each task, a tensor "
+                f"{list(S.shape[:-1])}, not {said}"
+            )
+        weights = torch.where(present, weights.to(S), 0.0)
         finite = finite & weights.isfinite().all()
         for name, value in state.items():
             value.copy_(torch.where(finite, after[name], value))
@@ -176,7 +207,7 @@ def check_gramian(method: object, gramian: object) -> None:
 def fresh_state(method: Method, tasks: int, batch: tuple[int, ...], device: torch.device) -> State:
     """The state of a method before the first step, for a batch of Gramians of this shape."""
     return {
-        name: value if name in method.shared_state else value.expand(*batch, *value.shape).clone()
+        name: value if name in method.shared_state else value.expand((*batch, *value.shape)).clone()
         for name, value in method.new_state(tasks, device).items()
     }
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from gcond_kernels.methods.method import Known, Method, State, cosines, norms, per_length
 from gcond_kernels.methods.solvers import definite, solve
 
-# Newton steps: on some 40,000 Gramians of 2 to 12 tasks, with cosines of -1 + 1e-9 and singular
-# ones among them, 20 were enough.
+# Newton steps: of 22,000 Gramians of 3 to 12 tasks, random, singular, nearly parallel and
+# anti-parallel, 15 left one unsolved (709 in float64, with its smaller eigenvalues), 20 none.
 STEPS = 25
 # Multiples of the damped step that are tried: where gradients nearly cancel out α is larger by far
 # than where it starts, and the damped step no more than doubles it.

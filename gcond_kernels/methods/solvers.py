@@ -9,11 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Newton steps of the interior-point method, then the linear system is solved. On 32,000 problems of
-# 3 to 12 tasks, with lengths 1e12 apart and gradients nearly parallel, nearly anti-parallel and
-# nearly dependent by down to 1e-5, 20 found the solution in all but 1,300, 25 in all but 160, 30 in
-# all but 3 of 12 tasks, by 3e-7. Where gradients cancel out exactly, many weights make the same
-# vector: 30 find one to 2e-6 of the longest gradient.
+# Newton steps of the interior-point method, then the linear system is solved. On 44,000 problems of
+# 3 to 12 tasks, random, singular, nearly parallel and anti-parallel, with lengths 1e12 apart, 20
+# left 45 of them with a residual above 1e-9 at gradients of length 1, 25 none, 30 at most 2e-13. In
+# float64 alone, with its smaller eigenvalues, 30 left 9 of them, at most 8e-7.
 STEPS = 30
 # Of the way to the boundary, how far a step may go.
 TO_BOUNDARY = 0.99
