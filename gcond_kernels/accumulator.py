@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gcond_kernels import ops
-from gcond_kernels.contracts import GRADIENT_DTYPES, MASK_BITS
+from gcond_kernels.contracts import GRADIENT_DTYPES
 from gcond_kernels.dtensor import (
     is_dtensor,
     is_unfinished,
@@ -22,11 +22,12 @@ from gcond_kernels.dtensor import (
     local_part,
     placed_like,
 )
-from gcond_kernels.mask import packed, unpacked
+from gcond_kernels.mask import packed
+from gcond_kernels.python.blocks import WORD_BITS, trained
 
 # Segments start at multiples of this many elements: 128 bytes of float32, 64 of bfloat16.
 ALIGNMENT = 32
-assert ALIGNMENT % MASK_BITS == 0  # so no word of a mask says of two parameters
+assert ALIGNMENT % WORD_BITS == 0  # so no word of a mask says of two parameters
 
 # Gradients that a backward pass may pile up before they are added to a row and freed: beyond some
 # tens of megabytes a launch moves memory at full speed, and more would only be kept for longer.
@@ -179,7 +180,7 @@ class Accumulator:
         """Words for new segments; without a mask of its own a parameter is trained whole."""
         if self.mask is None:
             return
-        words = torch.full((self.rows.shape[1] // MASK_BITS,), -1, dtype=torch.int32, device=device)
+        words = torch.full((self.rows.shape[1] // WORD_BITS,), -1, dtype=torch.int32, device=device)
         words[: len(self.mask)] = self.mask
         for segment in segments:
             bits = self._masked.pop(segment.parameter, None)
@@ -191,7 +192,7 @@ class Accumulator:
         """Which elements of a parameter are trained, in its shape: bool; None without a mask."""
         if self.mask is None:
             return None
-        bits = unpacked(self.mask, segment.offset, segment.offset + segment.shape.numel())
+        bits = trained(self.mask, segment.offset, segment.offset + segment.shape.numel())
         return segment._replace(offset=0).view(bits)
 
     @contextmanager
@@ -695,7 +696,7 @@ def set_mask(words: Tensor, segment: Segment, bits: Tensor) -> None:
         segment.shape, segment.stride, dtype=torch.bool, device=words.device
     ).copy_(bits)
     in_order = ordered.as_strided((ordered.numel(),), (1,))
-    first = segment.offset // MASK_BITS
+    first = segment.offset // WORD_BITS
     new = packed(in_order)
     words[first : first + len(new)] = new
 

@@ -9,13 +9,12 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from gcond_kernels.python.blocks import WORD_BITS
+
 ACCUMULATOR_DTYPES = (torch.float32, torch.bfloat16)
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HISTORY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT64 = (torch.float64,)
-
-# Elements that one word of a mask says of.
-MASK_BITS = 32
 
 
 def check_gramian(
@@ -46,7 +45,7 @@ def check_gramian(
 def check_mask(mask: Tensor | None, accumulators: Tensor) -> None:
     """Of a mask: a bit for every element of a row."""
     if mask is not None:
-        words = -(-accumulators.shape[1] // MASK_BITS)
+        words = -(-accumulators.shape[1] // WORD_BITS)
         check_small("mask", mask, [words], (torch.int32,), accumulators.device)
 
 

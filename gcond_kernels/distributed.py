@@ -35,11 +35,11 @@ from gcond_kernels.alike import (
     holders_of,
     kinds_of,
 )
-from gcond_kernels.contracts import MASK_BITS
 from gcond_kernels.data_parallel import data_parallel_modules
 from gcond_kernels.dtensor import is_dtensor, local_part
 from gcond_kernels.nonfinite import nonfinite_tasks
 from gcond_kernels.peers import Peers
+from gcond_kernels.python.blocks import WORD_BITS
 
 Pieces: TypeAlias = list[tuple[int, int]]
 Describe: TypeAlias = Callable[[], dict[str, str]]
@@ -550,7 +550,7 @@ class Sharded(Reduced):
 
     def _own_words(self) -> Tensor | None:
         """The part of the mask that says of the shards; a copy, for kernels take whole vectors."""
-        mask, words = self.accumulator.mask, self._length // MASK_BITS
+        mask, words = self.accumulator.mask, self._length // WORD_BITS
         first = self.peers.rank * words
         return None if mask is None else mask[first : first + words].clone()
 
@@ -721,7 +721,7 @@ def mask_prints(accumulator: Accumulator) -> list[list[float]]:
     words = accumulator.mask.cpu().numpy()
     prints = []
     for offset, size in zip(accumulator.offsets, accumulator.sizes, strict=True):
-        of_tensor = words[offset // MASK_BITS : -(-(offset + size) // MASK_BITS)].tobytes()
+        of_tensor = words[offset // WORD_BITS : -(-(offset + size) // WORD_BITS)].tobytes()
         # 48 bits, which a float holds.
         hashed = hashlib.blake2b(of_tensor, digest_size=6).digest()
         prints.append([float(int.from_bytes(hashed, "big"))])

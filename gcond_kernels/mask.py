@@ -8,22 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcond_kernels.contracts import MASK_BITS
 from gcond_kernels.dtensor import is_dtensor, local_part, shard_coordinate
-from gcond_kernels.python.blocks import trained
+from gcond_kernels.python.blocks import WORD_BITS
 
 
 def packed(bits: Tensor) -> Tensor:
     """[⌈n / 32⌉] int32 of a bool tensor [n]: bit e % 32 of word e // 32; 1 after the end."""
-    missing = -len(bits) % MASK_BITS
-    padded = torch.cat([bits, bits.new_ones(missing)]).view(-1, MASK_BITS)
-    places = torch.arange(MASK_BITS, device=bits.device)
+    missing = -len(bits) % WORD_BITS
+    padded = torch.cat([bits, bits.new_ones(missing)]).view(-1, WORD_BITS)
+    places = torch.arange(WORD_BITS, device=bits.device)
     return (padded.long() << places).sum(-1).to(torch.int32)  # the highest bit becomes the sign
-
-
-def unpacked(words: Tensor, start: int, stop: int) -> Tensor:
-    """The bits from `start` to `stop`: bool."""
-    return trained(words, start, stop)
 
 
 def check_mask(mask: object, parameters: Sequence[tuple[Tensor, str]]) -> dict[Tensor, Tensor]:

@@ -51,10 +51,10 @@ class Scope(NamedTuple):
         if self.is_whole:
             return products.total, products.cross
         finite = products.total.isfinite().all()
-        S = products.per_tensor[:, :tasks, :tasks]
-        X = products.cross_per_tensor if self.by_tensor else products.cross
-        if not self.by_tensor:
-            S = summed(S, self.shared)
+        if self.by_tensor:
+            S, X = products.per_tensor[:, :tasks, :tasks], products.cross_per_tensor
+        else:
+            S, X = self.shared_gramian(products, tasks), products.cross
         return torch.where(finite, S, math.nan).contiguous(), X
 
     def chosen_gramian(self, products: ops.Gramians, tasks: int) -> Tensor | None:

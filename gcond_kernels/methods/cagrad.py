@@ -13,6 +13,7 @@ from gcond_kernels.methods.method import (
     State,
     check_number,
     cosines,
+    inverse_lengths,
     mean_weights,
     norms,
     per_length,
@@ -62,8 +63,7 @@ class CAGrad(Method):
         products = (C @ mean_at_1[..., None])[..., 0]  # g0 · ĝ_k / ‖ĝ_k‖
         length = (mean_at_1 * products).sum(-1, keepdim=True).clamp(min=0.0).sqrt()
         slope = products / length.clamp(min=1e-300)
-        shortest = torch.where(present, lengths, torch.inf).amin(-1, keepdim=True)
-        inverse = torch.where(present, shortest / lengths.clamp(min=1e-300), 1.0)
+        inverse = torch.where(present, inverse_lengths(gramian), 1.0)
         # A task without a gradient is never the one that is worst off.
         slope = torch.where(present, slope.clamp(-1.0, 1.0), 10.0 * (1.0 + self.c))
         y = best_for_the_worst(C, slope, inverse, self.c)

@@ -232,6 +232,14 @@ def per_length(weights: Tensor, gramian: Tensor) -> Tensor:
     return torch.where(lengths > 0.0, weights / lengths.clamp(min=1e-300), 0.0)
 
 
+def inverse_lengths(gramian: Tensor) -> Tensor:
+    """[..., K] 1 / ‖ĝ_k‖ in units of the largest of these; 0 of what has no length."""
+    lengths = norms(gramian)
+    present = lengths > 0.0
+    shortest = torch.where(present, lengths, torch.inf).amin(-1, keepdim=True)
+    return torch.where(present, shortest / lengths.clamp(min=1e-300), 0.0)
+
+
 def mean_weights(gramian: Tensor) -> Tensor:
     """[..., K] the weights of the mean gradient of all tasks that have one."""
     present = (norms(gramian) > 0.0).to(gramian.dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.method import Known, Method, State, cosines, norms, per_length
+from gcond_kernels.methods.method import Known, Method, State, cosines, inverse_lengths, per_length
 from gcond_kernels.methods.solvers import definite, nonnegative_minimum
 
 
@@ -27,13 +27,8 @@ class MGDA(Method):
         """α."""
         if gramian.shape[-1] == 2:
             return shortest_of_two(gramian)
-        lengths = norms(gramian)
-        present = lengths > 0.0
-        shortest = torch.where(present, lengths, torch.inf).amin(-1, keepdim=True)
-        # 1 / n_i for the gradients at length 1, in units of the largest of these.
-        inverse = torch.where(present, shortest / lengths.clamp(min=1e-300), 0.0)
         C = definite(cosines(gramian), known.rounding)
-        weights = per_length(nonnegative_minimum(C, -inverse), gramian)
+        weights = per_length(nonnegative_minimum(C, -inverse_lengths(gramian)), gramian)
         # In units of the largest: there may be 1e12 between them.
         weights = weights / weights.amax(-1, keepdim=True).clamp(min=1e-300)
         return weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
