@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in at most nine minutes: tests, figures, sanitizers.
+# Everything that needs an NVIDIA GPU, in at most nine minutes: tests, figures, sanitizers, and
+# what Nsight Compute (ncu) says of the kernels where it is there.
 #
 #     bench/gpu_check.sh OUTDIR
 #
 # All parts run even where one fails; each leaves a log in OUTDIR, and the figures are in
-# OUTDIR/kernels_<GPU>.json. The exit status is 0 where all parts passed. It works from a plain
+# OUTDIR/bench_<GPU>.json, with pictures where matplotlib is there. The exit status is 0 where all parts passed. It works from a plain
 # checkout: PYTHON (default python3) needs torch, triton, numpy and pytest, not this package. The
 # CUDA C++ kernels are compiled for the GPU at hand, which needs nvcc, pybind11 and ninja; without
-# them that part fails, and the others go on with Triton alone.
+# them that part fails, and the others go on with Triton alone. PUBLISHED_CODE may name the GCond
+# authors' grad_conductor.py, to be measured too; TorchJD is where it is installed.
 set -euo pipefail
 
 if [ $# -ne 1 ]; then
@@ -67,7 +69,7 @@ part() {
 finish() {
     printf '\n== summary\n'
     cat "$notes"
-    if grep -q -v ' passed ' "$notes"; then
+    if grep -q -E '^[^ ]+ +(failed|not run)' "$notes"; then
         echo "FAILED"
         exit 1
     fi
@@ -113,9 +115,9 @@ if not torch.cuda.is_available():
 properties = torch.cuda.get_device_properties(0)
 print(properties.name, f"with compute capability {properties.major}.{properties.minor}")
 END
-allow 25
+allow 20
 if ! part versions "$python" "$work/versions.py"; then
-    for name in build tests_gpu benchmark sanitizers tests_kernels; do
+    for name in build tests_gpu benchmark ncu sanitizers tests_kernels; do
         note "$name" "not run" 0
     done
     finish
@@ -137,7 +139,7 @@ PIP_NO_INDEX=1 GCOND_BUILD_CUDA=1 GCOND_CUDA_ARCHS=$2 "$3" -W ignore setup.py --
     build_ext --build-lib "$1/site"
 "$3" -c 'import gcond_kernels.cuda; print("built for", gcond_kernels._cuda.ARCHITECTURES)'
 END
-allow 90
+allow 85
 backends=(triton)
 if part build bash "$work/build.sh" "$work" "$architecture" "$python"; then
     backends+=(cuda)
@@ -146,20 +148,43 @@ else
 fi
 
 # Once without a checker: it compiles Triton's kernels, which the checkers then find compiled.
-allow 40
+allow 35
 for backend in "${backends[@]}"; do
     part "sanitize_$backend" "$python" "$root/bench/sanitize.py" --backend "$backend" || true
 done
 
-allow 110
+allow 100
 pytest tests_gpu -m gpu "$root/tests/gpu" || true
 
-allow 160
-part benchmark "$python" "$root/bench/kernels_gpu.py" \
-    --output "$out/kernels_${gpu//[^A-Za-z0-9]/-}.json" || true
+# A training step, then the operations from small to large: should the time not do, what was
+# measured until then is kept. The package is imported from elsewhere, the commit is that of here.
+figures=$out/bench_${gpu//[^A-Za-z0-9]/-}.json
+allow 200
+published=()
+if [ -n "${PUBLISHED_CODE:-}" ]; then published=(--published-code "$PUBLISHED_CODE"); fi
+part benchmark env GIT_DIR="$root/.git" GIT_WORK_TREE="$root" \
+    "$python" -m gcond_kernels bench --output "$figures" --tasks 2 4 8 --millions 1 16 256 \
+    --seconds 0.3 --training-seconds 4 "${published[@]}" || true
+if "$python" -c 'import matplotlib' 2>/dev/null; then
+    "$python" "$root/bench/plot.py" "$figures" || note pictures "failed" 0
+fi
+
+# Bytes that really move, and the share of the memory's peak that the GPU itself counts.
+allow 25
+if command -v ncu >/dev/null; then
+    metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
+    metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
+    for backend in "${backends[@]}"; do
+        part "ncu_$backend" ncu --csv --metrics "$metrics" --launch-skip 2 --launch-count 40 \
+            --kernel-name 'regex:accumulate|products|gramian|combine|sum_kernel' \
+            "$python" "$root/bench/profiled.py" --backend "$backend" || true
+    done
+else
+    note ncu "left out: not on PATH or in /usr/local/cuda/bin" 0
+fi
 
 # All at once: most of what they do is on the CPU.
-allow 70
+allow 55
 checks=()
 for backend in "${backends[@]}"; do
     for tool in memcheck racecheck synccheck; do
@@ -178,7 +203,7 @@ for backend in "${backends[@]}"; do
 done
 
 # Last, because they gain most from the time that is left over.
-allow 60
+allow 20
 if "$python" -c 'import hypothesis' 2>/dev/null; then
     processes=()
     # Most of the time goes into compiling, on the CPU.

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 import triton
-from resolution_cpu import cpu_name
 from rich.console import Console
 from rich.table import Table
 
 import gcond_kernels
 from gcond_kernels import GCond, _cuda, ops
+from gcond_kernels.bench.machine import cpu_name
 
 TENSORS, TASKS = 300, 2
 ROUNDS, CALLS = 15, 200

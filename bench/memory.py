@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from resolution_cpu import cpu_name
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -23,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import gcond_kernels
 from gcond_kernels import GCondFused
+from gcond_kernels.bench.machine import cpu_name
 
 MICRO_BATCHES = 2
 HARVESTS = ("bucketed", "whole")

@@ -443,7 +443,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        from resolution_cpu import cpu_name
+        from gcond_kernels.bench.machine import cpu_name
     except ImportError:  # which draws its tables with rich
         return platform.machine()
     return cpu_name()

@@ -13,12 +13,12 @@ import timeit
 from pathlib import Path
 
 import torch
-from resolution_cpu import cpu_name
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import gcond_kernels
+from gcond_kernels.bench.machine import cpu_name
 from gcond_kernels.methods import (
     IMTLG,
     MGDA,

@@ -1,4 +1,4 @@
-"""The command line: python -m gcond_kernels info | demo."""
+"""The command line: python -m gcond_kernels info | demo | bench."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from gcond_kernels import demo, info
+from gcond_kernels import bench, demo, info
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,10 +20,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_arguments(
         commands.add_parser("demo", help="train two real multi-task models; tables and pictures")
     )
+    bench.add_arguments(
+        commands.add_parser("bench", help="what operations and training steps cost here")
+    )
     parsed = parser.parse_args(arguments)
     if parsed.command == "info":
         print(info.describe())
         return 0
+    if parsed.command == "bench":
+        return bench.main(parsed)
     try:
         return demo.main(parsed)
     except KeyboardInterrupt:  # before there was anything to leave behind

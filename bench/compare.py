@@ -1,0 +1,246 @@
+"""What changed between two records of figures: every figure that both have, as new over old.
+
+    python bench/compare.py OLD.json NEW.json
+
+The files are those that `python -m gcond_kernels bench --output` and `bench/counts.py --output`
+write. Times depend on the machine; "fraction", the time of a copy over the time of the operation,
+hardly does, for the copy was timed in the same run. A ratio is called within the spread where the
+quartiles of old and new overlap. Counts that are as they were are not listed.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Figure = dict[str, Any]
+Name = tuple[tuple[str, str | int], ...]
+
+# Timed: a median with quartiles each. A copy's own time says something of the machine alone.
+TIMES = {"seconds": "time", "copy_seconds": "time of the copy"}
+SHARES = {"fraction": "fraction of copy", "relative": "relative to plain"}
+RATES = {"samples_per_second": "samples per second"}
+COUNTS = {
+    "bytes": "bytes of the copy",
+    "bytes_moved": "bytes moved",
+    "launches": "launches",
+    "synchronisations": "host reads",
+    "allocations": "allocations",
+    "allocated_bytes": "allocated bytes",
+    "peak_bytes": "peak bytes",
+    "bytes_per_parameter": "peak bytes per parameter",
+    "bytes_per_parameter_and_task": "peak bytes per parameter and task",
+}
+QUANTITIES = {**TIMES, **SHARES, **RATES, **COUNTS}
+PROBLEMS = ("skipped", "error")
+# What follows from others, or was chosen for them; no part of a figure's name.
+DERIVED = ("moved_per_parameter", "budget_per_parameter", "backend", "backward_passes")
+# What a name begins with; what else there is follows.
+FIRST = ("section", "operation", "what", "by", "model", "parameters", "tensors", "tasks")
+# Of a machine, what times depend on; the rest are versions.
+HARDWARE = ("device", "cpu", "compute_capability", "multiprocessors", "cache_bytes", "threads")
+
+
+class RecordError(Exception):
+    """A file is no record of figures."""
+
+
+class Change(NamedTuple):
+    """One quantity of one figure, old and new."""
+
+    name: str
+    quantity: str
+    old: float
+    new: float
+    within_spread: bool
+
+    @property
+    def ratio(self) -> float:
+        """New over old."""
+        if self.old == 0:
+            return 1.0 if self.new == 0 else float("inf")
+        return self.new / self.old
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("old", type=Path, help="the record to compare with")
+    parser.add_argument("new", type=Path, help="the record that is compared")
+    parsed = parser.parse_args(arguments)
+    try:
+        old, new = read(parsed.old), read(parsed.new)
+    except RecordError as error:
+        print(error, file=sys.stderr)
+        return 2
+    other_machine = print_machines(old["machine"], new["machine"])
+    olds, news = by_name(old["figures"], parsed.old), by_name(new["figures"], parsed.new)
+    common = [name for name in news if name in olds]
+    if not common:
+        print(f"{parsed.old} and {parsed.new} have no figure in common")
+    else:
+        print_changes(
+            [change for name in common for change in changes(name, olds[name], news[name])],
+            other_machine,
+        )
+        print_problems(common, olds, news)
+    print_missing(parsed.old, [name for name in olds if name not in news])
+    print_missing(parsed.new, [name for name in news if name not in olds])
+    return 0 if common else 1
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record of figures.
+
+    Raises:
+        RecordError: the file cannot be read, or is none.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RecordError(f"{path}: is not JSON: {error}") from error
+    figures = record.get("figures") if isinstance(record, dict) else None
+    if not isinstance(figures, list) or not all(isinstance(figure, dict) for figure in figures):
+        raise RecordError(f'{path}: has no list "figures": the bench writes one with --output')
+    if not isinstance(record.setdefault("machine", {}), dict):
+        raise RecordError(f'{path}: "machine" must be an object, by name what it was measured on')
+    return record
+
+
+def by_name(figures: Sequence[Figure], path: Path) -> dict[Name, Figure]:
+    """The figures by what identifies them; of two of one name the last, with a word."""
+    named: dict[Name, Figure] = {}
+    for figure in figures:
+        name = name_of(figure)
+        if name in named:
+            print(f"{path} has two figures of one name, the last counts: {text_of(name)}")
+        named[name] = figure
+    return named
+
+
+def name_of(figure: Figure) -> Name:
+    """All fields of text and whole numbers that are no measured quantity, the known ones first."""
+    others = sorted(set(figure) - set(FIRST) - set(QUANTITIES) - set(PROBLEMS) - set(DERIVED))
+    fields = [(field, figure.get(field)) for field in (*FIRST, *others)]
+    return tuple(
+        (field, value)
+        for field, value in fields
+        if isinstance(value, (str, int)) and not isinstance(value, bool) and value != ""
+    )
+
+
+def text_of(name: Name) -> str:
+    """A figure's name to be read."""
+    named = dict(name)
+    words = [str(named.pop(field)) for field in FIRST[:5] if field in named]
+    if "parameters" in named:
+        words.append(f"{named.pop('parameters') / 1e6:.4g} M")
+    if "tensors" in named:
+        words.append(f"in {named.pop('tensors')}")
+    if "tasks" in named:
+        words.append(f"K={named.pop('tasks')}")
+    return " ".join([*words, *(f"{field}={value}" for field, value in named.items())])
+
+
+def changes(name: Name, old: Figure, new: Figure) -> Iterator[Change]:
+    """Every quantity that both figures have."""
+    for quantity in QUANTITIES:
+        before, after = range_of(old.get(quantity)), range_of(new.get(quantity))
+        if before is None or after is None:
+            continue
+        overlap = before[0] <= after[2] and after[0] <= before[2]
+        spread = before[0] < before[2] or after[0] < after[2]
+        yield Change(text_of(name), quantity, before[1], after[1], overlap and spread)
+
+
+def range_of(value: Any) -> tuple[float, float, float] | None:
+    """Low, median and high; a number alone is all three."""
+    if isinstance(value, Mapping) and {"low", "median", "high"} <= set(value):
+        return value["low"], value["median"], value["high"]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value, value, value
+    return None
+
+
+def print_machines(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Says on what the two differ; returns whether these are different machines."""
+    differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    for key in differing:
+        print(f"{key}: {old.get(key)} -> {new.get(key)}")
+    other = any(key in old and key in new for key in differing if key in HARDWARE)
+    if other:
+        print("different machines: only counts and fractions compare; times are of the machines")
+    if differing:
+        print()
+    return other
+
+
+def print_changes(all_changes: Sequence[Change], other_machine: bool) -> None:
+    """A line for each change; of counts that are as they were only how many."""
+    same = [c for c in all_changes if c.quantity in COUNTS and c.old == c.new]
+    listed = [c for c in all_changes if c not in same]
+    lines = [("figure", "quantity", "old", "new", "new/old", "")]
+    for change in listed:
+        remark = "within spread" if change.within_spread else ""
+        if other_machine and change.quantity in (*TIMES, *RATES):
+            remark = "other machine"
+        lines.append(
+            (
+                change.name,
+                QUANTITIES[change.quantity],
+                number(change.old, change.quantity),
+                number(change.new, change.quantity),
+                f"{change.ratio:.3f}",
+                remark,
+            )
+        )
+    if listed:
+        print("\n".join(aligned(lines)))
+    if same:
+        print(f"{len(same)} counts are as they were")
+
+
+def number(value: float, quantity: str) -> str:
+    """A quantity to be read, times in milliseconds."""
+    if quantity in TIMES:
+        return f"{value * 1e3:.4g} ms"
+    if quantity in COUNTS:
+        return f"{value:,}"
+    return f"{value:.4g}"
+
+
+def aligned(lines: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Columns side by side, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [
+            cell.rjust(width) if 2 <= place <= 4 else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def print_problems(
+    names: Sequence[Name], olds: Mapping[Name, Figure], news: Mapping[Name, Figure]
+) -> None:
+    """Figures of which one file has a reason instead of a value."""
+    for name in names:
+        for when, figure in (("old", olds[name]), ("new", news[name])):
+            for problem in PROBLEMS:
+                if problem in figure:
+                    print(f"{text_of(name)}: {problem} in the {when}: {figure[problem]}")
+
+
+def print_missing(path: Path, names: Sequence[Name]) -> None:
+    """Names the figures that one file alone has."""
+    if names:
+        print(f"\nonly in {path}:")
+        for name in names:
+            print(f"  {text_of(name)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

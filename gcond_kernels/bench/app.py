@@ -1,0 +1,94 @@
+"""Runs the bench: figures one after the other, a table as they come, and a record of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from gcond_kernels.bench import machine, table, training
+from gcond_kernels.bench.operations import Bench, Figure
+
+INTERRUPTED = 130
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message names it."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures what was asked for; the exit code."""
+    device, published = check(arguments)
+    torch.manual_seed(0)
+    record: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "gcond_kernels", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": machine.describe(device),
+        "figures": [],
+    }
+    print(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
+    table.print_head()
+    try:
+        for figure in figures(arguments, device, published):
+            table.print_row(figure)
+            record["figures"].append(figure)
+            write(record, arguments.output)  # now: what comes later may be stopped
+    except KeyboardInterrupt:
+        print(f"Interrupted: {arguments.output} holds what was measured until then.")
+        return INTERRUPTED
+    table.print_foot(record["figures"])
+    print(f"figures: {arguments.output}; pictures: python bench/plot.py {arguments.output}")
+    return int(any("error" in figure for figure in record["figures"]))
+
+
+def check(arguments: argparse.Namespace) -> tuple[torch.device, ModuleType | None]:
+    """The device and the published code; errors before anything is measured."""
+    try:
+        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--device {arguments.device} cannot be used: {reason}") from None
+    if min(arguments.tasks) < 2:
+        raise InputError(f"--tasks {min(arguments.tasks)}: a conflict takes two tasks or more")
+    if arguments.seconds <= 0 or min(arguments.millions, default=1) < 1:
+        raise InputError("--seconds must be above 0, --millions 1 or more")
+    folder = arguments.output.absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"--output {arguments.output}: there is no folder {folder}")
+    if arguments.published_code is None:
+        return device, None
+    from gcond_kernels.bench import published
+
+    try:
+        return device, published.load(arguments.published_code)
+    except ValueError as error:
+        raise InputError(f"--published-code: {error}") from None
+
+
+def figures(
+    arguments: argparse.Namespace, device: torch.device, published: ModuleType | None
+) -> Iterator[Figure]:
+    """All that was asked for; first what takes least time."""
+    if "training" in arguments.sections:
+        yield from training.figures(device, arguments, published)
+    if "operations" in arguments.sections:
+        sizes = [round(millions * 1e6) for millions in arguments.millions]
+        yield from Bench(
+            device, arguments.models, sizes, arguments.tasks, published, arguments.seconds
+        ).figures()
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """Replaces the record as a whole, so that there is one at any time."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    new.replace(path)

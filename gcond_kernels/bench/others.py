@@ -1,0 +1,180 @@
+"""How others do the same: operations of plain torch, and TorchJD's aggregation."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcond_kernels import methods
+from gcond_kernels.bench.clock import Run
+from gcond_kernels.bench.storage import BETA, Gradients, Storage
+
+FOREACH, LOOP = "torch foreach", "torch loop"
+PUBLISHED = "published code"
+# Of c in TorchJD's CAGrad; what the paper of CAGrad takes for most of its experiments.
+CAGRAD_C = 0.4
+# Of results of others: TorchJD's solvers stop within some 1e-4 of the optimum, plain torch sums in
+# float32 alone.
+TOLERANCE = 1e-3
+# Pairs of so many tasks, one by one, take plain torch longer than all else together.
+MOST_TASKS_OF_PAIRS = 8
+
+
+def accumulations(gradients: Gradients, overwrite: bool) -> dict[str, Run]:
+    """A micro-batch's gradients into the accumulator."""
+    rows, given = gradients.segments(), gradients.gradients
+
+    def foreach() -> None:
+        if overwrite:
+            torch._foreach_copy_(rows, given)
+        else:
+            torch._foreach_add_(rows, given)
+
+    def loop() -> None:
+        for row, gradient in zip(rows, given, strict=True):
+            row.copy_(gradient) if overwrite else row.add_(gradient)
+
+    return {FOREACH: foreach, LOOP: loop}
+
+
+class Plain:
+    """A resolution in plain torch: a list of gradients per task, as `.grad` would leave them.
+
+    Args:
+        storage: whose rows it takes the gradients from, as views.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        places = list(zip(storage.layout.offsets, storage.layout.sizes, strict=True))
+
+        def split(row: Tensor) -> list[Tensor]:
+            return [row[first : first + size] for first, size in places]
+
+        self.storage = storage
+        self.gradients = [split(row) for row in storage.rows]
+        self.history = [split(row) for row in storage.history]
+        self.momentum = split(storage.momentum)
+        self.step = 0
+
+    def products(self, pair: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]) -> Tensor:
+        """S and X [2, K, K] from inner products of pairs of gradients."""
+        tasks = range(len(self.gradients))
+        own = [
+            [pair(self.gradients[i], self.gradients[j]) if i <= j else None for j in tasks]
+            for i in tasks
+        ]
+        S = [[own[min(i, j)][max(i, j)] for j in tasks] for i in tasks]
+        X = [[pair(self.gradients[i], self.history[j]) for j in tasks] for i in tasks]
+        return torch.stack([torch.stack([torch.stack(row) for row in M]) for M in (S, X)])  # type: ignore[arg-type]
+
+    def combine_foreach(self, weights: Sequence[float]) -> None:
+        """The weighted sum with momentum, and the new history, by torch's lists."""
+        torch._foreach_mul_(self.momentum, BETA)
+        for gradients, weight in zip(self.gradients, weights, strict=True):
+            torch._foreach_add_(self.momentum, gradients, alpha=(1 - BETA) * weight)
+        self.step += 1
+        torch._foreach_copy_(self.storage.outputs, self.momentum)
+        torch._foreach_div_(self.storage.outputs, 1 - BETA**self.step)
+        for old, gradients in zip(self.history, self.gradients, strict=True):
+            torch._foreach_copy_(old, gradients)
+
+    def combine_loop(self, weights: Sequence[float]) -> None:
+        """The same, tensor by tensor."""
+        self.step += 1
+        correction = 1 - BETA**self.step
+        for place, momentum in enumerate(self.momentum):
+            momentum.mul_(BETA)
+            for gradients, weight in zip(self.gradients, weights, strict=True):
+                momentum.add_(gradients[place], alpha=(1 - BETA) * weight)
+            torch.div(momentum, correction, out=self.storage.outputs[place])
+            for old, gradients in zip(self.history, self.gradients, strict=True):
+                old[place].copy_(gradients[place])
+
+    def resolve(self, pair: Callable[..., Tensor], combine: Callable[..., None]) -> None:
+        """All inner products, the decision, and the write; the host reads the weights."""
+        S, X = self.products(pair).double()
+        storage = self.storage
+        decision = storage.method.resolve(S, X, storage.scale, storage.state, backend="python")
+        combine(decision.weights.tolist())
+
+
+def products(storage: Storage) -> dict[str, Run]:
+    """All inner products in both ways."""
+    plain = Plain(storage)
+    return {
+        FOREACH: partial(plain.products, dot_foreach),
+        LOOP: partial(plain.products, dot_loop),
+    }
+
+
+def combinations(storage: Storage, weights: Sequence[float]) -> dict[str, Run]:
+    """The write in both ways, each as from its first step on."""
+    return {
+        FOREACH: partial(Plain(storage).combine_foreach, weights),
+        LOOP: partial(Plain(storage).combine_loop, weights),
+    }
+
+
+def resolutions(storage: Storage) -> dict[str, Run]:
+    """A whole resolution in both ways, each as from its first step on."""
+    foreach, loop = Plain(storage), Plain(storage)
+    return {
+        FOREACH: partial(foreach.resolve, dot_foreach, foreach.combine_foreach),
+        LOOP: partial(loop.resolve, dot_loop, loop.combine_loop),
+    }
+
+
+def dot_foreach(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Inner product of two lists of tensors, by torch's lists as far as they go."""
+    if a[0].dtype != b[0].dtype:
+        b = [tensor.to(a[0].dtype) for tensor in b]
+    products = torch._foreach_mul(tuple(a), tuple(b))
+    return torch.stack([product.sum() for product in products]).sum()
+
+
+def dot_loop(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Inner product of two lists of tensors, one tensor after the other."""
+    pairs = zip(a, b, strict=True)
+    return torch.stack([torch.dot(x, y.to(x.dtype)) for x, y in pairs]).sum()
+
+
+def torchjd_missing() -> str | None:
+    """Why TorchJD takes no part; None where it does."""
+    if importlib.util.find_spec("torchjd") is None:
+        return 'TorchJD is not installed: pip install "torchjd[cagrad,quadprog-projector]"'
+    return None
+
+
+def aggregations(rows: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """TorchJD's aggregations of the gradients [K, N] into one [N], by name."""
+    room: Any = importlib.import_module("torchjd.aggregation")
+    made = {"PCGrad": room.PCGrad(), "UPGrad": room.UPGrad()}
+    if hasattr(room, "CAGrad"):  # which needs a solver of its own
+        made["CAGrad"] = room.CAGrad(c=CAGRAD_C)
+    return {f"TorchJD {name}": partial(aggregator, rows) for name, aggregator in made.items()}
+
+
+def check_aggregations(runs: Mapping[str, Callable[[], Tensor]], storage: Storage) -> None:
+    """Compares TorchJD's results with those of our methods of the same name.
+
+    PCGrad goes through the tasks in random order, which matters from three tasks on: then all
+    that is known is that the result is finite.
+    """
+    ours = {"PCGrad": methods.PCGrad(), "UPGrad": methods.UPGrad()}
+    ours["CAGrad"] = methods.CAGrad(c=CAGRAD_C)
+    S = storage.products_in_float64().total
+    for by, run in runs.items():
+        name, result = by.removeprefix("TorchJD "), run()
+        if name == "PCGrad" and len(S) > 2:
+            fine = bool(result.isfinite().all())
+        else:
+            expected = ours[name](S).to(result) @ storage.rows
+            fine = bool((result - expected).norm() <= TOLERANCE * expected.norm())
+        if not fine:
+            raise AssertionError(f"{by}: the result is another than that of our {name}")

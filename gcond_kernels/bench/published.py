@@ -1,0 +1,188 @@
+"""The implementation that the authors of GCond published, from a file that the user has.
+
+It has no licence, so that nothing of it is part of this package: it is loaded from its path, and
+what it does is called by name. The defaults are its own; stated here is only what a comparison
+must have alike, the momentum and how micro-batches are accumulated.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+CLASS = "GradientConductor"
+METHODS = (
+    *("_project", "_momentum_update", "_write_to_model"),
+    *("step", "state_dict", "load_state_dict"),
+)
+OPTIONS = ("momentum_beta", "stochastic_accumulation")
+
+
+def load(path: Path) -> ModuleType:
+    """The published module from this path; nothing is written beside the file.
+
+    Raises:
+        ValueError: the file cannot be read, does not run, or is not the published code.
+    """
+    module = ModuleType(path.stem)
+    module.__file__ = str(path)
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path}: does not run: {type(error).__name__}: {error}") from error
+    missing = _missing(getattr(module, CLASS, None))
+    if missing:
+        raise ValueError(
+            f"{path}: has no {missing}; the published code of GCond is needed, a "
+            "grad_conductor.py in the version with smooth logic and stochastic accumulation"
+        )
+    return module
+
+
+def _missing(conductor: Any) -> str:
+    """What of the published class the adapters below need and this one lacks."""
+    if not inspect.isclass(conductor):
+        return f"class {CLASS}"
+    options = inspect.signature(conductor).parameters
+    missing = [f"{CLASS}.{name}" for name in METHODS if not hasattr(conductor, name)]
+    missing += [f"option {name} of {CLASS}" for name in OPTIONS if name not in options]
+    return ", ".join(missing)
+
+
+class PublishedResolution:
+    """A resolution by the published code, of the same task gradients every time.
+
+    Args:
+        module: from `load`.
+        sizes: number of elements of each parameter, N in all.
+        rows: [K, N] task gradients; the parameters are made on their device.
+        momentum: of the published code.
+    """
+
+    def __init__(
+        self, module: ModuleType, sizes: Sequence[int], rows: Tensor, momentum: float = 0.9
+    ) -> None:
+        tasks = [f"task {k}" for k in range(len(rows))]
+        self._gradients = {
+            task: row.split(list(sizes)) for task, row in zip(tasks, rows, strict=True)
+        }
+        self._parameters = nn.ParameterList(torch.zeros(size, device=rows.device) for size in sizes)
+        self._conductor = getattr(module, CLASS)(
+            self._parameters,
+            dict.fromkeys(tasks, _no_loss),
+            dict.fromkeys(tasks, 1.0),
+            accumulation_steps=1,
+            momentum_beta=momentum,
+            stochastic_accumulation=False,
+        )
+        self._earlier = self._earlier_step()
+
+    def _earlier_step(self) -> dict[str, Any]:
+        """The state after one step with these gradients."""
+        conductor = self._conductor
+        self._fill_accumulators()
+        self.run()
+        # As its own `step` ends: what was resolved becomes the history.
+        now, before = conductor.accumulators, conductor.prev_accumulators
+        conductor.accumulators, conductor.prev_accumulators = before, now
+        state: dict[str, Any] = conductor.state_dict()
+        # Of these tensors a run changes the momentum alone.
+        return state | {"momentum": [m.clone() for m in state["momentum"]]}
+
+    def _fill_accumulators(self) -> None:
+        for task, parts in self._gradients.items():
+            for accumulator, part in zip(self._conductor.accumulators[task], parts, strict=True):
+                accumulator.copy_(part)
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Full accumulators, and the state after one earlier step, whatever was run before.
+
+        Gradients are cleared, as by the `zero_grad` that its documentation puts before a step.
+        """
+        self._parameters.zero_grad()
+        averages = dict(self._earlier["norm_moving_averages"])  # a run changes them
+        self._conductor.load_state_dict(self._earlier | {"norm_moving_averages": averages})
+        self._fill_accumulators()
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """From full accumulators to written `.grad`, as its `step` does once they are full."""
+        conductor = self._conductor
+        resolved, _ = conductor._project()
+        conductor._last_safe = resolved
+        conductor._momentum_update(resolved)
+        conductor._write_to_model()
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """What `run` has written to `.grad`, a tensor for each parameter."""
+        return [parameter.grad for parameter in self._parameters]
+
+
+def _no_loss(output: Tensor, target: Tensor) -> Tensor:
+    raise AssertionError("a resolution computes no loss")
+
+
+class PublishedTraining:
+    """Training with the published code around an optimizer.
+
+    As it comes: for its forward passes it puts the model into evaluation mode, and on a GPU it
+    computes them in bfloat16 autocast.
+
+    Args:
+        module: from `load`.
+        model: what is trained.
+        loss_functions: task → function of the model's output and the target.
+        weights: task → loss weight, of the same tasks.
+        base: steps with the gradients that it has written.
+        accumulation_steps: micro-batches per optimizer step.
+        mode: "exact": each micro-batch has a loss of every task. "stochastic": a block of
+            micro-batches per task; the number of tasks must divide that of micro-batches.
+        momentum: of the published code.
+    """
+
+    def __init__(
+        self,
+        module: ModuleType,
+        model: nn.Module,
+        loss_functions: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
+        weights: Mapping[str, float],
+        base: torch.optim.Optimizer,
+        accumulation_steps: int,
+        mode: Literal["exact", "stochastic"],
+        momentum: float = 0.9,
+    ) -> None:
+        self._base = base
+        self._accumulation_steps = accumulation_steps
+        self._conductor = getattr(module, CLASS)(
+            model,
+            dict(loss_functions),
+            dict(weights),
+            accumulation_steps=accumulation_steps,
+            momentum_beta=momentum,
+            stochastic_accumulation=mode == "stochastic",
+        )
+
+    def window(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """One optimizer step over these micro-batches.
+
+        Raises:
+            ValueError: they are not as many as `accumulation_steps`.
+        """
+        if len(batches) != self._accumulation_steps:
+            raise ValueError(
+                f"{len(batches)} micro-batches, but the window has {self._accumulation_steps}"
+            )
+        self._base.zero_grad()
+        remaining = iter(batches)
+        self._conductor.step(lambda: next(remaining))
+        self._base.step()

@@ -1,0 +1,296 @@
+"""What an operation reads and writes, and checks of what it wrote against float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gcond_kernels import GCond, ops
+from gcond_kernels.accumulator import ALIGNMENT
+
+BETA = 0.9
+# Random numbers are drawn for so many elements of a row and repeated: drawing takes longer on a
+# CPU than all that is measured.
+DRAWN = 2**18
+# Elements that are widened to float64 at once.
+CHECKED_AT_ONCE = 2**24
+# The kernels sum products in float32 over some thousand elements and go on in float64: errors of
+# some 2^-24 · √1000 of the product of the norms, far below this.
+TOLERANCE = 1e-5
+
+
+class Layout(NamedTuple):
+    """Where each tensor lies in a row: as the optimizer lays them out, each segment aligned."""
+
+    sizes: list[int]
+    offsets: list[int]
+    length: int
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(self.sizes)
+
+
+def layout_of(sizes: Sequence[int]) -> Layout:
+    """The layout of tensors of so many elements."""
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return Layout(list(sizes), offsets, end)
+
+
+class Storage:
+    """Everything that a resolution of K tasks reads and writes, filled at random.
+
+    Attributes:
+        rows: [K, N'] float32, whose gradients conflict.
+        history: [K, N'] bfloat16.
+        momentum: [N'] float32.
+        steps: [T] int64.
+        outputs: T tensors, float32.
+        scale: [K] float64, ones.
+
+    Args:
+        tasks: K.
+        layout: of the tensors.
+        device: where they lie.
+    """
+
+    def __init__(self, tasks: int, layout: Layout, device: torch.device) -> None:
+        self.layout = layout
+        self.rows = repeated(conflicting(tasks, min(DRAWN, layout.length), device), layout)
+        self.history = self.rows.bfloat16()
+        self.momentum = torch.zeros(layout.length, device=device)
+        self.steps = torch.zeros(len(layout.sizes), dtype=torch.int64, device=device)
+        self.outputs = [torch.full((size,), math.nan, device=device) for size in layout.sizes]
+        self.scale = torch.ones(tasks, dtype=torch.float64, device=device)
+        self.method = GCond()
+        self.state = self.method.new_state(tasks, device)
+        self.state["history_scale"] += 1.0
+
+    @staticmethod
+    def bytes_of(tasks: int, layout: Layout) -> int:
+        """Memory that it takes: rows, history, momentum, outputs."""
+        return layout.length * (4 * tasks + 2 * tasks + 4 + 4)
+
+    def gramian(self, backend: str, mask: Tensor | None = None) -> ops.Gramians:
+        """All inner products, as of now."""
+        return ops.gramian(
+            self.rows,
+            self.layout.offsets,
+            self.layout.sizes,
+            scale=self.scale,
+            history=self.history,
+            history_scale=self.state["history_scale"],
+            mask=mask,
+            backend=backend,
+        )
+
+    def arbitrate(self, products: ops.Gramians, backend: str) -> ops.Arbitration:
+        """The weights that follow from the products."""
+        return self.method.resolve(
+            products.total, products.cross, self.scale, self.state, backend=backend
+        )
+
+    def combine(
+        self,
+        products: ops.Gramians,
+        decision: ops.Arbitration,
+        backend: str,
+        mask: Tensor | None = None,
+    ) -> ops.Arbitration:
+        """Writes outputs, momentum and history by the decision, and gives it back."""
+        ops.combine(
+            self.rows,
+            self.outputs,
+            self.layout.offsets,
+            self.layout.sizes,
+            weights=decision.weights,
+            scale=self.scale,
+            finite=decision.finite,
+            per_tensor=products.per_tensor,
+            history=self.history,
+            momentum=self.momentum,
+            momentum_steps=self.steps,
+            beta=BETA,
+            mask=mask,
+            backend=backend,
+        )
+        return decision
+
+    def graddrop(self, backend: str) -> None:
+        """Writes outputs and momentum by signs picked at random."""
+        ops.graddrop(
+            self.rows,
+            self.outputs,
+            self.layout.offsets,
+            self.layout.sizes,
+            scale=self.scale,
+            finite=torch.ones((), dtype=torch.bool, device=self.rows.device),
+            seed=0,
+            draws=torch.zeros((), dtype=torch.int64, device=self.rows.device),
+            momentum=self.momentum,
+            momentum_steps=self.steps,
+            beta=BETA,
+            backend=backend,
+        )
+
+    def resolve(self, backend: str) -> None:
+        """A whole resolution as the optimizer asks for it."""
+        ops.resolve(
+            self.rows,
+            self.outputs,
+            self.layout.offsets,
+            self.layout.sizes,
+            scale=self.scale,
+            state=self.state,
+            settings=self.method.settings(len(self.rows)),
+            history=self.history,
+            momentum=self.momentum,
+            momentum_steps=self.steps,
+            beta=BETA,
+            backend=backend,
+        )
+
+    def resolve_apart(self, backend: str) -> None:
+        """A whole resolution by the three operations, one after the other."""
+        products = self.gramian(backend)
+        self.combine(products, self.arbitrate(products, backend), backend)
+
+    def resolve_at_once(self) -> None:
+        """A whole resolution in one launch, whether `ops.resolve` would take that or not."""
+        ops.backend_module("cuda", self.rows.device, "resolve").resolve(
+            self.rows, self.outputs, self.layout.offsets, self.layout.sizes, self.scale,
+            self.history, self.momentum, self.steps, BETA, None, None, 1e-4, 100.0, self.state,
+            self.method.settings(len(self.rows)), None,
+        )  # fmt: skip
+
+    def products_in_float64(self) -> ops.Gramians:
+        """S, X and both per tensor, by no backend."""
+        tasks, tensors = len(self.rows), len(self.layout.sizes)
+        each = self.rows.new_zeros((2, tensors, tasks, tasks), dtype=torch.float64)
+        for tensor, piece in self.pieces():
+            rows = self.rows[:, piece].double()
+            each[0, tensor] += rows @ rows.T
+            each[1, tensor] += rows @ self.history[:, piece].double().T
+        total, cross = each.sum(1)
+        return ops.Gramians(total, cross, each[0], each[1])
+
+    def pieces(self) -> Iterator[tuple[int, slice]]:
+        """All segments in pieces that may be widened: which tensor, and where in a row."""
+        longest = max(1, CHECKED_AT_ONCE // len(self.rows))
+        for tensor, (first, size) in enumerate(
+            zip(self.layout.offsets, self.layout.sizes, strict=True)
+        ):
+            for start in range(first, first + size, longest):
+                yield tensor, slice(start, min(start + longest, first + size))
+
+    def forget(self) -> None:
+        """As before any step, so that the next result is Σ_k w_k ĝ_k itself; outputs are NaN."""
+        self.history.copy_(self.rows)
+        self.momentum.zero_()
+        self.steps.zero_()
+        for output in self.outputs:
+            output.fill_(math.nan)
+        fresh = self.method.new_state(len(self.rows), self.rows.device)
+        for name, value in fresh.items():
+            self.state[name].copy_(value)
+        self.state["history_scale"] += 1.0
+
+    def check_products(self, products: ops.Gramians, who: str) -> None:
+        """Compares inner products with those in float64."""
+        exact = self.products_in_float64()
+        lengths = exact.total.diagonal().sqrt()
+        bound = TOLERANCE * torch.outer(lengths, lengths)
+        for name in ("total", "cross"):
+            error = (getattr(products, name) - getattr(exact, name)).abs()
+            if not bool((error <= bound).all()):
+                raise AssertionError(f"{who}: the {name} Gramian is off by {float(error.max()):g}")
+
+    def check_written(self, weights: Tensor, who: str, tolerance: float = TOLERANCE) -> None:
+        """Compares outputs with Σ_k weights[k] ĝ_k in float64; as after `forget` and a step."""
+        worst = size_of_result = 0.0
+        for tensor, piece in self.pieces():
+            exact = weights.double() @ self.rows[:, piece].double()
+            first = self.layout.offsets[tensor]
+            written = self.outputs[tensor].view(-1)[piece.start - first : piece.stop - first]
+            error = (written.double() - exact).abs().max()
+            worst = max(worst, math.inf if bool(error.isnan()) else float(error))
+            size_of_result = max(size_of_result, float(exact.abs().max()))
+        if not worst <= tolerance * size_of_result:
+            raise AssertionError(
+                f"{who}: the result is off by {worst:g}, where its largest element is "
+                f"{size_of_result:g}"
+            )
+
+
+def conflicting(tasks: int, length: int, device: torch.device) -> Tensor:
+    """Random gradients [K, length] that conflict: what they have in common points backwards."""
+    rows = torch.randn(tasks, length, device=device)
+    return rows.sub_(rows.mean(0), alpha=1.1)
+
+
+def repeated(block: Tensor, layout: Layout) -> Tensor:
+    """Rows of a layout [K, N'] that repeat a block [K, n]; the padding is zero."""
+    rows = block.new_empty(len(block), layout.length)
+    for start in range(0, layout.length, block.shape[1]):
+        piece = rows[:, start : start + block.shape[1]]
+        piece.copy_(block[:, : piece.shape[1]])
+    ends = [*layout.offsets[1:], layout.length]
+    for first, size, end in zip(layout.offsets, layout.sizes, ends, strict=True):
+        rows[:, first + size : end] = 0.0
+    return rows
+
+
+class Gradients:
+    """A task's accumulator and gradients to add to it.
+
+    Args:
+        layout: of the tensors.
+        dtype: of the gradients.
+        device: where they lie.
+    """
+
+    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+        self.layout = layout
+        block = torch.randn(1, min(DRAWN, layout.length), device=device)
+        self.row = repeated(block, layout)[0]
+        self.gradients = [view.to(dtype, copy=True) for view in self.segments()]
+
+    @staticmethod
+    def bytes_of(layout: Layout, dtype: torch.dtype) -> int:
+        """Memory that it takes."""
+        return layout.length * (4 + dtype.itemsize)
+
+    def segments(self) -> list[Tensor]:
+        """The accumulator of each tensor."""
+        places = zip(self.layout.offsets, self.layout.sizes, strict=True)
+        return [self.row[first : first + size] for first, size in places]
+
+    def accumulate(self, backend: str, overwrite: bool) -> None:
+        """Adds the gradients, or writes them."""
+        ops.accumulate(
+            self.row,
+            self.gradients,
+            self.layout.offsets,
+            self.layout.sizes,
+            overwrite=overwrite,
+            backend=backend,
+        )
+
+    def check(self, before: Tensor, overwrite: bool, who: str) -> None:
+        """Compares the accumulator with what float32 makes of the same sum."""
+        for view, gradient, first in zip(
+            self.segments(), self.gradients, self.layout.offsets, strict=True
+        ):
+            expected = gradient.float()
+            if not overwrite:
+                expected = expected + before[first : first + len(gradient)]
+            if not torch.equal(view, expected):
+                raise AssertionError(f"{who}: the accumulator of {len(gradient)} elements is off")

@@ -1,0 +1,522 @@
+"""What an optimizer step costs: plain accumulation, GCondFused, TorchJD, the published code.
+
+All of them train copies of one model, with the same weights, batches and AdamW, on two losses that
+need the whole model; the batches are noise and lie on the device. Each method takes turns with
+plain accumulation, a step each, so that drift of the machine cancels in "relative". Plain
+accumulation takes turns with itself too, which tells how much of a difference is noise.
+
+TorchJD is used as its users accumulate gradients: `autojac.backward` adds the Jacobian of each
+micro-batch to `.jac`, and one `jac_to_grad` a step aggregates the sum. The losses of a micro-batch
+are differentiated one after the other, without `torch.vmap`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+
+from gcond_kernels import GCondFused, Sum, ops
+from gcond_kernels.bench.clock import LEAST_ROUNDS, MOST_ROUNDS, Run, quartiles
+from gcond_kernels.bench.models import CLASSES, CONVNEXT, MODELS, TRANSFORMER, new_model
+from gcond_kernels.bench.others import torchjd_missing
+from gcond_kernels.methods import Method
+
+Figure = dict[str, Any]
+Mode = Literal["exact", "stochastic"]
+Batch = tuple[Tensor, Tensor]  # what the model takes, and what the losses compare its result with
+Window = Callable[[Sequence[Batch]], object]
+
+GCOND: dict[str, Mode] = {"GCondFused exact": "exact", "GCondFused stochastic": "stochastic"}
+
+# Stochastic, as a multiple of plain accumulation of the same micro-batches; from the size of
+# ConvNeXt-Base on. In small models on small batches the calls count, one for each tensor.
+SLOWER_AT_MOST = 1.01
+LEAST_PARAMETERS_WITH_TARGET = 80_000_000
+# Times the seconds of other comparisons: steps are long, and differ little.
+LONGER = 2.0
+# Accumulator and history of one more task, per parameter.
+BYTES_OF_A_TASK = 6.0
+LEARNING_RATE = 1e-4
+# Of the length of the whole gradient. In float32 the same is added in another order; in bfloat16
+# each task's backward pass is rounded for itself.
+ROUNDING = {"cpu": 1e-5, "cuda": 3e-2}
+TASKS_OF_MEMORY = (2, 4, 8)
+LAYERS_OF_MEMORY = 8
+
+
+def hard_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy of the classes that a teacher decides for."""
+    return functional.cross_entropy(logits.float(), teacher.argmax(-1))
+
+
+def soft_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy of the probabilities that it gives (arXiv 1503.02531)."""
+    return functional.cross_entropy(logits.float(), teacher)
+
+
+def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy of the tokens that follow."""
+    return functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+
+def z_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Keeps the softmax's normalizer near 1 (arXiv 2204.02311)."""
+    return logits.float().logsumexp(-1).square().mean()
+
+
+class Task(NamedTuple):
+    """A loss of the model's logits and the targets, and its weight."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    weight: float
+
+
+IMAGE_TASKS = {"hard": Task(hard_loss, 0.5), "soft": Task(soft_loss, 0.5)}
+TEXT_TASKS = {"tokens": Task(token_loss, 1.0), "z": Task(z_loss, 1e-4)}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and how it is accumulated.
+
+    Attributes:
+        name: of the model, one of `MODELS`.
+        device: where it is.
+        batch: images of a micro-batch, or sequences as long as the model takes.
+        resolution: sides of an image.
+        accumulation_steps: micro-batches per optimizer step.
+        seconds: that the rounds of one method take, about.
+    """
+
+    name: str
+    device: torch.device
+    batch: int
+    resolution: int
+    accumulation_steps: int
+    seconds: float
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """Two losses of which each needs the whole model."""
+        return IMAGE_TASKS if self.name in CONVNEXT else TEXT_TASKS
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Task → loss weight."""
+        return {name: task.weight for name, task in self.tasks.items()}
+
+    def new_model(self) -> nn.Module:
+        """With the same weights every time; on a GPU its forward pass is in bfloat16."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model: nn.Module = new_model(self.name)
+        model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        cast = torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
+        model.forward = cast(model.forward)
+        return model
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """The micro-batches of every step."""
+        generator = torch.Generator().manual_seed(0)
+        return [self.new_batch(generator) for _ in range(self.accumulation_steps)]
+
+    def new_batch(self, generator: torch.Generator) -> Batch:
+        """Noise; images have a teacher's probabilities of the classes, which are noise too."""
+        if self.name in TRANSFORMER:
+            size = TRANSFORMER[self.name]
+            shape = self.batch, size.context + 1
+            tokens = torch.randint(size.vocabulary, shape, generator=generator).to(self.device)
+            return tokens[:, :-1], tokens[:, 1:]
+        images = torch.randn(self.batch, 3, self.resolution, self.resolution, generator=generator)
+        teacher = torch.randn(self.batch, CLASSES, generator=generator).softmax(-1)
+        images = images.to(self.device, memory_format=torch.channels_last)
+        return images, teacher.to(self.device)
+
+
+def plain(training: Training, model: nn.Module, base: torch.optim.Optimizer) -> Window:
+    """Accumulation of the weighted sum in `.grad`, and a step."""
+    tasks, steps = training.tasks.values(), training.accumulation_steps
+
+    def window(batches: Sequence[Batch]) -> None:
+        base.zero_grad()
+        for inputs, targets in batches:
+            logits = model(inputs)
+            total = sum(task.weight * task.loss(logits, targets) for task in tasks)
+            (total / steps).backward()  # type: ignore[union-attr]
+        base.step()
+
+    return window
+
+
+def gcond(
+    training: Training,
+    model: nn.Module,
+    base: torch.optim.Optimizer,
+    *,
+    mode: Mode,
+    method: Method | None = None,
+) -> Window:
+    """The same with GCondFused around the optimizer, which averages gradients already."""
+    tasks = training.tasks
+    optimizer = GCondFused(
+        base,
+        training.weights,
+        accumulation_steps=training.accumulation_steps,
+        mode=mode,
+        method=method,
+    )
+
+    def window(batches: Sequence[Batch]) -> None:
+        for inputs, targets in batches:
+            logits = model(inputs)
+            losses = {name: tasks[name].loss(logits, targets) for name in optimizer.active_tasks}
+            optimizer.backward(losses)
+        optimizer.step()
+
+    return window
+
+
+def torchjd(training: Training, model: nn.Module, base: torch.optim.Optimizer) -> Window:
+    """The same with TorchJD's UPGrad."""
+    autojac = importlib.import_module("torchjd.autojac")
+    aggregator = importlib.import_module("torchjd.aggregation").UPGrad()
+    parameters = list(model.parameters())
+    tasks, steps = training.tasks.values(), training.accumulation_steps
+
+    def window(batches: Sequence[Batch]) -> None:
+        for inputs, targets in batches:
+            logits = model(inputs)
+            losses = [task.weight / steps * task.loss(logits, targets) for task in tasks]
+            autojac.backward(losses, inputs=parameters, parallel_chunk_size=1)
+        base.zero_grad()
+        autojac.jac_to_grad(parameters, aggregator)
+        base.step()
+
+    return window
+
+
+def published_code(
+    training: Training,
+    model: nn.Module,
+    base: torch.optim.Optimizer,
+    *,
+    module: ModuleType,
+    mode: Mode,
+) -> Window:
+    """The same with the code that the authors of the method published."""
+    from gcond_kernels.bench.published import PublishedTraining
+
+    losses = {name: task.loss for name, task in training.tasks.items()}
+    steps = training.accumulation_steps
+    trainer = PublishedTraining(
+        module, model, losses, training.weights, base, steps, mode, momentum=0.0
+    )
+    return trainer.window
+
+
+class Way(NamedTuple):
+    """One method of the comparison.
+
+    Attributes:
+        by: whose it is.
+        new_window: makes of a training, a model and an optimizer what takes a step.
+        passes: backward passes of a micro-batch.
+        skipped: why it is not measured.
+    """
+
+    by: str
+    new_window: Callable[[Training, nn.Module, torch.optim.Optimizer], Window]
+    passes: int
+    skipped: str | None = None
+
+
+def ways(training: Training, published: ModuleType | None) -> Iterator[Way]:
+    """All methods; plain accumulation first."""
+    K = len(training.tasks)
+    yield Way("plain accumulation", plain, 1)
+    for by, mode in GCOND.items():
+        yield Way(by, partial(gcond, mode=mode), passes_of(mode, K))
+    yield Way("TorchJD UPGrad", torchjd, K, torchjd_missing())
+    if published is None:
+        return
+    for mode in GCOND.values():
+        new_window = partial(published_code, module=published, mode=mode)
+        yield Way(f"published code {mode}", new_window, passes_of(mode, K))
+
+
+def passes_of(mode: Mode, tasks: int) -> int:
+    """Backward passes of a micro-batch."""
+    return tasks if mode == "exact" else 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this section."""
+    group = parser.add_argument_group("training steps")
+    group.add_argument(
+        "--training-models",
+        nargs="+",
+        choices=MODELS,
+        metavar="NAME",
+        help=f"what is trained: {', '.join(MODELS)} (default: convnext_base on a GPU; the two pico "
+        "on a CPU)",
+    )
+    group.add_argument(
+        "--batch", type=int, help="images, or sequences, of a micro-batch (default: what suits)"
+    )
+    group.add_argument(
+        "--resolution", type=int, help="sides of an image (default: 224; 64 on a CPU)"
+    )
+    group.add_argument(
+        "--accumulation-steps",
+        type=int,
+        default=8,
+        help="micro-batches per optimizer step (default: 8)",
+    )
+
+
+def trainings(device: torch.device, options: argparse.Namespace) -> list[Training]:
+    """What is to be trained; by default what a CPU, or a GPU, has done in about a minute."""
+    on_gpu = device.type == "cuda"
+    names = ["convnext_base"] if on_gpu else ["convnext_pico", "transformer_pico"]
+    images, sequences, resolution = (16, 4, 224) if on_gpu else (8, 2, 64)
+    return [
+        Training(
+            name,
+            device,
+            options.batch or (images if name in CONVNEXT else sequences),
+            options.resolution or resolution,
+            options.accumulation_steps,
+            options.seconds * LONGER,
+        )
+        for name in options.training_models or names
+    ]
+
+
+def figures(
+    device: torch.device, options: argparse.Namespace, published: ModuleType | None
+) -> Iterator[Figure]:
+    """A figure for each method and model, and what more tasks take in memory.
+
+    "seconds" are those of an optimizer step; "samples_per_second" counts the samples of its
+    micro-batches, each once however many losses it has; "peak_bytes" is the most that two steps
+    have allocated beyond the weights and the batches, AdamW's state included.
+    """
+    for training in trainings(device, options):
+        yield from training_figures(training, published)
+    yield from memory_figures(device)
+
+
+def training_figures(training: Training, published: ModuleType | None) -> Iterator[Figure]:
+    """A figure for each method."""
+    parameters = [p.numel() for p in training.new_model().parameters()]
+    head = {
+        "section": "training",
+        "operation": "optimizer step",
+        "model": training.name.replace("_", " "),
+        "parameters": sum(parameters),
+        "tensors": len(parameters),
+        "tasks": len(training.tasks),
+        "accumulation_steps": training.accumulation_steps,
+        "batch": training.batch,
+    }
+    if training.name in CONVNEXT:
+        head["resolution"] = training.resolution
+    baseline = new_window(training, plain)[1]
+    for way in ways(training, published):
+        passes = way.passes * training.accumulation_steps
+        figure = {**head, "by": way.by, "backward_passes": passes}
+        if way.by in GCOND:
+            figure["backend"] = ops.choose_backend("auto", training.device, "combine")
+        yield figure | measured(training, way, baseline)
+        gc.collect()
+
+
+def new_window(training: Training, made_by: Callable[..., Window]) -> tuple[nn.Module, Window]:
+    """A model of its own and what trains it with AdamW."""
+    model = training.new_model()
+    base = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    return model, made_by(training, model, base)
+
+
+def measured(training: Training, way: Way, baseline: Window) -> Figure:
+    """Times and memory of one method; or why there are none."""
+    if way.skipped is not None:
+        return {"skipped": way.skipped}
+    try:
+        if way.by in GCOND:
+            check_sum(training, GCOND[way.by])
+        model, window = new_window(training, way.new_window)
+        batches = training.batches
+        peak = peak_bytes(lambda: (window(batches), window(batches)), training.device)
+        seconds, relative = in_turns(training, partial(window, batches), partial(baseline, batches))
+        check_losses(training, model)
+    except Exception as error:  # one method out of memory is no reason to lose the others
+        return {"error": f"{type(error).__name__}: {error}"}
+    parameters = sum(p.numel() for p in model.parameters())
+    samples = training.batch * training.accumulation_steps
+    figure: Figure = {
+        "seconds": quartiles(seconds),
+        "relative": quartiles(relative),
+        "samples_per_second": samples / quartiles(seconds)["median"],
+        "peak_bytes": peak,
+        "bytes_per_parameter": peak / parameters,
+    }
+    if way.by == "GCondFused stochastic" and parameters >= LEAST_PARAMETERS_WITH_TARGET:
+        met = figure["relative"]["median"] <= SLOWER_AT_MOST
+        figure |= {"target": {"relative": SLOWER_AT_MOST}, "met": met}
+    return figure
+
+
+def in_turns(training: Training, run: Run, baseline: Run) -> tuple[list[float], list[float]]:
+    """Seconds of every round, and as a multiple of the baseline's.
+
+    Each goes first in every second round: what one leaves in the caches the other finds there.
+    """
+    once = sum(timed(each, training.device) for each in (run, baseline))
+    rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(training.seconds / once)))
+    seconds, relative = [], []
+    for number in range(rounds):
+        order = (run, baseline) if number % 2 else (baseline, run)
+        taken = {each: timed(each, training.device) for each in order}
+        seconds.append(taken[run])
+        relative.append(taken[run] / taken[baseline])
+    return seconds, relative
+
+
+def timed(run: Run, device: torch.device) -> float:
+    """Seconds until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def check_sum(training: Training, mode: Mode) -> None:
+    """Raises where GCondFused with the plain sum leaves other gradients than plain accumulation.
+
+    In stochastic mode the tasks see micro-batches of their own: these are all the same then.
+    """
+    batches = training.batches
+    if mode == "stochastic":
+        batches = batches[:1] * len(batches)
+    expected = gradient_of(training, plain, batches)
+    actual = gradient_of(training, partial(gcond, mode=mode, method=Sum()), batches)
+    # Differences first: the lengths of two float32 sums would hide a small one.
+    lengths = torch._foreach_norm(torch._foreach_sub(actual, expected) + tuple(expected))
+    squares = torch.stack(lengths).double().square().view(2, -1).sum(1)
+    error = float((squares[0] / squares[1]).sqrt())
+    if not error <= ROUNDING[training.device.type]:
+        raise AssertionError(
+            f"with the plain sum the gradient differs from plain accumulation by {error:.2g} of "
+            "its length"
+        )
+
+
+def gradient_of(
+    training: Training, made_by: Callable[..., Window], batches: Sequence[Batch]
+) -> list[Tensor]:
+    """`.grad` of every parameter after one step, which leaves the parameters alone."""
+    model = training.new_model()
+    made_by(training, model, torch.optim.SGD(model.parameters(), lr=0.0))(batches)
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@torch.no_grad()
+def check_losses(training: Training, model: nn.Module) -> None:
+    """Raises where a loss of the trained model is not finite."""
+    inputs, targets = training.batches[0]
+    logits = model(inputs)
+    for name, task in training.tasks.items():
+        loss = float(task.loss(logits, targets))
+        if not abs(loss) < float("inf"):
+            raise AssertionError(f"the loss {name!r} is {loss} after training")
+
+
+def memory_figures(device: torch.device, width: int = 2048) -> Iterator[Figure]:
+    """Peak memory of steps with so many tasks, whose losses are functions.
+
+    The model is a stack of linear layers under SGD, the batch so small that activations do not
+    count: what is left is what the method itself keeps.
+    """
+    before: Figure = {}
+    for tasks in TASKS_OF_MEMORY:
+        torch.manual_seed(0)
+        layers = [nn.Linear(width, width) for _ in range(LAYERS_OF_MEMORY)]
+        model = nn.Sequential(*layers).to(device)
+        parameters = sum(p.numel() for p in model.parameters())
+        x = torch.ones(1, width, device=device)
+        peak = peak_bytes(two_steps(model, x, tasks), device)
+        figure: Figure = {
+            "section": "training",
+            "operation": "memory of steps",
+            "model": f"{LAYERS_OF_MEMORY} linear layers",
+            "parameters": parameters,
+            "tensors": 2 * LAYERS_OF_MEMORY,
+            "tasks": tasks,
+            "by": "GCondFused exact",
+            "backend": ops.choose_backend("auto", device, "combine"),
+            "peak_bytes": peak,
+            "bytes_per_parameter": peak / parameters,
+        }
+        if before:
+            growth = (peak - before["peak_bytes"]) / (tasks - before["tasks"]) / parameters
+            # Sums of K×K numbers grow too, by some hundredths of a byte.
+            figure |= {
+                "bytes_per_parameter_and_task": growth,
+                "target": {"bytes_per_parameter_and_task": BYTES_OF_A_TASK},
+                "met": round(growth, 1) <= BYTES_OF_A_TASK,
+            }
+        before = figure
+        yield figure
+
+
+def two_steps(model: nn.Module, x: Tensor, tasks: int) -> Run:
+    """Steps of two micro-batches."""
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    weights = {f"task {k}": 1.0 for k in range(tasks)}
+    optimizer = GCondFused(base, weights, accumulation_steps=2)
+
+    def run() -> None:
+        for _ in range(4):
+            losses = dict.fromkeys(optimizer.tasks, lambda: model(x).square().mean())
+            if optimizer.backward(losses):
+                optimizer.step()
+
+    return run
+
+
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """The most that `run` has allocated at any time, beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its start and end
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
+        run()
+    events = recording.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    assert changes, "the profiler recorded no allocation"
+    now = peak = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        now += change
+        peak = max(peak, now)
+    return peak
