@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test cuda lint info bench-cpu bench-host bench-memory bench-methods bench-overlap bench-traffic gpu-check clean
+.PHONY: help demo test cuda lint info bench bench-quick bench-counts bench-experiments bench-host bench-memory bench-methods bench-overlap bench-traffic bench-weighing gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,7 +17,10 @@ help:
 	@echo "make cuda       compile the CUDA C++ kernels too (needs nvcc; some two minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make info       versions, device, and which backend serves which operation"
-	@echo "make bench-cpu  a resolution on the CPU beside a copy of the same bytes"
+	@echo "make bench      what operations and a training step cost here, beside others: figures, pictures"
+	@echo "make bench-quick the same in about a minute, of small models"
+	@echo "make bench-counts bytes, launches and host reads of each operation, counted and compared"
+	@echo "make bench-experiments the paper's open questions, three seeds; most of an hour"
 	@echo "make bench-host what a launch over 300 tensors costs the host; needs no GPU"
 	@echo "make bench-memory what a window and its step keep, in bytes per parameter"
 	@echo "make bench-methods the demo's scenes by every method, three seeds; 10 to 30 minutes"
@@ -50,8 +53,25 @@ lint: $(VENV)/.dev
 info: $(VENV)/.demo
 	$(BIN)/python -m gcond_kernels info
 
-bench-cpu: $(VENV)/.demo
-	$(BIN)/python bench/resolution_cpu.py $(ARGS)
+# TorchJD, which stands beside, comes with the development tools.
+bench: $(VENV)/.dev
+	mkdir -p bench_output
+	$(BIN)/python -m gcond_kernels bench --output bench_output/bench.json $(ARGS)
+	$(BIN)/python bench/plot.py bench_output/bench.json
+
+bench-quick:
+	$(MAKE) bench ARGS="--models mobilenetv3_small --millions 1 --tasks 2 4 --seconds 0.2 --training-seconds 2 $(ARGS)"
+
+bench-counts: $(VENV)/.dev
+	mkdir -p bench_output
+	$(BIN)/python bench/counts.py --output bench_output/counts.json $(ARGS)
+	$(BIN)/python bench/compare.py bench/results/counts.json bench_output/counts.json
+
+bench-experiments: $(VENV)/.dev
+	$(BIN)/python bench/experiments/all.py $(ARGS)
+
+bench-weighing: $(VENV)/.demo
+	$(BIN)/python bench/weighing.py $(ARGS)
 
 bench-host: $(VENV)/.demo
 	GCOND_CUDA_HOST=1 TRITON_INTERPRET=1 $(BIN)/python bench/host_time.py $(ARGS)

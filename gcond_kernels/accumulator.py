@@ -205,7 +205,10 @@ class Accumulator:
         Raises:
             ValueError: a gradient cannot be accumulated.
         """
-        if self.bucketed and (self.alone or not is_distributed()):
+        # Gradients that all fit in one bucket are added when the pass is over either way: then a
+        # pass needs no calls within.
+        several = self.rows.shape[1] * self.rows.element_size() > BUCKET_BYTES
+        if self.bucketed and several and (self.alone or not is_distributed()):
             self._hook_parameters()
         else:
             self.remove_hooks()

@@ -21,16 +21,23 @@ def accumulate(
         for gradient, offset, size in zip(gradients, offsets, sizes, strict=True):
             if gradient is None:
                 accumulator[offset : offset + size].zero_()
+    there = {t: gradient for t, gradient in enumerate(gradients) if gradient is not None}
+    dtypes = {accumulator.dtype, *(gradient.dtype for gradient in there.values())}
+    if there and dtypes == {torch.float32} and isinstance(scale, float) and scale == 1.0:
+        # Nothing to widen and nothing to keep in between: torch goes through the list by itself.
+        targets = [accumulator[offsets[t] : offsets[t] + sizes[t]] for t in there]
+        addends = [in_memory_order(gradient, 0, sizes[t]) for t, gradient in there.items()]
+        (torch._foreach_copy_ if overwrite else torch._foreach_add_)(targets, addends)
+        return
     for tensor, start, stop in blocks(offsets, sizes, 1, accumulator.device):
-        gradient = gradients[tensor]
-        if gradient is None:
-            continue
-        target = accumulator[start:stop]
-        # Widened before it is scaled: a small bf16 or fp16 value must not underflow.
-        addend = in_memory_order(gradient, start - offsets[tensor], stop - start).to(torch.float32)
-        if not isinstance(scale, float) or scale != 1.0:
-            addend = addend * scale
-        if overwrite:
-            target.copy_(addend)
-        else:
-            target.add_(addend)  # a bfloat16 accumulator is widened, added to, rounded once
+        if tensor in there:
+            target = accumulator[start:stop]
+            gradient = in_memory_order(there[tensor], start - offsets[tensor], stop - start)
+            # Widened before it is scaled: a small bf16 or fp16 value must not underflow.
+            addend = gradient.to(torch.float32)
+            if not isinstance(scale, float) or scale != 1.0:
+                addend = addend * scale
+            if overwrite:
+                target.copy_(addend)
+            else:
+                target.add_(addend)  # a bfloat16 accumulator is widened, added to, rounded once

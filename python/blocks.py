@@ -27,11 +27,43 @@ def blocks(
         rows: how many rows of scratch memory the caller fills per block.
         device: where it works.
     """
-    scratch = SCRATCH_ELEMENTS if device.type == "cpu" else SCRATCH_ELEMENTS_ON_GPU
-    length = max(1, scratch // rows // PARTIAL) * PARTIAL
+    length = block_length(rows, device)
     for tensor, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         for start in range(offset, offset + size, length):
             yield tensor, start, min(start + length, offset + size)
+
+
+def batches(
+    offsets: Sequence[int], sizes: Sequence[int], length: int
+) -> Iterator[list[tuple[int, int, int]]]:
+    """Yields (tensor, start, stop) of what fills `length` elements, in memory order.
+
+    Every piece takes up whole partial sums: of small tensors there are many to a batch.
+    """
+    batch, free = [], length
+    for tensor, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        start, end = offset, offset + size
+        while start < end:
+            stop = min(start + free, end)
+            batch.append((tensor, start, stop))
+            free -= whole_partials(stop - start)
+            start = stop
+            if free == 0:
+                yield batch
+                batch, free = [], length
+    if batch:
+        yield batch
+
+
+def block_length(rows: int, device: torch.device) -> int:
+    """Elements of a block that fills `rows` rows of scratch memory: a multiple of PARTIAL."""
+    scratch = SCRATCH_ELEMENTS if device.type == "cpu" else SCRATCH_ELEMENTS_ON_GPU
+    return max(1, scratch // rows // PARTIAL) * PARTIAL
+
+
+def whole_partials(elements: int) -> int:
+    """The next multiple of PARTIAL."""
+    return -(-elements // PARTIAL) * PARTIAL
 
 
 # Elements that one word of a mask says of: bit e % 32 of word e // 32 is 1 where element e of a row

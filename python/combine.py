@@ -44,11 +44,15 @@ def combine(
     factors = output_factors(
         per_tensor, weights, written, momentum_steps, beta, max_norm,
         parameter_norms, trust_ratio_coef, trust_ratio_clip,
-    ).tolist()  # fmt: skip
+    ).to(torch.float32)  # fmt: skip
+    unit = (factors == 1.0).tolist()
+    # For a Python number `mul` makes a tensor and converts it, for every block anew.
+    decay, tensor_factors = factors.new_tensor(beta), factors.unbind()
     # [T, K]; where all tensors have the same weights these are listed once.
     row_weights = ((1.0 - beta) * weights * scale).view(-1, len(scale)).tolist()
     signs = parameter_norms is not None
     taking_part = [task for task, s in enumerate(scale.tolist()) if s != 0.0]
+    rows = accumulators.unbind()
 
     for tensor, start, stop in blocks(
         offsets, sizes, accumulators.shape[0] + 2, accumulators.device
@@ -69,17 +73,17 @@ def combine(
                 total = target if target.dtype == torch.float32 and not signs else None
                 total = weighted_rows(accumulators[:, start:stop], own_weights, total)
             else:
-                total = momentum[start:stop].mul_(beta)
-                for row, weight in zip(accumulators, own_weights, strict=True):
+                total = momentum[start:stop].mul_(decay)
+                for row, weight in zip(rows, own_weights, strict=True):
                     if weight != 0.0:
                         total.add_(row[start:stop], alpha=weight)
             if mask is not None:
                 total.masked_fill_(~trained(mask, start, stop), 0.0)
             direction = total.sign() if signs else total
             if direction is not target:
-                torch.mul(direction, factors[tensor], out=target)
-            elif factors[tensor] != 1.0:
-                target.mul_(factors[tensor])
+                torch.mul(direction, tensor_factors[tensor], out=target)
+            elif not unit[tensor]:
+                target.mul_(tensor_factors[tensor])
 
 
 def weighted_rows(rows: Tensor, weights: Sequence[float], total: Tensor | None) -> Tensor:

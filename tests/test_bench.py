@@ -177,6 +177,17 @@ def test_torchjd_is_checked_against_our_methods(tasks):
         others.check_aggregations({"TorchJD UPGrad": lambda: storage.rows[0]}, storage)
 
 
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [2.0, -0.5]])
+def test_only_a_combination_of_the_gradients_counts_as_one(weights):
+    storage = Storage(2, LAYOUT, CPU)
+    result = torch.tensor(weights) @ storage.rows
+    outputs = [result[piece].bfloat16().float() for _, piece in storage.pieces()]
+    others.check_combination(outputs, storage, "who")
+    outputs[0][:100] = 0.0
+    with pytest.raises(AssertionError, match="who: the result is no combination"):
+        others.check_combination(outputs, storage, "who")
+
+
 def test_without_torchjd_the_figures_say_so(monkeypatch):
     monkeypatch.setattr(others, "torchjd_missing", lambda: "TorchJD is not installed")
     figures = list(tiny_bench(models=["mobilenetv3_small"], tasks=[2]).figures())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 TASKS = (2, 4, 8, 16, 50)
 MODELS = ("mobilenetv3_small", "convnext_tiny", "convnext_base", "transformer_1b")
-MILLIONS = (1.0, 4.0, 16.0, 64.0, 256.0, 1000.0)
+MILLIONS = (1.0, 5.0, 25.0, 100.0, 400.0, 1000.0)
 SECTIONS = ("operations", "training")
 
 

@@ -22,6 +22,8 @@ CAGRAD_C = 0.4
 # Of results of others: TorchJD's solvers stop within some 1e-4 of the optimum, plain torch sums in
 # float32 alone.
 TOLERANCE = 1e-3
+# Of what is kept in bfloat16, whose rounding is 2^-9.
+BFLOAT16_TOLERANCE = 0.02
 # Pairs of so many tasks, one by one, take plain torch longer than all else together.
 MOST_TASKS_OF_PAIRS = 8
 
@@ -178,3 +180,17 @@ def check_aggregations(runs: Mapping[str, Callable[[], Tensor]], storage: Storag
             fine = bool((result - expected).norm() <= TOLERANCE * expected.norm())
         if not fine:
             raise AssertionError(f"{by}: the result is another than that of our {name}")
+
+
+def check_combination(outputs: Sequence[Tensor], storage: Storage, who: str) -> None:
+    """Checks that a result is a combination of the gradients, up to the rounding of bfloat16.
+
+    Which one it is hangs, where pairs conflict alike, on rounding.
+    """
+    rows = storage.packed()
+    result = torch.cat([output.view(-1) for output in outputs])
+    S = storage.products_in_float64().total
+    found = torch.linalg.lstsq(S, (rows @ result).double()[:, None]).solution[:, 0]
+    residual = (result - found.to(result) @ rows).norm() / result.norm()
+    if not bool(residual <= BFLOAT16_TOLERANCE):
+        raise AssertionError(f"{who}: the result is no combination of the gradients")

@@ -191,6 +191,10 @@ class Storage:
             for start in range(first, first + size, longest):
                 yield tensor, slice(start, min(start + longest, first + size))
 
+    def packed(self) -> Tensor:
+        """The gradients [K, N] without padding, as a copy."""
+        return torch.cat([self.rows[:, piece] for _, piece in self.pieces()], dim=1)
+
     def forget(self) -> None:
         """As before any step, so that the next result is Σ_k w_k ĝ_k itself; outputs are NaN."""
         self.history.copy_(self.rows)

@@ -89,15 +89,19 @@ def new_run(scene: Scene, method: Method, steps: int, seed: int, device: torch.d
     return Run(scene, method, steps, model.to(device))
 
 
-def train(run: Run, seed: int, backend: str = "auto") -> Iterator[Step]:
+def train(
+    run: Run, seed: int, backend: str = "auto", optimizer: torch.optim.Optimizer | None = None
+) -> Iterator[Step]:
     """Trains one method, yielding after each step.
 
-    The micro-batches depend on the seed alone, so all methods see the same.
+    The micro-batches depend on the seed alone, so all methods see the same. Another optimizer
+    of the model's parameters than that of `new_optimizer` may be given.
     """
     scene = run.scene
     device = device_of(run)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = new_optimizer(run, backend)
+    if optimizer is None:
+        optimizer = new_optimizer(run, backend)
     scheduler = LambdaLR(optimizer, lambda step: warmup_then_cosine(step, run.steps))
     interval = math.ceil(run.steps / EVALUATIONS)
     evaluate(run)
