@@ -3,9 +3,11 @@
 Bytes that must move per parameter, with gradients of e bytes and K tasks: accumulate e + 4 in the
 first micro-batch, which overwrites, and e + 8 in a later one; gramian 4K + 2K with a bfloat16
 history; combine 4K + 8 + 4 + 2K with momentum, float32 outputs and the new history; graddrop
-4K + 8 + 4. A mask adds an eighth of one. The copy reads half of the bytes and writes half;
+4K + 8 + 4; aggregation, another method without history and momentum as TorchJD does it,
+4K + 4K + 4. A mask adds an eighth of one. The copy reads half of the bytes and writes half;
 "fraction" is its time divided by that of the operation, round by round. TorchJD and the published
-code move other bytes; the copy beside them is that of ours.
+code move other bytes; the copy beside them is that of ours. In "resolution" TorchJD stands beside
+GCond with history and momentum, in "aggregation" beside the same method.
 
 Nobody's result is timed before it was compared with float64.
 """
@@ -283,6 +285,7 @@ class Bench:
         if tasks == TASKS_OF_VARIANTS and case.model != EVEN:
             yield from self._variants(case, pool)
         yield from self._whole(case, pool)
+        yield from self._aggregation(case._replace(operation="aggregation"), pool)
 
     def _gramian(self, case: Case, pool: Sequence[Storage]) -> Iterator[Figure]:
         def runs_of(storage: Storage) -> dict[str, Run]:
@@ -360,6 +363,31 @@ class Bench:
         yield from self.compare(case, ways, budget, target, counted_of(ways))
         if reason := others.torchjd_missing():
             yield case.figure("TorchJD", skipped=reason)
+
+    def _aggregation(self, case: Case, pool: Sequence[Storage]) -> Iterator[Figure]:
+        """Methods that TorchJD has too, by each of us."""
+        theirs = self._aggregations(pool)
+        if not theirs:
+            return
+        ours = others.our_methods()
+
+        def runs_of(storage: Storage) -> dict[str, Run]:
+            return {
+                f"{backend}, {name}": partial(storage.aggregate, method, backend)
+                for name, method in ours.items()
+                for backend in self.backends
+            }
+
+        S = pool[0].products_in_float64().total
+        for by, run in runs_of(pool[0]).items():
+            pool[0].forget()
+            run()
+            # A solver may magnify the rounding of the inner products.
+            weights = ours[by.partition(", ")[2]](S)
+            pool[0].check_written(weights, f"aggregation by {by}", others.TOLERANCE)
+        ways = ways_of([runs_of(storage) for storage in pool]) | theirs
+        budget = case.layout.parameters * (8 * case.tasks + 4)
+        yield from self.compare(case, ways, budget, None, counted_of(ways))
 
     def _target_of_whole(self, case: Case) -> Target | None:
         if self.device.type == "cpu":

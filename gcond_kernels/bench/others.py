@@ -162,14 +162,22 @@ def aggregations(rows: Tensor) -> dict[str, Callable[[], Tensor]]:
     return {f"TorchJD {name}": partial(aggregator, rows) for name, aggregator in made.items()}
 
 
+def our_methods() -> dict[str, methods.Method]:
+    """Ours of the same names and settings."""
+    return {
+        "PCGrad": methods.PCGrad(),
+        "UPGrad": methods.UPGrad(),
+        "CAGrad": methods.CAGrad(c=CAGRAD_C),
+    }
+
+
 def check_aggregations(runs: Mapping[str, Callable[[], Tensor]], storage: Storage) -> None:
     """Compares TorchJD's results with those of our methods of the same name.
 
     PCGrad goes through the tasks in random order, which matters from three tasks on: then all
     that is known is that the result is finite.
     """
-    ours = {"PCGrad": methods.PCGrad(), "UPGrad": methods.UPGrad()}
-    ours["CAGrad"] = methods.CAGrad(c=CAGRAD_C)
+    ours = our_methods()
     S = storage.products_in_float64().total
     for by, run in runs.items():
         name, result = by.removeprefix("TorchJD "), run()

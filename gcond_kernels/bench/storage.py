@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gcond_kernels import GCond, ops
 from gcond_kernels.accumulator import ALIGNMENT
+from gcond_kernels.methods import Method
 
 BETA = 0.9
 # Random numbers are drawn for so many elements of a row and repeated: drawing takes longer on a
@@ -65,14 +66,14 @@ class Storage:
     def __init__(self, tasks: int, layout: Layout, device: torch.device) -> None:
         self.layout = layout
         self.rows = repeated(conflicting(tasks, min(DRAWN, layout.length), device), layout)
-        self.history = self.rows.bfloat16()
+        self.history = torch.empty_like(self.rows, dtype=torch.bfloat16)
         self.momentum = torch.zeros(layout.length, device=device)
         self.steps = torch.zeros(len(layout.sizes), dtype=torch.int64, device=device)
         self.outputs = [torch.full((size,), math.nan, device=device) for size in layout.sizes]
         self.scale = torch.ones(tasks, dtype=torch.float64, device=device)
         self.method = GCond()
         self.state = self.method.new_state(tasks, device)
-        self.state["history_scale"] += 1.0
+        self.forget()
 
     @staticmethod
     def bytes_of(tasks: int, layout: Layout) -> int:
@@ -158,6 +159,23 @@ class Storage:
             backend=backend,
         )
 
+    def aggregate(self, method: Method, backend: str) -> None:
+        """Another method's weighted sum, with neither history nor momentum."""
+        products = ops.gramian(
+            self.rows, self.layout.offsets, self.layout.sizes, scale=self.scale, backend=backend
+        )
+        ops.combine(
+            self.rows,
+            self.outputs,
+            self.layout.offsets,
+            self.layout.sizes,
+            weights=method(products.total),
+            scale=self.scale,
+            finite=torch.ones((), dtype=torch.bool, device=self.rows.device),
+            per_tensor=products.per_tensor,
+            backend=backend,
+        )
+
     def resolve_apart(self, backend: str) -> None:
         """A whole resolution by the three operations, one after the other."""
         products = self.gramian(backend)
@@ -196,8 +214,15 @@ class Storage:
         return torch.cat([self.rows[:, piece] for _, piece in self.pieces()], dim=1)
 
     def forget(self) -> None:
-        """As before any step, so that the next result is Σ_k w_k ĝ_k itself; outputs are NaN."""
-        self.history.copy_(self.rows)
+        """As before any step, so that the next result is Σ_k w_k ĝ_k itself; outputs are NaN.
+
+        Only that there is a history, which each task's gradient resembles less than the one's
+        before it: were they all as stable and as strong, rounding would decide who wins.
+        """
+        tasks = len(self.rows)
+        for task, row in enumerate(self.history):
+            row.copy_(self.rows[task])
+            row.add_(self.rows[(task + 1) % tasks], alpha=0.5 * task / tasks)
         self.momentum.zero_()
         self.steps.zero_()
         for output in self.outputs:
