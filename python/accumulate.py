@@ -7,6 +7,9 @@ from torch import Tensor
 
 from gcond_kernels.python.blocks import blocks, in_memory_order
 
+# What float32 holds exactly.
+WIDENED = {torch.float32, torch.bfloat16, torch.float16}
+
 
 def accumulate(
     accumulator: Tensor,
@@ -22,9 +25,10 @@ def accumulate(
             if gradient is None:
                 accumulator[offset : offset + size].zero_()
     there = {t: gradient for t, gradient in enumerate(gradients) if gradient is not None}
-    dtypes = {accumulator.dtype, *(gradient.dtype for gradient in there.values())}
-    if there and dtypes == {torch.float32} and isinstance(scale, float) and scale == 1.0:
-        # Nothing to widen and nothing to keep in between: torch goes through the list by itself.
+    dtypes = {gradient.dtype for gradient in there.values()}
+    exact = accumulator.dtype == torch.float32 and dtypes <= WIDENED
+    if there and exact and isinstance(scale, float) and scale == 1.0:
+        # Torch goes through the list by itself, and widens within an addition.
         targets = [accumulator[offsets[t] : offsets[t] + sizes[t]] for t in there]
         addends = [in_memory_order(gradient, 0, sizes[t]) for t, gradient in there.items()]
         (torch._foreach_copy_ if overwrite else torch._foreach_add_)(targets, addends)
