@@ -319,7 +319,9 @@ def record(tmp_path_factory):
     command += ["--seconds", "0.001", "--device", "cpu"]
     with redirect_stdout(io.StringIO()) as printed:
         assert __main__.main(command) == 0, printed.getvalue()
-    assert "resolution, mobilenetv3_small (2.543 M in 142), K=3" in printed.getvalue()
+    lines = printed.getvalue().splitlines()
+    assert lines.count("mobilenetv3_small: 2.543 M parameters in 142 tensors") == 1
+    assert any(line.split()[:3] == ["resolution", "3", "python"] for line in lines)
     return folder / "figures.json"
 
 

@@ -35,16 +35,16 @@ def run(arguments: argparse.Namespace) -> int:
         "figures": [],
     }
     print(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
-    table.print_head()
+    rows = table.Table()
     try:
         for figure in figures(arguments, device, published):
-            table.print_row(figure)
+            rows.add(figure)
             record["figures"].append(figure)
             write(record, arguments.output)  # now: what comes later may be stopped
     except KeyboardInterrupt:
         print(f"Interrupted: {arguments.output} holds what was measured until then.")
         return INTERRUPTED
-    table.print_foot(record["figures"])
+    print(table.foot(record["figures"]))
     print(f"figures: {arguments.output}; pictures: python bench/plot.py {arguments.output}")
     return int(any("error" in figure for figure in record["figures"]))
 

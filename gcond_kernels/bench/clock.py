@@ -105,7 +105,10 @@ class Clock:
             return (time.perf_counter() - start) / repetitions
         for _ in range(min(LEAD, repetitions)):
             lap()
-        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event, end_event = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
         start_event.record()
         for _ in range(repetitions):
             lap()

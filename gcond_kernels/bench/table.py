@@ -6,53 +6,67 @@ from collections.abc import Sequence
 from typing import Any
 
 Figure = dict[str, Any]
-WIDTHS = (51, 24, 26, 11, 20, 9)
-HEAD = ("what", "by", "time (quartiles)", "copy", "copy/time", "target")
+HEAD = ("  operation", "K", "by", "time (quartiles)", "copy", "copy / time", "target", "")
+WIDTHS = (38, 3, 24, 24, 9, 18, 9)
+TO_THE_LEFT = (0, 2)
+# Factor, unit and digits behind the point of a time.
+UNITS = ((1.0, "s", 2), (1e3, "ms", 2), (1e6, "us", 1))
 
 
-def print_head() -> None:
-    """The names of the columns."""
-    print(line(*HEAD, ""), flush=True)
+class Table:
+    """Prints figures, those of one model below its name."""
+
+    def __init__(self) -> None:
+        self.model = ""
+        print(line(HEAD), flush=True)
+
+    def add(self, figure: Figure) -> None:
+        """One figure, or why it could not be had."""
+        model = (
+            f"{figure['model']}: {figure['parameters'] / 1e6:.4g} M parameters in "
+            f"{figure['tensors']} tensors"
+        )
+        if model != self.model:
+            self.model = model
+            print(model, flush=True)
+        print(row(figure), flush=True)
 
 
-def print_row(figure: Figure) -> None:
-    """One figure, or why it could not be had."""
+def row(figure: Figure) -> str:
+    """The row of a figure."""
+    what = "  " + " ".join(filter(None, (figure["operation"], figure.get("what"))))
+    named = (what, str(figure["tasks"]), figure["by"])
     for problem in ("skipped", "error"):
         if problem in figure:
-            print(f"{name_of(figure)}, {figure['by']}: {problem}: {figure[problem]}", flush=True)
-            return
+            return line((*named, f"{problem}: {figure[problem]}"))
     copy, met = figure.get("copy_seconds"), figure.get("met")
-    last = {True: "met", False: "missed", None: ""}[met] + notes_of(figure)
-    print(
-        line(
-            name_of(figure),
-            figure["by"],
+    verdict = {True: "met", False: "missed", None: ""}[met]
+    return line(
+        (
+            *named,
             time_of(figure["seconds"]) if "seconds" in figure else "",
             time_of(copy, quartiles=False) if copy else "",
             spread(figure["fraction"]) if copy else "",
             target_of(figure),
-            last,
-        ),
-        flush=True,
+            "  ".join(filter(None, (verdict, *notes_of(figure)))),
+        )
     )
 
 
-def print_foot(figures: Sequence[Figure]) -> None:
+def foot(figures: Sequence[Figure]) -> str:
     """What came of the targets, and what stands in the columns."""
+    lines = [
+        "medians with quartiles; copy: of the fewest bytes that the operation must move, in turn "
+        "with it; B/par: bytes per parameter;",
+        "ops: calls of torch's operations; reads: values that the host reads, waiting for a GPU",
+    ]
     met = [figure["met"] for figure in figures if figure.get("met") is not None]
     if met:
-        print(f"targets: {sum(met)} of {len(met)} met")
-    print("medians with quartiles; copy: as many bytes as the operation must move, in turn with it")
+        lines.append(f"targets: {sum(met)} of {len(met)} met")
+    return "\n".join(lines)
 
 
-def name_of(figure: Figure) -> str:
-    """What was done, on what."""
-    what = " ".join(filter(None, (figure["operation"], figure.get("what"))))
-    size = f"{figure['parameters'] / 1e6:.4g} M in {figure['tensors']}"
-    return f"{what}, {figure['model']} ({size}), K={figure['tasks']}"
-
-
-def notes_of(figure: Figure) -> str:
+def notes_of(figure: Figure) -> list[str]:
     """Other quantities than times."""
     notes = []
     if "relative" in figure:
@@ -60,13 +74,13 @@ def notes_of(figure: Figure) -> str:
     if "samples_per_second" in figure:
         notes.append(f"{figure['samples_per_second']:.4g} samples/s")
     if "bytes_per_parameter" in figure:
-        notes.append(f"peak {figure['bytes_per_parameter']:.2f} B/parameter")
+        notes.append(f"peak {figure['bytes_per_parameter']:.2f} B/par")
     if "bytes_moved" in figure:
-        per_parameter = figure["bytes_moved"] / figure["parameters"]
-        notes.append(f"{per_parameter:.0f} B/parameter, {figure['launches']} operations")
+        notes.append(f"{figure['bytes_moved'] / figure['parameters']:.0f} B/par")
+        notes.append(f"{figure['launches']} ops")
     if figure.get("synchronisations"):
-        notes.append(f"{figure['synchronisations']} host reads")
-    return "  ".join(["", *notes]) if notes else ""
+        notes.append(f"{figure['synchronisations']} reads")
+    return notes
 
 
 def target_of(figure: Figure) -> str:
@@ -75,10 +89,10 @@ def target_of(figure: Figure) -> str:
         return ""
     ((quantity, bound),) = figure["target"].items()
     if quantity == "fraction":
-        return f">= {bound:.2f}"
+        return f">= {bound:.3g}"
     if quantity == "seconds":
         return f"<= {bound * 1e6:.0f} us"
-    return f"<= {bound:.2f}"
+    return f"<= {bound:.3g}"
 
 
 def time_of(seconds: dict[str, float], quartiles: bool = True) -> str:
@@ -90,18 +104,15 @@ def time_of(seconds: dict[str, float], quartiles: bool = True) -> str:
     return f"{median} ({low}-{high}) {unit}" if quartiles else f"{median} {unit}"
 
 
-UNITS = ((1.0, "s", 2), (1e3, "ms", 2), (1e6, "us", 1))
-
-
 def spread(values: dict[str, float]) -> str:
     """Median and quartiles."""
     return "{median:.2f} ({low:.2f}-{high:.2f})".format_map(values)
 
 
-def line(*cells: str) -> str:
-    """Cells in columns; the first two to the left."""
+def line(cells: Sequence[str]) -> str:
+    """Cells in columns; what comes behind the last column, or alone behind the names, is free."""
     parts = [
-        f"{cell:{'<' if i < 2 else '>'}{w}}"
-        for i, (cell, w) in enumerate(zip(cells, WIDTHS, strict=False))
+        f"{cell:{'<' if place in TO_THE_LEFT else '>'}{width}}"
+        for place, (cell, width) in enumerate(zip(cells[:-1], WIDTHS, strict=False))
     ]
     return "  ".join([*parts, cells[-1]]).rstrip()
