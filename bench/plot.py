@@ -28,7 +28,7 @@ TASKS_OF_ROOFLINE = 2
 GREEN, ORANGE, PURPLE, SKY, YELLOW = "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#b8a800"
 STYLES = {
     "python": (BLUE, "o", "this package, reference (plain torch)"),
-    "triton": (BLUE, "s", "this package, Triton"),
+    "triton": ("#332288", "s", "this package, Triton"),
     "cuda": (VERMILION, "D", "this package, CUDA C++"),
     "cuda, apart": (VERMILION, "D", "this package, CUDA C++"),
     "cuda, one launch": (BLACK, "P", "this package, CUDA C++, one launch"),
@@ -40,6 +40,7 @@ STYLES = {
     "published code": (BLACK, "*", "published GCond code"),
 }
 COPY = "copy of as many bytes"
+DIM = "#666666"
 
 
 def main() -> int:
@@ -58,7 +59,7 @@ def main() -> int:
     folder = arguments.output or arguments.record.absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     about = record["machine"]
-    footer = f"{about['device']}, torch {about['torch']}, commit {about['commit']}"
+    where = f"{about['device']}, torch {about['torch']}, commit {about['commit']}"
     for name, draw in (
         ("roofline", roofline),
         ("cost_by_size", cost_by_size),
@@ -68,7 +69,7 @@ def main() -> int:
         if picture is None:
             print(f"{name}: nothing of it in {arguments.record}")
             continue
-        picture.text(0.01, 0.005, footer, fontsize=7, color=GREY)
+        picture.suptitle(where, fontsize=7, color=DIM)
         picture.savefig(folder / f"{name}.png", dpi=150)
         print(folder / f"{name}.png")
     return 0
@@ -100,7 +101,9 @@ def roofline(figures: list[Figure]) -> Picture | None:
     axes.set_yticks(range(len(groups)), [label_of(*group) for group in groups])
     axes.invert_yaxis()
     axes.axvline(100, color=BLACK, linewidth=1)
-    axes.text(100, -0.52, "copy", ha="center", va="bottom", fontsize=8)
+    axes.text(
+        100, 1.0, "copy", ha="center", va="bottom", fontsize=8, transform=axes.get_xaxis_transform()
+    )
     axes.set_xlabel(
         "bandwidth of the fewest bytes that must move, in % of a copy's in the same run"
     )
@@ -207,7 +210,6 @@ def legend(picture: Picture, axes: Axes, entries: list[tuple[str, str]]) -> None
 
 def finished(picture: Picture, axes: Axes) -> Picture:
     axes.spines[["top", "right"]].set_visible(False)
-    picture.get_layout_engine().set(rect=(0, 0.02, 1, 0.98))
     return picture
 
 

@@ -15,7 +15,7 @@ Nobody's result is timed before it was compared with float64.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -291,7 +291,7 @@ class Bench:
     def _gramian(self, case: Case, pool: Sequence[Storage]) -> Iterator[Figure]:
         def runs_of(storage: Storage) -> dict[str, Run]:
             runs: dict[str, Run] = {b: partial(storage.gramian, b) for b in self.backends}
-            if case.tasks <= others.MOST_TASKS_OF_PAIRS:
+            if not others.takes_long(storage):
                 runs |= others.products(storage)
             return runs
 
@@ -355,7 +355,8 @@ class Bench:
             # Inner products of plain torch are float32 throughout, and so are the weights.
             tolerance = TOLERANCE if by.partition(",")[0] in ops.BACKENDS else others.TOLERANCE
             pool[0].check_written(weights, f"resolution by {by}", tolerance)
-        ways = ways_of([self._resolutions(storage) for storage in pool])
+        runs = [self._resolutions(storage) for storage in pool]
+        ways = ways_of(runs, ("python", others.FOREACH, others.LOOP))  # the host reads the weights
         ways |= self._aggregations(pool)
         if self.published is not None:
             ways |= self._published(self.published, case, pool)
@@ -386,7 +387,8 @@ class Bench:
             # A solver may magnify the rounding of the inner products.
             weights = ours[by.partition(", ")[2]](S)
             pool[0].check_written(weights, f"aggregation by {by}", others.TOLERANCE)
-        ways = ways_of([runs_of(storage) for storage in pool]) | theirs
+        runs = [runs_of(storage) for storage in pool]
+        ways = ways_of(runs, runs[0]) | theirs  # with the solvers, as TorchJD with its own
         budget = case.layout.parameters * (8 * case.tasks + 4)
         yield from self.compare(case, ways, budget, None, counted_of(ways))
 
@@ -416,7 +418,7 @@ class Bench:
             # Would it be so with rows of one element? Then nothing but their size is against it.
             if room.resolves_at_once(storage.rows[:, :1], storage.layout.sizes):
                 runs["cuda, one launch"] = storage.resolve_at_once
-        if len(storage.rows) <= others.MOST_TASKS_OF_PAIRS:
+        if not others.takes_long(storage):
             runs |= others.resolutions(storage)
         return runs
 
@@ -477,9 +479,10 @@ def gramians_of(products: object) -> ops.Gramians:
     return ops.Gramians(total, cross, total[None], cross[None])
 
 
-def ways_of(runs: Sequence[Mapping[str, Run]]) -> dict[str, Way]:
-    """Each way on all memories in turn; the reference and a resolution in plain torch wait."""
-    waiting = ("python", others.FOREACH, others.LOOP)
+def ways_of(
+    runs: Sequence[Mapping[str, Run]], waiting: Collection[str] = ("python",)
+) -> dict[str, Way]:
+    """Each way on all memories in turn; of the reference all operations wait for the device."""
     return {by: Way([each[by] for each in runs], waits=by in waiting) for by in runs[0]}
 
 

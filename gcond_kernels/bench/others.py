@@ -24,8 +24,9 @@ CAGRAD_C = 0.4
 TOLERANCE = 1e-3
 # Of what is kept in bfloat16, whose rounding is 2^-9.
 BFLOAT16_TOLERANCE = 0.02
-# Pairs of so many tasks, one by one, take plain torch longer than all else together.
-MOST_TASKS_OF_PAIRS = 8
+# Parameters times the square of the tasks: pairs of more, one by one, take plain torch longer than
+# all else together.
+MOST_OF_PAIRS = 2_000_000_000
 
 
 def accumulations(gradients: Gradients, overwrite: bool) -> dict[str, Run]:
@@ -113,6 +114,11 @@ def products(storage: Storage) -> dict[str, Run]:
         FOREACH: partial(plain.products, dot_foreach),
         LOOP: partial(plain.products, dot_loop),
     }
+
+
+def takes_long(storage: Storage) -> bool:
+    """Whether all pairs of its gradients, one by one, take too long to be measured."""
+    return storage.layout.parameters * len(storage.rows) ** 2 > MOST_OF_PAIRS
 
 
 def combinations(storage: Storage, weights: Sequence[float]) -> dict[str, Run]:

@@ -56,6 +56,7 @@ class Storage:
         steps: [T] int64.
         outputs: T tensors, float32.
         scale: [K] float64, ones.
+        finite, draws: what `combine` and `graddrop` look at, scalars.
 
     Args:
         tasks: K.
@@ -71,6 +72,8 @@ class Storage:
         self.steps = torch.zeros(len(layout.sizes), dtype=torch.int64, device=device)
         self.outputs = [torch.full((size,), math.nan, device=device) for size in layout.sizes]
         self.scale = torch.ones(tasks, dtype=torch.float64, device=device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.draws = torch.zeros((), dtype=torch.int64, device=device)
         self.method = GCond()
         self.state = self.method.new_state(tasks, device)
         self.forget()
@@ -133,9 +136,9 @@ class Storage:
             self.layout.offsets,
             self.layout.sizes,
             scale=self.scale,
-            finite=torch.ones((), dtype=torch.bool, device=self.rows.device),
+            finite=self.finite,
             seed=0,
-            draws=torch.zeros((), dtype=torch.int64, device=self.rows.device),
+            draws=self.draws,
             momentum=self.momentum,
             momentum_steps=self.steps,
             beta=BETA,
@@ -171,7 +174,7 @@ class Storage:
             self.layout.sizes,
             weights=method(products.total),
             scale=self.scale,
-            finite=torch.ones((), dtype=torch.bool, device=self.rows.device),
+            finite=self.finite,
             per_tensor=products.per_tensor,
             backend=backend,
         )
