@@ -60,7 +60,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python bench/plot.py bench_output/bench.json
 
 bench-quick:
-	$(MAKE) bench ARGS="--models mobilenetv3_small --millions 1 --tasks 2 4 --seconds 0.2 --training-seconds 2 $(ARGS)"
+	$(MAKE) bench ARGS="--models mobilenetv3_small --millions 1 --tasks 2 4 --seconds 0.2 $(ARGS)"
 
 bench-counts: $(VENV)/.dev
 	mkdir -p bench_output

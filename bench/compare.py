@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 Figure = dict[str, Any]
 Name = tuple[tuple[str, str | int], ...]
 
-# Timed: a median with quartiles each. A copy's own time says something of the machine alone.
-TIMES = {"seconds": "time", "copy_seconds": "time of the copy"}
+# Timed: a median with quartiles each.
+TIMES = {"seconds": "time"}
 SHARES = {"fraction": "fraction of copy", "relative": "relative to plain"}
 RATES = {"samples_per_second": "samples per second"}
 COUNTS = {
@@ -36,7 +36,7 @@ COUNTS = {
 QUANTITIES = {**TIMES, **SHARES, **RATES, **COUNTS}
 PROBLEMS = ("skipped", "error")
 # What follows from others, or was chosen for them; no part of a figure's name.
-DERIVED = ("moved_per_parameter", "budget_per_parameter", "backend", "backward_passes")
+DERIVED = ("moved_per_parameter", "budget_per_parameter", "backend", "backward_passes", "rounds")
 # What a name begins with; what else there is follows.
 FIRST = ("section", "operation", "what", "by", "model", "parameters", "tensors", "tasks")
 # Of a machine, what times depend on; the rest are versions.

@@ -16,8 +16,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Picture
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Picture
+except ModuleNotFoundError:
+    sys.exit('bench/plot.py needs matplotlib: pip install "gcond-kernels[plot]"')
 
 from gcond_kernels.plot import BLACK, BLUE, GREY, VERMILION
 
@@ -37,9 +40,9 @@ STYLES = {
     "TorchJD PCGrad": (PURPLE, "x", "TorchJD, PCGrad"),
     "TorchJD UPGrad": (SKY, "+", "TorchJD, UPGrad"),
     "TorchJD CAGrad": (YELLOW, "1", "TorchJD, CAGrad"),
-    "published code": (BLACK, "*", "published GCond code"),
+    "published code": ("#882255", "*", "published GCond code"),
 }
-COPY = "copy of as many bytes"
+COPY = "copy of the bytes that this\npackage must move"
 DIM = "#666666"
 
 

@@ -12,6 +12,9 @@ from gcond_kernels.python.blocks import PARTIAL, batches, block_length, trained,
 # of a cache.
 ROW_GAP = 80
 
+# Elements of a tensor that is worth calls of its own.
+IN_PLACE = 1 << 18
+
 
 def gramian(
     accumulators: Tensor,
@@ -56,12 +59,12 @@ def gramian(
 def add_in_place(
     products: Tensor, rows: Tensor, offsets: Sequence[int], sizes: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Adds the whole partial sums of each tensor to `products`, read where they lie.
+    """Adds the whole partial sums of each large tensor to `products`, read where they lie.
 
     Returns:
-        Offsets and sizes of what is left of the tensors, less than a partial sum each.
+        Offsets and sizes of what is left: of the large ones less than a partial sum each.
     """
-    wholes = [size // PARTIAL * PARTIAL for size in sizes]
+    wholes = [size // PARTIAL * PARTIAL if size >= IN_PLACE else 0 for size in sizes]
     for tensor, (offset, whole) in enumerate(zip(offsets, wholes, strict=True)):
         if whole:
             with full_float32():

@@ -1,7 +1,9 @@
 """The bench measures what it says, checks it first, and writes what others read."""
 
+import argparse
 import io
 import json
+import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from gcond_kernels import __main__, ops
+from gcond_kernels.bench import add_arguments as bench_options
 from gcond_kernels.bench import machine, operations, others, table
 from gcond_kernels.bench.clock import Clock, Way, copies, laps_of, quartiles
 from gcond_kernels.bench.operations import Bench, Case, Target, even_sizes, gramians_of
@@ -178,15 +181,66 @@ def test_plain_torch_goes_on_as_ours_does():
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("tasks", [2, 4])
+@pytest.mark.parametrize("tasks", [2, 4, 8, 16])
 def test_torchjd_is_checked_against_our_methods(tasks):
     assert others.torchjd_missing() is None
     storage = Storage(tasks, LAYOUT, CPU)
     runs = others.aggregations(storage.rows)
     assert list(runs) == ["TorchJD PCGrad", "TorchJD UPGrad", "TorchJD CAGrad"]
-    others.check_aggregations(runs, storage)
-    with pytest.raises(AssertionError, match="TorchJD UPGrad: the result"):
-        others.check_aggregations({"TorchJD UPGrad": lambda: storage.rows[0]}, storage)
+    for by, run in runs.items():
+        others.check_aggregation(by, run, storage)
+        with pytest.raises(AssertionError, match=f"{by}: the result is"):
+            others.check_aggregation(by, lambda: torch.randn(LAYOUT.length), storage)
+
+
+def test_a_rival_that_is_wrong_leaves_the_others(monkeypatch):
+    def wrong(by, run, storage):
+        if by == "TorchJD UPGrad":
+            raise AssertionError("wrong")
+
+    monkeypatch.setattr(others, "check_aggregation", wrong)
+    figures = list(tiny_bench(sizes=[310_000]).figures())
+    failed = [(f["operation"], f["by"]) for f in figures if "error" in f]
+    assert failed == [("resolution", "TorchJD UPGrad")]
+    timed = {f["by"] for f in figures if f["operation"] == "aggregation"}
+    assert {"python, UPGrad", "TorchJD CAGrad"} <= timed
+    assert "TorchJD UPGrad" not in timed
+
+
+def test_what_is_kept_is_checked_too():
+    storage = Storage(2, LAYOUT, CPU)
+    storage.forget()
+    storage.resolve("python")
+    storage.check_kept("fine")
+    storage.momentum[LAYOUT.offsets[1]] *= 1.01
+    with pytest.raises(AssertionError, match="who: the momentum"):
+        storage.check_kept("who")
+    storage.resolve("python")
+    storage.forget()
+    storage.resolve("python")
+    storage.history[1, 5] += 1.0
+    with pytest.raises(AssertionError, match="who: the history"):
+        storage.check_kept("who")
+
+
+def test_variants_are_checked():
+    storage, bench = Storage(2, LAYOUT, CPU), tiny_bench()
+    mask = torch.randint(-(2**31), 2**31, (LAYOUT.length // 32,), dtype=torch.int32)
+    decision = storage.arbitrate(storage.products_in_float64(), "python")
+    each = decision._replace(weights=decision.weights.repeat(4, 1))
+    rows = storage.rows.clone()
+    bench._check_variants(storage, mask, each, "python")
+    assert torch.equal(storage.rows, rows)
+    storage.outputs[0][7] *= 1.1
+    with pytest.raises(AssertionError, match="who: an element is no sum"):
+        storage.check_dropped("who")
+    storage.forget()
+    products = storage.gramian("python")
+    with pytest.raises(AssertionError, match="Gramian"), storage.masked(mask):
+        storage.check_products(products, "unmasked")
+    storage.combine(products, decision, "python")
+    with pytest.raises(AssertionError, match="the result is off"), storage.masked(mask):
+        storage.check_written(decision.weights, "unmasked")
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [2.0, -0.5]])
@@ -358,7 +412,13 @@ def test_no_record_no_pictures(tmp_path):
         (["--tasks", "1"], "--tasks 1: a conflict takes two tasks"),
         (["--seconds", "0"], "--seconds must be above 0"),
         (["--published-code", "nothing.py"], "--published-code: nothing.py"),
-        (["--output", "no/such/folder/x.json"], "there is no folder"),
+        (["--output", "no/such/folder/x.json"], "--output no/such/folder/x.json cannot be written"),
+        (["--output", "."], "--output . cannot be written"),
+        (["--device", "meta"], "--device meta cannot be used: only cpu and cuda"),
+        (["--seconds", "nan"], "--seconds must be above 0"),
+        (["--batch", "0"], "--batch 0: must be 1 or more"),
+        (["--resolution", "30"], "--resolution 30: must be a multiple of 32"),
+        (["--accumulation-steps", "1"], "--accumulation-steps 1: stochastic mode"),
     ],
 )
 def test_bad_options_are_named_before_anything_is_measured(options, message, tmp_path, capsys):
@@ -385,3 +445,14 @@ def test_an_error_is_a_figure_and_an_exit_code(tmp_path, capsys, monkeypatch):
     code, output, _ = run_main(tmp_path, capsys)
     assert code == 1
     assert "ZeroDivisionError" in output.read_text()
+
+
+@pytest.mark.parametrize("path", ["Makefile", "bench/gpu_check.sh"])
+def test_options_of_the_bench_that_others_pass_exist(path):
+    text = (BENCH.parent / path).read_text()
+    passed = re.findall(r"(?:gcond_kernels bench |bench ARGS=)(?:[^\n]*\\\n)*[^\n]*", text)
+    assert passed
+    options = set(re.findall(r" (--[a-z-]+)", " ".join(passed).replace('"', " ")))
+    parser = argparse.ArgumentParser()
+    bench_options(parser)
+    assert options <= {option for action in parser._actions for option in action.option_strings}

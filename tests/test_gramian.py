@@ -1,6 +1,7 @@
 """gramian: inner products from flat storage, against float64."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -394,3 +395,18 @@ def test_a_users_default_type_changes_nothing(backend):
             torch.set_default_dtype(torch.float32)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("least", [1, 4096, 1 << 18])
+def test_the_reference_may_read_large_tensors_in_place(least, monkeypatch):
+    monkeypatch.setattr(sys.modules["gcond_kernels.python.gramian"], "IN_PLACE", least)
+    layout = layout_of([10_000, 3, 4096, 0, 5000])
+    accumulators = rows(layout, 3, 0)
+    products = ops.gramian(
+        accumulators, layout.offsets, layout.sizes, scale=torch.ones(3).double(), backend="python"
+    )
+    places = zip(layout.offsets, layout.sizes, strict=True)
+    parts = [accumulators[:, first : first + size].double() for first, size in places]
+    exact = torch.stack([part @ part.T for part in parts])
+    torch.testing.assert_close(products.per_tensor, exact, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(products.total, exact.sum(0), rtol=1e-5, atol=1e-3)

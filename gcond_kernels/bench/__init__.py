@@ -78,7 +78,8 @@ def main(arguments: argparse.Namespace) -> int:
         The exit code: 0, 1 where something could not be measured for a fault, 2 after bad input,
         130 after Ctrl-C.
     """
-    from gcond_kernels.bench.app import InputError, run
+    from gcond_kernels.bench.app import run
+    from gcond_kernels.bench.machine import InputError
 
     try:
         return run(arguments)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -15,13 +17,10 @@ from typing import Any
 import torch
 
 from gcond_kernels.bench import machine, table, training
+from gcond_kernels.bench.machine import InputError
 from gcond_kernels.bench.operations import Bench, Figure
 
 INTERRUPTED = 130
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used; the message names it."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         "figures": [],
     }
     print(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
+    write(record, arguments.output)  # what was there is of another run
     rows = table.Table()
     try:
         for figure in figures(arguments, device, published):
@@ -57,13 +57,19 @@ def check(arguments: argparse.Namespace) -> tuple[torch.device, ModuleType | Non
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"--device {arguments.device} cannot be used: {reason}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {arguments.device} cannot be used: only cpu and cuda can")
     if min(arguments.tasks) < 2:
         raise InputError(f"--tasks {min(arguments.tasks)}: a conflict takes two tasks or more")
-    if arguments.seconds <= 0 or min(arguments.millions, default=1) < 1:
+    if not 0 < arguments.seconds < math.inf or min(arguments.millions, default=1) < 1:
         raise InputError("--seconds must be above 0, --millions 1 or more")
+    training.check_options(arguments)
     folder = arguments.output.absolute().parent
-    if not folder.is_dir():
-        raise InputError(f"--output {arguments.output}: there is no folder {folder}")
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or arguments.output.is_dir():
+        raise InputError(
+            f"--output {arguments.output} cannot be written: a file in a folder that is there is "
+            "needed"
+        )
     if arguments.published_code is None:
         return device, None
     from gcond_kernels.bench import published

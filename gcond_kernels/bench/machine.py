@@ -12,8 +12,12 @@ import torch
 
 import gcond_kernels
 
-# What the processor's caches hold together at most, where Linux does not tell.
+# Where Linux does not tell.
 UNKNOWN_CACHE = 64 * 2**20
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message names it."""
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -53,16 +57,22 @@ def cpu_name() -> str:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache before the memory."""
+    """Size of the last caches before the memory, of all processors together."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     units = {"K": 2**10, "M": 2**20}
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
+    # Level → the processors that share a cache of it → its size.
+    levels: dict[str, dict[str, int]] = {}
+    for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
+        try:
+            level, shared, text = (
+                (path / name).read_text().strip() for name in ("level", "shared_cpu_list", "size")
+            )
+        except OSError:
+            continue
         if text[-1:] in units and text[:-1].isdigit():
-            sizes.append(int(text[:-1]) * units[text[-1]])
-    return max(sizes, default=UNKNOWN_CACHE)
+            levels.setdefault(level, {})[shared] = int(text[:-1]) * units[text[-1]]
+    return sum(levels[max(levels)].values()) if levels else UNKNOWN_CACHE
 
 
 def free_bytes(device: torch.device) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,9 +19,11 @@ FOREACH, LOOP = "torch foreach", "torch loop"
 PUBLISHED = "published code"
 # Of c in TorchJD's CAGrad; what the paper of CAGrad takes for most of its experiments.
 CAGRAD_C = 0.4
-# Of results of others: TorchJD's solvers stop within some 1e-4 of the optimum, plain torch sums in
-# float32 alone.
+# Of plain torch, which sums in float32 alone.
 TOLERANCE = 1e-3
+# Solvers of TorchJD stop early; at 8 tasks within 1.4e-3 of the optimum.
+TORCHJD_TOLERANCE = 5e-3
+UPGRAD_REGULARISATION = 1e-4
 # Of what is kept in bfloat16, whose rounding is 2^-9.
 BFLOAT16_TOLERANCE = 0.02
 # Parameters times the square of the tasks: pairs of more, one by one, take plain torch longer than
@@ -177,23 +179,24 @@ def our_methods() -> dict[str, methods.Method]:
     }
 
 
-def check_aggregations(runs: Mapping[str, Callable[[], Tensor]], storage: Storage) -> None:
-    """Compares TorchJD's results with those of our methods of the same name.
+def check_aggregation(by: str, run: Callable[[], Tensor], storage: Storage) -> None:
+    """Compares a result of TorchJD's with that of our method of the same name.
 
-    PCGrad goes through the tasks in random order, which matters from three tasks on: then all
-    that is known is that the result is finite.
+    Its UPGrad adds 1e-4 of the trace to the diagonal of the Gramian, and so does this comparison.
+    PCGrad goes through the tasks in random order, which matters from three tasks on: then all that
+    is known is that the result is a combination of the gradients.
     """
-    ours = our_methods()
+    name, result = by.removeprefix("TorchJD "), run()
     S = storage.products_in_float64().total
-    for by, run in runs.items():
-        name, result = by.removeprefix("TorchJD "), run()
-        if name == "PCGrad" and len(S) > 2:
-            fine = bool(result.isfinite().all())
-        else:
-            expected = ours[name](S).to(result) @ storage.rows
-            fine = bool((result - expected).norm() <= TOLERANCE * expected.norm())
-        if not fine:
-            raise AssertionError(f"{by}: the result is another than that of our {name}")
+    if name == "PCGrad" and len(S) > 2:
+        packed = torch.cat([result[piece] for _, piece in storage.pieces()])
+        check_combination([packed], storage, by)
+        return
+    if name == "UPGrad":
+        S = S + UPGRAD_REGULARISATION * S.trace() * torch.eye(len(S), device=S.device)
+    expected = our_methods()[name](S).to(result) @ storage.rows
+    if not bool((result - expected).norm() <= TORCHJD_TOLERANCE * expected.norm()):
+        raise AssertionError(f"{by}: the result is another than that of our {name}")
 
 
 def check_combination(outputs: Sequence[Tensor], storage: Storage, who: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from gcond_kernels import GCond, ops
 from gcond_kernels.accumulator import ALIGNMENT
 from gcond_kernels.methods import Method
+from gcond_kernels.python.blocks import trained
 
 BETA = 0.9
 # Random numbers are drawn for so many elements of a row and repeated: drawing takes longer on a
@@ -260,6 +262,40 @@ class Storage:
                 f"{who}: the result is off by {worst:g}, where its largest element is "
                 f"{size_of_result:g}"
             )
+
+    def check_kept(self, who: str) -> None:
+        """Checks the history and the momentum that a step after `forget` leaves."""
+        for tensor, piece in self.pieces():
+            first = self.layout.offsets[tensor]
+            written = self.outputs[tensor].view(-1)[piece.start - first : piece.stop - first]
+            moved = self.momentum[piece]
+            if not bool(((moved - (1 - BETA) * written).abs() <= 1e-5 * moved.abs()).all()):
+                raise AssertionError(f"{who}: the momentum is not {1 - BETA:.1f} of the result")
+            if not torch.equal(self.history[:, piece], self.rows[:, piece].bfloat16()):
+                raise AssertionError(f"{who}: the history is not the gradients")
+
+    def check_dropped(self, who: str) -> None:
+        """Checks that every element of GradDrop's result is a sum of those of one sign."""
+        for tensor, piece in self.pieces():
+            rows, first = self.rows[:, piece], self.layout.offsets[tensor]
+            written = self.outputs[tensor].view(-1)[piece.start - first : piece.stop - first]
+            sums = torch.stack([rows.clamp(max=0.0).sum(0), rows.clamp(min=0.0).sum(0)])
+            error = (written - sums).abs().amin(0)
+            if not bool((error <= TOLERANCE * sums.abs().amax(0)).all()):
+                raise AssertionError(f"{who}: an element is no sum of elements of one sign")
+
+    @contextmanager
+    def masked(self, mask: Tensor) -> Iterator[None]:
+        """Within it the gradients that are not trained, and their history, are 0."""
+        off = ~trained(mask, 0, self.layout.length)
+        before = self.rows.clone(), self.history.clone()
+        self.rows.masked_fill_(off, 0.0)
+        self.history.masked_fill_(off, 0.0)
+        try:
+            yield
+        finally:
+            self.rows.copy_(before[0])
+            self.history.copy_(before[1])
 
 
 def conflicting(tasks: int, length: int, device: torch.device) -> Tensor:

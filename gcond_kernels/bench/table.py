@@ -76,7 +76,8 @@ def notes_of(figure: Figure) -> list[str]:
     if "bytes_per_parameter" in figure:
         notes.append(f"peak {figure['bytes_per_parameter']:.2f} B/par")
     if "bytes_moved" in figure:
-        notes.append(f"{figure['bytes_moved'] / figure['parameters']:.0f} B/par")
+        if figure["bytes"]:  # else what it works on are no parameters
+            notes.append(f"{figure['bytes_moved'] / figure['parameters']:.0f} B/par")
         notes.append(f"{figure['launches']} ops")
     if figure.get("synchronisations"):
         notes.append(f"{figure['synchronisations']} reads")

@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gcond_kernels import GCondFused, Sum, ops
 from gcond_kernels.bench.clock import LEAST_ROUNDS, MOST_ROUNDS, Run, quartiles
+from gcond_kernels.bench.machine import InputError
 from gcond_kernels.bench.models import CLASSES, CONVNEXT, MODELS, TRANSFORMER, new_model
 from gcond_kernels.bench.others import torchjd_missing
 from gcond_kernels.methods import Method
@@ -286,6 +287,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8,
         help="micro-batches per optimizer step (default: 8)",
     )
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises InputError where an option cannot be used."""
+    for name in ("batch", "resolution", "accumulation_steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    if options.resolution is not None and options.resolution % 32:
+        raise InputError(f"--resolution {options.resolution}: must be a multiple of 32")
+    if options.accumulation_steps < 2:
+        raise InputError(
+            "--accumulation-steps 1: stochastic mode gives each of the two tasks a micro-batch"
+        )
 
 
 def trainings(device: torch.device, options: argparse.Namespace) -> list[Training]:
