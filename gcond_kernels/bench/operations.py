@@ -487,7 +487,10 @@ class Bench:
         ]
         made[0].fill()
         made[0].run()
-        others.check_combination(made[0].outputs, pool[0], by)
+        try:
+            others.check_combination(made[0].outputs, pool[0], by)
+        except AssertionError as error:
+            return {}, [case.figure(by, error=str(error))]
         runs, fills = [each.run for each in made], [each.fill for each in made]
         return {by: Way(runs, waits=True, prepare=fills)}, []
 
