@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,38 @@ def test_what_prepares_a_call_is_not_timed(monkeypatch):
     monkeypatch.setattr("gcond_kernels.bench.clock.time.perf_counter", lambda: next(now))
     way = Way([lambda: None] * 3, prepare=[lambda: next(now)] * 3)
     assert Clock(CPU, 1.0).prepared_seconds(way, repetitions=2) == 3.0
+
+
+def test_on_a_gpu_a_lap_is_a_graph_unless_it_waits(monkeypatch):
+    calls, replays = [], []
+
+    class Graph:
+        def replay(self):
+            replays.append(1)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 8000.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    captured = Way([lambda: calls.append("captured")] * 2)
+    waiting = Way([lambda: calls.append("waiting")], waits=True)
+    times = Clock(torch.device("cuda"), 1.0).times({"captured": captured, "waiting": waiting})
+    assert times == {"captured": [4.0] * 5, "waiting": [8.0] * 5}
+    assert calls.count("captured") == 4  # before the capture, and in it
+    assert len(replays) == calls.count("waiting") == 2 * (5 + 2)  # with one that is not timed
 
 
 @pytest.mark.parametrize("moved", [2, 1000, 4_000_000])

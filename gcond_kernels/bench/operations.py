@@ -285,7 +285,9 @@ class Bench:
         layout, tasks = case.layout, case.tasks
         size = Storage.bytes_of(tasks, layout)
         laps = self._laps(size)
-        if lacking := self._lacking(size * laps, layout.parameters * (12 * tasks + 12) * laps):
+        # And what plain torch and TorchJD allocate within.
+        needed = size * laps + 8 * layout.length
+        if lacking := self._lacking(needed, layout.parameters * (12 * tasks + 12) * laps):
             yield case.figure("all", skipped=lacking)
             return
         pool = [Storage(tasks, layout, self.device) for _ in range(laps)]
