@@ -26,6 +26,8 @@ INTERRUPTED = 130
 def run(arguments: argparse.Namespace) -> int:
     """Measures what was asked for; the exit code."""
     device, published = check(arguments)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs and events are made on the current one
     torch.manual_seed(0)
     record: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "gcond_kernels", *sys.argv[1:]]),
@@ -53,7 +55,7 @@ def check(arguments: argparse.Namespace) -> tuple[torch.device, ModuleType | Non
     """The device and the published code; errors before anything is measured."""
     try:
         device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=device).device  # with its number
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"--device {arguments.device} cannot be used: {reason}") from None
