@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import gcond_kernels
 from gcond_kernels import GCondFused
 from gcond_kernels.bench.machine import cpu_name
+from gcond_kernels.bench.training import peak_bytes
 
 MICRO_BATCHES = 2
 HARVESTS = ("bucketed", "whole")
@@ -104,25 +104,6 @@ def plain_window(width: int, layers: int, device: str) -> tuple[Callable[[], Non
         optimizer.step()
 
     return run, sum(p.numel() for p in model.parameters())
-
-
-def peak_bytes(run: Callable[[], None], device: str) -> int:
-    """The most that `run` had allocated at any time, beyond what was there before."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
-        run()
-    events = recording.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    assert changes, "the profiler recorded no allocation"
-    now = peak = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        now += change
-        peak = max(peak, now)
-    return peak
 
 
 if __name__ == "__main__":

@@ -517,9 +517,9 @@ def two_steps(model: nn.Module, x: Tensor, tasks: int) -> Run:
     return run
 
 
-def peak_bytes(run: Run, device: torch.device) -> int:
+def peak_bytes(run: Run, device: torch.device | str) -> int:
     """The most that `run` has allocated at any time, beyond what was there before."""
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
