@@ -73,80 +73,148 @@ class Segment(NamedTuple):
 
 
 class Accumulator:
-    """One flat row per task, and what goes with it: history, momentum, counts.
+    """Flat storage of the task gradients, and what goes with it: history, momentum, counts.
 
-    Nothing is allocated before the first gradient, and nothing is ever zeroed: the first
-    micro-batch of a window overwrites.
+    Nothing is allocated before the first gradient, and the first micro-batch of a window
+    overwrites what there is.
 
     Attributes:
         rows: [K, N'] of `dtype`, the sums of this window's gradients.
-        history: [K, N'] of `history_dtype`, last step's rows; None where not kept.
+        history: [K, N'] of the type given to `keep`, last window's sums; None where not kept.
         momentum: [N'] float32; None where not kept.
         momentum_steps: [T] int64, how often each tensor's momentum was updated.
         segments: T segments, in the order in which their parameters were first seen.
         counts: micro-batches of each task in this window.
-        touched: of each tensor, which tasks had a gradient for it in this window: a bit per task.
-        owners: of each tensor, which tasks had one in any window that was resolved.
-        compared: of each tensor, whether it was compared in the last window; None before its first.
+        touched: of each tensor, which tasks were given a gradient for it in this window, if only
+            of zeros: a bit per task. Without any the parameter's `.grad` stays None.
+        owners: [T, K] bool, which tasks ever had a gradient other than zero for the tensor.
+        compared: [T] int8, whether the tensor was compared in the last window; -1 before its first.
         mask: [N' / 32] int32, a bit for each element of a row that is trained; None for all.
-        bucketed: whether gradients are taken while the backward pass runs, or after it.
         end: where the last segment ends. A row may be longer, so that it can be cut evenly.
         cuts: into how many parts history and momentum are cut, of which this process keeps one:
-            then they are [K, N' / cuts] and [N' / cuts], and `grow` leaves them alone.
+            then they are [K, N' / cuts] and [N' / cuts], and are laid out anew by `Sharded` alone.
         part: which part that is.
+        kept: of history and momentum that are cut, the segments and the length of a row when that
+            was done.
         spread: whether the parameters may be DTensors.
         alone: whether nobody else puts gradients in place after a backward pass; where that is not
-            known, they are taken whole if there are other ranks.
+            known, they are taken after the pass if there are other ranks.
     """
 
     def __init__(
         self,
         tasks: int,
         dtype: torch.dtype,
-        history_dtype: torch.dtype | None,
-        momentum: bool,
-        bucketed: bool = False,
         *,
         cuts: int = 1,
         part: int = 0,
         spread: bool = False,
-        alone: bool = False,
         masked: dict[Tensor, Tensor] | None = None,
     ) -> None:
         self.dtype = dtype
-        self.bucketed = bucketed and not spread
         self.end = 0
         self.cuts = cuts
         self.part = part
         self.spread = spread
-        self.alone = alone
-        self.history_dtype = history_dtype
+        self.alone = False
         self.segments: list[Segment] = []
         self.offsets: tuple[int, ...] = ()
         self.sizes: tuple[int, ...] = ()
         self.touched: list[int] = []
-        self.owners: list[int] = []
-        self.compared: list[bool | None] = []
+        self.owners = torch.zeros((0, tasks), dtype=torch.bool, device="cpu")
+        self.compared = torch.zeros(0, dtype=torch.int8, device="cpu")
         # Of parameters without a segment yet, which elements are trained: as bool, in their shape.
-        self._masked = masked or {}
-        self.mask = None if masked is None else torch.empty(0, dtype=torch.int32)
+        self._masked = dict(masked or {})
+        self.mask = None if masked is None else torch.empty(0, dtype=torch.int32, device="cpu")
         self.counts = [0] * tasks
-        self.rows = torch.empty(tasks, 0, dtype=dtype)
-        self.history = None if history_dtype is None else self.rows.to(history_dtype)
-        self.momentum = torch.empty(0, dtype=torch.float32) if momentum else None
-        self.momentum_steps = torch.empty(0, dtype=torch.int64) if momentum else None
+        self.rows = torch.empty((tasks, 0), dtype=dtype, device="cpu")
+        self.history: Tensor | None = None
+        self.momentum: Tensor | None = None
+        self.momentum_steps: Tensor | None = None
+        self.kept: tuple[list[Segment], int] = ([], 0)
         self._place: dict[Tensor, int] = {}
+        # What the layout was made of: parameters by their ids, those without a segment, strides.
+        self._listed: list[int] = []
+        self._unknown: list[Tensor] = []
+        self._shapes: list[tuple[torch.Size, tuple[int, ...]]] = []
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._harvest: Harvest | None = None
         # Views of the first row, one per segment, and the rows that they are of.
         self._views: tuple[Tensor, list[Tensor]] | None = None
 
+    def keep(self, history_dtype: torch.dtype | None, momentum: bool) -> None:
+        """Start or stop to keep history and momentum; what is kept already stays as it is."""
+        tasks, length = self.rows.shape
+        length = length if self.cuts == 1 else 0
+        device = self.rows.device
+        if history_dtype is None:
+            self.history = None
+        elif self.history is None or self.history.dtype != history_dtype:
+            self.history = torch.zeros((tasks, length), dtype=history_dtype, device=device)
+        if not momentum:
+            self.momentum = self.momentum_steps = None
+        elif self.momentum is None:
+            self.momentum = torch.zeros(length, dtype=torch.float32, device=device)
+            steps = torch.zeros(len(self.segments), dtype=torch.int64, device=device)
+            self.momentum_steps = steps
+
+    def add_task(self) -> None:
+        """Add a task, the last one, that has had no gradient yet; between two windows."""
+        self.rows = self.rows.new_zeros((len(self.rows) + 1, self.rows.shape[1]))
+        if self.history is not None:
+            self.history = torch.cat([self.history, torch.zeros_like(self.history[:1])])
+        self.owners = torch.cat([self.owners, torch.zeros_like(self.owners[:, :1])], 1)
+        self.counts.append(0)
+
     def knows(self, parameter: Tensor) -> bool:
-        """Whether the parameter has a segment."""
+        """Return whether the parameter has a segment."""
         return parameter in self._place
 
+    def follow(
+        self, groups: Sequence[dict[str, Any]], names: Callable[[], list[str]], sent: bool
+    ) -> list[int]:
+        """Lay out the parameters that there are now: new, gone, thawed or converted ones.
+
+        Args:
+            groups: the parameter groups.
+            names: of all parameters, in their order; called where something has changed.
+            sent: whether other ranks have a part of this window.
+
+        Returns:
+            Of each segment its place before, -1 where it is new; nothing if all is as it was.
+
+        Raises:
+            ValueError: a parameter cannot be accumulated; nothing has changed.
+            RuntimeError: others are to be laid out, and a part of this window was sent.
+        """
+        listed = [parameter for group in groups for parameter in group["params"]]
+        ids = list(map(id, listed))
+        thawed = any(p.requires_grad for p in self._unknown)
+        converted = not any(self.counts) and self._shapes != shapes_of(self.segments)
+        if ids == self._listed and not thawed and not converted:
+            return []
+        named = dict(zip(listed, names(), strict=True))
+        old = [s.parameter for s in self.segments if s.parameter in named]
+        new = [p for p in named if p.requires_grad and p not in self._place]
+        parameters = [(p, named[p]) for p in (*old, *new)]
+        places: list[int] = []
+        if sent and (new or converted or len(old) < len(self.segments)):
+            raise RuntimeError(
+                "parameters were added, thawed, replaced or removed, and the other ranks have a "
+                "part of this window already: do so between step() and backward()"
+            )
+        if converted or len(old) < len(self.segments):
+            places = self._arrange(parameters)
+        elif new:
+            places = [*range(len(old)), *[-1] * len(new)]
+            self.grow(parameters[len(old) :])
+        self._listed = ids
+        self._unknown = [p for p in listed if p not in self._place]
+        self._shapes = shapes_of(self.segments)
+        return places
+
     def grow(self, parameters: Sequence[tuple[Tensor, str]]) -> None:
-        """Appends segments for new parameters; what is there keeps its place and content.
+        """Append segments for new parameters; what is there keeps its place and content.
 
         Raises:
             ValueError: a parameter cannot be accumulated; nothing has changed.
@@ -155,26 +223,72 @@ class Accumulator:
         for parameter, name in parameters:
             check_parameter(parameter, name, device, self.spread)
         segments, end = lay_out(parameters, self.end)
-
-        length = aligned(-(-end // self.cuts)) * self.cuts
+        length = self._length_of(end)
         self.rows = widened(self.rows, length, device)
-        if self.history is not None and self.cuts == 1:
-            self.history = widened(self.history, length, device)
-        if self.momentum is not None and self.momentum_steps is not None:
-            if self.cuts == 1:
+        if self.cuts == 1:
+            if self.history is not None:
+                self.history = widened(self.history, length, device)
+            if self.momentum is not None:
                 self.momentum = widened(self.momentum, length, device)
-            count = len(self.segments) + len(segments)
-            self.momentum_steps = widened(self.momentum_steps, count, device)
-        for place, segment in enumerate(segments, start=len(self.segments)):
-            self._place[segment.parameter] = place
-        self.end = end
-        self.segments += segments
-        self.offsets += tuple(segment.offset for segment in segments)
-        self.sizes += tuple(segment.shape.numel() for segment in segments)
+        self._set_segments([*self.segments, *segments], end)
         self.touched += [0] * len(segments)
-        self.owners += [0] * len(segments)
-        self.compared += [None] * len(segments)
+        self._pick([*range(len(self.compared)), *[-1] * len(segments)], device)
         self._grow_mask(segments, device)
+
+    def _length_of(self, end: int) -> int:
+        """Return the length of a row whose last segment ends there."""
+        return aligned(-(-end // self.cuts)) * self.cuts
+
+    def _set_segments(self, segments: list[Segment], end: int) -> None:
+        self.segments = segments
+        self.end = end
+        self.offsets = tuple(segment.offset for segment in segments)
+        self.sizes = tuple(segment.shape.numel() for segment in segments)
+        self._place = {segment.parameter: t for t, segment in enumerate(segments)}
+        self._views = None
+
+    def _pick(self, places: Sequence[int], device: torch.device) -> None:
+        """Take over what is kept of each tensor from its place before; -1 is a new one."""
+        self.owners = picked(self.owners, places, 0, device)
+        self.compared = picked(self.compared, places, -1, device)
+        if self.momentum_steps is not None:
+            self.momentum_steps = picked(self.momentum_steps, places, 0, device)
+
+    def _arrange(self, parameters: Sequence[tuple[Tensor, str]]) -> list[int]:
+        """Lay out these parameters anew; what is kept of them moves along. Return their places."""
+        device = parameters[0][0].device if parameters else self.rows.device
+        for parameter, name in parameters:
+            check_parameter(parameter, name, device, self.spread)
+        self.remove_hooks()
+        before, masks = self.segments, [self.mask_of(segment) for segment in self.segments]
+        segments, end = lay_out(parameters, 0)
+        places = [self._place.get(segment.parameter, -1) for segment in segments]
+        # Of other elements than before nothing is known any more.
+        places = [
+            t if t >= 0 and before[t].shape == segment.shape else -1
+            for t, segment in zip(places, segments, strict=True)
+        ]
+        length = self._length_of(end)
+        pairs = [(before[t], s) for t, s in zip(places, segments, strict=True) if t >= 0]
+        # Nothing reads the rows between two windows.
+        moving = pairs if any(self.counts) else []
+        self.rows = moved(self.rows, length, moving, device)
+        if self.cuts == 1:
+            if self.history is not None:
+                self.history = moved(self.history, length, pairs, device)
+            if self.momentum is not None:
+                self.momentum = moved(self.momentum, length, pairs, device)
+        self.touched = [self.touched[t] if t >= 0 else 0 for t in places]
+        self._pick(places, device)
+        self._set_segments(segments, end)
+        if self.mask is not None:
+            for t, segment in zip(places, segments, strict=True):
+                bits = masks[t] if t >= 0 else None
+                if bits is not None:
+                    self._masked.setdefault(segment.parameter, bits)
+            self.mask = torch.empty(0, dtype=torch.int32, device=device)
+            self._grow_mask(segments, device)
+        return places
 
     def _grow_mask(self, segments: Sequence[Segment], device: torch.device) -> None:
         """Words for new segments; without a mask of its own a parameter is trained whole."""
@@ -199,16 +313,15 @@ class Accumulator:
     def harvesting(self, task: int, scale: float | Tensor, backend: str) -> Iterator[None]:
         """Adds `scale` times every `.grad` that a backward pass within leaves, and frees it.
 
-        Where the pass fails, or a gradient cannot be accumulated, the row of the task is as it was
-        if none of this pass was added yet; else the task is without a micro-batch again.
+        Where the pass fails a part of it may have been added: the window is lost.
 
         Raises:
             ValueError: a gradient cannot be accumulated.
         """
-        # Gradients that all fit in one bucket are added when the pass is over either way: then a
-        # pass needs no calls within.
+        # Gradients that all fit in one bucket are added when the pass is over: then a pass needs
+        # no calls within.
         several = self.rows.shape[1] * self.rows.element_size() > BUCKET_BYTES
-        if self.bucketed and several and (self.alone or not is_distributed()):
+        if several and not self.spread and (self.alone or not is_distributed()):
             self._hook_parameters()
         else:
             self.remove_hooks()
@@ -217,11 +330,6 @@ class Accumulator:
             yield
             self._check_reduced()
             harvest.finish()
-        except BaseException:
-            # A part of this micro-batch is in the row: with the ones before it, no mean of theirs.
-            if harvest.taken:
-                self.forget_task(task)
-            raise
         finally:
             self._harvest = None
         self.counts[task] += 1
@@ -260,31 +368,31 @@ class Accumulator:
         self.remove_hooks()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hooks": {}, "_harvest": None, "_views": None}
+        # Without the ids of the parameters: those of a copy are others.
+        return {**self.__dict__, "_hooks": {}, "_harvest": None, "_views": None, "_listed": []}
 
     def drop_gradients(self) -> None:
         """Forgets every `.grad`."""
         for segment in self.segments:
             segment.parameter.grad = None
 
+    def foreign_gradient(self) -> str | None:
+        """Return the name of the first parameter with a `.grad`; None where there is none."""
+        return next((s.name for s in self.segments if s.parameter.grad is not None), None)
+
     def new_gradients(self) -> list[Tensor | None]:
-        """Memory for `.grad`; None where no task had a gradient, or where it was frozen.
+        """Memory for `.grad`; None where no task was given a gradient.
 
         It is the segment of the first row where that is of the gradient's type. The row has been
-        read when the gradient is written, and is overwritten before it is read again.
+        read when the gradient is written, and is overwritten before it is read again. Every window
+        has tensors of its own: what becomes of those that were handed out does not matter.
         """
         if self._views is None or self._views[0] is not self.rows:
             self._views = self.rows, [segment.view(self.rows[0]) for segment in self.segments]
+        views = map(Tensor.detach, self._views[1])
         return [
-            s.new_gradient(view) if wanted else None
-            for s, view, wanted in zip(self.segments, self._views[1], self.wanted(), strict=True)
-        ]
-
-    def wanted(self) -> list[bool]:
-        """Of each tensor, whether it gets a `.grad`: not without a gradient, nor where frozen."""
-        return [
-            bool(touched) and segment.parameter.requires_grad
-            for segment, touched in zip(self.segments, self.touched, strict=True)
+            s.new_gradient(view) if touched else None
+            for s, view, touched in zip(self.segments, views, self.touched, strict=True)
         ]
 
     def give(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
@@ -299,20 +407,27 @@ class Accumulator:
                 given.append(gradient)
         return given
 
-    def owners_now(self) -> list[int]:
-        """Of each tensor, which tasks had a gradient for it in this window or before: bits."""
-        return [owners | new for owners, new in zip(self.owners, self.touched, strict=True)]
+    def note_owners(
+        self, seen: Tensor, finite: Tensor, shared: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Remember which tasks had a gradient for which tensor; none of this waits for the device.
 
-    def note_compared(self, compared: Sequence[bool]) -> bool:
-        """Remembers which tensors are compared; returns whether it is others than last time."""
-        self.owners = self.owners_now()
-        known = [was for was in self.compared if was is not None]
-        changed = [now for now, was in zip(compared, self.compared, strict=True) if was is not None]
+        Args:
+            seen: [T, K] bool, where a task's gradient is not zero in this window.
+            finite: [] bool; where it is False nothing is remembered.
+            shared: tells from all owners [T, K] which tensors are compared, [T] bool.
+
+        Returns:
+            Which tensors are compared, [T], and whether those are others than last time, [].
+        """
+        self.owners = self.owners | (seen & finite)
+        compared = shared(self.owners)
+        was = self.compared
+        changed = finite & ((was >= 0) & (was != compared.to(torch.int8))).any()
         # What no task had a gradient for was compared in no way: its history is zero.
-        self.compared = [
-            now if owners else None for now, owners in zip(compared, self.owners, strict=True)
-        ]
-        return known != changed
+        known = self.owners.any(1)
+        self.compared = torch.where(known & finite, compared.to(torch.int8), was)
+        return compared, changed
 
     def start_window(self) -> None:
         """Forgets what this window accumulated."""
@@ -323,144 +438,6 @@ class Accumulator:
         """Forgets what this window accumulated of one task."""
         self.counts[task] = 0
         self.touched = [tasks & ~(1 << task) for tasks in self.touched]
-
-    def take_back(self, before: Sequence[int], sent: int = 0) -> list[int]:
-        """Undoes additions since the counts were `before`, where that needs no copy of the rows.
-
-        A row that was empty is empty again: the next micro-batch overwrites it. The first `sent`
-        rows are not ours any more.
-
-        Returns:
-            The tasks whose addition had to stay.
-        """
-        added = [k for k, count in enumerate(before) if self.counts[k] > count]
-        for task in added:
-            if before[task] == 0 and task >= sent:
-                self.forget_task(task)
-        return [task for task in added if self.counts[task] > 0]
-
-    def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
-        """Flat storage and its layout; parameters are named by their place in `parameters`.
-
-        The rows are left out between windows, where nothing reads them.
-        """
-        index = {parameter: i for i, parameter in enumerate(parameters)}
-        return {
-            "parameters": [index[segment.parameter] for segment in self.segments],
-            "shapes": [list(segment.shape) for segment in self.segments],
-            "strides": [list(segment.stride) for segment in self.segments],
-            "offsets": list(self.offsets),
-            "cuts": self.cuts,
-            "counts": list(self.counts),
-            "touched": list(self.touched),
-            "owners": list(self.owners),
-            "compared": list(self.compared),
-            "masks": None if self.mask is None else [self.mask_of(s) for s in self.segments],
-            "rows": self.rows if any(self.counts) else None,
-            "history": self.history,
-            "momentum": self.momentum,
-            "momentum_steps": self.momentum_steps,
-        }
-
-    def check_state(self, state: dict[str, Any], parameters: Sequence[tuple[Tensor, str]]) -> None:
-        """Raises a ValueError that names the difference if the state is not of these parameters."""
-        kept = (("history", self.history), ("momentum", self.momentum), ("masks", self.mask))
-        for name, own in kept:
-            if (state[name] is None) != (own is None):
-                there, here = ("no ", "") if own is not None else ("", "no ")
-                raise ValueError(f"the state has {there}{name}, this optimizer has {here}{name}")
-        if state.get("cuts", 1) > 1:
-            layout = [state["parameters"], state["offsets"], state["strides"]]
-            # Parameters that the state does not know yet come after those that it knows.
-            own_layout = [part[: len(state["offsets"])] for part in self._layout_of(parameters)]
-            if layout != own_layout:
-                raise ValueError(
-                    "the state is one rank's, of parameters in another order than here: between "
-                    "such, save and load a TrainingState with torch.distributed.checkpoint"
-                )
-        for i, shape in zip(state["parameters"], state["shapes"], strict=True):
-            parameter, name = parameters[i]
-            own_shape = list(local_part(parameter).shape)
-            if own_shape != shape:
-                raise ValueError(f"{name} has shape {own_shape}, in the state it has {shape}")
-
-    def _layout_of(self, parameters: Sequence[tuple[Tensor, str]]) -> list[Any]:
-        """The layout as it is in a state, with segments for all of these that will have one."""
-        new = [(p, name) for p, name in parameters if p.requires_grad and not self.knows(p)]
-        segments = self.segments + lay_out(new, self.end)[0]
-        index = {parameter: i for i, (parameter, _) in enumerate(parameters)}
-        return [
-            [index[segment.parameter] for segment in segments],
-            [segment.offset for segment in segments],
-            [list(segment.stride) for segment in segments],
-        ]
-
-    def load_state_dict(
-        self, state: dict[str, Any], parameters: Sequence[tuple[Tensor, str]]
-    ) -> list[int]:
-        """Takes over a state that `check_state` has passed, whatever the order of its segments.
-
-        Returns:
-            Where each tensor of the state is here.
-        """
-        listed = [parameters[i] for i in state["parameters"]]
-        new = [(parameter, name) for parameter, name in listed if not self.knows(parameter)]
-        if new:
-            self.grow(new)
-        place = {segment.parameter: t for t, segment in enumerate(self.segments)}
-        here = [place[parameter] for parameter, _ in listed]
-        self.counts = list(state["counts"])
-        self.touched = [0] * len(self.segments)
-        self.owners = [0] * len(self.segments)
-        self.compared = [None] * len(self.segments)
-        kept = zip(state["touched"], state["owners"], state["compared"], strict=True)
-        for t, of_tensor in zip(here, kept, strict=True):
-            self.touched[t], self.owners[t], self.compared[t] = of_tensor
-        if self.mask is not None:
-            self.mask = self.mask.clone()
-            for t, bits in zip(here, state["masks"], strict=True):
-                set_mask(self.mask, self.segments[t], bits)
-        # New memory, not cleared memory: the state may hold the very tensors that are here.
-        self.rows = self._laid_out(self.rows, state["rows"], here, state)
-        if self.history is not None:
-            self.history = self._kept(self.history, state["history"], here, state)
-        if self.momentum is not None and self.momentum_steps is not None:
-            self.momentum = self._kept(self.momentum, state["momentum"], here, state)
-            self.momentum_steps = torch.zeros_like(self.momentum_steps)
-            self.momentum_steps[here] = state["momentum_steps"].to(self.momentum_steps.device)
-        return here
-
-    def _laid_out(
-        self, own: Tensor, saved: Tensor | None, here: Sequence[int], state: dict[str, Any]
-    ) -> Tensor:
-        """New memory of the type of `own`, [..., N'], with what a state has, where it is here."""
-        length, device = self.rows.shape[1], self.rows.device
-        laid_out = torch.zeros((*own.shape[:-1], length), dtype=own.dtype, device=device)
-        if saved is None:
-            return laid_out
-        for row, saved_row in zip(rows_of(laid_out), rows_of(saved), strict=True):
-            for s, t in enumerate(here):
-                segment = self.segments[t]
-                there = segment._replace(
-                    offset=state["offsets"][s], stride=tuple(state["strides"][s])
-                )
-                segment.view(row).copy_(there.view(saved_row))
-        return laid_out
-
-    def _kept(
-        self, own: Tensor, saved: Tensor, here: Sequence[int], state: dict[str, Any]
-    ) -> Tensor:
-        """The same of history or momentum, of which this process may keep a part alone."""
-        if state.get("cuts", 1) > 1:  # the very part that is kept here
-            return saved.to(own.device, own.dtype, copy=True)
-        laid_out = self._laid_out(own, saved, here, state)
-        return laid_out if self.cuts == 1 else self.own_part(laid_out)
-
-    def own_part(self, rows: Tensor) -> Tensor:
-        """A copy of what this process keeps of rows [..., N'] that are cut: [..., N' / cuts]."""
-        length = rows.shape[-1] // self.cuts
-        part = rows[..., self.part * length : (self.part + 1) * length]
-        return part.clone(memory_format=torch.contiguous_format)
 
 
 class Harvest:
@@ -533,7 +510,6 @@ class Harvest:
         gradients = gradients_in_order(segments, sizes, gradients, target.rows.device)
         if not overwrite and all(gradient is None for gradient in gradients):
             return
-        # Before it is so: an interrupt from here on must not count as one before it.
         self.taken.update(places)
         # Autograd and `gradients_in_order` have checked all that `ops.accumulate` would check.
         ops.backend_module(self.backend, target.rows.device, "accumulate").accumulate(
@@ -704,9 +680,38 @@ def set_mask(words: Tensor, segment: Segment, bits: Tensor) -> None:
     words[first : first + len(new)] = new
 
 
+def shapes_of(segments: Sequence[Segment]) -> list[tuple[torch.Size, tuple[int, ...]]]:
+    """Return shape and strides of each parameter as they are now, and not when it was laid out."""
+    parameters = [segment.parameter for segment in segments]
+    shapes = [parameter.shape for parameter in parameters]
+    return list(zip(shapes, map(Tensor.stride, parameters), strict=True))
+
+
 def rows_of(tensor: Tensor) -> Tensor:
     """A tensor [R, n] as it is, one [n] as the only row."""
     return tensor if tensor.dim() == 2 else tensor[None]
+
+
+def picked(tensor: Tensor, places: Sequence[int], fill: int, device: torch.device) -> Tensor:
+    """Return entries [T', ...] of a tensor [T, ...] by their places; `fill` where that is -1."""
+    result = torch.full(
+        (len(places), *tensor.shape[1:]), fill, dtype=tensor.dtype, device=device
+    )
+    here = [t for t, place in enumerate(places) if place >= 0]
+    if here:
+        result[here] = tensor[[places[t] for t in here]].to(device)
+    return result
+
+
+def moved(
+    tensor: Tensor, length: int, pairs: Sequence[tuple[Segment, Segment]], device: torch.device
+) -> Tensor:
+    """Return rows [..., length] with each first segment of `tensor` in the place of the second."""
+    result = torch.zeros((*tensor.shape[:-1], length), dtype=tensor.dtype, device=device)
+    for old, new in zip(rows_of(tensor), rows_of(result), strict=True):
+        for there, here in pairs:
+            here.view(new).copy_(there.view(old))
+    return result
 
 
 def widened(tensor: Tensor, length: int, device: torch.device) -> Tensor:

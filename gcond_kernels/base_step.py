@@ -27,7 +27,26 @@ def step_if(wanted: Tensor, base: torch.optim.Optimizer) -> None:
     elif undoes_on_device(wanted.device, base):
         step_and_undo(wanted, base)
     elif bool(wanted):
+        step_base(base)
+
+
+def step_base(base: torch.optim.Optimizer) -> None:
+    """Step the optimizer, as it is.
+
+    Raises:
+        RuntimeError: it needs what accumulated gradients do not have.
+    """
+    try:
         base.step()
+    except Exception as error:
+        words = str(error).lower()
+        if not any(word in words for word in ("closure", "create_graph", "grad_fn", "hessian")):
+            raise
+        raise RuntimeError(
+            f"{type(base).__name__}.step failed ({error}): it needs a closure that computes the "
+            "loss anew, or a graph of the gradient, and a resolved gradient has neither. Take a "
+            "base optimizer that goes by .grad alone, such as torch.optim.AdamW"
+        ) from error
 
 
 def takes_flag(base: torch.optim.Optimizer) -> bool:
@@ -51,7 +70,7 @@ def step_with_flag(wanted: Tensor, base: torch.optim.Optimizer) -> None:
     base.grad_scale = None  # type: ignore[attr-defined]
     base.found_inf = (~wanted).to(torch.float32)  # type: ignore[attr-defined]
     try:
-        base.step()
+        step_base(base)
     finally:
         del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
 
@@ -79,7 +98,7 @@ def step_and_undo(wanted: Tensor, base: torch.optim.Optimizer) -> None:
                 f"{type(base).__name__} keeps {name!r} on {value.device}, where a step cannot be "
                 f"undone as {wanted.device} says: use fused=True or capturable=True"
             )
-    base.step()
+    step_base(base)
     after = changed_by_step(base)
     for key, value in before.items():
         now = local_part(after[key])

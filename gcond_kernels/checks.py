@@ -6,7 +6,9 @@ import inspect
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +24,38 @@ def check_tasks(tasks: object) -> None:
         raise TypeError(f"tasks must map each task's name to its loss weight, not {tasks!r}")
     if not tasks:
         raise ValueError("tasks must name at least one task")
-    for task, weight in tasks.items():
-        if not isinstance(task, str):
-            raise TypeError(f"tasks: a name must be a string, not {task!r}")
-        number = isinstance(weight, Real) and not isinstance(weight, bool)
-        if not number or not 0.0 <= weight < math.inf:
-            raise ValueError(
-                f"tasks: the loss weight of {task!r} must be 0 or more, not {weight!r}"
-            )
-    if not any(tasks.values()):
+    if not any(checked_weight(task, weight) for task, weight in tasks.items()):
         raise ValueError("tasks: at least one loss weight must be above 0")
+
+
+def plain_name(task: object) -> str:
+    """Return a task's name as a plain string, also of numpy's strings and of enumerations.
+
+    Raises:
+        TypeError: it is no string.
+    """
+    if isinstance(task, str):
+        return str.__str__(task)
+    if isinstance(task, Enum):
+        return plain_name(task.value) if isinstance(task.value, str) else task.name
+    raise TypeError(f"tasks: a name must be a string, not {task!r}")
+
+
+def checked_weight(task: object, weight: Any) -> float:
+    """Return a loss weight as a plain number.
+
+    Raises:
+        ValueError: it is none, or negative, or not finite.
+    """
+    plain = weight
+    if isinstance(weight, Tensor) and weight.numel() == 1:
+        plain = weight.detach().item()
+    elif hasattr(weight, "item") and getattr(weight, "size", None) == 1:  # of numpy
+        plain = weight.item()
+    number = isinstance(plain, Real) and not isinstance(plain, bool)
+    if not number or not 0.0 <= float(plain) < math.inf:
+        raise ValueError(f"tasks: the loss weight of {task!r} must be 0 or more, not {weight!r}")
+    return float(plain)
 
 
 def check_steps(accumulation_steps: object, mode: object, tasks: int) -> None:
@@ -67,7 +91,7 @@ def check_sync(module: object, sync: object) -> None:
     if module is not None and not isinstance(module, torch.nn.Module):
         raise TypeError(f"module must be the model, a torch.nn.Module, not {module!r}")
     if sync is not None:
-        check_choice("sync", sync, ("shard", "replicate", "local"))
+        check_choice("sync", sync, ("shard", "replicate"))
 
 
 def check_scaler(grad_scaler: object) -> None:
@@ -142,7 +166,7 @@ def check_method(method: Method, granularity: str, update: str, max_norm: float 
         what = "update='lion_lars'" if update == "lion_lars" else "max_norm"
         raise ValueError(
             f"{what} asks for the length of a gradient before it is written, which the Gramian "
-            "does not tell of GradDrop's: clip between resolve() and step(), e.g. with "
+            "does not tell of GradDrop's: clip between backward() and step(), e.g. with "
             "torch.nn.utils.clip_grad_norm_"
         )
 
@@ -164,22 +188,35 @@ def check_storage(accumulator_dtype: object, history_dtype: object) -> None:
     check_dtype("history_dtype", history_dtype, ACCUMULATOR_DTYPES)
 
 
-def check_task_names(losses: object, active: Iterable[str], known: Iterable[str]) -> None:
-    """That there is a loss for each active task and no other."""
+def check_task_names(
+    losses: object, active: Iterable[Any], known: Sequence[str], exact: bool
+) -> dict[str, Any]:
+    """Return the losses that there are by plain names.
+
+    Raises:
+        TypeError: it is no mapping.
+        KeyError: a task is unknown or not active; or missing where one alone is active.
+    """
     if not isinstance(losses, Mapping):
         raise TypeError(f"losses must map each active task to its loss, not {type(losses)}")
-    active, known = list(active), list(known)
-    for task in losses:
+    given = {task if type(task) is str else plain_name(task): loss for task, loss in losses.items()}
+    active = [plain_name(task) for task in active]
+    for task in given:
         if task not in known:
-            raise KeyError(f"unknown task {task!r}: the tasks are {known}")
+            raise KeyError(f"unknown task {task!r}: the tasks are {list(known)}")
         if task not in active:
             raise KeyError(
                 f"task {task!r} is not active in this micro-batch: give losses for "
                 f"optimizer.active_tasks, now {active}"
             )
-    for task in active:
-        if task not in losses:
-            raise KeyError(f"no loss for task {task!r}: optimizer.active_tasks is {active}")
+    if not exact:
+        for task in active:
+            if task not in given:
+                raise KeyError(
+                    f"no loss for task {task!r}: optimizer.active_tasks is {active}. Where this "
+                    "micro-batch has nothing for it, give None"
+                )
+    return {task: loss for task, loss in given.items() if loss is not None}
 
 
 def check_loss(task: str, loss: object) -> None:

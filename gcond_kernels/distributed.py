@@ -7,7 +7,6 @@ the same weights from the same bits, whatever part of the gradients it holds its
     Ranks       gradients are reduced already (FSDP2, tensor parallel): inner products are summed
     Sharded     rows are reduce-scattered, each rank resolves its shard, the result is gathered
     Replicated  rows are all-reduced, each rank resolves all of them
-    Local       each rank resolves its own gradients, the results are averaged
 
 All of it is torch.distributed's collectives on the process group of the user.
 """
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gcond_kernels import ops
-from gcond_kernels.accumulator import Accumulator, Segment, aligned, rows_of
+from gcond_kernels.accumulator import Accumulator, Segment, aligned, moved, rows_of
 from gcond_kernels.alike import (
     description,
     difference,
@@ -37,7 +36,6 @@ from gcond_kernels.alike import (
 )
 from gcond_kernels.data_parallel import data_parallel_modules
 from gcond_kernels.dtensor import is_dtensor, local_part
-from gcond_kernels.nonfinite import nonfinite_tasks
 from gcond_kernels.peers import Peers
 from gcond_kernels.python.blocks import WORD_BITS
 
@@ -98,11 +96,6 @@ class Sync:
         self.backend = backend
 
     @property
-    def owner(self) -> list[Any] | None:
-        """Whose state it is, where it is not the same on every rank: [way, rank, ranks]."""
-        return None
-
-    @property
     def started(self) -> int:
         """How many rows are on their way to the other ranks: the first ones."""
         return 0
@@ -119,22 +112,27 @@ class Sync:
         """Whether the flag is set on any rank; all of them ask."""
         return flag
 
-    def check_begun(self) -> None:
+    def on_all_ranks(self, flag: Tensor) -> Tensor:
+        """Whether a flag on the device, [] bool, is set on all ranks; all of them ask."""
+        return flag
+
+    def check_begun(self, begun: bool) -> None:
         """Raises a RuntimeError where there is nothing to resolve."""
-        if not any(self.accumulator.counts):
+        if not begun:
             raise RuntimeError("nothing was accumulated: call backward(losses) before step()")
 
-    def meet(self, describe: Describe, on_nonfinite: str) -> list[int]:
+    def meet(self, describe: Describe, on_nonfinite: str, begun: bool) -> list[int]:
         """Brings the ranks together; returns the micro-batches of each task that count.
 
         Args:
             describe: tells what all ranks must have alike, by name.
             on_nonfinite: what is done about gradients that are not finite.
+            begun: whether this window had a micro-batch, with a loss or without.
 
         Raises:
             RuntimeError: nothing was accumulated, or the ranks differ; all of them raise it.
         """
-        self.check_begun()
+        self.check_begun(begun)
         return self.accumulator.counts
 
     def work(self) -> Work:
@@ -197,23 +195,22 @@ class Ranks(Sync):
         self._replica: list[tuple[int, int]] = []
         self._part = 0  # which part of all parameters this process holds
 
-    @property
-    def owner(self) -> list[Any] | None:
-        """Whose state it is."""
-        return [self.way, self.peers.rank, self.peers.size]
-
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; all of them ask."""
         return any(flag for (flag,) in self.peers.numbers([flag], self.accumulator.rows.device))
 
-    def check_begun(self) -> None:
+    def on_all_ranks(self, flag: Tensor) -> Tensor:
+        """Whether a flag on the device, [] bool, is set on all ranks; all of them ask."""
+        return ~self.peers.any_of(~flag)
+
+    def check_begun(self, begun: bool) -> None:
         """Another rank may have begun where this one has not: `meet` tells."""
 
-    def meet(self, describe: Describe, on_nonfinite: str) -> list[int]:
+    def meet(self, describe: Describe, on_nonfinite: str, begun: bool) -> list[int]:
         """Brings the ranks together; returns the micro-batches of each task that count."""
         self._meet_alike(describe)
-        table = self._tell(on_nonfinite)
-        if not any(map(any, table)):
+        any_begun, table = self._tell(on_nonfinite, begun)
+        if not any_begun:
             self.accumulator.start_window()
             self.end_window()
             raise RuntimeError(
@@ -246,17 +243,17 @@ class Ranks(Sync):
             self._fresh = True
         self._open = True
 
-    def _tell(self, on_nonfinite: str) -> list[list[int]]:
-        """How many micro-batches of each task every rank had."""
+    def _tell(self, on_nonfinite: str, begun: bool) -> tuple[bool, list[list[int]]]:
+        """Whether any rank has begun, and how many micro-batches of each task every rank had."""
         acc = self.accumulator
         choice = ("skip", "drop_task", "raise").index(on_nonfinite)
-        own = [choice, digest(acc.touched), *acc.counts]
+        own = [choice, digest(acc.touched), int(begun), *acc.counts]
         table = self.peers.numbers(own, acc.rows.device)
         if len({row[0] for row in table}) > 1:
             raise RuntimeError("the ranks differ in on_nonfinite: set it alike on all of them")
         if len({row[1] for row in table}) > 1:
             self._unite_touched()
-        return [row[2:] for row in table]
+        return any(row[2] for row in table), [row[3:] for row in table]
 
     def _counts(self, table: list[list[int]]) -> list[int]:
         """The micro-batches that the rows are sums of, from those of every rank."""
@@ -454,13 +451,13 @@ class Reduced(Ranks):
     def _arrived(self, task: int) -> None:
         """The sum is there."""
 
-    def meet(self, describe: Describe, on_nonfinite: str) -> list[int]:
+    def meet(self, describe: Describe, on_nonfinite: str, begun: bool) -> list[int]:
         """Brings the ranks together, with the sums of their rows."""
         self._meet_alike(describe)
         while self._started < len(self.accumulator.counts):
             self._start()
         self._finish()
-        return super().meet(describe, on_nonfinite)
+        return super().meet(describe, on_nonfinite, begun)
 
     def _check_gradients(self) -> None:
         """Every rank has had gradients of its own, which are summed by now."""
@@ -481,11 +478,6 @@ class Replicated(Reduced):
     """All-reduce of the rows; then every rank resolves all of it and keeps all state."""
 
     way = "replicate"
-
-    @property
-    def owner(self) -> list[Any] | None:
-        """Every rank's state is the same, and that of one process."""
-        return None
 
     def _reduce(self, task: int) -> Any:
         return self.peers.sum_of_row(self.accumulator.rows[task])
@@ -539,8 +531,8 @@ class Sharded(Reduced):
             for offset, size in zip(acc.offsets, acc.sizes, strict=True)
         ]
         outputs = [
-            result[a:b] if wanted else None
-            for (a, b), wanted in zip(spans, acc.wanted(), strict=True)
+            result[a:b] if touched else None
+            for (a, b), touched in zip(spans, acc.touched, strict=True)
         ]
         sizes = [b - a for a, b in spans]
         return Work(
@@ -563,36 +555,46 @@ class Sharded(Reduced):
         ]
 
     def fit_kept(self) -> None:
-        """Cuts history and momentum anew where parameters have come, or there was nothing yet."""
+        """Cuts history and momentum anew where the layout has changed, or there was none yet."""
         acc = self.accumulator
         if acc.history is not None:
             acc.history = self._cut_anew(acc.history)
         if acc.momentum is not None:
             acc.momentum = self._cut_anew(acc.momentum)
+        acc.kept = acc.segments, acc.rows.shape[1]
 
     def _cut_anew(self, kept: Tensor) -> Tensor:
-        rows, before = self.accumulator.rows, kept.shape[-1]
-        if before == self._length and kept.device == rows.device:
-            return kept
-        cut = kept.new_zeros((*kept.shape[:-1], self._length), device=rows.device)
-        if before == 0:
+        acc, device = self.accumulator, self.accumulator.rows.device
+        segments, length = acc.kept
+        same = length == acc.rows.shape[1] and layout_of(segments) == layout_of(acc.segments)
+        if same and kept.shape[-1] == self._length:
+            return kept.to(device)
+        cut = kept.new_zeros((*kept.shape[:-1], self._length), device=device)
+        if kept.shape[-1] == 0:
             return cut
+        place = {segment.parameter: segment for segment in segments}
+        pairs = [
+            (place[s.parameter], s)
+            for s in acc.segments
+            if s.parameter in place and place[s.parameter].shape == s.shape
+        ]
         for old, new in zip(rows_of(kept), rows_of(cut), strict=True):
-            own = self.whole(old)[self.peers.rank * self._length :][: self._length]
-            new[: len(own)] = own
+            new.copy_(self._own_shard(moved(self.whole(old), acc.rows.shape[1], pairs, device)))
         return cut
+
+    def own_part(self, row: Tensor) -> Tensor:
+        """A copy of this rank's part of a row [N']."""
+        return self._own_shard(row).clone()
+
+    def all_kept(self, kept: Tensor) -> Tensor:
+        """History or momentum [..., N'], on the host, of which every rank keeps a part."""
+        return torch.stack([self.whole(row).cpu() for row in rows_of(kept)])
 
     def whole(self, part: Tensor) -> Tensor:
         """A row [N'] of which every rank has a part [n]."""
         row = part.new_empty(part.numel() * self.size)
         self.peers.gather(row, part.contiguous())
         return row
-
-    def own_sum(self, row: Tensor) -> Tensor:
-        """This rank's part [n] of the sum of a row [N'] over the ranks."""
-        part = row.new_empty(row.numel() // self.size)
-        self.peers.scatter_sum(part, row).wait()
-        return part
 
     def _new_result(self) -> Tensor:
         """[N'] memory for the result, of the type of the gradients where that is one."""
@@ -610,56 +612,10 @@ class Sharded(Reduced):
         """All-gather of the shards of the result."""
         assert work.result is not None
         self.peers.gather(work.result, self._own_shard(work.result))
-        return gradients_from(work.result, self.accumulator)
+        return gradients_from(work.result, self.accumulator, work.outputs)
 
 
-class Local(Ranks):
-    """Every rank resolves its own gradients, and the results are averaged.
-
-    It is what the published implementation does: the ranks' state drifts apart.
-    """
-
-    way = "local"
-
-    def __init__(self, accumulator: Accumulator, backend: str, peers: Peers) -> None:
-        super().__init__(accumulator, backend, peers)
-        self.losses_per_micro_batch = 1  # its own
-
-    def _check_gradients(self) -> None:
-        """Every rank has gradients of its own."""
-
-    def _counts(self, table: list[list[int]]) -> list[int]:
-        return self.accumulator.counts
-
-    def _pieces(self) -> Pieces:
-        return Sync._pieces(self)
-
-    def work(self) -> Work:
-        """All of it; the result lies in the first row."""
-        acc = self.accumulator
-        outputs = [
-            segment.view(acc.rows[0]) if wanted else None
-            for segment, wanted in zip(acc.segments, acc.wanted(), strict=True)
-        ]
-        return super().work()._replace(outputs=outputs, result=acc.rows[0])
-
-    def total(
-        self, products: ops.Gramians, squared_norms: Tensor | None, losses: Tensor | None
-    ) -> tuple[ops.Gramians, Tensor | None, Tensor | None]:
-        """Inner products of this rank, but not finite where they are not on any rank."""
-        bad = self.peers.any_of(nonfinite_tasks(products.total))
-        total = products.total + torch.where(bad, math.nan, 0.0).diag()
-        return products._replace(total=total), squared_norms, losses
-
-    def gradients(self, work: Work) -> list[Tensor | None]:
-        """The mean over the ranks."""
-        assert work.result is not None
-        self.peers.sum(work.result)
-        work.result.div_(self.size)
-        return gradients_from(work.result, self.accumulator)
-
-
-WAYS: dict[str, type[Ranks]] = {way.way: way for way in (Ranks, Sharded, Replicated, Local)}
+WAYS: dict[str, type[Ranks]] = {way.way: way for way in (Ranks, Sharded, Replicated)}
 
 
 def peers_of(group: Any, module: nn.Module | None) -> Peers | None:
@@ -702,16 +658,23 @@ def way_of(
     return None if peers is None or peers.size == 1 else sync or "shard"
 
 
-def gradients_from(result: Tensor, accumulator: Accumulator) -> list[Tensor | None]:
+def gradients_from(
+    result: Tensor, accumulator: Accumulator, outputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """Every `.grad` from a row [N']: a view of it, or a copy where the type is another."""
     gradients: list[Tensor | None] = []
-    for segment, wanted in zip(accumulator.segments, accumulator.wanted(), strict=True):
+    for segment, output in zip(accumulator.segments, outputs, strict=True):
         view = segment.view(result)
-        gradient = segment.new_gradient(view) if wanted else None
+        gradient = None if output is None else segment.new_gradient(view)
         if gradient is not None and gradient is not view:
             gradient.copy_(view)
         gradients.append(gradient)
     return gradients
+
+
+def layout_of(segments: Sequence[Segment]) -> list[tuple[int, int, tuple[int, ...]]]:
+    """What tells one layout of parameters from another: who lies where, in which order."""
+    return [(id(s.parameter), s.offset, s.stride) for s in segments]
 
 
 def mask_prints(accumulator: Accumulator) -> list[list[float]]:

@@ -2,53 +2,61 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from gcond_kernels import ops, tables
+from gcond_kernels import graphs, ops, overflow, saving, tables
 from gcond_kernels.accumulator import Accumulator, is_distributed
-from gcond_kernels.base_step import step_if
+from gcond_kernels.base_step import step_base, step_if
 from gcond_kernels.checks import (
     check_base,
-    check_choice,
     check_chosen,
     check_count,
     check_loss,
-    check_method,
     check_nonfinite,
-    check_range,
     check_scaler,
-    check_steps,
     check_storage,
     check_sync,
     check_task_names,
     check_tasks,
-    check_update,
+    plain_name,
     warn_of_double_smoothing,
 )
+from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.data_parallel import DataParallel
-from gcond_kernels.distributed import WAYS, Local, Sync, Work, peers_of, way_of
+from gcond_kernels.distributed import WAYS, Sharded, Sync, Work, peers_of, way_of
 from gcond_kernels.loss_scale import LossScale
 from gcond_kernels.mask import check_mask
 from gcond_kernels.methods import GCond, GradDrop, Method
-from gcond_kernels.methods.method import Function, Known, fresh_state
+from gcond_kernels.methods.method import Known, fresh_state
+from gcond_kernels.names import labels_of
 from gcond_kernels.nonfinite import describe, nonfinite_tasks, without_tasks
+from gcond_kernels.options import Assignable, Fixed, Options, TaskWeights, schedule
 from gcond_kernels.recorder import Recorder
 from gcond_kernels.report import Report, Resolution
-from gcond_kernels.saving import check_method_state, check_owner, check_window, in_own_order
-from gcond_kernels.scope import Scope, scope_of
+from gcond_kernels.scope import Scope, flags, is_among, shared_among
 
 Loss: TypeAlias = "Tensor | Callable[[], Tensor]"
 
-STATE_VERSION = 3
+
+@dataclass(frozen=True)
+class Window:
+    """What stays the same from the first micro-batch of a window to the last.
+
+    Attributes:
+        weights: [K] loss weights.
+        planned: [K] micro-batches of each task in a full window.
+    """
+
+    weights: tuple[float, ...]
+    planned: tuple[int, ...]
 
 
 @dataclass
@@ -60,32 +68,52 @@ class Progress:
 
     Attributes:
         on_nonfinite: what becomes of a step in which a gradient is not finite.
+        options: those that this window goes by.
+        assigned: those that the next one goes by.
         method_state: the small tensors of the method.
         counters: [2 + K] int64: resolutions, those that were skipped, and of each task those in
             which its gradient was not finite. On the device, so that replays of a CUDA graph count.
         nonfinite: [K] bool: tasks whose gradient was not finite in the last resolution.
         losses: [K] float64: the sum of each task's losses in this window; None where not needed.
+        window: what this window goes by; None before its first micro-batch.
         position: micro-batches of this window so far.
+        running: whether a call of `backward` is under way.
         resolved: whether `.grad` holds this window's result.
+        finite: [] bool, whether that is to be stepped with.
         told: whether the scaler was told of it.
+        reached: whether any loss ever reached a parameter.
+        all_shared: whether the host knows that tasks share every tensor.
+        chosen_shared: whether it knows that they share one that the method looks at.
+        known_owners: what the host knows of the owners of each tensor, bits.
+        initialized: parameters whose state the base made in a step that was none.
         last: the last resolution.
         written: what it wrote to `.grad`, to tell it from a gradient of somebody else's.
     """
 
     on_nonfinite: str
+    options: Options
+    assigned: Options
     method_state: dict[str, Tensor]
     counters: Tensor
     nonfinite: Tensor
     losses: Tensor | None = None
+    window: Window | None = None
     position: int = 0
+    running: bool = False
     resolved: bool = False
+    finite: Tensor | None = None
     told: bool = False
+    reached: bool = False
+    all_shared: tables.HostFlag = field(default_factory=tables.HostFlag)
+    chosen_shared: bool = False
+    known_owners: list[int] = field(default_factory=list)
+    initialized: list[Tensor] = field(default_factory=list)
     last: Resolution | None = None
-    written: list[weakref.ref[Tensor]] = field(default_factory=list)
+    written: list[Callable[[], Tensor | None]] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be copied; without them a .grad counts as somebody else's.
-        return {**self.__dict__, "written": [], "last": None}
+        return {**self.__dict__, "written": [], "last": None, "all_shared": tables.HostFlag()}
 
 
 class GCondFused(torch.optim.Optimizer):
@@ -175,6 +203,24 @@ class GCondFused(torch.optim.Optimizer):
     # So GradScaler.step calls `step` and leaves the rest to it.
     _step_supports_amp_scaling = True
 
+    accumulation_steps = Assignable()
+    mode = Assignable()
+    method = Assignable()
+    granularity = Assignable()
+    momentum = Assignable()
+    update = Assignable()
+    trust_ratio_coef = Assignable()
+    trust_ratio_clip = Assignable()
+    max_norm = Assignable()
+    history_dtype = Assignable()
+    backend = Assignable()
+    accumulator_dtype = Fixed()
+    mask = Fixed()
+    grad_scaler = Fixed()
+    record_steps = Fixed()
+    sync = Fixed()
+    process_group = Fixed()
+
     def __init__(
         self,
         base: torch.optim.Optimizer,
@@ -192,12 +238,11 @@ class GCondFused(torch.optim.Optimizer):
         max_norm: float | None = None,
         accumulator_dtype: torch.dtype = torch.float32,
         history_dtype: torch.dtype = torch.bfloat16,
-        harvest: Literal["bucketed", "whole"] = "bucketed",
         on_nonfinite: Literal["skip", "drop_task", "raise"] = "skip",
         grad_scaler: torch.amp.GradScaler | None = None,
         record_steps: int = 1000,
         module: torch.nn.Module | None = None,
-        sync: Literal["shard", "replicate", "local"] | None = None,
+        sync: Literal["shard", "replicate"] | None = None,
         process_group: Any = None,
         backend: str = "auto",
     ) -> None:
@@ -205,27 +250,33 @@ class GCondFused(torch.optim.Optimizer):
         if isinstance(base, GCondFused):
             raise TypeError("base must be the optimizer itself, not another GCondFused")
         check_tasks(tasks)
-        check_steps(accumulation_steps, mode, len(tasks))
-        check_choice("granularity", granularity, ("model", "tensor"))
-        method = method_of(method)
-        check_range("momentum", momentum, 0.0, 1.0, open_low=False)
-        check_update(update, max_norm)
-        check_method(method, granularity, update, max_norm)
-        check_range("trust_ratio_coef", trust_ratio_coef, 0.0, math.inf, open_low=True)
-        check_range("trust_ratio_clip", trust_ratio_clip, 0.0, math.inf, open_low=True)
+        weights = TaskWeights(tasks)
+        K = len(weights)
+        options = Options.checked(
+            K,
+            accumulation_steps=accumulation_steps,
+            mode=mode,
+            method=method,
+            granularity=granularity,
+            momentum=momentum,
+            update=update,
+            trust_ratio_coef=trust_ratio_coef,
+            trust_ratio_clip=trust_ratio_clip,
+            max_norm=max_norm,
+            history_dtype=history_dtype,
+            backend=backend,
+        )
         check_storage(accumulator_dtype, history_dtype)
-        check_choice("harvest", harvest, ("bucketed", "whole"))
         check_scaler(grad_scaler)
         check_nonfinite(on_nonfinite, grad_scaler)
         check_count("record_steps", record_steps)
         check_sync(module, sync)
-        named = list(parameters_of(base))
-        parameters = [parameter for parameter, _ in named]
-        check_chosen(method, [name for _, name in named])
-        masked = None if mask is None else check_mask(mask, named)
+        labels = labels_of(base.param_groups)
+        parameters = [p for group in base.param_groups for p in group["params"]]
+        check_chosen(options.method, labels)
+        masked = None if mask is None else check_mask(mask, list(zip(parameters, labels, strict=True)))
         device = parameters[0].device
-        for operation in ops.OPERATIONS:  # raises now rather than in training
-            ops.choose_backend(backend, device, operation)
+        check_backend(options.backend, device)
         peers = peers_of(process_group, module)
         way = way_of(sync, parameters, peers, module)
         self._data_parallel = None if module is None else DataParallel(module, parameters)
@@ -233,32 +284,26 @@ class GCondFused(torch.optim.Optimizer):
         # Not super().__init__: that would make lists of parameters and state of our own.
         self.base = base
         super().__setstate__({})
-        self._weights = {task: float(weight) for task, weight in tasks.items()}
-        self.accumulation_steps = accumulation_steps
-        self.mode = mode
-        self.method = method
-        self.granularity = granularity
-        self.beta = float(momentum)
-        self.update = update
-        self.trust_ratio_coef = float(trust_ratio_coef)
-        self.trust_ratio_clip = float(trust_ratio_clip)
-        self.max_norm = max_norm
-        self.grad_scaler = grad_scaler
-        self.backend = backend
-        self._names = tuple(self._weights)
-        self._schedule = schedule(len(tasks), accumulation_steps, mode)
+        self._weights = weights
+        self._fixed = {
+            "accumulator_dtype": accumulator_dtype,
+            "mask": mask,
+            "grad_scaler": grad_scaler,
+            "record_steps": int(record_steps),
+            "sync": sync,
+            "process_group": process_group,
+        }
+        sharded = peers is not None and way == "shard"
         self._accumulator = Accumulator(
-            len(tasks),
+            K,
             accumulator_dtype,
-            history_dtype if self.method.needs_history else None,
-            self.beta > 0.0,
-            harvest == "bucketed",
-            cuts=peers.size if peers is not None and way == "shard" else 1,
-            part=peers.rank if peers is not None and way == "shard" else 0,
+            cuts=peers.size if peers is not None and sharded else 1,
+            part=peers.rank if peers is not None and sharded else 0,
             spread=way == "mesh",
-            alone=module is not None,
             masked=masked,
         )
+        self._accumulator.alone = module is not None
+        self._accumulator.keep(options.history, options.momentum > 0.0)
         self._knows_ranks = peers is not None
         self._sync = Sync(self._accumulator, backend)
         if way is not None and peers is not None:
@@ -271,21 +316,40 @@ class GCondFused(torch.optim.Optimizer):
                 self._loss_scale.inverse(device)
         self._now = Progress(
             on_nonfinite,
-            self._new_method_state(0, device),
-            torch.zeros(2 + len(tasks), dtype=torch.int64, device=device),
-            torch.zeros(len(tasks), dtype=torch.bool, device=device),
+            options,
+            options,
+            new_method_state(options, K, 0, device),
+            torch.zeros(2 + K, dtype=torch.int64, device=device),
+            torch.zeros(K, dtype=torch.bool, device=device),
+            losses=new_losses(options, K, device),
         )
-        if self.method.needs_losses:
-            self._now.losses = torch.zeros(len(tasks), dtype=torch.float64, device=device)
-        self.recorder = Recorder(self._names, self.method.thresholds, record_steps)
-        if self.beta > 0.0:
+        self.recorder = Recorder(tuple(weights), options.method.thresholds, int(record_steps))
+        for group in base.param_groups:
+            group[saving.KEY] = {}  # so that what loads a state group by group finds its place
+        if options.momentum > 0.0:
             warn_of_double_smoothing(base)
 
     # What is shared with the wrapped optimizer.
 
+    def __getattr__(self, name: str) -> Any:
+        # What is not ours: train() and eval() of schedule-free optimizers, and so on.
+        base = self.__dict__.get("base")
+        if base is None or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        try:
+            return getattr(base, name)
+        except AttributeError:
+            raise AttributeError(
+                f"neither {type(self).__name__} nor {type(base).__name__} has an attribute {name!r}"
+            ) from None
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the wrapped optimizer: the same list."""
+        # GradScaler.unscale_ is part of recipes that clip, and these gradients have no scale: it
+        # is shown none. It has no other place where it could be told.
+        if sys._getframe(1).f_code.co_name == "_unscale_grads_":
+            return []
         return self.base.param_groups
 
     @param_groups.setter
@@ -294,12 +358,18 @@ class GCondFused(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """The per-parameter state of the wrapped optimizer: the same mapping."""
-        return self.base.state
+        """The state of each parameter: of the base, and under "gcond" what is kept beside it."""
+        return saving.StateView(self.base, self._kept_of)
 
     @state.setter
     def state(self, state: Any) -> None:
         self.base.state = state
+
+    def _kept_of(self, parameter: Tensor) -> dict[str, Any] | None:
+        if not self._accumulator.knows(parameter) or isinstance(self._sync, Sharded):
+            return None
+        place = [s.parameter is parameter for s in self._accumulator.segments].index(True)
+        return saving.of_parameter(self._saved(), place)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -311,20 +381,61 @@ class GCondFused(torch.optim.Optimizer):
         self.base.defaults = defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, at any time; with several ranks between two windows."""
+        """Add a group of parameters, at any time; with several ranks between two windows."""
         self.base.add_param_group(param_group)
+        self.base.param_groups[-1][saving.KEY] = {}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears `.grad`. What the window has accumulated stays: `step` starts a new one.
+        """Clear `.grad`. What the window has accumulated stays: `step` starts a new one.
 
-        So a loop that calls this for every micro-batch, as is the habit, does no harm.
+        So a loop that calls this for every micro-batch, as is the habit, does no harm. What the
+        window has accumulated is dropped with `drop_window`.
         """
         self.base.zero_grad(set_to_none)
 
+    # What can be assigned.
+
     @property
-    def tasks(self) -> Mapping[str, float]:
-        """Task → loss weight; not to be changed."""
-        return MappingProxyType(self._weights)
+    def tasks(self) -> TaskWeights:
+        """Task → loss weight. One that is assigned holds from the next window on."""
+        return self._weights
+
+    @tasks.setter
+    def tasks(self, weights: Mapping[str, float]) -> None:
+        check_tasks(weights)
+        new = TaskWeights(weights)
+        if set(new) != set(self._weights):
+            raise ValueError(
+                f"tasks: {list(new)} are not the tasks {list(self._weights)} of this optimizer: "
+                "add one with add_task(name, weight), leave one out of backward(losses)"
+            )
+        for task, weight in new.items():
+            self._weights[task] = weight
+
+    def add_task(self, name: str, weight: float) -> None:
+        """Add a task, the last one, between two windows; the others keep all that they have.
+
+        Args:
+            name: of the task.
+            weight: λ, 0 or more.
+
+        Raises:
+            TypeError, ValueError: there is such a task, or the weight is none; or in stochastic
+                mode `accumulation_steps` are too few for one more.
+            RuntimeError: in the middle of a window.
+        """
+        now, acc = self._now, self._accumulator
+        if now.position or now.resolved or any(acc.counts):
+            raise RuntimeError("a task is added between two windows: after step() or drop_window()")
+        options = Options.checked(len(self._weights) + 1, **vars(now.assigned))
+        self._weights.add(name, weight)
+        acc.add_task()
+        self.recorder.add_task(plain_name(name))
+        now.nonfinite = torch.cat([now.nonfinite, torch.zeros_like(now.nonfinite[:1])])
+        now.counters = torch.cat([now.counters, torch.zeros_like(now.counters[:1])])
+        now.last = None
+        self._renew(options)
+        self._sync.forget_agreement()
 
     @property
     def on_nonfinite(self) -> str:
@@ -336,143 +447,340 @@ class GCondFused(torch.optim.Optimizer):
         check_nonfinite(choice, self.grad_scaler)
         self._now.on_nonfinite = choice
 
-    # One window: backward … backward, resolve, step.
+    @property
+    def thresholds(self) -> tuple[float, float, float]:
+        """Cosines that tell zones of conflict apart; those of GCond may be assigned."""
+        thresholds: tuple[float, float, float] = self.method.thresholds
+        return thresholds
+
+    @thresholds.setter
+    def thresholds(self, thresholds: tuple[float, float, float]) -> None:
+        if not isinstance(self.method, GCond):
+            raise AttributeError(f"{type(self.method).__name__} has no thresholds to be assigned")
+        self.method = replace(self.method, thresholds=thresholds)
+
+    def _assign(self, name: str, value: object) -> None:
+        """Check an option; it takes effect from the next window on."""
+        now = self._now
+        options = Options.checked(len(self._weights), **{**vars(now.assigned), name: value})
+        check_chosen(options.method, labels_of(self.base.param_groups))
+        check_backend(options.backend, self._device())
+        now.assigned = options
+        if now.window is None:
+            self._renew(options)
+
+    def _renew(self, options: Options) -> None:
+        """Let options take effect: what they need is made, what they still need is kept."""
+        now, acc, K = self._now, self._accumulator, len(self._weights)
+        before, device = now.options, now.counters.device
+        now.options = now.assigned = options
+        acc.keep(options.history, options.momentum > 0.0)
+        state = new_method_state(options, K, len(acc.segments), device)
+        if type(options.method) is type(before.method) and options.granularity == before.granularity:
+            state = {name: taken_over(now.method_state.get(name), new) for name, new in state.items()}
+        now.method_state = state
+        if (now.losses is None or len(now.losses) < K) or not options.method.needs_losses:
+            now.losses = new_losses(options, K, device)
+        now.chosen_shared = False
+        self.recorder.thresholds = options.method.thresholds
+        self._sync.backend = options.backend
+        self._sync.forget_agreement()
+
+    # One window: backward … backward, step.
 
     @property
     def active_tasks(self) -> tuple[str, ...]:
         """The tasks whose losses the next `backward` takes; none once the window is full."""
-        if self._now.position >= self.accumulation_steps:
+        now = self._now
+        options = now.options if now.window is not None else now.assigned
+        if now.resolved or now.position >= options.accumulation_steps:
             return ()
-        return tuple(self._names[task] for task in self._schedule[self._now.position])
+        turns = schedule(len(self._weights), options.accumulation_steps, options.mode)
+        return tuple(self._weights.keys_given[task] for task in turns[now.position])
 
-    def backward(self, losses: Mapping[str, Loss]) -> bool:
-        """Back-propagates one micro-batch and accumulates each task's gradient.
+    @torch._disable_dynamo
+    def backward(self, losses: Mapping[str, Loss | None]) -> bool:
+        """Back-propagate one micro-batch and accumulate each task's gradient.
+
+        The last micro-batch of a window ends it: conflicts are resolved, and `.grad` holds the
+        result, as after the last `loss.backward()` of a plain loop. It may be clipped, logged or
+        added to before `step`. Parameters that no task had a gradient for keep `.grad` None.
+
+        What is passed back through is the loss as a plain loop would have it: times its weight,
+        divided by the micro-batches of the window. So parameters that this optimizer does not hold
+        get the gradient of the plain sum, which their own optimizer may step with.
 
         Args:
-            losses: for each of `active_tasks` a scalar loss, without the loss weight, or a
-                function without arguments that returns one. Losses may share a graph; it is
-                freed after the last of them. Functions are called one at a time, each graph
-                freed before the next is built. Parameters that this optimizer does not hold
-                get their `.grad` as from any backward pass.
+            losses: for `active_tasks` a scalar loss, without the loss weight, or a function without
+                arguments that returns one. In exact mode tasks may be left out, or be None: this
+                micro-batch has nothing for them, and each task is divided by its own count.
+                Functions are called one at a time, each graph freed before the next is built.
 
         Returns:
-            True when the window is full and `step` is due.
+            True when the window is full, `.grad` written and `step` due.
+
+        Memory: losses may share a graph. What one loss alone has, its head or a forward pass of
+        its own, is freed when that loss was passed back through, and the rest after the last; the
+        loss is left without a graph. But autograd keeps what is still referred to: an output of a
+        head that a variable holds keeps the head's activations until it is let go of. Delete it,
+        or give the losses as functions.
+
+        A loss whose backward pass overwrites what it has saved (fused cross entropies that scale
+        their gradient in place do) can be passed back through once: where two tasks share it, give
+        them as functions, each with a forward pass of its own. Autograd has no way to tell.
 
         Raises:
-            KeyError: a task is unknown, missing, or not active now.
+            KeyError: a task is unknown, or not active now.
             TypeError, ValueError: a loss is not a scalar tensor with a graph, or a gradient
-                cannot be accumulated. Losses given as tensors are all checked before anything
-                is accumulated. Where a later loss fails in its function or its backward pass,
-                the gradients of those before it are taken back in the first micro-batch of a
-                window; later that would need a copy of the accumulators, so they stay, each
-                task is divided by its own count of micro-batches, and a warning says so. Where
-                a backward pass fails after a bucket of it was added, its task forgets the
-                micro-batches that it had in this window, and a warning says that.
-            RuntimeError: the window is full already, or a parameter has a `.grad` that came
-                from elsewhere. (Call `zero_grad` before backward passes of your own: what `step`
-                left in `.grad` is dropped here, with what was added to it.) Or the ranks were
-                joined after this optimizer was made; or FSDP or DistributedDataParallel are set
-                otherwise than this can work with; the message says how.
+                cannot be accumulated.
+            FloatingPointError: with on_nonfinite="raise", from the last micro-batch of a window;
+                see `resolve`.
+            RuntimeError: the window is resolved, and `step` was not called; or a parameter has a
+                `.grad` that came from elsewhere, or from a backward pass that a loss function ran.
+                (Call `zero_grad` before backward passes of your own: what `step` left in `.grad` is
+                dropped here, with what was added to it.) Or no loss reaches any parameter. Or the
+                ranks were joined after this optimizer was made; or FSDP or DistributedDataParallel
+                are set otherwise than this can work with; the message says how.
+
+        What the arguments show to be wrong is raised before anything has changed. An exception
+        while losses are computed or passed back through voids the window: what it accumulated is
+        lost, a warning says so, and the next call starts afresh. Momentum, history and averages
+        are as they were. Where a rank has sent a part of the window by then, that part stays, and
+        `step` is due.
         """
+        now, acc = self._now, self._accumulator
+        self._check_not_within("backward")
         self._check_window_open()
         self._check_ranks()
-        check_task_names(losses, self.active_tasks, self._names)
-        for task, loss in losses.items():
+        self._begin_window()
+        given = check_task_names(losses, self.active_tasks, tuple(self._weights), self._is_exact())
+        for task, loss in given.items():
             if not callable(loss):
                 check_loss(task, loss)
-        self._include_new_parameters()
+        self._follow_parameters()
         self._clear_gradients()
+        now.running = True
+        try:
+            self._back_propagate(given)
+            self._check_reached()
+        except BaseException as error:
+            acc.drop_gradients()
+            self._void_window(error)
+            raise
+        finally:
+            now.running = False
+        now.position += 1
+        if now.position < now.options.accumulation_steps:
+            return False
+        self.resolve()
+        return True
 
+    def _is_exact(self) -> bool:
+        return bool(self._now.options.mode == "exact")
+
+    def _check_not_within(self, call: str) -> None:
+        if self._now.running:
+            raise RuntimeError(
+                f"{call}() was called within backward(): by a loss function, or by a hook of its "
+                "backward pass. Call it before or after"
+            )
+
+    def _check_window_open(self) -> None:
+        now = self._now
+        if now.resolved:
+            raise RuntimeError(
+                "the window is full and .grad holds its result: call step() before backward(), or "
+                "drop_window(). (Where Accelerate or another trainer decides when step() steps, it "
+                "may have done nothing: end the window where it synchronizes, with resolve(), as "
+                "in `if accelerator.sync_gradients: optimizer.resolve()`)"
+            )
+        if now.window is None or now.position < now.options.accumulation_steps:
+            return
+        if self._sync.started:
+            raise RuntimeError(
+                "a part of this window is on its way to the other ranks: call step() before "
+                "backward()"
+            )
+        # The error that resolve() raised was passed over.
+        warnings.warn(
+            f"the window of {now.position} micro-batches could not be resolved, and is dropped: "
+            "backward() starts a new one",
+            stacklevel=3,
+        )
+        self._start_window()
+
+    def _begin_window(self) -> None:
+        """Let what was assigned take effect, where this is the first micro-batch of a window."""
+        now = self._now
+        if now.window is not None:
+            return
+        weights = tuple(self._weights.values())
+        if not any(weights):
+            raise ValueError("tasks: at least one loss weight must be above 0, now all are 0")
+        if now.options is not now.assigned:
+            self._renew(now.assigned)
+        for p in now.initialized:  # by a step that was none
+            self.base.state.pop(p, None)
+        now.initialized = []
+        turns = schedule(len(weights), now.options.accumulation_steps, now.options.mode)
+        planned = tuple(sum(k in turn for turn in turns) for k in range(len(weights)))
+        now.window = Window(weights, planned)
+
+    def _back_propagate(self, losses: Mapping[str, Loss]) -> None:
         # Tensors first: their graphs exist already, and go before a function builds another.
         # In the order of the tasks, which is that in which ranks exchange them.
-        order = sorted(losses, key=lambda task: (callable(losses[task]), self._names.index(task)))
-        tensors_left = sum(not callable(loss) for loss in losses.values())
-        before = list(self._accumulator.counts)
+        names = tuple(self._weights)
+        order = sorted(losses, key=lambda task: (callable(losses[task]), names.index(task)))
+        tensors = [loss for task in order if isinstance(loss := losses[task], Tensor)]
         try:
-            for task in order:
-                tensors_left -= 1
-                self._backward_one(task, losses[task], tensors_left > 0)
-                self._send_if_final(task)
-        except BaseException as error:
-            self._accumulator.drop_gradients()
-            self._take_back(before, error)
-            raise
-        self._now.position += 1
-        return self._now.position == self.accumulation_steps
+            for number, task in enumerate(order, start=1):
+                loss = losses[task]
+                if not isinstance(loss, Tensor):
+                    loss = self._loss_of(task, loss)
+                self._backward_one(names.index(task), loss, number < len(tensors))
+                del loss
+                self._send_if_final(names.index(task))
+        finally:
+            graphs.free(tensors)
 
-    def _backward_one(self, task: str, loss: Loss, retain_graph: bool) -> None:
-        if not isinstance(loss, Tensor):
-            loss = loss()
-            check_loss(task, loss)
-        k, value = self._names.index(task), loss.detach()  # without the scale
+    def _loss_of(self, task: str, function: Callable[[], Tensor]) -> Tensor:
+        """Call a loss function, which is to leave the gradients alone."""
+        loss = function()
+        name = self._accumulator.foreign_gradient()
+        if name is not None:
+            raise RuntimeError(
+                f"the loss function of task {task!r} ran a backward pass of its own, which left a "
+                f"gradient on {name}: use torch.autograd.grad there, or do it before backward()"
+            )
+        check_loss(task, loss)
+        return loss
+
+    def _backward_one(self, task: int, loss: Tensor, retain_graph: bool) -> None:
+        now = self._now
+        assert now.window is not None
+        value = loss.detach()
+        # As a plain loop has it, for parameters that other optimizers hold.
+        factor = now.window.weights[task] / max(1, now.window.planned[task])
         unscale: float | Tensor = 1.0
         if self._loss_scale is not None:
             unscale = self._loss_scale.inverse(self._device())
             loss = self._loss_scale.scaled(loss)
-        with self._accumulator.harvesting(k, unscale, self.backend):
+        gradient = None if factor == 1.0 else torch.full_like(loss, factor, requires_grad=False)
+        with self._accumulator.harvesting(task, unscale, now.options.backend):
             try:
-                loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+                loss.backward(gradient, retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             except RuntimeError as error:
-                if "ready only once" in str(error) and self._data_parallel is None:
-                    raise RuntimeError(
-                        "the model is wrapped in DistributedDataParallel, which reduces gradients "
-                        "in every backward pass and takes one for each forward pass: give "
-                        "GCondFused(..., module=model), which turns that off"
-                    ) from error
-                if "donated buffer" not in str(error):
-                    raise
-                raise RuntimeError(
-                    "a compiled model cannot be passed through twice where its backward pass was "
-                    "compiled for once: give the losses as functions, each with a forward pass of "
-                    "its own, or set torch._functorch.config.donated_buffer = False before the "
-                    "model is compiled"
-                ) from error
-        if self._now.losses is not None:
-            self._now.losses[k] += value.to(self._now.losses).reshape(())
+                raise explained(error, self._data_parallel is None) from error
+        if now.losses is not None:
+            with fixed_precision():
+                now.losses[task] += value.to(now.losses).reshape(())
 
-    def _send_if_final(self, task: str) -> None:
+    def _send_if_final(self, task: int) -> None:
         """Lets the other ranks have what nothing will be added to."""
+        now = self._now
         if self._sync.size == 1:
             return
-        k = self._names.index(task)
-        if not any(k in tasks for tasks in self._schedule[self._now.position + 1 :]):
-            self._sync.row_is_final(k)
+        turns = schedule(len(self._weights), now.options.accumulation_steps, now.options.mode)
+        if not any(task in tasks for tasks in turns[now.position + 1 :]):
+            self._sync.row_is_final(task)
 
-    def resolve(self) -> None:
-        """Resolves the window's conflicts and writes `.grad`; to clip or log before `step`.
+    def _check_reached(self) -> None:
+        """Raise where the optimizer holds other parameters than those that the losses train."""
+        now, acc = self._now, self._accumulator
+        if now.reached or not any(acc.counts):
+            return
+        now.reached = any(acc.touched)
+        if not now.reached and any(s.parameter.requires_grad for s in acc.segments):
+            raise RuntimeError(NOT_REACHED)
 
-        Parameters that no task had a gradient for keep `.grad` None. Where `.grad` is of the
-        accumulators' type it is a view of them: clone it to keep it beyond the next `backward`.
+    def drop_window(self) -> None:
+        """Drop what this window has accumulated; the next `backward` starts a new one.
+
+        Momentum, history and averages stay: of a window that is resolved already they hold its
+        gradient, and only the step is not made. With several ranks all of them call it.
 
         Raises:
-            RuntimeError: nothing was accumulated, or the window is resolved already; or ranks
+            RuntimeError: a part of the window is on its way to other ranks.
+        """
+        self._check_not_within("drop_window")
+        if self._sync.is_sending:
+            raise RuntimeError(
+                "a part of this window is on its way to the other ranks: call step() instead"
+            )
+        self._accumulator.drop_gradients()
+        self._start_window()
+
+    def _void_window(self, error: BaseException) -> None:
+        """Drop the window of a `backward` that has failed, and say so."""
+        now, acc, names = self._now, self._accumulator, tuple(self._weights)
+        self._sync.take_back()
+        sent = [names[k] for k in range(self._sync.started) if acc.counts[k]]
+        if not self._sync.started:
+            lost = f"the {now.position} micro-batches before it are lost" if now.position else ""
+            self._start_window()
+            warnings.warn(
+                f"backward() failed ({type(error).__name__}): its window is dropped"
+                + (f", {lost}" if lost else "")
+                + ", and the next call starts a new one",
+                stacklevel=3,
+            )
+            return
+        for k in range(self._sync.started, len(names)):
+            acc.forget_task(k)
+        now.position = now.options.accumulation_steps
+        warnings.warn(
+            f"backward() failed ({type(error).__name__}) after the gradients of {sent} were sent to "
+            "the other ranks: those stay, what else this window had is lost. Call step()",
+            stacklevel=3,
+        )
+
+    def resolve(self) -> None:
+        """Resolve the window's conflicts and write `.grad`, where `backward` has not done so.
+
+        It ends a window that is not full: at the end of an epoch, or where a trainer clips. On a
+        window that is resolved it does nothing.
+
+        `.grad` is yours until the next window is resolved. Where it is of the accumulators' type it
+        is a view of them: clone it to keep its values for longer.
+
+        Raises:
+            RuntimeError: nothing was accumulated; or no loss has reached a parameter; or ranks
                 differ in tasks, settings, parameters or state, which all of them raise, each naming
                 the difference; or a CUDA graph is being captured, and there are several ranks.
-            FloatingPointError: with on_nonfinite="raise": a gradient is not finite. Nothing has
-                changed: `on_nonfinite` may be set to go on.
+            FloatingPointError: with on_nonfinite="raise": a gradient is not finite, or the resolved
+                one does not fit into the type of `.grad`. Nothing has changed: `on_nonfinite` may
+                be set to go on with `step()`; the next `backward` drops the window.
         """
+        self._check_not_within("resolve")
         if self._now.resolved:
-            raise RuntimeError("resolve() was called already in this window: call step()")
+            return
+        with fixed_precision():
+            self._resolve()
+
+    def _resolve(self) -> None:
+        now, acc = self._now, self._accumulator
         if self._sync.size > 1:
             if tables.is_capturing(self._device()):
                 raise RuntimeError(
                     "a CUDA graph cannot hold what several ranks tell each other in a step: "
                     "capture forward and backward passes of the model alone"
                 )
-            self._include_new_parameters()  # the others may have had a micro-batch, and this not
+            self._follow_parameters()  # the others may have had a micro-batch, and this not
         try:
-            counts = self._sync.meet(self._alike, self.on_nonfinite)
+            counts = self._sync.meet(self._alike, now.on_nonfinite, now.position > 0)
         finally:
             if self._sync.started:  # what the ranks have exchanged cannot be added to
-                self._now.position = self.accumulation_steps
+                now.position = now.options.accumulation_steps
+        if not any(acc.touched):
+            self._resolve_nothing(counts)
+            return
         # What may fail for want of memory comes before what changes state.
         work = self._sync.work()
         scale = self._scale(counts)
         self._move_to(scale.device)
-        scope = self._scope(counts)
         self._fit_method_state(scale.device)
         try:
-            products, decision = self._resolve_into(work, scale, scope, counts)
+            products, decision, scope = self._resolve_into(work, scale, counts)
             gradients = self._sync.gradients(work)
         except KeyboardInterrupt:
             # Nobody knows what was written: a gradient that lies in a row has taken its place.
@@ -481,62 +789,82 @@ class GCondFused(torch.optim.Optimizer):
                 "interrupted in resolve(): what this window accumulated is lost", stacklevel=2
             )
             raise
-        given = self._accumulator.give(gradients)
-        self._now.written = [weakref.ref(gradient) for gradient in given]
-        self._now.resolved = True
-        if self.on_nonfinite == "skip":
-            self._now.nonfinite = nonfinite_tasks(products.total)
+        given = acc.give(gradients)
+        now.written = list(map(reference_to, given))
+        now.resolved, now.finite = True, decision.finite
+        if now.on_nonfinite == "skip":
+            now.nonfinite = nonfinite_tasks(products.total)
         self._note(products, decision, counts, scope)
 
+    def _resolve_nothing(self, counts: Sequence[int]) -> None:
+        """End a window in which no parameter was given a gradient."""
+        now, acc = self._now, self._accumulator
+        if any(counts) and any(s.parameter.requires_grad for s in acc.segments):
+            raise RuntimeError(NOT_REACHED)
+        acc.drop_gradients()
+        now.written = []
+        now.resolved = True
+        now.finite = torch.ones((), dtype=torch.bool, device=now.counters.device)
+        now.nonfinite = torch.zeros_like(now.nonfinite)
+
     def _resolve_into(
-        self, work: Work, scale: Tensor, scope: Scope, counts: Sequence[int]
-    ) -> tuple[ops.Gramians, ops.Arbitration]:
-        signs = self.update == "lion_lars"
+        self, work: Work, scale: Tensor, counts: Sequence[int]
+    ) -> tuple[ops.Gramians, ops.Arbitration, Scope]:
+        now, o = self._now, self._now.options
+        signs = o.update == "lion_lars"
         squares = self._sync.squared_norms() if signs else None  # [T]
-        state = self._now.method_state
+        state = now.method_state
         writing: dict[str, Any] = {
             "scale": scale,
             "history": work.history,
             "momentum": work.momentum,
             "momentum_steps": self._accumulator.momentum_steps,
-            "beta": self.beta,
-            "max_norm": self.max_norm,
-            "trust_ratio_coef": self.trust_ratio_coef,
-            "trust_ratio_clip": self.trust_ratio_clip,
+            "beta": o.momentum,
+            "max_norm": o.max_norm,
+            "trust_ratio_coef": o.trust_ratio_coef,
+            "trust_ratio_clip": o.trust_ratio_clip,
             "mask": work.mask,
-            "backend": self.backend,
+            "backend": o.backend,
         }
         where = (work.rows, work.outputs, work.offsets, work.sizes)
-        alone = self._sync.size == 1 and self.on_nonfinite == "skip"
-        if alone and scope.is_whole and isinstance(self.method, GCond):
-            settings = self.method.settings(len(self.tasks))
+        if self._may_resolve_at_once(counts):
+            assert isinstance(o.method, GCond)
             norms = None if squares is None else squares.sqrt()
-            self._note_scope(scope)
-            return ops.resolve(
+            settings = o.method.settings(len(self._weights))
+            products, decision = ops.resolve(
                 *where, state=state, settings=settings, parameter_norms=norms, **writing
             )
+            return products, decision, self._scope(products, counts)
         products = ops.gramian(
             work.rows,
             *work.counted,
             scale=scale,
             history=work.history,
             history_scale=state.get("history_scale"),
-            momentum=work.momentum if signs or self.max_norm is not None else None,
+            momentum=work.momentum if signs or o.max_norm is not None else None,
             mask=work.mask,
-            backend=self.backend,
+            backend=o.backend,
         )
-        products = scope.needed(products)
-        products, squares, losses = self._sync.total(products, squares, self._now.losses)
+        if self._compares_all():
+            products = products._replace(cross_per_tensor=None)  # so it need not be sent to others
+        products, squares, losses = self._sync.total(products, squares, now.losses)
         products, scale = self._between(products, scale)
-        self._note_scope(scope)
-        if isinstance(self.method, GradDrop):
-            return products, self._drop_signs(work, products, scale)
-        S, X = scope.gramians(products, len(self.tasks))
         means = self._mean_losses(losses, counts)
-        chosen = scope.chosen_gramian(products, len(self.tasks))
-        known = Known(losses=means)
-        decision = self.method.resolve(S, X, scale, state, self.backend, known, chosen)
-        decision = decision._replace(finite=decision.finite.all())  # one flag, or the same of each
+        before = self._snapshot() if self._may_not_fit() else None
+        scope = self._scope(products, counts)
+        self._leave_out_absent(work, counts)
+        decision = self._decide(work, products, scale, scope, means)
+        if now.on_nonfinite == "raise" and before is not None and not bool(decision.finite):
+            self._restore(before)
+            raise FloatingPointError(
+                "the resolved gradient is not finite: the sum of the tasks' gradients leaves the "
+                f"range of .grad's type, or {type(o.method).__name__} has given a weight that is "
+                f"not finite. {NOTHING_CHANGED}"
+            )
+        if before is not None:
+            self._restore(before, ~decision.finite)
+        if isinstance(o.method, GradDrop):
+            return products, self._drop_signs(work, decision, scale), scope
         ops.combine(
             *where,
             weights=scope.weights(decision.weights),
@@ -545,12 +873,148 @@ class GCondFused(torch.optim.Optimizer):
             parameter_norms=None if squares is None else squares.sqrt(),
             **{**writing, "scale": scale},
         )
-        return products, decision
+        return products, decision, scope
 
-    def _drop_signs(self, work: Work, products: ops.Gramians, scale: Tensor) -> ops.Arbitration:
-        """What GradDrop writes; it has no weights to tell of."""
-        assert isinstance(self.method, GradDrop)
+    def _may_resolve_at_once(self, counts: Sequence[int]) -> bool:
+        """Whether nothing is to be done between the operations of a resolution."""
+        now, o = self._now, self._now.options
+        alone = self._sync.size == 1 and now.on_nonfinite == "skip" and all(counts)
+        return (
+            alone and self._compares_all() and isinstance(o.method, GCond) and not self._halves()
+        )
+
+    def _may_not_fit(self) -> bool:
+        """Whether what is written may leave the range of its type though the gradients do not."""
+        return not isinstance(self._now.options.method, GCond) or bool(self._halves())
+
+    def _compares_all(self) -> bool:
+        """Whether the host knows that the tasks are compared over all tensors together."""
+        return self._now.options.granularity == "model" and self._now.all_shared.known
+
+    def _halves(self) -> list[int]:
+        """The places of tensors whose `.grad` is float16."""
+        acc = self._accumulator
+        pairs = enumerate(zip(acc.segments, acc.touched, strict=True))
+        return [t for t, (s, hit) in pairs if hit and s.gradient_dtype == torch.float16]
+
+    def _decide(
+        self, work: Work, products: ops.Gramians, scale: Tensor, scope: Scope, means: Tensor | None
+    ) -> ops.Arbitration:
+        """Weigh the tasks; where the result is not finite in its type, it is no step."""
+        now, o, K = self._now, self._now.options, len(self._weights)
+        if isinstance(o.method, GradDrop):
+            none = scale.new_empty(0)
+            finite = products.total.isfinite().all()
+            # It adds up no more than all of the gradients' elements, without their signs.
+            decision = ops.Arbitration(
+                torch.ones_like(scale), none.view(0, 0), none.view(0, 5), finite
+            )
+        else:
+            S, X = scope.gramians(products, K)
+            known = Known(losses=means, tasks=tuple(self._weights))
+            chosen = scope.chosen_gramian(products, K)
+            decision = o.method.resolve(S, X, scale, now.method_state, o.backend, known, chosen)
+        # One flag, or the same of each tensor.
+        finite = decision.finite.all()
+        weights = scope.weights(decision.weights)
+        if not isinstance(o.method, GCond):  # whose weights are bounded
+            finite = finite & overflow.norms_fit(products, weights)
+        halves = self._halves()
+        clipped = o.max_norm is not None and o.max_norm <= overflow.LARGEST_HALF
+        if halves and not clipped and o.update != "lion_lars":
+            rows = work.rows.abs() if isinstance(o.method, GradDrop) else work.rows
+            fit = overflow.halves_fit(
+                rows,
+                [(work.offsets[t], work.sizes[t]) for t in halves],
+                (weights.expand(len(work.sizes), K) * scale)[halves],
+                overflow.norms(products, weights)[halves],
+            )
+            finite = finite & self._sync.on_all_ranks(fit)
+        kept = torch.where(finite, decision.weights, 0.0)
+        return decision._replace(weights=kept, finite=finite)
+
+    def _snapshot(self) -> dict[str, Any]:
+        """What a decision changes before it is known to be one."""
+        acc, state = self._accumulator, self._now.method_state
+        return {
+            "state": {name: value.clone() for name, value in state.items()},
+            "owners": acc.owners,
+            "compared": acc.compared,
+        }
+
+    def _restore(self, before: dict[str, Any], where: Tensor | None = None) -> None:
+        """Put a snapshot back, where a flag on the device says so; None is always."""
+        acc = self._accumulator
+        if where is None:
+            acc.owners, acc.compared = before["owners"], before["compared"]
+        for name, value in self._now.method_state.items():
+            old = before["state"][name]
+            value.copy_(old if where is None else torch.where(where, old, value))
+
+    def _leave_out_absent(self, work: Work, counts: Sequence[int]) -> None:
+        """Leave `.grad` None where all tasks that use a tensor had nothing in this window.
+
+        Autograd gives zeros for it then where it cannot tell, from a compiled model with several
+        heads, say; a step with those would follow stale momentum. Only a window in which a task had
+        nothing, and gradients came from tasks that are not known to use a tensor, asks the device.
+        """
+        now, acc = self._now, self._accumulator
+        active = [k for k, count in enumerate(counts) if count]
+        if len(active) == len(counts) or tables.is_capturing(acc.owners.device):
+            return
+        bits = sum(1 << k for k in active)
+        known = now.known_owners + [0] * (len(acc.segments) - len(now.known_owners))
+        if not any(hit and not owned & bits for hit, owned in zip(acc.touched, known, strict=True)):
+            return
+        rows = acc.owners.tolist()
+        now.known_owners = [sum(1 << k for k, owned in enumerate(row) if owned) for row in rows]
+        for t, owned in enumerate(now.known_owners):
+            if owned and not owned & bits:
+                work.outputs[t] = None
+
+    def _scope(self, products: ops.Gramians, counts: Sequence[int]) -> Scope:
+        """Which tensors are compared in this resolution; what it shows of them is remembered."""
+        now, acc, o, K = self._now, self._accumulator, self._now.options, len(self._weights)
         finite = products.total.isfinite().all()
+        seen = products.per_tensor.diagonal(dim1=1, dim2=2)[:, :K] > 0.0
+        active = sum(count > 0 for count in counts)
+        # GCond keeps an average of each task's norm, also of one that comes alone.
+        shared, changed = acc.note_owners(
+            seen, finite, shared_among(active, isinstance(o.method, GCond))
+        )
+        now.all_shared.note((acc.owners.sum(1) > 1).all())
+        if o.granularity == "model" and "history_gramian" in now.method_state:
+            # Norms of the history are known of the tensors alone that were compared before.
+            history = now.method_state["history_gramian"]
+            history.copy_(torch.where(changed, 0.0, history))
+        return Scope(o.granularity == "tensor", shared, now.all_shared.known, self._chosen(shared))
+
+    def _chosen(self, shared: Tensor) -> Tensor | None:
+        """Which shared tensors the method looks at.
+
+        Raises:
+            ValueError: tasks share none of those that it is to look at.
+        """
+        chosen = self._now.options.method.parameters
+        if chosen is None:
+            return None
+        names = [segment.name for segment in self._accumulator.segments]
+        looked_at = flags([is_among(name, chosen) for name in names], shared.device) & shared
+        # Where nothing is shared at all, it looks at nothing, and that is fine.
+        if not self._now.chosen_shared and not tables.is_capturing(shared.device):
+            if bool(shared.any()) and not bool(looked_at.any()):
+                raise ValueError(
+                    f"of parameters={tuple(chosen)}, which the method is to look at, more than one "
+                    "task has a gradient for none: choose some that tasks share, and that are not "
+                    "frozen"
+                )
+            self._now.chosen_shared = bool(looked_at.any())
+        return looked_at
+
+    def _drop_signs(self, work: Work, decision: ops.Arbitration, scale: Tensor) -> ops.Arbitration:
+        """What GradDrop writes; it has no weights to tell of."""
+        o = self._now.options
+        assert isinstance(o.method, GradDrop)
         draws = self._now.method_state["draws"]
         ops.graddrop(
             work.rows,
@@ -558,62 +1022,50 @@ class GCondFused(torch.optim.Optimizer):
             work.offsets,
             work.sizes,
             scale=scale,
-            finite=finite,
-            seed=self.method.seed,
+            finite=decision.finite,
+            seed=o.method.seed,
             draws=draws,
-            leak=self.method.leak,
+            leak=o.method.leak,
             momentum=work.momentum,
             momentum_steps=self._accumulator.momentum_steps,
-            beta=self.beta,
+            beta=o.momentum,
             mask=work.mask,
             first=work.first,
-            backend=self.backend,
+            backend=o.backend,
         )
-        draws += finite
-        none = scale.new_empty(0)
-        unknown = torch.full_like(scale, math.nan)
-        return ops.Arbitration(unknown, none.view(0, 0), none.view(0, 5), finite)
-
-    def _note_scope(self, scope: Scope) -> None:
-        """What this window showed of the tensors is remembered; only the method may raise now."""
-        changed = self._accumulator.note_compared(scope.shared)
-        if changed and not scope.by_tensor and "history_gramian" in self._now.method_state:
-            # Norms of the history are known of the tensors alone that were compared before.
-            self._now.method_state["history_gramian"].zero_()
-
-    def _scope(self, counts: Sequence[int]) -> Scope:
-        """Which tensors are compared in this resolution."""
-        acc = self._accumulator
-        names = [segment.name for segment in acc.segments]
-        by_tensor = self.granularity == "tensor"
-        # GCond keeps an average of each task's norm, also of one that comes alone.
-        alone = isinstance(self.method, GCond)
-        return scope_of(acc.owners_now(), counts, names, by_tensor, self.method.parameters, alone)
+        draws += decision.finite
+        return decision._replace(weights=torch.full_like(scale, float("nan")))
 
     def _mean_losses(self, sums: Tensor | None, counts: Sequence[int]) -> Tensor | None:
         """[K] mean loss of each task in this window; NaN of a task without a micro-batch."""
         if sums is None:
             return None
         holders = self._sync.losses_per_micro_batch
-        shares = tuple(1.0 / (count * holders) if count else math.nan for count in counts)
+        shares = tuple(1.0 / (count * holders) if count else float("nan") for count in counts)
         share = tables.settings_tensor(shares, sums.device)
         tables.keep_if_captured(share)
         return sums * share
 
-    def _new_method_state(self, tensors: int, device: torch.device) -> dict[str, Tensor]:
-        """The state of the method before its first step; by tensor for so many."""
-        batch = (tensors,) if self.granularity == "tensor" else ()
-        return fresh_state(self.method, len(self._names), batch, device)
-
     def _fit_method_state(self, device: torch.device) -> None:
         """A state for each tensor, also for those that are new."""
         state, tensors = self._now.method_state, len(self._accumulator.segments)
-        own = [name for name in state if name not in self.method.shared_state]
-        if self.granularity == "model" or not own or len(state[own[0]]) == tensors:
+        own = [name for name in state if name not in self._now.options.method.shared_state]
+        if self._now.options.granularity == "model" or not own or len(state[own[0]]) == tensors:
             return
-        new = self._new_method_state(tensors - len(state[own[0]]), device)
-        for name in own:
-            state[name] = torch.cat([state[name], new[name]])
+        self._follow_with_state([*range(len(state[own[0]])), *[-1] * tensors][:tensors], device)
+
+    def _follow_with_state(self, places: Sequence[int], device: torch.device) -> None:
+        """Let the method's state by tensor follow tensors from their places before."""
+        now = self._now
+        if now.options.granularity == "model":
+            return
+        new = new_method_state(now.options, len(self._weights), len(places), device)
+        for name, value in new.items():
+            if name not in now.options.method.shared_state:
+                for t, place in enumerate(places):
+                    if 0 <= place < len(now.method_state[name]):
+                        value[t] = now.method_state[name][place]
+                now.method_state[name] = value
 
     def _note(
         self,
@@ -627,7 +1079,7 @@ class GCondFused(torch.optim.Optimizer):
         skipped = (~decision.finite).view(1)
         now.counters += torch.cat([torch.ones_like(skipped), skipped, now.nonfinite])
         names = [segment.name for segment in acc.segments]
-        K = len(self._names)
+        K = len(self._weights)
         now.last = Resolution(
             counters=now.counters,
             nonfinite=now.nonfinite,
@@ -640,7 +1092,7 @@ class GCondFused(torch.optim.Optimizer):
             scope=scope,
             norm_ema=now.method_state.get("norm_ema"),
             winners=now.method_state.get("winners"),
-            thresholds=self.method.thresholds,
+            thresholds=now.options.method.thresholds,
         )
         weights = scope.mean_weights(decision, now.last.squares)
         shown = decision._replace(weights=weights)
@@ -651,10 +1103,10 @@ class GCondFused(torch.optim.Optimizer):
 
     def _between(self, products: ops.Gramians, scale: Tensor) -> tuple[ops.Gramians, Tensor]:
         """What on_nonfinite other than "skip" does between the two passes."""
-        if self.on_nonfinite == "skip":
+        if self._now.on_nonfinite == "skip":
             return products, scale
         self._now.nonfinite = nonfinite_tasks(products.total)
-        if self.on_nonfinite == "drop_task":
+        if self._now.on_nonfinite == "drop_task":
             return without_tasks(products, scale, self._now.nonfinite)
         if tables.is_capturing(scale.device):
             raise RuntimeError(
@@ -662,21 +1114,21 @@ class GCondFused(torch.optim.Optimizer):
                 "use 'skip' or 'drop_task'"
             )
         names = [segment.name for segment in self._accumulator.segments]
-        where = describe(products.per_tensor, self._names, names)
+        where = describe(products.per_tensor, tuple(self._weights), names)
         if where is None and bool(self._now.nonfinite.any()):
             where = "a task on another rank"
         if where is not None:
             raise FloatingPointError(
-                f"the gradient holds a NaN, an infinity, or values beyond 1e19 in {where}. Nothing "
-                "was changed; to go on, set optimizer.on_nonfinite to 'skip' or 'drop_task' and "
-                "call step() again"
+                f"the gradient holds a NaN, an infinity, or values beyond 1e19 in {where}. "
+                f"{NOTHING_CHANGED}"
             )
         return products, scale
 
+    @torch._disable_dynamo
     def step(self, closure: Callable[[], object] | None = None) -> None:  # type: ignore[override]
-        """Resolves where `resolve` has not been called, steps the base optimizer, starts a window.
+        """Step the base optimizer with `.grad`, and start a new window.
 
-        A window that is not full is used as it is. Where a gradient held a NaN or an infinity,
+        A window that is not full is resolved as it is. Where a gradient held a NaN or an infinity,
         the base optimizer is not stepped and no state changes (but see `on_nonfinite`). With
         torch's fused optimizers, and with `capturable=True`, the device sees to that; with any
         other the host reads one flag, and on a GPU waits for it.
@@ -686,47 +1138,74 @@ class GCondFused(torch.optim.Optimizer):
 
         Raises:
             TypeError: the closure computes a loss.
-            RuntimeError: nothing was accumulated; or GradScaler.unscale_ was called on this
-                optimizer, or its step without `grad_scaler=`, or its update was not called.
+            RuntimeError: nothing was accumulated; or GradScaler.step was called without
+                `grad_scaler=`, or its update was not called; or the base optimizer needs a closure
+                or a graph of the gradient.
         """
+        now = self._now
+        self._check_not_within("step")
         self._check_scaler_calls()
-        if not self._now.resolved:
-            self._sync.check_begun()
+        if closure is None and now.position == 0 and not now.resolved and self._is_no_step():
+            self._initialize_base()
+            return
+        if not now.resolved and closure is None:
+            self._sync.check_begun(now.position > 0)
         if closure is not None:
             self._call(closure)
-        if not self._now.resolved:
-            self.resolve()
-        assert self._now.last is not None
-        finite = self._now.last.decision.finite
-        if self._loss_scale is not None and not self._now.told:
-            self._loss_scale.tell(~finite | self._now.nonfinite.any())
-            self._now.told = True
-        step_if(finite, self.base)
+            if not now.resolved:
+                self._sync.check_begun(now.position > 0)
+        self.resolve()
+        assert now.finite is not None
+        if self._loss_scale is not None and not now.told:
+            self._loss_scale.tell(~now.finite | now.nonfinite.any())
+            now.told = True
+        step_if(now.finite, self.base)
         if self._data_parallel is not None:
             self._data_parallel.broadcast_buffers()
         # Who clipped them may have put others in their place.
         left = [s.parameter.grad for s in self._accumulator.segments]
-        self._now.written = [weakref.ref(gradient) for gradient in left if gradient is not None]
+        now.written = [reference_to(gradient) for gradient in left if gradient is not None]
         self._start_window()
 
+    def _is_no_step(self) -> bool:
+        """Whether a step changes nothing: torch.distributed.checkpoint makes the base's state so.
+
+        It puts gradients of zero in place, and the learning rate at zero.
+        """
+        if any(self._accumulator.counts) or not is_zero([g.get("lr", 0.0) for g in self.base.param_groups]):
+            return False
+        parameters = [p for group in self.base.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return bool(gradients) and is_zero(gradients)
+
+    def _initialize_base(self) -> None:
+        """Let the base make its state; it goes again when the state dict is made."""
+        parameters = [p for group in self.base.param_groups for p in group["params"]]
+        without = [p for p in parameters if not self.base.state.get(p)]
+        step_base(self.base)
+        self._now.initialized = without
+
     def _start_window(self) -> None:
+        now = self._now
         self._sync.end_window()
         self._accumulator.start_window()
-        if self._now.losses is not None:
-            self._now.losses.zero_()
-        self._now.position = 0
-        self._now.resolved = self._now.told = False
+        if now.losses is not None:
+            now.losses.zero_()
+        now.window, now.position = None, 0
+        now.resolved = now.told = False
+        if now.options is not now.assigned:
+            self._renew(now.assigned)
 
     def _call(self, closure: Callable[[], object]) -> None:
         result = closure()
-        gradients = [s.parameter.grad for s in self._accumulator.segments]
-        computed = not self._now.resolved and any(g is not None for g in gradients)
+        computed = not self._now.resolved and self._accumulator.foreign_gradient() is not None
         if result is not None or computed:
             if not self._now.resolved:
                 self._accumulator.drop_gradients()
             raise TypeError(
                 "GCondFused.step takes no closure that computes a loss: call backward(losses) for "
-                "each micro-batch"
+                "each micro-batch, then step(). (In Lightning: set self.automatic_optimization = "
+                "False and do both in training_step)"
             )
 
     def report(self) -> Report:
@@ -737,7 +1216,7 @@ class GCondFused(torch.optim.Optimizer):
         """
         if self._now.last is None:
             raise RuntimeError("there is nothing to report before the first resolve() or step()")
-        return self._now.last.report(self._names)
+        return self._now.last.report(tuple(self._weights))
 
     def advise(self) -> str:
         """Whether there is a conflict worth resolving in this run, in plain words.
@@ -754,46 +1233,27 @@ class GCondFused(torch.optim.Optimizer):
         return advice
 
     def _device(self) -> torch.device:
-        return self._accumulator.rows.device
+        return self._now.counters.device
 
     def _move_to(self, device: torch.device) -> None:
         """What was made before the parameters were moved follows them."""
-        if self._now.counters.device != device:
-            self._now.counters = self._now.counters.to(device)
-            self._now.method_state = {k: v.to(device) for k, v in self._now.method_state.items()}
-            if self._now.losses is not None:
-                self._now.losses = self._now.losses.to(device)
+        now = self._now
+        if now.counters.device != device:
+            now.counters = now.counters.to(device)
+            now.nonfinite = now.nonfinite.to(device)
+            now.method_state = {k: v.to(device) for k, v in now.method_state.items()}
+            if now.losses is not None:
+                now.losses = now.losses.to(device)
 
     def _check_scaler_calls(self) -> None:
         """What GradScaler.step leaves on the optimizer that it steps tells how it was used."""
         if self._loss_scale is None and "found_inf" in self.__dict__:
-            self._forget_scalers_step()
+            # GradScaler.step would take these off after a step that it gets back from.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
             raise RuntimeError(
                 "GradScaler.step was called on an optimizer that was not told of the scaler: give "
                 "GCondFused(..., grad_scaler=scaler), and losses without a scale to backward()"
-            )
-        # Before resolve() there was nothing that unscale_ could have spoilt.
-        scale = self._loss_scale if self._now.resolved else None
-        if scale is not None and scale.was_unscaled(self):
-            self._forget_scalers_step()
-            self._start_window()
-            raise RuntimeError(
-                "GradScaler.unscale_ was called on a GCondFused, whose gradients have no scale: it "
-                "has spoilt what resolve() wrote, and this window is lost. Leave the call out; "
-                ".grad may be clipped right after resolve()"
-            )
-
-    def _forget_scalers_step(self) -> None:
-        """GradScaler.step would take this off after a step that it gets back from."""
-        for name in ("grad_scale", "found_inf"):
-            self.__dict__.pop(name, None)
-
-    def _check_window_open(self) -> None:
-        if self._now.resolved:
-            raise RuntimeError("resolve() has written .grad: call step() before backward()")
-        if self._now.position == self.accumulation_steps:
-            raise RuntimeError(
-                f"the window of {self.accumulation_steps} micro-batches is full: call step()"
             )
 
     def _check_ranks(self) -> None:
@@ -805,58 +1265,23 @@ class GCondFused(torch.optim.Optimizer):
                 "other ranks: make it after init_process_group"
             )
 
-    def _take_back(self, before: list[int], error: BaseException) -> None:
-        """Undoes what a failed `backward` added, or says what had to stay, or was lost."""
-        counts = self._accumulator.counts
-        lost = [
-            f"{count} of {name!r}"
-            for name, count, now in zip(self._names, before, counts, strict=True)
-            if now < count
-        ]
-        if lost:
-            warnings.warn(
-                f"a backward pass failed ({type(error).__name__}) after a part of its gradient was "
-                f"accumulated; the micro-batches of its task before it are lost ({', '.join(lost)})"
-                ", and what follows in this window counts alone. harvest='whole' would keep them",
-                stacklevel=3,
-            )
-        sent = self._sync.started
-        self._sync.take_back()
-        sent_now = any(now > was for was, now in zip(before[:sent], counts[:sent], strict=True))
-        # Where it cannot be made again nothing of it is taken back.
-        sent = len(counts) if sent_now else sent
-        kept = [repr(self._names[k]) for k in self._accumulator.take_back(before, sent)]
-        if self._now.losses is not None:
-            for k, count in enumerate(self._accumulator.counts):
-                if count == 0:
-                    self._now.losses[k] = 0.0
-        if sent_now:
-            # What is on its way cannot be added to.
-            self._now.position = self.accumulation_steps
-        if kept:
-            warnings.warn(
-                f"this micro-batch failed ({type(error).__name__}) after the gradient of "
-                f"{', '.join(kept)} was accumulated; it stays, and each task is divided by its "
-                "own number of micro-batches"
-                + (". It is on its way to the other ranks: call step()" if sent_now else ""),
-                stacklevel=3,
-            )
-
     def _parameters(self) -> Iterator[tuple[Tensor, str]]:
         """Every parameter and what to call it, in the order of the parameter groups."""
-        return parameters_of(self.base)
+        listed = [p for group in self.base.param_groups for p in group["params"]]
+        return iter(zip(listed, labels_of(self.base.param_groups), strict=True))
 
-    def _include_new_parameters(self) -> None:
-        knows = self._accumulator.knows
-        new = [(p, name) for p, name in self._parameters() if p.requires_grad and not knows(p)]
-        if not new:
+    def _follow_parameters(self) -> None:
+        """Lay out the parameters that the base has now."""
+        now, acc, groups = self._now, self._accumulator, self.base.param_groups
+        before = acc.rows.device
+        places = acc.follow(groups, lambda: labels_of(groups), self._sync.started > 0)
+        if not places:
             return
-        if self._sync.started:
-            raise RuntimeError(
-                f"{new[0][1]} is new, and the other ranks have a part of this window already: add "
-                "and thaw parameters between step() and backward()"
-            )
-        self._accumulator.grow(new)
+        if acc.rows.device != before:
+            self._move_to(acc.rows.device)
+        self._follow_with_state(places, now.counters.device)
+        now.all_shared = tables.HostFlag()
+        now.known_owners, now.chosen_shared = [], False
 
     def _clear_gradients(self) -> None:
         """Makes way for one task's gradients; what others computed is not thrown away.
@@ -870,67 +1295,116 @@ class GCondFused(torch.optim.Optimizer):
                 raise RuntimeError(
                     f"{segment.name} has a .grad that this optimizer did not write (it comes from "
                     "another backward pass or optimizer, or was replaced): give its loss a task of "
-                    "its own, or drop it with zero_grad()"
+                    "its own, back-propagate it between the last backward() of a window and "
+                    "step(), or drop it with zero_grad()"
                 )
         self._accumulator.drop_gradients()
         self._now.written = []
 
     def _alike(self) -> dict[str, str]:
         """What all ranks must have alike, by name. On a GPU this waits for the device."""
-        acc, history = self._accumulator, self._accumulator.history
-        state = {key: value.tolist() for key, value in self._now.method_state.items()}
+        acc, now = self._accumulator, self._now
+        state = {key: value.tolist() for key, value in now.method_state.items()}
         # Other things may show their address, which differs from rank to rank.
         plain = (int, float, str, type(None), Tensor)
         groups = [
             {k: v for k, v in group.items() if isinstance(v, plain)}
             for group in self.base.param_groups
         ]
-        drifts = isinstance(self._sync, Local)
+        options = {name: repr(value) for name, value in vars(now.options).items()}
+        del options["backend"]
+        weights = self._weights if now.window is None else now.window.weights
         return {
-            "tasks": repr(self._weights),
-            "mode": repr(self.mode),
-            "method": repr(self.method),
-            "granularity": repr(self.granularity),
+            "tasks": f"{list(self._weights)}, with weights {weights!r}",
+            **options,
             "mask": repr(acc.mask is not None),
-            "momentum": repr(self.beta),
-            "update": repr(self.update),
-            "trust_ratio_coef": repr(self.trust_ratio_coef),
-            "trust_ratio_clip": repr(self.trust_ratio_clip),
-            "max_norm": repr(self.max_norm),
             "accumulator_dtype": repr(acc.dtype),
-            "history_dtype": repr(None if history is None else history.dtype),
             "sync": self._sync.way,
             "options of base": repr(groups),
-            "resolutions so far": repr(self._now.counters.tolist()[0]),
-            "state of the method": "its own" if drifts else repr(state),
+            "resolutions so far": repr(now.counters.tolist()[0]),
+            "state of the method": repr(state),
         }
 
     def _scale(self, counts: Sequence[int]) -> Tensor:
-        """[K] λ_k / n_k, which makes an accumulated sum the weighted mean gradient (eq. 1)."""
+        """[K] what makes the accumulated sum of a task its weighted mean gradient (eq. 1).
+
+        The loss weight is in the sum, and the number of micro-batches of a full window.
+        """
+        window = self._now.window
+        if window is None:  # another rank has begun, and this one not
+            self._begin_window()
+            window = self._now.window
+        assert window is not None
         shares = [
-            weight / count if count else 0.0
-            for weight, count in zip(self.tasks.values(), counts, strict=True)
+            planned / count if count and weight else 0.0
+            for weight, planned, count in zip(window.weights, window.planned, counts, strict=True)
         ]
-        scale = tables.settings_tensor(tuple(shares), self._device())
+        scale = tables.settings_tensor(tuple(shares), self._accumulator.rows.device)
         tables.keep_if_captured(scale)
         return scale
 
     # Saving and loading.
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the wrapped optimizer, and under "gcond" what this one adds.
+    def _saved(self) -> saving.Saved:
+        """What is saved beside the state of the base."""
+        now, acc, o = self._now, self._accumulator, self._now.options
+        history, momentum = acc.history, acc.momentum
+        if isinstance(self._sync, Sharded):
+            self._sync.fit_kept()
+            history = None if history is None else self._sync.all_kept(acc.history)
+            momentum = None if momentum is None else self._sync.all_kept(acc.momentum)[0]
+        by_tensor = o.granularity == "tensor"
+        state, shared = now.method_state, o.method.shared_state
+        kept = {"history": history, "momentum": momentum, "mask": acc.mask}
+        window = now.window or Window((), ())
+        return saving.Saved(
+            acc,
+            history,
+            momentum,
+            {name: v for name, v in state.items() if by_tensor and name not in shared},
+            {
+                "version": saving.VERSION,
+                "tasks": list(self._weights),
+                "method_name": type(o.method).__name__,
+                "granularity": o.granularity,
+                "method": {
+                    name: value.tolist()
+                    for name, value in state.items()
+                    if not by_tensor or name in shared
+                },
+                "counters": now.counters.tolist(),
+                "kept": [name for name, there in kept.items() if there is not None],
+                "window": {
+                    "mode": o.mode,
+                    "accumulation_steps": o.accumulation_steps,
+                    "position": now.position,
+                    "counts": list(acc.counts),
+                    "losses": None if now.losses is None else now.losses.tolist(),
+                    "weights": list(window.weights),
+                    "planned": list(window.planned),
+                },
+            },
+        )
 
-        In the middle of a window it holds the accumulators too, so that training goes on from
-        there to the same bits; with several ranks it is to be taken between windows, and is this
-        rank's own but for sync="replicate" (see `TrainingState`). As with torch's optimizers the
-        tensors are not copies. What `recorder` holds is not in it, nor the state of `grad_scaler`,
-        nor the settings of the method.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the base, and beside it what this optimizer adds, under "gcond".
+
+        What belongs to a parameter (history, momentum, the sums of a window that is not full) lies
+        in the state of that parameter, in its shape and sharded as it is; what belongs to the
+        method lies in the parameter groups. So `torch.distributed.checkpoint` saves it, and loads
+        it into any number of ranks, however the model is sharded there.
+
+        In the middle of a window it holds the sums too, so that training goes on from there to the
+        same bits. As with torch's optimizers the tensors are not copies. With sync="shard" all
+        ranks call it, and each gets all of it; with "replicate" any rank alone may. What `recorder`
+        holds is not in it, nor the state of `grad_scaler`, nor the settings of the method.
 
         Raises:
-            RuntimeError: between resolve() and step(): `.grad` is in no state dict; or, with
-                several ranks, in the middle of a window.
+            RuntimeError: between the last backward() of a window and step(): `.grad` is in no state
+                dict; or, with several ranks, in the middle of a window.
         """
-        if self._now.resolved:
+        now = self._now
+        if now.resolved:
             raise RuntimeError("there is a resolved gradient in .grad: call step() before saving")
         if self._sync.size > 1 and any(self._accumulator.counts):
             raise RuntimeError(
@@ -938,116 +1412,111 @@ class GCondFused(torch.optim.Optimizer):
             )
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state = self.base.state_dict()
-        state["gcond"] = {
-            "version": STATE_VERSION,
-            "tasks": list(self._names),
-            "owner": self._sync.owner,
-            "window": {
-                "mode": self.mode,
-                "accumulation_steps": self.accumulation_steps,
-                "position": self._now.position,
-                "losses": self._now.losses,
-            },
-            "counters": self._now.counters,
-            "method_name": type(self.method).__name__,
-            "granularity": self.granularity,
-            "method": dict(self._now.method_state),
-            "accumulator": self._accumulator.state_dict([p for p, _ in self._parameters()]),
-        }
+        self._follow_parameters()
+        self._fit_method_state(self._device())
+        parameters = [p for p, _ in self._parameters()]
+        with fixed_precision():
+            saved = self._saved()
+            state = saving.with_own(self.base.state_dict(), parameters, saved)
+        # For those who look into a file; loading reads the groups.
+        state[saving.KEY] = {"version": saving.VERSION, "counters": now.counters}
+        for p in now.initialized:
+            self.base.state.pop(p, None)
+        now.initialized = []
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state)
             state = state if changed is None else changed
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken; tensors are moved to this process's device.
+        """Continue where `state_dict` was taken; tensors are moved to this process's device.
 
         Where the parameters have names, here and in the state (a base optimizer made of
         `model.named_parameters()`), they are matched by those, whatever their order in a group.
 
         Raises:
-            ValueError: the state is of other tasks, parameters, a window of another shape, or a
-                plain optimizer; the message names the difference and nothing has changed.
+            ValueError: the state is of other tasks, parameters, a window of another shape, a
+                plain optimizer, or another version; the message names the difference and nothing
+                has changed.
         """
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        state_dict = in_own_order(state_dict, self.base.param_groups)
-        own = self._check_state(state_dict)
-        self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "gcond"})
-        self._load_own(own["accumulator"], own["method"], own["counters"])
-        self._now.position = own["window"]["position"]
-        if self._now.losses is not None:
-            self._now.losses.copy_(own["window"]["losses"])
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def _load_own(
-        self, accumulated: dict[str, Any], method_state: Mapping[str, Tensor], counters: Tensor
-    ) -> None:
-        """Takes over what `_check_own` has passed; a window begins."""
-        here = self._accumulator.load_state_dict(accumulated, list(self._parameters()))
-        device = self._now.counters.device
-        loaded = self._new_method_state(len(self._accumulator.segments), device)
-        for key, value in loaded.items():
-            saved = method_state[key].to(value)
-            if self.granularity == "model" or key in self.method.shared_state:
-                value.copy_(saved)
-            else:  # where the method saw no tensor yet there is none in the state
-                value[here[: len(saved)]] = saved
-        self._now.method_state = loaded
-        self._now.counters = counters.to(device, copy=True)
-        if self._now.losses is not None:  # new: the state may hold the very tensor that is here
-            self._now.losses = torch.zeros_like(self._now.losses)
-        self._sync.end_window()
-        self._sync.forget_agreement()
-        self._now.position = 0
-        self._now.resolved = self._now.told = False
-        self._now.last = None
-
-    def _check_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        own: dict[str, Any] = state_dict["gcond"]
+        self._check_not_within("load_state_dict")
         if self._sync.is_sending:
             raise RuntimeError(
                 "a part of this window is on its way to the other ranks: load a state between "
                 "step() and backward()"
             )
-        self._check_own(own)
-        check_owner(own.get("owner"), self._sync.owner)
-        check_window(own["window"], self.mode, self.accumulation_steps)
-        self._accumulator.check_state(own["accumulator"], list(self._parameters()))
-        return own
+        state_dict = saving.in_own_order(state_dict, self.base.param_groups)
+        common, entries = saving.own_of(state_dict)
+        self._check_own(common)
+        self._follow_parameters()
+        restored = saving.Restored(entries, list(self._parameters()), common)
+        restored.check(self._accumulator)
+        with fixed_precision():
+            self._load_own(restored, saving.without_own(state_dict))
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
-    def _check_own(self, own: Mapping[str, Any]) -> None:
-        if own["version"] != STATE_VERSION:
+    def _check_own(self, common: Mapping[str, Any]) -> None:
+        o = self._now.assigned
+        if common["tasks"] != list(self._weights):
             raise ValueError(
-                f"the state has format {own['version']}, this version reads {STATE_VERSION}"
+                f"the state has tasks {common['tasks']}, this optimizer {list(self._weights)}"
             )
-        if own["tasks"] != list(self._names):
-            raise ValueError(
-                f"the state has tasks {own['tasks']}, this optimizer {list(self._names)}"
-            )
-        for what, here in (
-            ("method_name", type(self.method).__name__),
-            ("granularity", self.granularity),
-        ):
-            if own[what] != here:
-                raise ValueError(f"the state has {what} {own[what]!r}, this optimizer {here!r}")
-        check_method_state(
-            own["method"], self._now.method_state,
-            self.method.shared_state if self.granularity == "tensor" else None,
-        )  # fmt: skip
+        here = {"method_name": type(o.method).__name__, "granularity": o.granularity}
+        for what, own in here.items():
+            if common[what] != own:
+                raise ValueError(f"the state has {what} {common[what]!r}, this optimizer {own!r}")
+        saving.check_window(common["window"], o.mode, o.accumulation_steps)
+
+    def _load_own(self, restored: saving.Restored, of_base: dict[str, Any]) -> None:
+        now, acc, common = self._now, self._accumulator, restored.common
+        fresh_of = new_method_state(now.assigned, len(self._weights), 0, self._device())
+        restored.method_state(acc, fresh_of, None if now.assigned.granularity == "model" else now.assigned.method.shared_state)
+        self.base.load_state_dict(of_base)
+        for group in self.base.param_groups:
+            group[saving.KEY] = {}
+        self._start_window()
+        new = [(p, name) for p, name in restored.parameters if not acc.knows(p)]
+        if new:  # frozen here
+            acc.grow(new)
+        cut = self._sync.own_part if isinstance(self._sync, Sharded) else None
+        restored.fill(acc, cut)
+        o, window = now.options, common["window"]
+        fresh = new_method_state(o, len(self._weights), len(acc.segments), self._device())
+        shared = None if o.granularity == "model" else o.method.shared_state
+        now.method_state = restored.method_state(acc, fresh, shared)
+        counters = torch.tensor(common["counters"], dtype=torch.int64, device="cpu")
+        now.counters = counters.to(self._device())
+        if now.losses is not None and window["losses"] is not None:
+            losses = torch.tensor(window["losses"], dtype=torch.float64, device="cpu")
+            now.losses = losses.to(self._device())
+        now.position = window["position"]
+        if now.position:
+            now.window = Window(tuple(window["weights"]), tuple(window["planned"]))
+        self._sync.forget_agreement()
+        now.all_shared, now.known_owners, now.last = tables.HostFlag(), [], None
+        now.initialized, now.chosen_shared = [], False
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._now.resolved:
-            raise RuntimeError("there is a resolved gradient in .grad: call step() before copying")
         if self._sync.size > 1:
             raise RuntimeError("an optimizer that is one of several ranks cannot be copied")
-        return dict(self.__dict__)
+        # As torch's optimizers do: hooks, and the step that a scheduler has put in place of ours,
+        # are those of the original.
+        left = {k: v for k, v in self.__dict__.items() if not is_of_the_original(k)}
+        gradients = [(p, p.grad) for p, _ in self._parameters() if p.grad is not None]
+        return {**left, "_gradients": gradients if self._now.resolved else []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # What a window was resolved to is to be stepped with.
+        gradients = state.pop("_gradients", [])
         super().__setstate__(state)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        if gradients:
+            self._now.written = [reference_to(gradient) for _, gradient in gradients]
 
     def __repr__(self) -> str:
         return (
@@ -1056,42 +1525,91 @@ class GCondFused(torch.optim.Optimizer):
         )
 
 
-def parameters_of(base: torch.optim.Optimizer) -> Iterator[tuple[Tensor, str]]:
-    """Every parameter and what to call it, in the order of the parameter groups."""
-    index = 0
-    for group in base.param_groups:
-        names = group.get("param_names")
-        for position, parameter in enumerate(group["params"]):
-            name = names[position] if names else f"parameter {index}"
-            yield parameter, name
-            index += 1
+NOT_REACHED = (
+    "no loss has reached a parameter of this optimizer: they are not the model's any more. "
+    "load_state_dict(assign=True), to_empty, fully_shard and parametrizations replace a model's "
+    "parameters: make both optimizers after that, of model.parameters() as they are then"
+)
+NOTHING_CHANGED = (
+    "Nothing was changed; to go on, set optimizer.on_nonfinite to 'skip' or 'drop_task' and call "
+    "step()"
+)
+OF_THE_ORIGINAL = ("step", "_opt_called", "_wrapped_by_lr_sched", "profile_hook_step")
 
 
-def method_of(method: object) -> Method:
-    """The method that was asked for; a function of the user's own as one."""
-    if method is None:
-        return GCond()
-    if isinstance(method, Method):
-        return method
-    if isinstance(method, type) and issubclass(method, Method):
-        raise TypeError(f"method must be {method.__name__}(...), not the class itself")
-    if callable(method) and not isinstance(method, type):
-        return Function(method)
-    raise TypeError(
-        "method must be one of gcond_kernels.methods, such as GCond() or PCGrad(), or a function "
-        f"from a Gramian [K, K] to weights [K], not {method!r}"
-    )
+def is_of_the_original(attribute: str) -> bool:
+    """Return whether a copy of an optimizer is made without an attribute."""
+    hooks = attribute.startswith("_optimizer_") and attribute.endswith("_hooks")
+    return hooks or attribute in OF_THE_ORIGINAL
 
 
-def schedule(
-    tasks: int, accumulation_steps: int, mode: Literal["exact", "stochastic"]
-) -> list[tuple[int, ...]]:
-    """The active tasks of every micro-batch in a window.
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raise a RuntimeError now, rather than in training, where a backend is not there."""
+    for operation in ops.OPERATIONS:
+        ops.choose_backend(backend, device, operation)
 
-    In stochastic mode every task has one block; where the tasks do not divide the window evenly
-    the first blocks are one longer.
+
+def new_method_state(
+    options: Options, tasks: int, tensors: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Return the state of the method before its first step; by tensor for so many."""
+    batch = (tensors,) if options.granularity == "tensor" else ()
+    return fresh_state(options.method, tasks, batch, device)
+
+
+def new_losses(options: Options, tasks: int, device: torch.device) -> Tensor | None:
+    """Return [K] float64 zeros where the method looks at the losses."""
+    if not options.method.needs_losses:
+        return None
+    return torch.zeros(tasks, dtype=torch.float64, device=device)
+
+
+def taken_over(old: Tensor | None, new: Tensor) -> Tensor:
+    """Return an entry of a method's state with what the old one had; of added tasks it is new."""
+    if old is None or old.dim() != new.dim() or old.dtype != new.dtype:
+        return new
+    if any(a > b for a, b in zip(old.shape, new.shape, strict=True)):
+        return new
+    result = new.clone()
+    result[tuple(slice(n) for n in old.shape)] = old.to(new.device)
+    return result
+
+
+def reference_to(gradient: Tensor) -> Callable[[], Tensor | None]:
+    """Return what leads to a gradient, without keeping it alive where that is possible.
+
+    torch swaps the contents of tensors when it converts modules of DTensors, and refuses those
+    that have weak references.
     """
-    if mode == "exact":
-        return [tuple(range(tasks))] * accumulation_steps
-    length, longer = divmod(accumulation_steps, tasks)
-    return [(task,) for task in range(tasks) for _ in range(length + (task < longer))]
+    if type(gradient) is Tensor and not torch.__future__.get_swap_module_params_on_conversion():
+        return weakref.ref(gradient)
+    return lambda: gradient
+
+
+def is_zero(values: Sequence[Any]) -> bool:
+    """Return whether all numbers and all elements of tensors are zero."""
+    return not any(bool(v.any()) if isinstance(v, Tensor) else v for v in values)
+
+
+def explained(error: RuntimeError, unknown_wrapper: bool) -> RuntimeError:
+    """Return an error of a backward pass, with what to do where that is known."""
+    words = str(error)
+    if "ready only once" in words and unknown_wrapper:
+        return RuntimeError(
+            "the model is wrapped in DistributedDataParallel, which reduces gradients in every "
+            "backward pass and takes one for each forward pass: give GCondFused(..., "
+            "module=model), which turns that off"
+        )
+    functions = "give the losses as functions, each with a forward pass of its own"
+    if "donated buffer" in words:
+        return RuntimeError(
+            "a compiled model cannot be passed through twice where its backward pass was compiled "
+            f"for once: {functions}, or set torch._functorch.config.donated_buffer = False before "
+            "the model is compiled"
+        )
+    if "selective" in words.lower() or "checkpoint" in words.lower() or "second time" in words:
+        return RuntimeError(
+            f"{words}. Two losses share this part of the graph, and it can be passed back through "
+            f"once (so it is with activation checkpoints): {functions}, or use mode='stochastic'"
+        )
+    return error

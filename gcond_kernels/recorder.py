@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gcond_kernels import ops
 from gcond_kernels.report import ZONES, incidence_of, pair_cosines, zone_of
-from gcond_kernels.saving import without_wrappers
+from gcond_kernels.names import without_wrappers
 from gcond_kernels.tables import is_capturing
 
 Row: TypeAlias = "dict[str, Any]"

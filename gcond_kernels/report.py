@@ -150,7 +150,9 @@ class Resolution:
         events = self.decision.events
         if events.dim() == 2:
             return conflicts_of(events, tasks, None)
-        by_tensor = zip(self.parameter_names, events.cpu(), self.scope.shared, strict=True)
+        by_tensor = zip(
+            self.parameter_names, events.cpu(), self.scope.shared.tolist(), strict=True
+        )
         return [
             conflict
             for name, of_tensor, shared in by_tensor
@@ -165,7 +167,7 @@ class Resolution:
         return {
             name: dict(zip(tasks, of_tensor, strict=True))
             for name, of_tensor, shared in zip(
-                self.parameter_names, weights, self.scope.shared, strict=True
+                self.parameter_names, weights, self.scope.shared.tolist(), strict=True
             )
             if shared
         }

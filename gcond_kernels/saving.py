@@ -1,26 +1,342 @@
-"""What a saved state must agree with, and the order of its parameters."""
+"""What GCondFused adds to the state dict of the optimizer that it wraps.
+
+One form serves `state_dict`, torch.distributed.checkpoint and every way of sharding: what belongs
+to a parameter lies in the state of that parameter, under "gcond", in the parameter's shape and
+sharded as it is; what belongs to the method lies in every parameter group, under "gcond", as
+plain Python values:
+
+    {"state": {0: {"exp_avg": ..., "gcond": {"history": {"0": ...}, "momentum": ..., ...}}, ...},
+     "param_groups": [{"lr": ..., "params": [0, ...], "gcond": {"tasks": [...], ...}}]}
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-# The modules in which torch.compile, DistributedDataParallel and checkpoint_wrapper put a model.
-WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module")
+import torch
+from torch import Tensor
+
+from gcond_kernels.accumulator import Accumulator, Segment, rows_of, set_mask
+from gcond_kernels.dtensor import is_dtensor, local_part, placed_like
+from gcond_kernels.names import without_wrappers
+
+VERSION = 4
+KEY = "gcond"
+
+
+@dataclass
+class Saved:
+    """What is saved of an optimizer beside its base.
+
+    Attributes:
+        accumulator: layout, counts and sums of the window.
+        history: [K, N'] of all tensors, or None.
+        momentum: [N'] of all tensors, or None.
+        by_tensor: the method's state of each tensor, by name: [T, ...].
+        common: what belongs to the method, as plain values.
+    """
+
+    accumulator: Accumulator
+    history: Tensor | None
+    momentum: Tensor | None
+    by_tensor: Mapping[str, Tensor]
+    common: dict[str, Any]
+
+
+def with_own(state: dict[str, Any], parameters: Sequence[Tensor], saved: Saved) -> dict[str, Any]:
+    """Return the state dict of the base with what is saved beside it.
+
+    Args:
+        state: of the base optimizer.
+        parameters: of all groups, in order.
+        saved: what goes in; its tensors are not copied.
+    """
+    place = {s.parameter: t for t, s in enumerate(saved.accumulator.segments)}
+    of_base = state["state"]
+    states = {
+        i: {**of_base.get(i, {}), KEY: of_parameter(saved, place[p])} if p in place else of_base[i]
+        for i, p in enumerate(parameters)
+        if p in place or i in of_base
+    }
+    groups = [{**group, KEY: dict(saved.common)} for group in state["param_groups"]]
+    return {**state, "state": states, "param_groups": groups}
+
+
+def of_parameter(saved: Saved, t: int) -> dict[str, Any]:
+    """Return what is saved of one parameter."""
+    acc = saved.accumulator
+    segment = acc.segments[t]
+
+    def shaped(row: Tensor) -> Tensor:
+        return placed_like(segment.parameter, segment.view(row))
+
+    own: dict[str, Any] = {"tasks": acc.owners[t], "compared": acc.compared[t]}
+    if saved.history is not None:
+        own["history"] = {str(k): shaped(row) for k, row in enumerate(saved.history)}
+    if saved.momentum is not None and acc.momentum_steps is not None:
+        own["momentum"] = shaped(saved.momentum)
+        own["momentum_steps"] = acc.momentum_steps[t]
+    bits = acc.mask_of(segment)
+    if bits is not None:
+        own["mask"] = placed_like(segment.parameter, bits)
+    if saved.by_tensor:
+        own["method"] = {name: value[t] for name, value in saved.by_tensor.items()}
+    if any(acc.counts):  # between windows nothing reads the sums
+        counted = [k for k, count in enumerate(acc.counts) if count]
+        own["sums"] = {str(k): shaped(acc.rows[k]) for k in counted}
+        own["touched"] = acc.touched[t]
+    return own
+
+
+def without_own(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is the base's own of a state dict."""
+    states = {i: {k: v for k, v in one.items() if k != KEY} for i, one in state["state"].items()}
+    groups = [{k: v for k, v in group.items() if k != KEY} for group in state["param_groups"]]
+    filled = {i: one for i, one in states.items() if one}
+    return {"state": filled, "param_groups": groups}
+
+
+def own_of(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any] | None]]:
+    """Return what belongs to the method, and what belongs to each parameter, in order.
+
+    Raises:
+        ValueError: this is no state of a GCondFused, or of another version.
+    """
+    check_kind(state)
+    common: dict[str, Any] = next(g[KEY] for g in state["param_groups"] if KEY in g)
+    if common.get("version") != VERSION:
+        raise ValueError(
+            f"the state has format {common.get('version')}, this version reads {VERSION}: load it "
+            "with the version of gcond-kernels that saved it"
+        )
+    ids = [i for group in state["param_groups"] for i in group["params"]]
+    return common, [state["state"].get(i, {}).get(KEY) for i in ids]
+
+
+class Restored:
+    """What a state holds of the parameters that are here, to be put into flat storage."""
+
+    def __init__(
+        self,
+        entries: Sequence[dict[str, Any] | None],
+        parameters: Sequence[tuple[Tensor, str]],
+        common: Mapping[str, Any],
+    ) -> None:
+        pairs = zip(parameters, entries, strict=True)
+        self.entries = {p: entry for (p, _), entry in pairs if entry is not None}
+        self.parameters = [(p, name) for p, name in parameters if p in self.entries]
+        self.common = common
+
+    def check(self, acc: Accumulator) -> None:
+        """Raise a ValueError that names the difference if this is of other parameters."""
+        kept = (("history", acc.history), ("momentum", acc.momentum), ("mask", acc.mask))
+        for name, own in kept:
+            if (name in self.common["kept"]) != (own is not None):
+                there, here = ("no ", "") if own is not None else ("", "no ")
+                raise ValueError(f"the state has {there}{name}, this optimizer has {here}{name}")
+        names = {name for name, own in kept if own is not None} - {"mask"}
+        if any(self.common["window"]["counts"]):
+            names.add("sums")
+        for parameter, label in self.parameters:
+            entry = self.entries[parameter]
+            for name in names:
+                if name not in entry:
+                    raise ValueError(
+                        f"{label} has no {name} in the state, which was taken in the middle of a "
+                        "window: save between step() and backward(), or load it without "
+                        "torch.distributed.checkpoint"
+                        if name == "sums"
+                        else f"{label} has no {name} in the state"
+                    )
+            for tensor in tensors_of(entry.get("history")) + tensors_of(entry.get("momentum")):
+                if tensor.shape != parameter.shape:
+                    raise ValueError(
+                        f"{label} has shape {list(parameter.shape)}, in the state it has "
+                        f"{list(tensor.shape)}"
+                    )
+
+    def fill(self, acc: Accumulator, cut: Callable[[Tensor], Tensor] | None) -> None:
+        """Put all of it into an accumulator, in new memory: the state may hold what is here.
+
+        Args:
+            acc: laid out for these parameters.
+            cut: of a row [N'] the part that this process keeps of history and momentum; None is
+                all.
+        """
+        counts = list(self.common["window"]["counts"])
+        acc.rows = self._flat(acc, acc.rows, "sums", None)
+        if acc.history is not None:
+            acc.history = self._flat(acc, acc.history, "history", cut)
+        if acc.momentum is not None:
+            acc.momentum = self._flat(acc, acc.momentum, "momentum", cut)
+        acc.kept = acc.segments, acc.rows.shape[1]
+        entries = [self.entries.get(segment.parameter) for segment in acc.segments]
+        acc.counts = counts
+        acc.touched = [0 if e is None else int(e.get("touched", 0)) for e in entries]
+        acc.owners = stacked([e and e["tasks"] for e in entries], acc.owners, 0)
+        acc.compared = stacked([e and e["compared"] for e in entries], acc.compared, -1)
+        if acc.momentum_steps is not None:
+            steps = [e and e["momentum_steps"] for e in entries]
+            acc.momentum_steps = stacked(steps, acc.momentum_steps, 0)
+        if acc.mask is not None:
+            acc.mask = acc.mask.clone()
+            for segment, entry in zip(acc.segments, entries, strict=True):
+                if entry is not None and "mask" in entry:
+                    set_mask(acc.mask, segment, local_like(segment, entry["mask"]))
+
+    def _flat(
+        self, acc: Accumulator, own: Tensor, name: str, cut: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
+        """Rows like `own` with what the state has of that name."""
+        length, device = acc.rows.shape[1], acc.rows.device
+        rows = []
+        for k in range(len(rows_of(own))):
+            row = torch.zeros(length, dtype=own.dtype, device=device)
+            for segment in acc.segments:
+                value = self.entries.get(segment.parameter, {}).get(name)
+                if isinstance(value, Mapping):
+                    value = value.get(str(k))
+                if value is not None:
+                    segment.view(row).copy_(local_like(segment, value))
+            rows.append(row if cut is None else cut(row).clone())
+        return torch.stack(rows) if own.dim() == 2 else rows[0]
+
+    def method_state(self, acc: Accumulator, fresh: dict[str, Tensor], common: frozenset[str] | None) -> dict[str, Tensor]:
+        """Return the method's state, from one that is fresh.
+
+        Args:
+            acc: with the tensors that are here.
+            fresh: by name, of the tensors that are here where it is by tensor.
+            common: the entries that all tensors have in common; None where all are.
+
+        Raises:
+            ValueError: the state is of a method with other settings.
+        """
+        state = {}
+        for name, value in fresh.items():
+            if common is None or name in common:
+                there = self.common["method"].get(name)
+                saved = None if there is None else torch.tensor(there, dtype=value.dtype, device="cpu").view(shape_of(there, value))
+                state[name] = fitting(name, saved, value)
+                continue
+            state[name] = value.clone()
+            for t, segment in enumerate(acc.segments):
+                entry = self.entries.get(segment.parameter)
+                if entry is not None and "method" in entry:
+                    state[name][t] = fitting(name, entry["method"].get(name), value[t])
+        return state
+
+
+def shape_of(there: Any, own: Tensor) -> list[int]:
+    """Return the shape of nested lists; of an empty list, as many dimensions as `own` has."""
+    shape = []
+    while isinstance(there, list):
+        shape.append(len(there))
+        if not there:
+            break
+        there = there[0]
+    return shape + [0] * (own.dim() - len(shape))
+
+
+def fitting(name: str, saved: Tensor | None, own: Tensor) -> Tensor:
+    """Return an entry of a method's state as it is kept here.
+
+    Raises:
+        ValueError: it is missing, or of another shape.
+    """
+    if saved is None or saved.shape != own.shape:
+        there = "missing" if saved is None else list(saved.shape)
+        raise ValueError(
+            f"the state's method has {name} {there}, this one {list(own.shape)}: was it saved with "
+            "another dominance_window?"
+        )
+    return saved.to(own, copy=True)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return the tensors of an entry that is one, or has one for each task."""
+    if value is None:
+        return []
+    return list(value.values()) if isinstance(value, Mapping) else [value]
+
+
+def local_like(segment: Segment, value: Tensor) -> Tensor:
+    """Return what this process holds of a saved tensor, which is sharded as the parameter or full."""
+    parameter: Any = segment.parameter
+    if is_dtensor(parameter) and not is_dtensor(value):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(
+            value.to(segment.parameter.device), parameter.device_mesh, parameter.placements
+        )
+    if is_dtensor(value) and not is_dtensor(parameter):
+        value = value.full_tensor()  # type: ignore[attr-defined]
+    return local_part(value)
+
+
+def stacked(values: Sequence[Tensor | None], own: Tensor, fill: int) -> Tensor:
+    """Return a tensor like `own` of one entry for each tensor; `fill` where there is none."""
+    result = torch.full((len(values), *own.shape[1:]), fill, dtype=own.dtype, device=own.device)
+    for t, value in enumerate(values):
+        if value is not None:
+            result[t] = local_part(value).to(own)
+    return result
+
+
+class StateView(MutableMapping[Tensor, Any]):
+    """The per-parameter state: the base's own, and under "gcond" what GCondFused keeps beside it.
+
+    The base does not see the latter: many optimizers take a state that is not empty for theirs.
+    What is written goes to the base.
+    """
+
+    def __init__(self, base: torch.optim.Optimizer, own: Callable[[Tensor], Any]) -> None:
+        self._base = base
+        self._own = own
+
+    def __getitem__(self, parameter: Tensor) -> Any:
+        state = self._base.state[parameter]
+        own = self._own(parameter)
+        return state if own is None else ChainMap(state, {KEY: own})
+
+    def __setitem__(self, parameter: Tensor, state: Any) -> None:
+        self._base.state[parameter] = state.maps[0] if isinstance(state, ChainMap) else state
+
+    def __delitem__(self, parameter: Tensor) -> None:
+        del self._base.state[parameter]
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self._base.state
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._base.state)
+
+    def __len__(self) -> int:
+        return len(self._base.state)
+
+    def __repr__(self) -> str:
+        return repr(self._base.state)
 
 
 def check_kind(state_dict: Mapping[str, Any]) -> None:
     """Raises a ValueError that says what to do if this is no state of a GCondFused."""
-    if "gcond" in state_dict and "param_groups" in state_dict:
-        return
-    if "param_groups" in state_dict:
+    if "param_groups" not in state_dict:
+        raise ValueError(
+            f"this is no state of an optimizer: it has {list(state_dict)}, not 'param_groups'"
+        )
+    if not any(KEY in group for group in state_dict["param_groups"]):
+        if KEY in state_dict:
+            raise ValueError(
+                "the state has the format of an older version of gcond-kernels, which this one "
+                "does not read: load it with the version that saved it"
+            )
         raise ValueError(
             'this is the state of a plain optimizer, without "gcond": load it with '
             "optimizer.base.load_state_dict"
         )
-    raise ValueError(
-        f"this is no state of an optimizer: it has {list(state_dict)}, not 'param_groups'"
-    )
 
 
 def check_window(window: Mapping[str, Any], mode: str, accumulation_steps: int) -> None:
@@ -32,24 +348,6 @@ def check_window(window: Mapping[str, Any], mode: str, accumulation_steps: int) 
                 f"the state was taken in the middle of a window with {option}="
                 f"{window[option]!r}, this optimizer has {value!r}"
             )
-
-
-def check_owner(owner: Sequence[Any] | None, own: Sequence[Any] | None) -> None:
-    """Raises a ValueError where a state is that of one of several ranks, and not of this one.
-
-    Args:
-        owner: (way, rank, ranks) of the state; None where it is that of any rank.
-        own: of this process.
-    """
-    if owner is None or (own is not None and list(owner) == list(own)):
-        return
-    way, rank, ranks = owner
-    here = "one process" if own is None else f"rank {own[1]} of {own[2]} ({own[0]})"
-    raise ValueError(
-        f"the state is that of rank {rank} of {ranks} ({way}) alone, and this is {here}: save "
-        "every rank's own, or a TrainingState with torch.distributed.checkpoint, which other "
-        "numbers of ranks can load"
-    )
 
 
 def in_own_order(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -73,44 +371,18 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]
     ordered = [group_in_order(n, *pair) for n, pair in enumerate(zip(saved, groups, strict=True))]
     if ordered == [group["params"] for group in saved]:
         return state_dict
-    # A parameter is known by its place in the state; this is where that place is now.
-    now = {place: new for new, place in enumerate(p for group in ordered for p in group)}
-    own = dict(state_dict["gcond"])
-    own["accumulator"] = dict(own["accumulator"])
-    own["accumulator"]["parameters"] = [now[p] for p in own["accumulator"]["parameters"]]
     matched = [
         {**there, "params": places, "param_names": list(here["param_names"])}
         if here.get("param_names")
         else {**there, "params": places}
         for there, here, places in zip(saved, groups, ordered, strict=True)
     ]
-    return {**state_dict, "param_groups": matched, "gcond": own}
+    return {**state_dict, "param_groups": matched}
 
 
-def check_method_state(
-    saved: Mapping[str, Any], own: Mapping[str, Any], shared: frozenset[str] | None
-) -> None:
-    """That a method's state is of this method and its settings.
-
-    Args:
-        saved: of a state.
-        own: of the method.
-        shared: the entries that all tensors have in common, where the others are by tensor.
-    """
-    for key, value in own.items():
-        there = saved.get(key)
-        first = 0 if shared is None or key in shared else 1
-        if there is None or there.shape[first:] != value.shape[first:]:
-            raise ValueError(
-                f"the state's method has {key} "
-                f"{'missing' if there is None else list(there.shape)}, this one "
-                f"{list(value.shape)}: was it saved with another dominance_window?"
-            )
-
-
-def group_in_order(number: int, there: Mapping[str, Any], here: Mapping[str, Any]) -> list[int]:
+def group_in_order(number: int, there: Mapping[str, Any], here: Mapping[str, Any]) -> list[Any]:
     """The places of one group's parameters, in the order that they have here."""
-    places: list[int] = list(there["params"])
+    places: list[Any] = list(there["params"])
     if len(places) != len(here["params"]):
         raise ValueError(
             f"parameter group {number} has {len(places)} parameters in the state, here "
@@ -133,8 +405,3 @@ def group_in_order(number: int, there: Mapping[str, Any], here: Mapping[str, Any
         )
     place = dict(zip(saved, places, strict=True))
     return [place[name] for name in own]
-
-
-def without_wrappers(names: Sequence[str]) -> list[str]:
-    """Names of parameters without the parts that wrappers of a model add."""
-    return [".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names]

@@ -27,6 +27,7 @@ class Known(NamedTuple):
 
     rounding: float = FLOAT32_ROUNDING
     losses: Tensor | None = None
+    tasks: Any = None
 
 
 class Method(ABC):
