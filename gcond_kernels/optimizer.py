@@ -1473,8 +1473,11 @@ class GCondFused(torch.optim.Optimizer):
 
     def _load_own(self, restored: saving.Restored, of_base: dict[str, Any]) -> None:
         now, acc, common = self._now, self._accumulator, restored.common
-        fresh_of = new_method_state(now.assigned, len(self._weights), 0, self._device())
-        restored.method_state(acc, fresh_of, None if now.assigned.granularity == "model" else now.assigned.method.shared_state)
+        o = now.assigned
+        shared = None if o.granularity == "model" else o.method.shared_state
+        # Before anything is changed: a state with other settings is refused.
+        here = new_method_state(o, len(self._weights), len(acc.segments), self._device())
+        restored.method_state(acc, here, shared)
         self.base.load_state_dict(of_base)
         for group in self.base.param_groups:
             group[saving.KEY] = {}
@@ -1484,9 +1487,8 @@ class GCondFused(torch.optim.Optimizer):
             acc.grow(new)
         cut = self._sync.own_part if isinstance(self._sync, Sharded) else None
         restored.fill(acc, cut)
-        o, window = now.options, common["window"]
+        window = common["window"]
         fresh = new_method_state(o, len(self._weights), len(acc.segments), self._device())
-        shared = None if o.granularity == "model" else o.method.shared_state
         now.method_state = restored.method_state(acc, fresh, shared)
         counters = torch.tensor(common["counters"], dtype=torch.int64, device="cpu")
         now.counters = counters.to(self._device())
