@@ -420,13 +420,14 @@ class Accumulator:
         Returns:
             Which tensors are compared, [T], and whether those are others than last time, [].
         """
-        self.owners = self.owners | (seen & finite)
+        # In place: a CUDA graph repeats it.
+        self.owners |= seen & finite
         compared = shared(self.owners)
         was = self.compared
         changed = finite & ((was >= 0) & (was != compared.to(torch.int8))).any()
         # What no task had a gradient for was compared in no way: its history is zero.
         known = self.owners.any(1)
-        self.compared = torch.where(known & finite, compared.to(torch.int8), was)
+        was.copy_(torch.where(known & finite, compared.to(torch.int8), was))
         return compared, changed
 
     def start_window(self) -> None:

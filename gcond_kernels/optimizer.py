@@ -668,7 +668,9 @@ class GCondFused(torch.optim.Optimizer):
         gradient = None if factor == 1.0 else torch.full_like(loss, factor, requires_grad=False)
         with self._accumulator.harvesting(task, unscale, now.options.backend):
             try:
-                loss.backward(gradient, retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+                # Outside of autocast, as torch recommends for backward passes.
+                with fixed_precision():
+                    loss.backward(gradient, retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             except RuntimeError as error:
                 raise explained(error, self._data_parallel is None) from error
         if now.losses is not None:
@@ -938,15 +940,16 @@ class GCondFused(torch.optim.Optimizer):
         acc, state = self._accumulator, self._now.method_state
         return {
             "state": {name: value.clone() for name, value in state.items()},
-            "owners": acc.owners,
-            "compared": acc.compared,
+            "owners": acc.owners.clone(),
+            "compared": acc.compared.clone(),
         }
 
     def _restore(self, before: dict[str, Any], where: Tensor | None = None) -> None:
         """Put a snapshot back, where a flag on the device says so; None is always."""
         acc = self._accumulator
         if where is None:
-            acc.owners, acc.compared = before["owners"], before["compared"]
+            acc.owners.copy_(before["owners"])
+            acc.compared.copy_(before["compared"])
         for name, value in self._now.method_state.items():
             old = before["state"][name]
             value.copy_(old if where is None else torch.where(where, old, value))
