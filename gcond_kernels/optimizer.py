@@ -123,7 +123,8 @@ class GCondFused(torch.optim.Optimizer):
 
         for x, y in loader:
             losses = {task: loss_functions[task](model(x), y) for task in optimizer.active_tasks}
-            if optimizer.backward(losses):  # True when the window is full
+            if optimizer.backward(losses):  # True when the window is full: .grad is resolved
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # as in any loop
                 optimizer.step()
 
     It is a `torch.optim.Optimizer` and shares `param_groups`, `state` and `defaults` with the
@@ -132,9 +133,14 @@ class GCondFused(torch.optim.Optimizer):
 
     Args:
         base: any torch optimizer. Its parameters must be on one device; those that require no
-            gradient cost nothing, and may start to require one at any time.
-        tasks: task → loss weight λ ≥ 0. The order is that of the blocks in stochastic mode.
+            gradient cost nothing, and may start to require one at any time. Parameters and groups
+            may be added, replaced and removed between two windows. What else it has, methods and
+            attributes, is reached through this one.
+        tasks: task → loss weight λ ≥ 0. The order is that of the blocks in stochastic mode. Weights
+            may be assigned (`optimizer.tasks[name] = weight`), and tasks added (`add_task`).
         accumulation_steps: micro-batches per optimizer step, A; of each rank, where there are some.
+            A task's gradient is the mean over its micro-batches of a window, not their sum: losses
+            are not to be divided by A.
         mode: "exact": every micro-batch has a loss of every task. "stochastic": the window is
             cut into one block of micro-batches per task, each with a loss of that task alone:
             one backward pass per micro-batch instead of K.
@@ -146,8 +152,8 @@ class GCondFused(torch.optim.Optimizer):
             they share. "tensor": each parameter tensor resolves its own conflicts, with a state of
             its own. A parameter that only one task ever had a gradient for is that task's own in
             either case: it takes no part in a conflict, and gets its gradient as it is. A gradient
-            of zeros counts as one: leave `0 * output.sum()` out of the losses of others. (Where
-            tasks come to share others than before, GCond's history starts anew.)
+            of zeros is none. (Where tasks come to share others than before, GCond's history starts
+            anew.)
         mask: parameter → bool tensor of its shape, as `neuron_mask` makes them: only where it is
             True is a parameter trained. Other elements take no part in a conflict, and `.grad` is
             exactly 0 there. Parameters that are not in it are trained whole.
@@ -162,21 +168,17 @@ class GCondFused(torch.optim.Optimizer):
         accumulator_dtype: torch.float32, or torch.bfloat16 for half the memory; bfloat16 loses
             small gradients beside large sums.
         history_dtype: torch.bfloat16 or torch.float32.
-        harvest: "bucketed" takes gradients from a backward pass while it runs, some 32 MB at a
-            time; "whole" takes all of them when it is over, which keeps a whole gradient alive, but
-            loses nothing where a pass fails in the middle (see `backward`). DTensors are taken
-            whole, and so is everything where there are other ranks and `module` is not given.
         on_nonfinite: what becomes of a step in which a task's gradient holds a NaN or an infinity.
             "skip": it is left out; parameters and all state stay as they are. "drop_task": that
             task sits it out, as one without a micro-batch does (parameters that it alone uses get
             a gradient of zeros, or what is left of their momentum, for the host does not know);
             without any other, "skip".
-            "raise": `resolve` raises and changes nothing; for that it waits for the device. May be
-            set at any time.
+            "raise": `backward` raises and changes nothing; for that it waits for the device. May be
+            set at any time. A resolved gradient that leaves the range of `.grad`'s type counts too.
         grad_scaler: a `torch.amp.GradScaler`. `backward` scales the losses with it and accumulates
             gradients without the scale; `step` tells it of overflows. After each step call its
-            `update`; `unscale_` is not to be called. `scaler.step(optimizer)` is `step()`. A copy
-            of the optimizer has a copy of the scaler.
+            `update`; `unscale_` does nothing. `scaler.step(optimizer)` is `step()`. A copy of the
+            optimizer has a copy of the scaler.
         module: the model, where it is or holds a `DistributedDataParallel`: that is kept from
             reducing gradients in every backward pass (by `no_sync`, for as long as this optimizer
             lives; its `require_backward_grad_sync = True` ends it before), since it is done once a
@@ -184,8 +186,7 @@ class GCondFused(torch.optim.Optimizer):
         sync: how several ranks with the same parameters come to one gradient. "shard" (default):
             accumulators are reduce-scattered, each rank resolves its shard and keeps its part of
             history and momentum, the result is gathered. "replicate": accumulators are all-reduced.
-            "local": each rank resolves its own, the results are averaged, as the published
-            implementation does. Of no effect with one rank; not for DTensors (FSDP2, tensor
+            Of no effect with one rank; not for DTensors (FSDP2, tensor
             parallel), whose gradients the backward pass reduces.
         process_group: the ranks that train together; None is that of `module`, else all. Each of
             them makes its GCondFused at the same point of the program.
@@ -194,6 +195,9 @@ class GCondFused(torch.optim.Optimizer):
 
     Attributes:
         recorder: what happened in the latest steps; see `gcond_kernels.recorder.Recorder`.
+
+    Options may be assigned in training and take effect from the next window on, with what they
+    need made anew; those that cannot be assigned say so.
 
     Raises:
         TypeError, ValueError: an option is out of its range; the message names it.
