@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 import weakref
@@ -82,6 +83,7 @@ class Progress:
         finite: [] bool, whether that is to be stepped with.
         told: whether the scaler was told of it.
         reached: whether any loss ever reached a parameter.
+        examined: the windows whose weights were found to overwrite nothing that losses share.
         all_shared: whether the host knows that tasks share every tensor.
         chosen_shared: whether it knows that they share one that the method looks at.
         known_owners: what the host knows of the owners of each tensor, bits.
@@ -104,6 +106,7 @@ class Progress:
     finite: Tensor | None = None
     told: bool = False
     reached: bool = False
+    examined: set[Window] = field(default_factory=set)
     all_shared: tables.HostFlag = field(default_factory=tables.HostFlag)
     chosen_shared: bool = False
     known_owners: list[int] = field(default_factory=list)
@@ -470,7 +473,7 @@ class GCondFused(torch.optim.Optimizer):
         check_chosen(options.method, labels_of(self.base.param_groups))
         check_backend(options.backend, self._device())
         now.assigned = options
-        if now.window is None:
+        if now.position == 0 and not now.resolved:
             self._renew(options)
 
     def _renew(self, options: Options) -> None:
@@ -496,7 +499,7 @@ class GCondFused(torch.optim.Optimizer):
     def active_tasks(self) -> tuple[str, ...]:
         """The tasks whose losses the next `backward` takes; none once the window is full."""
         now = self._now
-        options = now.options if now.window is not None else now.assigned
+        options = now.options if now.position else now.assigned
         if now.resolved or now.position >= options.accumulation_steps:
             return ()
         turns = schedule(len(self._weights), options.accumulation_steps, options.mode)
@@ -530,8 +533,8 @@ class GCondFused(torch.optim.Optimizer):
         or give the losses as functions.
 
         A loss whose backward pass overwrites what it has saved (fused cross entropies that scale
-        their gradient in place do) can be passed back through once: where two tasks share it, give
-        them as functions, each with a forward pass of its own. Autograd has no way to tell.
+        their gradient in place do) can be passed back through once. Where two tasks share it, the
+        first micro-batch raises: give them as functions, each with a forward pass of its own.
 
         Raises:
             KeyError: a task is unknown, or not active now.
@@ -616,7 +619,7 @@ class GCondFused(torch.optim.Optimizer):
     def _begin_window(self) -> None:
         """Let what was assigned take effect, where this is the first micro-batch of a window."""
         now = self._now
-        if now.window is not None:
+        if now.window is not None and now.position > 0:
             return
         weights = tuple(self._weights.values())
         if not any(weights):
@@ -636,14 +639,23 @@ class GCondFused(torch.optim.Optimizer):
         names = tuple(self._weights)
         order = sorted(losses, key=lambda task: (callable(losses[task]), names.index(task)))
         tensors = [loss for task in order if isinstance(loss := losses[task], Tensor)]
+        shared = None
+        new = self._now.window not in self._now.examined
+        if len(tensors) > 1 and new and not tables.is_capturing(self._device()):
+            # Once for each set of weights: a factor of 1 may leave alone what another overwrites.
+            shared = graphs.SharedFunctions(tensors)
         try:
             for number, task in enumerate(order, start=1):
                 loss = losses[task]
                 if not isinstance(loss, Tensor):
                     loss = self._loss_of(task, loss)
                 self._backward_one(names.index(task), loss, number < len(tensors))
+                if shared is not None and number < len(tensors):
+                    shared.check()
                 del loss
                 self._send_if_final(names.index(task))
+            if shared is not None and self._now.window is not None:
+                self._now.examined.add(self._now.window)
         finally:
             graphs.free(tensors)
 
@@ -665,9 +677,9 @@ class GCondFused(torch.optim.Optimizer):
         value = loss.detach()
         # As a plain loop has it, for parameters that other optimizers hold.
         factor = now.window.weights[task] / max(1, now.window.planned[task])
-        unscale: float | Tensor = 1.0
+        factor, unscale = representable(factor, loss.dtype)
         if self._loss_scale is not None:
-            unscale = self._loss_scale.inverse(self._device())
+            unscale = self._loss_scale.inverse(self._device()) * unscale
             loss = self._loss_scale.scaled(loss)
         gradient = None if factor == 1.0 else torch.full_like(loss, factor, requires_grad=False)
         with self._accumulator.harvesting(task, unscale, now.options.backend):
@@ -1593,6 +1605,15 @@ def reference_to(gradient: Tensor) -> Callable[[], Tensor | None]:
     if type(gradient) is Tensor and not torch.__future__.get_swap_module_params_on_conversion():
         return weakref.ref(gradient)
     return lambda: gradient
+
+
+@functools.lru_cache(maxsize=256)
+def representable(factor: float, dtype: torch.dtype) -> tuple[float, float | Tensor]:
+    """Return a factor as a loss of that type can have it, and what makes up for the rounding."""
+    if dtype in (torch.float32, torch.float64) or factor == 0.0:
+        return factor, 1.0
+    rounded = torch.tensor(max(factor, torch.finfo(dtype).tiny), dtype=dtype, device="cpu").item()
+    return rounded, factor / rounded
 
 
 def is_zero(values: Sequence[Any]) -> bool:

@@ -1060,7 +1060,7 @@ class OverwritesWhatItSaved(torch.autograd.Function):
         return gradient, None
 
 
-def test_a_fused_loss_that_overwrites_what_it_saved_is_right_as_a_function():
+def test_a_fused_loss_that_overwrites_what_it_saved_is_refused_and_right_as_a_function():
     torch.manual_seed(0)
     model, x, target = nn.Linear(8, 4), torch.randn(8, 8), torch.randint(0, 4, (8,))
     optimizer = GCondFused(sgd(model, 0.0), TASKS, method=Sum())
@@ -1072,6 +1072,13 @@ def test_a_fused_loss_that_overwrites_what_it_saved_is_right_as_a_function():
     plain_losses = losses(F.cross_entropy)
     wanted = torch.autograd.grad(plain_losses["a"] + 0.5 * plain_losses["b"], list(model.parameters()))
     fused = OverwritesWhatItSaved.apply
+    with pytest.raises(RuntimeError, match="of OverwritesWhatItSaved overwrites"), pytest.warns():
+        optimizer.backward(losses(fused))
+    # One that two tasks do not share is right as a tensor.
+    ce = fused(model(x), target)
+    optimizer.backward({"a": 2 * ce, "b": 0.5 * F.cross_entropy(model(x), target) + model(x).square().mean()})
+    assert off(gradients(model), wanted) < ROUNDING
+    optimizer.step()
     optimizer.backward({k: lambda k=k: losses(fused)[k] for k in TASKS})
     assert off(gradients(model), wanted) < ROUNDING
 
@@ -1088,3 +1095,28 @@ def test_no_warning_in_a_plain_loop():
                 optimizer.step()
                 optimizer.zero_grad()
                 scheduler.step()
+
+
+def test_a_bfloat16_loss_rounds_no_weight():
+    """Within the sums a weight of 0.85 / 24 is exact, though a bfloat16 loss has no such number."""
+    p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = GCondFused(
+        torch.optim.SGD([p], lr=0.0), {"a": 0.85}, accumulation_steps=24, method=Sum()
+    )
+    p.grad_dtype = torch.float32
+    for _ in range(24):
+        optimizer.backward({"a": p.sum()})
+    # One rounding of each gradient to bfloat16 is left, and those of the factor are made up for.
+    assert p.grad.dtype == torch.float32
+    assert torch.allclose(p.grad, torch.full_like(p.grad, 0.85), rtol=1e-6)
+
+
+def test_what_is_set_after_a_call_that_was_refused_holds_at_once():
+    model, x = Net(), inputs(1)
+    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=2, method=Sum())
+    with pytest.raises(KeyError, match="unknown task 'z'"):
+        optimizer.backward({"z": losses_of(model, x[0])["a"]})
+    optimizer.tasks["b"] = 2.0
+    optimizer.accumulation_steps = 1
+    assert optimizer.backward(losses_of(model, x[0]))
+    assert off(gradients(model), plain(model, x, {"a": 1.0, "b": 2.0})) < ROUNDING
