@@ -119,7 +119,7 @@ class TrainingState:
         by_name = {name: parameter for parameter, name in self._names.items()}
         for name in own["without_state"]:
             base.state.pop(by_name[name], None)
-        counters = torch.tensor(own["counters"], dtype=torch.int64)
+        counters = torch.tensor(own["counters"], dtype=torch.int64, device="cpu")
         self.optimizer._load_own(self._as_accumulated(own), self._method_of(own), counters)
 
     @property
@@ -199,7 +199,7 @@ class TrainingState:
         places, shared = self._places_in(own), self.optimizer.method.shared_state
         state = {}
         for key, shape, values in own["method"]:
-            value = torch.tensor(values, dtype=torch.float64).view(shape)
+            value = torch.tensor(values, dtype=torch.float64, device="cpu").view(shape)
             # Of another method, which is yet to be refused, it is not known which are shared.
             of_tensors = key not in shared and shape[:1] == [len(own["names"])]
             by_tensor = own["granularity"] == "tensor" and of_tensors
