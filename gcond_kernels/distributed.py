@@ -9,7 +9,8 @@ the same weights from the same bits, whatever part of the gradients it holds its
     Replicated  rows are all-reduced, each rank resolves all of them
     Local       each rank resolves its own gradients, the results are averaged
 
-All of it is torch.distributed's collectives on the process group of the user.
+All of it is torch.distributed's collectives among the ranks of the user's process group, in groups
+of our own (`Peers`).
 """
 
 from __future__ import annotations
@@ -187,6 +188,7 @@ class Ranks(Sync):
 
     def __init__(self, accumulator: Accumulator, backend: str, peers: Peers) -> None:
         super().__init__(accumulator, backend)
+        peers.connect()
         self.peers = peers
         self.size = peers.size
         self.losses_per_micro_batch = peers.size  # all ranks make the same passes
@@ -375,7 +377,6 @@ class Reduced(Ranks):
 
     def __init__(self, accumulator: Accumulator, backend: str, peers: Peers) -> None:
         super().__init__(accumulator, backend, peers)
-        peers.make_group_of_rows()
         self.losses_per_micro_batch = 1  # the micro-batches of all ranks are counted
         self._final: set[int] = set()
         self._started = 0
