@@ -38,6 +38,7 @@ from gcond_kernels.alike import (
 )
 from gcond_kernels.data_parallel import data_parallel_modules
 from gcond_kernels.dtensor import is_dtensor, local_part
+from gcond_kernels.fsdp import FullySharded
 from gcond_kernels.nonfinite import nonfinite_tasks
 from gcond_kernels.peers import Peers
 from gcond_kernels.python.blocks import WORD_BITS
@@ -120,6 +121,9 @@ class Sync:
         """Whether the flag is set on any rank; all of them ask."""
         return flag
 
+    def check_wrapper(self) -> None:
+        """Raises a RuntimeError where the next backward pass would not reduce gradients."""
+
     def check_begun(self) -> None:
         """Raises a RuntimeError where there is nothing to resolve."""
         if not any(self.accumulator.counts):
@@ -198,6 +202,7 @@ class Ranks(Sync):
         # Of each segment: which of the ranks that hold the same this one is, and how many they are.
         self._replica: list[tuple[int, int]] = []
         self._part = 0  # which part of all parameters this process holds
+        self._fsdp = FullySharded()
 
     @property
     def owner(self) -> list[Any] | None:
@@ -207,6 +212,11 @@ class Ranks(Sync):
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; all of them ask."""
         return any(flag for (flag,) in self.peers.numbers([flag], self.accumulator.rows.device))
+
+    def check_wrapper(self) -> None:
+        """Raises a RuntimeError where FSDP is told to keep gradients of any module for itself."""
+        if self.accumulator.spread:
+            self._fsdp.check(self.accumulator.segments)
 
     def check_begun(self) -> None:
         """Another rank may have begun where this one has not: `meet` tells."""
@@ -681,19 +691,13 @@ def way_of(
     sync: str | None,
     parameters: Sequence[Tensor],
     peers: Peers | None,
-    module: nn.Module | None,
 ) -> str | None:
     """How the ranks work together, a key of `WAYS`; None for one process.
 
     Raises:
-        ValueError: the parameters are DTensors, and `sync` or a DistributedDataParallel is given.
+        ValueError: the parameters are DTensors, and `sync` is given.
     """
     if any(map(is_dtensor, parameters)):
-        if data_parallel_modules(module):
-            raise ValueError(
-                "module: DistributedDataParallel around DTensors is not handled: use fully_shard "
-                "on a mesh of two dimensions, which also replicates"
-            )
         if sync is not None:
             raise ValueError(
                 f"sync={sync!r} is for parameters that every rank holds whole; these are DTensors, "

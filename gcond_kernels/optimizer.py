@@ -36,6 +36,7 @@ from gcond_kernels.checks import (
 )
 from gcond_kernels.data_parallel import DataParallel
 from gcond_kernels.distributed import WAYS, Local, Sync, Work, peers_of, way_of
+from gcond_kernels.dtensor import check_materialized
 from gcond_kernels.loss_scale import LossScale
 from gcond_kernels.mask import check_mask
 from gcond_kernels.methods import GCond, GradDrop, Method
@@ -152,7 +153,8 @@ class GCondFused(torch.optim.Optimizer):
         module: the model, where it is or holds a `DistributedDataParallel`: that is kept from
             reducing gradients in every backward pass (by `no_sync`, for as long as this optimizer
             lives; its `require_backward_grad_sync = True` ends it before), since it is done once a
-            window here; its buffers are broadcast after every step.
+            window here; its buffers are broadcast after every step. May be assigned later
+            (`optimizer.module = model`). Where it is not given the first `backward` looks for one.
         sync: how several ranks with the same parameters come to one gradient. "shard" (default):
             accumulators are reduce-scattered, each rank resolves its shard and keeps its part of
             history and momentum, the result is gathered. "replicate": accumulators are all-reduced.
@@ -220,6 +222,7 @@ class GCondFused(torch.optim.Optimizer):
         check_count("record_steps", record_steps)
         check_sync(module, sync)
         named = list(parameters_of(base))
+        check_materialized(named)
         parameters = [parameter for parameter, _ in named]
         check_chosen(method, [name for _, name in named])
         masked = None if mask is None else check_mask(mask, named)
@@ -227,8 +230,10 @@ class GCondFused(torch.optim.Optimizer):
         for operation in ops.OPERATIONS:  # raises now rather than in training
             ops.choose_backend(backend, device, operation)
         peers = peers_of(process_group, module)
-        way = way_of(sync, parameters, peers, module)
-        self._data_parallel = None if module is None else DataParallel(module, parameters)
+        way = way_of(sync, parameters, peers)
+        self._data_parallel = DataParallel(peers, process_group is not None)
+        if module is not None:
+            self._data_parallel.take(module, parameters)
 
         # Not super().__init__: that would make lists of parameters and state of our own.
         self.base = base
@@ -336,6 +341,18 @@ class GCondFused(torch.optim.Optimizer):
         check_nonfinite(choice, self.grad_scaler)
         self._now.on_nonfinite = choice
 
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """The model; may be given later than the constructor's `module=`, with the same effect."""
+        return self._data_parallel.module
+
+    @module.setter
+    def module(self, module: torch.nn.Module | None) -> None:
+        if module is None or module is self.module:
+            return
+        self._data_parallel.take(module, [parameter for parameter, _ in self._parameters()])
+        self._accumulator.alone = True
+
     # One window: backward … backward, resolve, step.
 
     @property
@@ -381,6 +398,8 @@ class GCondFused(torch.optim.Optimizer):
             if not callable(loss):
                 check_loss(task, loss)
         self._include_new_parameters()
+        self._find_wrapper()
+        self._sync.check_wrapper()
         self._clear_gradients()
 
         # Tensors first: their graphs exist already, and go before a function builds another.
@@ -404,6 +423,7 @@ class GCondFused(torch.optim.Optimizer):
         if not isinstance(loss, Tensor):
             loss = loss()
             check_loss(task, loss)
+            self._sync.check_wrapper()  # the function may have changed it
         k, value = self._names.index(task), loss.detach()  # without the scale
         unscale: float | Tensor = 1.0
         if self._loss_scale is not None:
@@ -413,11 +433,12 @@ class GCondFused(torch.optim.Optimizer):
             try:
                 loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             except RuntimeError as error:
-                if "ready only once" in str(error) and self._data_parallel is None:
+                if "ready only once" in str(error) and not self._data_parallel.modules:
                     raise RuntimeError(
                         "the model is wrapped in DistributedDataParallel, which reduces gradients "
                         "in every backward pass and takes one for each forward pass: give "
                         "GCondFused(..., module=model), which turns that off"
+                        f"{self._data_parallel.left_alone}"
                     ) from error
                 if "donated buffer" not in str(error):
                     raise
@@ -460,6 +481,7 @@ class GCondFused(torch.optim.Optimizer):
                     "capture forward and backward passes of the model alone"
                 )
             self._include_new_parameters()  # the others may have had a micro-batch, and this not
+            self._find_wrapper()
         try:
             counts = self._sync.meet(self._alike, self.on_nonfinite)
         finally:
@@ -702,8 +724,7 @@ class GCondFused(torch.optim.Optimizer):
             self._loss_scale.tell(~finite | self._now.nonfinite.any())
             self._now.told = True
         step_if(finite, self.base)
-        if self._data_parallel is not None:
-            self._data_parallel.broadcast_buffers()
+        self._data_parallel.broadcast_buffers()
         # Who clipped them may have put others in their place.
         left = [s.parameter.grad for s in self._accumulator.segments]
         self._now.written = [weakref.ref(gradient) for gradient in left if gradient is not None]
@@ -804,6 +825,11 @@ class GCondFused(torch.optim.Optimizer):
                 "torch.distributed was initialized after this GCondFused was made, which knows no "
                 "other ranks: make it after init_process_group"
             )
+
+    def _find_wrapper(self) -> None:
+        """Look once for a DistributedDataParallel that this optimizer was not told of."""
+        if self._data_parallel.look(self._parameters()):
+            self._accumulator.alone = True
 
     def _take_back(self, before: list[int], error: BaseException) -> None:
         """Undoes what a failed `backward` added, or says what had to stay, or was lost."""
