@@ -5,6 +5,7 @@ Where torch has no distributed package there are none, and nothing of it is impo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -79,3 +80,17 @@ def is_unfinished(parameter: Tensor) -> bool:
     """Whether the tensor is still to be summed over its mesh: no parameter can be so."""
     placements: Any = getattr(parameter, "placements", ())
     return any(placement.is_partial() for placement in placements)
+
+
+def check_materialized(named: Iterable[tuple[Tensor, str]]) -> None:
+    """Check that parameters have memory.
+
+    Raises:
+        ValueError: one is on the meta device; the message names it.
+    """
+    for parameter, name in named:
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, where it has no values: materialize the model "
+                "first (to_empty, then load or initialize it), then make both optimizers"
+            )

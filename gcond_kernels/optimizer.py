@@ -33,6 +33,7 @@ from gcond_kernels.checks import (
 from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.data_parallel import DataParallel
 from gcond_kernels.distributed import WAYS, Sharded, Sync, Work, peers_of, way_of
+from gcond_kernels.dtensor import check_materialized
 from gcond_kernels.loss_scale import LossScale
 from gcond_kernels.mask import check_mask
 from gcond_kernels.methods import GCond, GradDrop, Method
@@ -185,7 +186,8 @@ class GCondFused(torch.optim.Optimizer):
         module: the model, where it is or holds a `DistributedDataParallel`: that is kept from
             reducing gradients in every backward pass (by `no_sync`, for as long as this optimizer
             lives; its `require_backward_grad_sync = True` ends it before), since it is done once a
-            window here; its buffers are broadcast after every step.
+            window here; its buffers are broadcast after every step. May be assigned later
+            (`optimizer.module = model`). Where it is not given the first `backward` looks for one.
         sync: how several ranks with the same parameters come to one gradient. "shard" (default):
             accumulators are reduce-scattered, each rank resolves its shard and keeps its part of
             history and momentum, the result is gathered. "replicate": accumulators are all-reduced.
@@ -280,13 +282,17 @@ class GCondFused(torch.optim.Optimizer):
         check_sync(module, sync)
         labels = labels_of(base.param_groups)
         parameters = [p for group in base.param_groups for p in group["params"]]
+        named = list(zip(parameters, labels, strict=True))
+        check_materialized(named)
         check_chosen(options.method, labels)
-        masked = None if mask is None else check_mask(mask, list(zip(parameters, labels, strict=True)))
+        masked = None if mask is None else check_mask(mask, named)
         device = parameters[0].device
         check_backend(options.backend, device)
         peers = peers_of(process_group, module)
-        way = way_of(sync, parameters, peers, module)
-        self._data_parallel = None if module is None else DataParallel(module, parameters)
+        way = way_of(sync, parameters, peers)
+        self._data_parallel = DataParallel(peers, process_group is not None)
+        if module is not None:
+            self._data_parallel.take(module, parameters)
 
         # Not super().__init__: that would make lists of parameters and state of our own.
         self.base = base
@@ -455,6 +461,18 @@ class GCondFused(torch.optim.Optimizer):
         self._now.on_nonfinite = choice
 
     @property
+    def module(self) -> torch.nn.Module | None:
+        """The model; may be given later than the constructor's `module=`, with the same effect."""
+        return self._data_parallel.module
+
+    @module.setter
+    def module(self, module: torch.nn.Module | None) -> None:
+        if module is None or module is self.module:
+            return
+        self._data_parallel.take(module, [parameter for parameter, _ in self._parameters()])
+        self._accumulator.alone = True
+
+    @property
     def thresholds(self) -> tuple[float, float, float]:
         """Cosines that tell zones of conflict apart; those of GCond may be assigned."""
         thresholds: tuple[float, float, float] = self.method.thresholds
@@ -564,6 +582,8 @@ class GCondFused(torch.optim.Optimizer):
         for task, loss in given.items():
             if not callable(loss):
                 check_loss(task, loss)
+        self._find_wrapper()
+        self._sync.check_wrapper()
         self._follow_parameters()
         self._clear_gradients()
         now.running = True
@@ -662,6 +682,7 @@ class GCondFused(torch.optim.Optimizer):
     def _loss_of(self, task: str, function: Callable[[], Tensor]) -> Tensor:
         """Call a loss function, which is to leave the gradients alone."""
         loss = function()
+        self._sync.check_wrapper()  # the function may have changed it
         name = self._accumulator.foreign_gradient()
         if name is not None:
             raise RuntimeError(
@@ -688,7 +709,7 @@ class GCondFused(torch.optim.Optimizer):
                 with fixed_precision():
                     loss.backward(gradient, retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             except RuntimeError as error:
-                raise explained(error, self._data_parallel is None) from error
+                raise explained(error, self._data_parallel) from error
         if now.losses is not None:
             with fixed_precision():
                 now.losses[task] += value.to(now.losses).reshape(())
@@ -783,6 +804,7 @@ class GCondFused(torch.optim.Optimizer):
                     "a CUDA graph cannot hold what several ranks tell each other in a step: "
                     "capture forward and backward passes of the model alone"
                 )
+            self._find_wrapper()
             self._follow_parameters()  # the others may have had a micro-batch, and this not
         try:
             counts = self._sync.meet(self._alike, now.on_nonfinite, now.position > 0)
@@ -1179,8 +1201,7 @@ class GCondFused(torch.optim.Optimizer):
             self._loss_scale.tell(~now.finite | now.nonfinite.any())
             now.told = True
         step_if(now.finite, self.base)
-        if self._data_parallel is not None:
-            self._data_parallel.broadcast_buffers()
+        self._data_parallel.broadcast_buffers()
         # Who clipped them may have put others in their place.
         left = [s.parameter.grad for s in self._accumulator.segments]
         now.written = [reference_to(gradient) for gradient in left if gradient is not None]
@@ -1301,6 +1322,11 @@ class GCondFused(torch.optim.Optimizer):
         self._follow_with_state(places, now.counters.device)
         now.all_shared = tables.HostFlag()
         now.known_owners, now.chosen_shared = [], False
+
+    def _find_wrapper(self) -> None:
+        """Look once for a DistributedDataParallel that this optimizer was not told of."""
+        if self._data_parallel.look(self._parameters()):
+            self._accumulator.alone = True
 
     def _clear_gradients(self) -> None:
         """Makes way for one task's gradients; what others computed is not thrown away.
@@ -1621,14 +1647,14 @@ def is_zero(values: Sequence[Any]) -> bool:
     return not any(bool(v.any()) if isinstance(v, Tensor) else v for v in values)
 
 
-def explained(error: RuntimeError, unknown_wrapper: bool) -> RuntimeError:
+def explained(error: RuntimeError, data_parallel: DataParallel) -> RuntimeError:
     """Return an error of a backward pass, with what to do where that is known."""
     words = str(error)
-    if "ready only once" in words and unknown_wrapper:
+    if "ready only once" in words and not data_parallel.modules:
         return RuntimeError(
             "the model is wrapped in DistributedDataParallel, which reduces gradients in every "
             "backward pass and takes one for each forward pass: give GCondFused(..., "
-            "module=model), which turns that off"
+            f"module=model), which turns that off{data_parallel.left_alone}"
         )
     functions = "give the losses as functions, each with a forward pass of its own"
     if "donated buffer" in words:
