@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+# How long a rank waits for the others before it says which of them are missing.
+PATIENCE = timedelta(minutes=2)
 
 
 class Peers:
@@ -22,6 +28,7 @@ class Peers:
         self.size = dist.get_world_size(self.group)
         self._on_host = "cpu:" in dist.get_backend_config(self.group)
         self._of_rows: Any = None
+        self._small: Any = None
 
     def device(self, tensors: torch.device) -> torch.device:
         """Where small things travel: between hosts if the group can, then no GPU has to wait."""
@@ -50,6 +57,35 @@ class Peers:
             backend=self.dist.get_backend_config(group),
             use_local_synchronization=True,
         )
+        self._small = self.dist.new_group(
+            self.dist.get_process_group_ranks(group),
+            timeout=getattr(options, "_timeout", None),
+            backend="gloo",
+            use_local_synchronization=True,
+        )
+
+    def rendezvous(self, call: str, otherwise: str) -> None:
+        """Wait for all ranks to make the same call, for two minutes at most.
+
+        Args:
+            call: what all of them are to call.
+            otherwise: what else may be done.
+
+        Raises:
+            RuntimeError: some have not called by then; the message names them.
+        """
+        options = getattr(self._small._get_backend(torch.device("cpu")), "options", None)
+        wait = min(PATIENCE, getattr(options, "_timeout", None) or PATIENCE)
+        try:
+            self.dist.monitored_barrier(self._small, wait, wait_all_ranks=True)
+        except RuntimeError as error:
+            # Rank 0 hears of every rank; the others of rank 0 alone, or of the end of its wait.
+            named = re.search(r"Ranks? ([0-9, ]+) failed to pass", str(error))
+            missing = f"ranks {named[1]}" if named else "rank 0, or another that it waits for,"
+            raise RuntimeError(
+                f"{missing} did not call {call} within {wait.total_seconds():g} s after rank "
+                f"{self.rank}: call it on all ranks, or {otherwise}"
+            ) from error
 
     def sum_of_row(self, row: Tensor) -> Any:
         """Starts to sum a row over the ranks, in place."""
