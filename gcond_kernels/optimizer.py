@@ -324,8 +324,6 @@ class GCondFused(torch.optim.Optimizer):
             losses=new_losses(options, K, device),
         )
         self.recorder = Recorder(tuple(weights), options.method.thresholds, int(record_steps))
-        for group in base.param_groups:
-            group[saving.KEY] = {}  # so that what loads a state group by group finds its place
         if options.momentum > 0.0:
             warn_of_double_smoothing(base)
 
@@ -350,6 +348,8 @@ class GCondFused(torch.optim.Optimizer):
         # is shown none. It has no other place where it could be told.
         if sys._getframe(1).f_code.co_name == "_unscale_grads_":
             return []
+        for group in self.base.param_groups:
+            group.setdefault(saving.KEY, {})  # what loads a state group by group finds its place
         return self.base.param_groups
 
     @param_groups.setter
@@ -383,7 +383,6 @@ class GCondFused(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, at any time; with several ranks between two windows."""
         self.base.add_param_group(param_group)
-        self.base.param_groups[-1][saving.KEY] = {}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear `.grad`. What the window has accumulated stays: `step` starts a new one.
@@ -1496,8 +1495,6 @@ class GCondFused(torch.optim.Optimizer):
         self.base.load_state_dict(of_base)
         for p in restored.without_state:
             self.base.state.pop(p, None)
-        for group in self.base.param_groups:
-            group[saving.KEY] = {}
         self._start_window()
         new = [(p, name) for p, name in restored.parameters if not acc.knows(p)]
         if new:  # frozen here

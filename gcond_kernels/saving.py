@@ -110,7 +110,7 @@ def own_of(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any
         ValueError: this is no state of a GCondFused, or of another version.
     """
     check_kind(state)
-    common: dict[str, Any] = next(g[KEY] for g in state["param_groups"] if KEY in g)
+    common: dict[str, Any] = next(g[KEY] for g in state["param_groups"] if g.get(KEY))
     if common.get("version") != VERSION:
         raise ValueError(
             f"the state has format {common.get('version')}, this version reads {VERSION}: load it "
@@ -364,7 +364,7 @@ def check_kind(state_dict: Mapping[str, Any]) -> None:
         raise ValueError(
             f"this is no state of an optimizer: it has {list(state_dict)}, not 'param_groups'"
         )
-    if not any(KEY in group for group in state_dict["param_groups"]):
+    if not any(group.get(KEY) for group in state_dict["param_groups"]):
         if KEY in state_dict:
             raise ValueError(
                 "the state has the format of an older version of gcond-kernels, which this one "
