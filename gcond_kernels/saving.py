@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.accumulator import Accumulator, Segment, rows_of, set_mask
-from gcond_kernels.dtensor import is_dtensor, local_part, placed_like
+from gcond_kernels.dtensor import from_its_start, is_dtensor, local_part, placed_like
 from gcond_kernels.names import without_wrappers
 
 VERSION = 4
@@ -74,7 +74,10 @@ def of_parameter(saved: Saved, t: int) -> dict[str, Any]:
     segment = acc.segments[t]
 
     def shaped(row: Tensor) -> Tensor:
-        return placed_like(segment.parameter, segment.view(row))
+        part = segment.view(row)
+        if is_dtensor(segment.parameter):
+            part = from_its_start(part)
+        return placed_like(segment.parameter, part)
 
     own: dict[str, Any] = {"tasks": acc.owners[t], "compared": acc.compared[t]}
     own["base_has_state"] = int(segment.parameter not in saved.without_state)
