@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,6 +50,33 @@ def step_base(base: torch.optim.Optimizer) -> None:
             "loss anew, or a graph of the gradient, and a resolved gradient has neither. Take a "
             "base optimizer that goes by .grad alone, such as torch.optim.AdamW"
         ) from error
+
+
+def step_of_zeros(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
+    """Step these parameters alone, by nothing; gradients and options are then as before."""
+    of_others = [(p, p.grad) for group in base.param_groups for p in group["params"]]
+    options = [
+        {k: (v, copy.deepcopy(v)) for k, v in group.items() if k != "params"}
+        for group in base.param_groups
+    ]
+    try:
+        for p, _ in of_others:
+            p.grad = None
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        for group in base.param_groups:
+            if "lr" in group:
+                group["lr"] = group["lr"] * 0.0
+        step_base(base)
+    finally:
+        for group, values in zip(base.param_groups, options, strict=True):
+            for added in group.keys() - values.keys() - {"params"}:
+                del group[added]
+            for key, (own, value) in values.items():
+                # The tensor itself: a CUDA graph may read it.
+                group[key] = own.copy_(value) if isinstance(own, Tensor) else value
+        for p, gradient in of_others:
+            p.grad = gradient
 
 
 def takes_flag(base: torch.optim.Optimizer) -> bool:

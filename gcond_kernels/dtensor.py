@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 
 
@@ -59,6 +60,20 @@ def placed_like(parameter: Tensor, local: Tensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+
+
+def from_its_start(local: Tensor) -> Tensor:
+    """Return the same memory, as a storage that starts where the tensor does.
+
+    A DTensor has the offset of its local part for an address, and what copies states for
+    `async_save` then looks for memory there.
+    """
+    if local.storage_offset() == 0:
+        return local
+    if local.numel() == 0:
+        return local.new_empty(local.shape)
+    whole: Tensor = torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(local))
+    return whole
 
 
 def shard_coordinate(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gcond_kernels import graphs, ops, overflow, saving, tables
 from gcond_kernels.accumulator import Accumulator, is_distributed
-from gcond_kernels.base_step import step_base, step_if
+from gcond_kernels.base_step import step_if, step_of_zeros
 from gcond_kernels.checks import (
     check_base,
     check_chosen,
@@ -337,8 +337,6 @@ class GCondFused(torch.optim.Optimizer):
             losses=new_losses(options, K, device),
         )
         self.recorder = Recorder(tuple(weights), options.method.thresholds, int(record_steps))
-        for group in base.param_groups:
-            group[saving.KEY] = {}  # so that what loads a state group by group finds its place
         if options.momentum > 0.0:
             warn_of_double_smoothing(base)
 
@@ -363,6 +361,8 @@ class GCondFused(torch.optim.Optimizer):
         # is shown none. It has no other place where it could be told.
         if sys._getframe(1).f_code.co_name == "_unscale_grads_":
             return []
+        for group in self.base.param_groups:
+            group.setdefault(saving.KEY, {})  # what loads a state group by group finds its place
         return self.base.param_groups
 
     @param_groups.setter
@@ -378,11 +378,11 @@ class GCondFused(torch.optim.Optimizer):
     def state(self, state: Any) -> None:
         self.base.state = state
 
-    def _kept_of(self, parameter: Tensor) -> dict[str, Any] | None:
-        if not self._accumulator.knows(parameter) or isinstance(self._sync, Sharded):
-            return None
+    def _kept_of(self, parameter: Tensor) -> dict[str, Any]:
+        if not self._accumulator.knows(parameter):
+            return {}
         place = [s.parameter is parameter for s in self._accumulator.segments].index(True)
-        return saving.of_parameter(self._saved(), place)
+        return saving.of_parameter(self._saved(alone=True), place)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -396,7 +396,6 @@ class GCondFused(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, at any time; with several ranks between two windows."""
         self.base.add_param_group(param_group)
-        self.base.param_groups[-1][saving.KEY] = {}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear `.grad`. What the window has accumulated stays: `step` starts a new one.
@@ -646,9 +645,6 @@ class GCondFused(torch.optim.Optimizer):
             raise ValueError("tasks: at least one loss weight must be above 0, now all are 0")
         if now.options is not now.assigned:
             self._renew(now.assigned)
-        for p in now.initialized:  # by a step that was none
-            self.base.state.pop(p, None)
-        now.initialized = []
         turns = schedule(len(weights), now.options.accumulation_steps, now.options.mode)
         planned = tuple(sum(k in turn for turn in turns) for k in range(len(weights)))
         now.window = Window(weights, planned)
@@ -1186,9 +1182,10 @@ class GCondFused(torch.optim.Optimizer):
         now = self._now
         self._check_not_within("step")
         self._check_scaler_calls()
-        if closure is None and now.position == 0 and not now.resolved and self._is_no_step():
+        if closure is None and not now.resolved and self._is_no_step():
             self._initialize_base()
             return
+        self._forget_initialized()
         if not now.resolved and closure is None:
             self._sync.check_begun(now.position > 0)
         if closure is not None:
@@ -1210,20 +1207,27 @@ class GCondFused(torch.optim.Optimizer):
     def _is_no_step(self) -> bool:
         """Whether a step changes nothing: torch.distributed.checkpoint makes the base's state so.
 
-        It puts gradients of zero in place, and the learning rate at zero.
+        It puts gradients of zero in place, where a window that has begun has none, and the
+        learning rate at zero.
         """
-        if any(self._accumulator.counts) or not is_zero([g.get("lr", 0.0) for g in self.base.param_groups]):
+        if not is_zero([g.get("lr", 0.0) for g in self.base.param_groups]):
             return False
-        parameters = [p for group in self.base.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        return bool(gradients) and is_zero(gradients)
+        gradients = [p.grad for p, _ in self._parameters() if p.requires_grad]
+        return bool(gradients) and all(g is not None and is_zero([g]) for g in gradients)
 
     def _initialize_base(self) -> None:
-        """Let the base make its state; it goes again when the state dict is made."""
-        parameters = [p for group in self.base.param_groups for p in group["params"]]
-        without = [p for p in parameters if not self.base.state.get(p)]
-        step_base(self.base)
-        self._now.initialized = without
+        """Let the base make the state that it has not; it goes when the state dict is made."""
+        now = self._now
+        without = [p for p, _ in self._parameters() if p.requires_grad and not self.base.state.get(p)]
+        if without:
+            now.initialized = [*now.initialized, *without]
+            step_of_zeros(self.base, without)
+
+    def _forget_initialized(self) -> None:
+        now = self._now
+        for p in now.initialized:
+            self.base.state.pop(p, None)
+        now.initialized = []
 
     def _start_window(self) -> None:
         now = self._now
@@ -1390,14 +1394,18 @@ class GCondFused(torch.optim.Optimizer):
 
     # Saving and loading.
 
-    def _saved(self) -> saving.Saved:
-        """What is saved beside the state of the base."""
+    def _saved(self, alone: bool = False) -> saving.Saved:
+        """What is saved beside the state of the base; `alone` without what other ranks keep too."""
         now, acc, o = self._now, self._accumulator, self._now.options
         history, momentum = acc.history, acc.momentum
-        if isinstance(self._sync, Sharded):
+        if isinstance(self._sync, Sharded) and alone:
+            history = momentum = None
+        elif isinstance(self._sync, Sharded):
             self._sync.fit_kept()
             history = None if history is None else self._sync.all_kept(acc.history)
             momentum = None if momentum is None else self._sync.all_kept(acc.momentum)[0]
+        base, made = self.base.state, set(now.initialized)
+        without_state = {p for p, _ in self._parameters() if p in made or not base.get(p)}
         by_tensor = o.granularity == "tensor"
         state, shared = now.method_state, o.method.shared_state
         kept = {"history": history, "momentum": momentum, "mask": acc.mask}
@@ -1429,6 +1437,7 @@ class GCondFused(torch.optim.Optimizer):
                     "planned": list(window.planned),
                 },
             },
+            without_state,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -1446,12 +1455,19 @@ class GCondFused(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: between the last backward() of a window and step(): `.grad` is in no state
-                dict; or, with several ranks, in the middle of a window.
+                dict; or, with several ranks, in the middle of a window; or with sync="shard" not
+                all ranks have called within two minutes.
         """
         now = self._now
         if now.resolved:
             raise RuntimeError("there is a resolved gradient in .grad: call step() before saving")
-        if self._sync.size > 1 and any(self._accumulator.counts):
+        in_window = any(self._accumulator.counts)
+        if isinstance(self._sync, Sharded):
+            self._sync.peers.rendezvous(
+                "state_dict()", 'use sync="replicate", where any rank alone may'
+            )
+            in_window = self._sync.any_rank(in_window)
+        if self._sync.size > 1 and in_window:
             raise RuntimeError(
                 "with several ranks a state is saved between windows: call step() before saving"
             )
@@ -1465,9 +1481,7 @@ class GCondFused(torch.optim.Optimizer):
             state = saving.with_own(self.base.state_dict(), parameters, saved)
         # For those who look into a file; loading reads the groups.
         state[saving.KEY] = {"version": saving.VERSION, "counters": now.counters}
-        for p in now.initialized:
-            self.base.state.pop(p, None)
-        now.initialized = []
+        self._forget_initialized()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state)
             state = state if changed is None else changed
@@ -1524,8 +1538,8 @@ class GCondFused(torch.optim.Optimizer):
         here = new_method_state(o, len(self._weights), len(acc.segments), self._device())
         restored.method_state(acc, here, shared)
         self.base.load_state_dict(of_base)
-        for group in self.base.param_groups:
-            group[saving.KEY] = {}
+        for p in restored.without_state:
+            self.base.state.pop(p, None)
         self._start_window()
         new = [(p, name) for p, name in restored.parameters if not acc.knows(p)]
         if new:  # frozen here

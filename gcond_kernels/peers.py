@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+# How long a rank waits for the others before it says which of them are missing.
+PATIENCE = timedelta(minutes=2)
 
 
 class Peers:
@@ -38,7 +44,7 @@ class Peers:
         self._config = dist.get_backend_config(self._users)
         self._small: Any = None
         self._large: Any = None
-        self._on_host = False
+        self._on_host = self._on_gloo = False
 
     def connect(self) -> None:
         """Makes the two groups; all ranks call this at the same point of the program.
@@ -50,6 +56,7 @@ class Peers:
         hosts = self.dist.is_gloo_available() and "fake" not in self._config
         small = "gloo" if hosts else self._config
         self._on_host = hosts or "cpu:" in self._config
+        self._on_gloo = hosts
         self._small = self._new_group(small, "small numbers")
         self._large = self._new_group(self._config, "gradients")
 
@@ -80,6 +87,30 @@ class Peers:
         return torch.device("cpu") if self._on_host else tensors
 
     # Small things.
+
+    def rendezvous(self, call: str, otherwise: str) -> None:
+        """Wait for all ranks to make the same call, for two minutes at most.
+
+        Args:
+            call: what all of them are to call.
+            otherwise: what else may be done.
+
+        Raises:
+            RuntimeError: some have not called by then; the message names them.
+        """
+        if not self._on_gloo:  # no other backend has a barrier that tells
+            return
+        wait = min(PATIENCE, timeout_of(self._small) or PATIENCE)
+        try:
+            self.dist.monitored_barrier(self._small, wait, wait_all_ranks=True)
+        except RuntimeError as error:
+            # Rank 0 hears of every rank; the others of rank 0 alone, or of the end of its wait.
+            named = re.search(r"Ranks? ([0-9, ]+) failed to pass", str(error))
+            missing = f"ranks {named[1]}" if named else "rank 0, or another that it waits for,"
+            raise RuntimeError(
+                f"{missing} did not call {call} within {wait.total_seconds():g} s after rank "
+                f"{self.rank}: call it on all ranks, or {otherwise}"
+            ) from error
 
     def numbers(self, own: Sequence[int], tensors: torch.device) -> list[list[int]]:
         """The whole numbers of every rank, by rank; as many from each."""

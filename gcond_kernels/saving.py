@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.accumulator import Accumulator, Segment, rows_of, set_mask
-from gcond_kernels.dtensor import is_dtensor, local_part, placed_like
+from gcond_kernels.dtensor import from_its_start, is_dtensor, local_part, placed_like
 from gcond_kernels.names import without_wrappers
 
 VERSION = 4
@@ -37,6 +37,8 @@ class Saved:
         momentum: [N'] of all tensors, or None.
         by_tensor: the method's state of each tensor, by name: [T, ...].
         common: what belongs to the method, as plain values.
+        without_state: parameters that the base keeps nothing of; what it may show now was made for
+            torch.distributed.checkpoint, which loads only what has a place.
     """
 
     accumulator: Accumulator
@@ -44,6 +46,7 @@ class Saved:
     momentum: Tensor | None
     by_tensor: Mapping[str, Tensor]
     common: dict[str, Any]
+    without_state: set[Tensor]
 
 
 def with_own(state: dict[str, Any], parameters: Sequence[Tensor], saved: Saved) -> dict[str, Any]:
@@ -71,9 +74,13 @@ def of_parameter(saved: Saved, t: int) -> dict[str, Any]:
     segment = acc.segments[t]
 
     def shaped(row: Tensor) -> Tensor:
-        return placed_like(segment.parameter, segment.view(row))
+        part = segment.view(row)
+        if is_dtensor(segment.parameter):
+            part = from_its_start(part)
+        return placed_like(segment.parameter, part)
 
     own: dict[str, Any] = {"tasks": acc.owners[t], "compared": acc.compared[t]}
+    own["base_has_state"] = int(segment.parameter not in saved.without_state)
     if saved.history is not None:
         own["history"] = {str(k): shaped(row) for k, row in enumerate(saved.history)}
     if saved.momentum is not None and acc.momentum_steps is not None:
@@ -106,7 +113,7 @@ def own_of(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any
         ValueError: this is no state of a GCondFused, or of another version.
     """
     check_kind(state)
-    common: dict[str, Any] = next(g[KEY] for g in state["param_groups"] if KEY in g)
+    common: dict[str, Any] = next(g[KEY] for g in state["param_groups"] if g.get(KEY))
     if common.get("version") != VERSION:
         raise ValueError(
             f"the state has format {common.get('version')}, this version reads {VERSION}: load it "
@@ -129,6 +136,11 @@ class Restored:
         self.entries = {p: entry for (p, _), entry in pairs if entry is not None}
         self.parameters = [(p, name) for p, name in parameters if p in self.entries]
         self.common = common
+
+    @property
+    def without_state(self) -> list[Tensor]:
+        """The parameters of which the base kept nothing."""
+        return [p for p, entry in self.entries.items() if not entry["base_has_state"]]
 
     def check(self, acc: Accumulator) -> None:
         """Raise a ValueError that names the difference if this is of other parameters."""
@@ -204,7 +216,9 @@ class Restored:
             rows.append(row if cut is None else cut(row).clone())
         return torch.stack(rows) if own.dim() == 2 else rows[0]
 
-    def method_state(self, acc: Accumulator, fresh: dict[str, Tensor], common: frozenset[str] | None) -> dict[str, Tensor]:
+    def method_state(
+        self, acc: Accumulator, fresh: dict[str, Tensor], common: frozenset[str] | None
+    ) -> dict[str, Tensor]:
         """Return the method's state, from one that is fresh.
 
         Args:
@@ -218,8 +232,9 @@ class Restored:
         state = {}
         for name, value in fresh.items():
             if common is None or name in common:
-                there = self.common["method"].get(name)
-                saved = None if there is None else torch.tensor(there, dtype=value.dtype, device="cpu").view(shape_of(there, value))
+                # torch.distributed.checkpoint leaves out what is empty.
+                there = self.common.get("method", {}).get(name)
+                saved = None if there is None else tensor_of(there, value)
                 state[name] = fitting(name, saved, value)
                 continue
             state[name] = value.clone()
@@ -230,15 +245,14 @@ class Restored:
         return state
 
 
-def shape_of(there: Any, own: Tensor) -> list[int]:
-    """Return the shape of nested lists; of an empty list, as many dimensions as `own` has."""
-    shape = []
-    while isinstance(there, list):
-        shape.append(len(there))
-        if not there:
-            break
-        there = there[0]
-    return shape + [0] * (own.dim() - len(shape))
+def tensor_of(lists: Any, own: Tensor) -> Tensor:
+    """Return a tensor of nested lists; of empty ones, of as many dimensions as `own` has."""
+    shape, inner = [], lists
+    while isinstance(inner, list):
+        shape.append(len(inner))
+        inner = inner[0] if inner else None
+    shape += [0] * (own.dim() - len(shape))
+    return torch.tensor(lists, dtype=own.dtype, device="cpu").view(shape)
 
 
 def fitting(name: str, saved: Tensor | None, own: Tensor) -> Tensor:
@@ -293,17 +307,18 @@ class StateView(MutableMapping[Tensor, Any]):
     What is written goes to the base.
     """
 
-    def __init__(self, base: torch.optim.Optimizer, own: Callable[[Tensor], Any]) -> None:
+    def __init__(self, base: torch.optim.Optimizer, own: Callable[[Tensor], dict[str, Any]]) -> None:
         self._base = base
         self._own = own
 
     def __getitem__(self, parameter: Tensor) -> Any:
         state = self._base.state[parameter]
-        own = self._own(parameter)
-        return state if own is None else ChainMap(state, {KEY: own})
+        return ChainMap(state, OwnState(parameter, self._own)) if parameter.requires_grad else state
 
     def __setitem__(self, parameter: Tensor, state: Any) -> None:
-        self._base.state[parameter] = state.maps[0] if isinstance(state, ChainMap) else state
+        state = state.maps[0] if isinstance(state, ChainMap) else state
+        state.pop(KEY, None)
+        self._base.state[parameter] = state
 
     def __delitem__(self, parameter: Tensor) -> None:
         del self._base.state[parameter]
@@ -321,13 +336,38 @@ class StateView(MutableMapping[Tensor, Any]):
         return repr(self._base.state)
 
 
+class OwnState(MutableMapping[str, Any]):
+    """What GCondFused keeps of one parameter, under "gcond"; found out where it is asked for."""
+
+    def __init__(self, parameter: Tensor, own: Callable[[Tensor], dict[str, Any]]) -> None:
+        self._parameter = parameter
+        self._own = own
+
+    def __getitem__(self, key: str) -> Any:
+        if key != KEY:
+            raise KeyError(key)
+        return self._own(self._parameter)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise TypeError("what GCondFused keeps of a parameter is not to be written")
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError("what GCondFused keeps of a parameter is not to be deleted")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((KEY,))
+
+    def __len__(self) -> int:
+        return 1
+
+
 def check_kind(state_dict: Mapping[str, Any]) -> None:
     """Raises a ValueError that says what to do if this is no state of a GCondFused."""
     if "param_groups" not in state_dict:
         raise ValueError(
             f"this is no state of an optimizer: it has {list(state_dict)}, not 'param_groups'"
         )
-    if not any(KEY in group for group in state_dict["param_groups"]):
+    if not any(group.get(KEY) for group in state_dict["param_groups"]):
         if KEY in state_dict:
             raise ValueError(
                 "the state has the format of an older version of gcond-kernels, which this one "
@@ -354,6 +394,7 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]
     """The state with the parameters of each group in the order that they have here, by their names.
 
     Where a group has no names, here or in the state, its order stays: they are matched by place.
+    torch.distributed.checkpoint.state_dict has put them in order already, but for their names.
 
     Args:
         state_dict: as GCondFused makes it.
@@ -369,8 +410,6 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]
             f"the state has {len(saved)} parameter groups, this optimizer {len(groups)}"
         )
     ordered = [group_in_order(n, *pair) for n, pair in enumerate(zip(saved, groups, strict=True))]
-    if ordered == [group["params"] for group in saved]:
-        return state_dict
     matched = [
         {**there, "params": places, "param_names": list(here["param_names"])}
         if here.get("param_names")
@@ -383,12 +422,13 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]
 def group_in_order(number: int, there: Mapping[str, Any], here: Mapping[str, Any]) -> list[Any]:
     """The places of one group's parameters, in the order that they have here."""
     places: list[Any] = list(there["params"])
+    by_name = bool(places) and all(isinstance(place, str) for place in places)
     if len(places) != len(here["params"]):
         raise ValueError(
             f"parameter group {number} has {len(places)} parameters in the state, here "
             f"{len(here['params'])}"
         )
-    if not there.get("param_names") or not here.get("param_names"):
+    if by_name or not there.get("param_names") or not here.get("param_names"):
         return places
     saved, own = list(there["param_names"]), list(here["param_names"])
     if saved == own:
