@@ -769,6 +769,13 @@ def test_what_cannot_be_assigned_says_so_and_changes_nothing(name, value, error,
     assert optimizer.backward(losses_of(model, inputs(1)[0]))
 
 
+def test_options_of_a_method_say_how_they_are_changed():
+    for method in (GCond(), PCGrad(), CAGrad()):
+        option = next(iter(vars(method)))
+        with pytest.raises(AttributeError, match=rf"optimizer\.method = {type(method).__name__}\("):
+            setattr(method, option, 1)
+
+
 class WithModes(torch.optim.SGD):
     """As schedule-free optimizers are: with methods and attributes of its own."""
 

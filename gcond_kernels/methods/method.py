@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -194,6 +195,15 @@ class Function(Method):
                 f"[{tasks}], not {said}"
             )
         return weights.detach().to(gramian)
+
+
+def refuse_assignment(method: object, name: str, value: object) -> None:
+    """Raise an error for an assignment to an option of a method, which says what to do."""
+    cls = type(method).__name__
+    raise FrozenInstanceError(
+        f"{cls}.{name} cannot be assigned, for a method may serve several optimizers: assign a "
+        f"method, optimizer.method = {cls}({name}={value!r}), which holds from the next window on"
+    )
 
 
 def check_gramian(method: object, gramian: object) -> None:
