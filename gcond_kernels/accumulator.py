@@ -695,9 +695,7 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 def picked(tensor: Tensor, places: Sequence[int], fill: int, device: torch.device) -> Tensor:
     """Return entries [T', ...] of a tensor [T, ...] by their places; `fill` where that is -1."""
-    result = torch.full(
-        (len(places), *tensor.shape[1:]), fill, dtype=tensor.dtype, device=device
-    )
+    result = torch.full((len(places), *tensor.shape[1:]), fill, dtype=tensor.dtype, device=device)
     here = [t for t, place in enumerate(places) if place >= 0]
     if here:
         result[here] = tensor[[places[t] for t in here]].to(device)

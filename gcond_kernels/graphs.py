@@ -13,7 +13,7 @@ class PassedBack(torch.autograd.Function):
     """Stands in for the graph of a loss that was freed, and says so where it is used again."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, anchor: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, loss: Tensor, anchor: Tensor) -> Tensor:
         """Return the loss itself, with this as its graph."""
         ctx.mark_dirty(loss)
         return loss

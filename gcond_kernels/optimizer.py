@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from gcond_kernels import graphs, ops, overflow, saving, tables
 from gcond_kernels.accumulator import Accumulator, is_distributed
@@ -500,8 +501,13 @@ class GCondFused(torch.optim.Optimizer):
         now.options = now.assigned = options
         acc.keep(options.history, options.momentum > 0.0)
         state = new_method_state(options, K, len(acc.segments), device)
-        if type(options.method) is type(before.method) and options.granularity == before.granularity:
-            state = {name: taken_over(now.method_state.get(name), new) for name, new in state.items()}
+        if (
+            type(options.method) is type(before.method)
+            and options.granularity == before.granularity
+        ):
+            state = {
+                name: taken_over(now.method_state.get(name), new) for name, new in state.items()
+            }
         now.method_state = state
         if (now.losses is None or len(now.losses) < K) or not options.method.needs_losses:
             now.losses = new_losses(options, K, device)
@@ -522,7 +528,7 @@ class GCondFused(torch.optim.Optimizer):
         turns = schedule(len(self._weights), options.accumulation_steps, options.mode)
         return tuple(self._weights.keys_given[task] for task in turns[now.position])
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def backward(self, losses: Mapping[str, Loss | None]) -> bool:
         """Back-propagate one micro-batch and accumulate each task's gradient.
 
@@ -764,8 +770,8 @@ class GCondFused(torch.optim.Optimizer):
             acc.forget_task(k)
         now.position = now.options.accumulation_steps
         warnings.warn(
-            f"backward() failed ({type(error).__name__}) after the gradients of {sent} were sent to "
-            "the other ranks: those stay, what else this window had is lost. Call step()",
+            f"backward() failed ({type(error).__name__}) after the gradients of {sent} were sent "
+            "to the other ranks: those stay, what else this window had is lost. Call step()",
             stacklevel=3,
         )
 
@@ -915,9 +921,7 @@ class GCondFused(torch.optim.Optimizer):
         """Whether nothing is to be done between the operations of a resolution."""
         now, o = self._now, self._now.options
         alone = self._sync.size == 1 and now.on_nonfinite == "skip" and all(counts)
-        return (
-            alone and self._compares_all() and isinstance(o.method, GCond) and not self._halves()
-        )
+        return alone and self._compares_all() and isinstance(o.method, GCond) and not self._halves()
 
     def _may_not_fit(self) -> bool:
         """Whether what is written may leave the range of its type though the gradients do not."""
@@ -1161,7 +1165,7 @@ class GCondFused(torch.optim.Optimizer):
             )
         return products, scale
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def step(self, closure: Callable[[], object] | None = None) -> None:  # type: ignore[override]
         """Step the base optimizer with `.grad`, and start a new window.
 
@@ -1218,7 +1222,9 @@ class GCondFused(torch.optim.Optimizer):
     def _initialize_base(self) -> None:
         """Let the base make the state that it has not; it goes when the state dict is made."""
         now = self._now
-        without = [p for p, _ in self._parameters() if p.requires_grad and not self.base.state.get(p)]
+        without = [
+            p for p, _ in self._parameters() if p.requires_grad and not self.base.state.get(p)
+        ]
         if without:
             now.initialized = [*now.initialized, *without]
             step_of_zeros(self.base, without)
@@ -1402,8 +1408,8 @@ class GCondFused(torch.optim.Optimizer):
             history = momentum = None
         elif isinstance(self._sync, Sharded):
             self._sync.fit_kept()
-            history = None if history is None else self._sync.all_kept(acc.history)
-            momentum = None if momentum is None else self._sync.all_kept(acc.momentum)[0]
+            history = None if acc.history is None else self._sync.all_kept(acc.history)
+            momentum = None if acc.momentum is None else self._sync.all_kept(acc.momentum)[0]
         base, made = self.base.state, set(now.initialized)
         without_state = {p for p, _ in self._parameters() if p in made or not base.get(p)}
         by_tensor = o.granularity == "tensor"

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # How long a rank waits for the others before it says which of them are missing.
 PATIENCE = timedelta(minutes=2)
 

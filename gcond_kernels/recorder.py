@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gcond_kernels import ops
 from gcond_kernels.contexts import fixed_precision
-from gcond_kernels.report import ZONES, incidence_of, pair_cosines, zone_of
 from gcond_kernels.names import without_wrappers
+from gcond_kernels.report import ZONES, incidence_of, pair_cosines, zone_of
 from gcond_kernels.tables import is_capturing
 
 Row: TypeAlias = "dict[str, Any]"

@@ -34,7 +34,7 @@ __all__ = [
     "UPGrad",
 ]
 
-for _name in __all__:
-    if dataclasses.is_dataclass(globals()[_name]):
+for _method in map(globals().get, __all__):
+    if dataclasses.is_dataclass(_method):
         # A frozen dataclass says that it is frozen, and this what to do.
-        setattr(globals()[_name], "__setattr__", refuse_assignment)
+        _method.__setattr__ = refuse_assignment  # type: ignore[method-assign, assignment, union-attr]
