@@ -72,7 +72,7 @@ def from_its_start(local: Tensor) -> Tensor:
         return local
     if local.numel() == 0:
         return local.new_empty(local.shape)
-    whole: Tensor = torch.from_dlpack(local)
+    whole: Tensor = torch.utils.dlpack.from_dlpack(local)
     return whole
 
 

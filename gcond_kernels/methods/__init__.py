@@ -37,4 +37,4 @@ __all__ = [
 for _method in map(globals().get, __all__):
     if dataclasses.is_dataclass(_method):
         # A frozen dataclass says that it is frozen, and this what to do.
-        _method.__setattr__ = refuse_assignment  # type: ignore[method-assign, assignment, union-attr]
+        _method.__setattr__ = refuse_assignment  # type: ignore[method-assign]
