@@ -16,7 +16,7 @@ from gcond_kernels import ops
 from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.report import ZONES, incidence_of, pair_cosines, zone_of
 from gcond_kernels.saving import without_wrappers
-from gcond_kernels.tables import is_capturing
+from gcond_kernels.tables import is_capturing, keep_if_captured
 
 Row: TypeAlias = "dict[str, Any]"
 
@@ -64,8 +64,9 @@ class Recorder:
         self._ring: Tensor | None = None  # [steps, width] float64
         self._recorded: Tensor | None = None  # [1] int64, how many there have been
         self._layer_names: list[str] = []
-        # [L, M] int64: the parameters of each layer; T where it has fewer than M.
-        self._members: Tensor | None = None
+        # [T] int64: the parameters, layer by layer; and [L] int64: how many each layer has.
+        self._by_layer: Tensor | None = None
+        self._lengths: Tensor | None = None
         # [L, BINS + 1] int64: pairs with a cosine in each step from -1 to 0, and of 0 or more.
         self._layers: Tensor | None = None
 
@@ -97,6 +98,7 @@ class Recorder:
         assert self._ring is not None
         assert self._recorded is not None
         assert self._layers is not None
+        keep_if_captured(self._ring, self._recorded, self._layers)
         # The place is counted on the device: a CUDA graph repeats what the host did once.
         squares = gramian.diagonal() if squares is None else squares
         row = _row(number, gramian, squares, decision, dropped)
@@ -108,11 +110,16 @@ class Recorder:
     def _count_cosines(self, per_tensor: Tensor, finite: Tensor) -> None:
         """Counts the cosine of every pair in every layer: of sums over the layer's tensors."""
         assert self._layers is not None
-        assert self._members is not None
+        assert self._by_layer is not None
+        assert self._lengths is not None
+        if not self._layer_names:
+            return
+        keep_if_captured(self._by_layer, self._lengths)
         K = len(self.tasks)
         i, j = torch.triu_indices(K, K, 1, device=per_tensor.device)
-        padded = torch.cat([per_tensor[:, :K, :K], per_tensor.new_zeros(1, K, K)])
-        G = padded[self._members].sum(1)  # [L, K, K]
+        # Tensor after tensor of a layer: an atomic addition would round in another order each time.
+        in_order = per_tensor[:, :K, :K].index_select(0, self._by_layer)
+        G = torch.segment_reduce(in_order, "sum", lengths=self._lengths, unsafe=True)  # [L, K, K]
         squares = G.diagonal(dim1=1, dim2=2)
         present = (squares > 0.0) & finite
         compared = present[:, i] & present[:, j]  # [L, pairs]
@@ -144,8 +151,10 @@ class Recorder:
         self._recorded = self._recorded.to(device)
         self._parameter_names = list(parameter_names)
         self._layer_names, members = layers_of(parameter_names)
-        self._members = torch.tensor(members, dtype=torch.int64, device=device)
-        self._members = self._members.view(len(members), -1)
+        by_layer = [place for of_layer in members for place in of_layer]
+        self._by_layer = torch.tensor(by_layer, dtype=torch.int64, device=device)
+        lengths = [len(of_layer) for of_layer in members]
+        self._lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
         new = len(self._layer_names) - len(self._layers)
         self._layers = torch.cat(
             [self._layers.to(device), self._layers.new_zeros((new, BINS + 1), device=device)]
@@ -291,13 +300,11 @@ def layers_of(names: Sequence[str]) -> tuple[list[str], list[list[int]]]:
     """The layers of parameters by their names, and the places of each one's parameters.
 
     Without what wrappers (torch.compile, DistributedDataParallel) put into names.
-    The places are filled up with the number of parameters to the same length.
     """
     members: dict[str, list[int]] = {}
     for place, name in enumerate(without_wrappers(names)):
         members.setdefault(name.rpartition(".")[0] or name, []).append(place)
-    most = max(map(len, members.values()), default=0)
-    return list(members), [m + [len(names)] * (most - len(m)) for m in members.values()]
+    return list(members), list(members.values())
 
 
 def _row(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from host_reads import HostReads
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcond_kernels import GCond, GCondFused, ops, plot, recorder
 from gcond_kernels.plot import plot_conflicts
@@ -326,6 +327,44 @@ def test_layers_are_counted_apart(tasks):
         assert scores == sorted(scores, reverse=True)
         differ |= len(set(scores)) > 1
     assert differ
+
+
+class LargestTensor(TorchDispatchMode):
+    """Within it `elements` is the size of the largest tensor that an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_one_long_layer_among_many_takes_no_more_memory_than_its_tensors():
+    tasks, short, long = 4, 50, 300
+    names = [f"block{layer}.weight" for layer in range(short)]
+    names += [f"prompts.{number}" for number in range(long)]
+    G = gradients_of(tasks, 0, len(names))
+    with LargestTensor() as largest:
+        kept = Recorder([str(task) for task in range(tasks)], THRESHOLDS, 1)
+        add(kept, G, names=names)
+    assert largest.elements <= len(names) * max(tasks * tasks, tasks * 5)
+    assert len(kept.layers()) == short + 1
+    pairs = tasks * (tasks - 1) // 2
+    assert all(layer["compared"] == pairs for layer in kept.layers())
+
+
+def test_the_tensors_of_a_layer_may_lie_apart():
+    kept = Recorder("ab", THRESHOLDS, 4)
+    agreed = torch.ones(2, 5, dtype=torch.float64)
+    opposed = torch.tensor([[1.0], [-1.0]], dtype=torch.float64).expand(2, 5)
+    names = ("x.weight", "y", "x.bias", "z.weight", "x.scale")
+    # In x two of three tensors of equal length agree, in z its one does not.
+    add(kept, [opposed, opposed, agreed, opposed, agreed], names=names)
+    assert {layer["layer"]: layer["conflicts"] for layer in kept.layers()} == {
+        "x": 0, "y": 1, "z": 1,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("threshold", [-1.0, 0.01, -0.025, 1.0])
