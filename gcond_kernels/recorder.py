@@ -48,8 +48,9 @@ class Recorder:
     a CUDA graph, once one step was recorded outside of it: replays record too.
 
     Attributes:
-        tasks: the names of the K tasks.
-        thresholds: (θ_crit, θ_main, θ_weak), which tell the zones apart.
+        tasks: the names of the K tasks; `add_task` adds one.
+        thresholds: (θ_crit, θ_main, θ_weak), which tell the zones apart. They may be set at any
+            time, and go for all steps that are held.
         steps: how many of the latest steps are kept; with 0 nothing is recorded.
     """
 
@@ -161,6 +162,28 @@ class Recorder:
         )
         return True
 
+    @fixed_precision
+    def add_task(self, name: str) -> None:
+        """Add a task, after the others; what was recorded stays.
+
+        Steps in a CUDA graph that was captured before are no longer recorded.
+
+        Raises:
+            ValueError: there is such a task.
+        """
+        if name in self.tasks:
+            raise ValueError(f"the recorder has a task {name!r} already: give it another name")
+        K = len(self.tasks)
+        self.tasks = (*self.tasks, name)
+        if self._ring is None:
+            return
+        # As `_row` has it. NaN is read as None; in the Gramian 0 is, for a task without a gradient.
+        S, weights, dropped, squares, rest = self._ring.split([K * K, K, K, K, 4], dim=1)
+        S = torch.nn.functional.pad(S.view(-1, K, K), (0, 1, 0, 1)).flatten(1)
+        zero = torch.zeros_like(self._ring[:, :1])
+        unknown = zero + math.nan
+        self._ring = torch.cat([S, weights, unknown, dropped, zero, squares, unknown, rest], dim=1)
+
     def __len__(self) -> int:
         """How many steps are held. On a GPU this waits for the device."""
         return 0 if self._recorded is None else min(int(self._recorded), self.steps)
@@ -185,11 +208,13 @@ class Recorder:
         - incidence: the share of pairs with a cosine below 0;
         - conflicts: how many GCond resolved;
         - winner: of the first of those, or None (and with granularity="tensor" always);
-        - cosine/a/b for every pair of tasks; norm/a, weight/a and dropped/a for every task.
+        - cosine/a/b for every pair of tasks; norm/a, weight/a and dropped/a for every task. In
+          these keys a slash within a task's name is written "%2F" (and "%2" as "%252"): `row_key`.
 
         A cosine is None where a task of the pair has no gradient or the step was skipped, zone,
         min_cosine and incidence where that is so of all pairs; a norm where the gradient was not
-        finite; a weight where the method has none.
+        finite; a weight where the method has none. In steps before `add_task` the cosines, the norm
+        and the weight of that task are None, and it was not dropped.
         """
         return [self._row_of(values) for values in self._held()]
 
@@ -225,12 +250,14 @@ class Recorder:
             "conflicts": int(conflicts),
             "winner": tasks[int(winner)] if winner >= 0 else None,
             **{
-                f"cosine/{tasks[i]}/{tasks[j]}": cosines.get((i, j))
+                row_key("cosine", tasks[i], tasks[j]): cosines.get((i, j))
                 for i, j in combinations(range(K), 2)
             },
-            **{f"norm/{task}": norm for task, norm in zip(tasks, norms, strict=True)},
-            **{f"weight/{task}": weight for task, weight in zip(tasks, weights, strict=True)},
-            **{f"dropped/{task}": flag for task, flag in zip(tasks, dropped, strict=True)},
+            **{row_key("norm", task): norm for task, norm in zip(tasks, norms, strict=True)},
+            **{
+                row_key("weight", task): weight for task, weight in zip(tasks, weights, strict=True)
+            },
+            **{row_key("dropped", task): flag for task, flag in zip(tasks, dropped, strict=True)},
         }
 
     @fixed_precision
@@ -294,6 +321,15 @@ class Recorder:
             "Verdict: " + _verdict(rows, len(self.tasks)),
         )
         return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+
+
+def row_key(kind: str, *tasks: str) -> str:
+    """Return the key of a value in a row: "cosine/a/b" of a kind and the tasks it is of.
+
+    A slash within a name is written "%2F", and "%2" as "%252": two lists of names never have the
+    same key.
+    """
+    return "/".join([kind, *(task.replace("%2", "%252").replace("/", "%2F") for task in tasks)])
 
 
 def layers_of(names: Sequence[str]) -> tuple[list[str], list[list[int]]]:
@@ -380,7 +416,7 @@ def _worst_pair(rows: Sequence[Row], tasks: Sequence[str], weak: float) -> str:
     """The pair that conflicts in the largest share of the steps that compared it."""
     best: tuple[float, float, str] | None = None
     for a, b in combinations(tasks, 2):
-        cosines = [row[f"cosine/{a}/{b}"] for row in _compared(rows)]
+        cosines = [row[row_key("cosine", a, b)] for row in _compared(rows)]
         seen = [cosine for cosine in cosines if cosine is not None]
         below = [cosine for cosine in seen if cosine < weak]
         if not below:
@@ -420,7 +456,7 @@ def _left_out(rows: Sequence[Row], tasks: Sequence[str]) -> str:
         share = _percent(skipped, len(rows))
         lines.append(f"Skipped, as a gradient was not finite: {_steps(skipped)} ({share}).")
     for task in tasks:
-        sat_out = sum(row[f"dropped/{task}"] and not row["skipped"] for row in rows)
+        sat_out = sum(row[row_key("dropped", task)] and not row["skipped"] for row in rows)
         if sat_out:
             share = _percent(sat_out, len(rows))
             lines.append(f"Without {task}, as it was not finite: {_steps(sat_out)} ({share}).")
