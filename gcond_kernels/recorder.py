@@ -70,6 +70,22 @@ class Recorder:
         self._layers: Tensor | None = None
 
     @fixed_precision
+    def add_task(self, name: str) -> None:
+        """Add a task, the last one; in the steps that are held it has no gradient."""
+        K = len(self.tasks)
+        self.tasks = (*self.tasks, name)
+        if self._ring is None:
+            return
+        before = self._ring
+        S, rest = before[:, : K * K].reshape(-1, K, K), before[:, K * K :]
+        weights, dropped, squares = rest[:, : 3 * K].reshape(-1, 3, K).unbind(1)
+        none = torch.zeros_like(before[:, :1])
+        unknown = torch.full_like(none, math.nan)
+        parts = (weights, unknown, dropped, none, squares, unknown, rest[:, 3 * K :])
+        wider = torch.nn.functional.pad(S, (0, 1, 0, 1)).flatten(1)
+        self._ring = torch.cat([wider, *parts], 1)
+
+    @fixed_precision
     def record(
         self,
         number: Tensor,

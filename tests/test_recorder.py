@@ -116,6 +116,28 @@ def test_clear_forgets_in_place():
     assert [row["compared"] for row in kept.layers()] == [1, 1]
 
 
+@pytest.mark.parametrize("keep", [3, 10])
+def test_a_task_that_is_added_had_nothing_in_the_steps_before(keep):
+    kept, before = filled(5, keep=keep, dropped=(1,)), filled(5, keep=keep, dropped=(1,)).rows()
+    kept.add_task("new")
+    assert kept.tasks == ("task0", "task1", "new")
+    of_new = {
+        "cosine/task0/new": None, "cosine/task1/new": None, "norm/new": None, "weight/new": None,
+        "dropped/new": False,
+    }  # fmt: skip
+    assert kept.rows() == [row | of_new for row in before]
+    add(kept, gradients_of(3, 7), 6)
+    fresh = Recorder(kept.tasks, THRESHOLDS, keep)
+    add(fresh, gradients_of(3, 7), 6)
+    assert kept.rows()[-1] == fresh.rows()[-1]
+    assert kept.rows()[:-1] == [row | of_new for row in before][-keep + 1 :]
+    assert "Looked at" in kept.advise()
+    empty = Recorder("ab", THRESHOLDS, keep)
+    empty.add_task("c")
+    add(empty, gradients_of(3, 7), 6)
+    assert empty.rows()[0]["norm/c"] == fresh.rows()[0]["norm/new"]
+
+
 @pytest.mark.parametrize("tasks", [1, 2, 3, 8])
 @pytest.mark.parametrize("names", [NAMES, NAMES[:1]])
 @pytest.mark.parametrize("max_iterations", [None, 0])
