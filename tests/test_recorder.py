@@ -410,6 +410,24 @@ def test_parameters_may_come_while_training():
 # Advice.
 
 
+def test_parameters_may_go_and_change_places_while_training():
+    """What was counted of their layer stays, under its name."""
+    kept, alone = Recorder("ab", THRESHOLDS, 1000), Recorder("ab", THRESHOLDS, 1000)
+    first, gone, last, back = (gradients_of(2, seed, 1)[0] for seed in range(4))
+    add(kept, [first, gone, last], names=("first.w", "gone.w", "last.w"))
+    add(kept, [last, first], names=("last.w", "first.w"))
+    add(kept, [back, last, first], names=("gone.w", "last.w", "first.w"))
+    for gradient in (gone, back):
+        add(alone, [gradient], names=("gone.w",))
+    seen = {row["layer"]: row for row in kept.layers()}
+    assert [seen[name]["compared"] for name in ("first", "gone", "last")] == [3, 2, 3]
+    assert [seen["gone"]] == alone.layers()
+    for name, gradient in (("first", first), ("last", last)):
+        below = bool(gradient[0] @ gradient[1] < 0.0)
+        assert seen[name]["conflicts"] == 3 * below
+    assert len(kept) == 3
+
+
 def test_advice_waits_for_enough_steps():
     assert "Verdict: too early" in with_cosines([-0.9] * 19).advise()
     assert "Verdict: too early" not in with_cosines([-0.9] * 20).advise()
@@ -480,11 +498,11 @@ def test_advice_names_no_layer_that_was_compared_too_seldom():
     kept = with_cosines(30 * [-0.1])
     opposed = [*two_tasks(-0.1), *two_tasks(-1.0)]
     for number in range(recorder.ENOUGH_STEPS - 1):
-        add(kept, opposed, number, names=("often", "seldom"))
-    assert "often" in kept.advise()
+        add(kept, opposed, number, names=("first.weight", "seldom"))
+    assert "comparisons: first" in kept.advise()
     assert "seldom" not in kept.advise()
-    add(kept, opposed, names=("often", "seldom"))
-    assert "seldom" in kept.advise()
+    add(kept, opposed, names=("first.weight", "seldom"))
+    assert "comparisons: seldom" in kept.advise()
 
 
 def test_advice_says_what_was_left_out():
