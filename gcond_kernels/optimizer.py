@@ -582,7 +582,6 @@ class GCondFused(torch.optim.Optimizer):
         self._check_not_within("backward")
         self._check_window_open()
         self._check_ranks()
-        self._begin_window()
         given = check_task_names(losses, self.active_tasks, tuple(self._weights), self._is_exact())
         for task, loss in given.items():
             if not callable(loss):
@@ -591,6 +590,7 @@ class GCondFused(torch.optim.Optimizer):
         self._sync.check_wrapper()
         self._follow_parameters()
         self._clear_gradients()
+        self._begin_window()
         now.running = True
         try:
             self._back_propagate(given)
@@ -608,7 +608,9 @@ class GCondFused(torch.optim.Optimizer):
         return True
 
     def _is_exact(self) -> bool:
-        return bool(self._now.options.mode == "exact")
+        now = self._now
+        options = now.assigned if now.window is None else now.options
+        return bool(options.mode == "exact")
 
     def _check_not_within(self, call: str) -> None:
         if self._now.running:

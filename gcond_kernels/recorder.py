@@ -72,6 +72,7 @@ class Recorder:
         self._layers: Tensor | None = None
 
     @fixed_precision
+    @fixed_precision
     def record(
         self,
         number: Tensor,
@@ -86,7 +87,7 @@ class Recorder:
 
         Args:
             number: [] int64, which resolution this is, counted from 1.
-            parameter_names: T names; those of the last call come first, in their order.
+            parameter_names: T names; those of before may be gone, or stand elsewhere.
             gramian: [K, K] float64 of what tasks share; rows of tasks that were dropped are zero.
             per_tensor: [T, R, R] float64, R ≥ K; what is beyond K (the momentum) is left out.
             decision: what was decided.
@@ -133,8 +134,8 @@ class Recorder:
     def _make_room(self, device: torch.device, parameter_names: Sequence[str]) -> bool:
         """Memory on this device for these parameters; False where there can be none now."""
         K, T = len(self.tasks), len(parameter_names)
-        more = T - len(self._parameter_names)
-        if self._ring is not None and self._ring.device == device and more == 0:
+        as_before = self._parameter_names == list(parameter_names)
+        if self._ring is not None and self._ring.device == device and as_before:
             return True
         if is_capturing(device):
             # Memory is set to zero once; a graph would do it again in every replay.
@@ -151,7 +152,9 @@ class Recorder:
         self._ring = self._ring.to(device)
         self._recorded = self._recorded.to(device)
         self._parameter_names = list(parameter_names)
-        self._layer_names, members = layers_of(parameter_names)
+        here = dict(zip(*layers_of(parameter_names), strict=True))
+        self._layer_names += [name for name in here if name not in self._layer_names]
+        members = [here.get(name, []) for name in self._layer_names]  # a layer may be gone
         by_layer = [place for of_layer in members for place in of_layer]
         self._by_layer = torch.tensor(by_layer, dtype=torch.int64, device=device)
         lengths = [len(of_layer) for of_layer in members]

@@ -140,7 +140,6 @@ def reads_of_a_run(backend, base_of, **options):
     [
         {},
         {"mode": "stochastic"},
-        {"harvest": "whole"},
         {"on_nonfinite": "drop_task"},
         {"max_norm": 1.0},
         {"update": "lion_lars"},

@@ -118,6 +118,28 @@ def test_clear_forgets_in_place():
     assert [row["compared"] for row in kept.layers()] == [1, 1]
 
 
+@pytest.mark.parametrize("keep", [3, 10])
+def test_a_task_that_is_added_had_nothing_in_the_steps_before(keep):
+    kept, before = filled(5, keep=keep, dropped=(1,)), filled(5, keep=keep, dropped=(1,)).rows()
+    kept.add_task("new")
+    assert kept.tasks == ("task0", "task1", "new")
+    of_new = {
+        "cosine/task0/new": None, "cosine/task1/new": None, "norm/new": None, "weight/new": None,
+        "dropped/new": False,
+    }  # fmt: skip
+    assert kept.rows() == [row | of_new for row in before]
+    add(kept, gradients_of(3, 7), 6)
+    fresh = Recorder(kept.tasks, THRESHOLDS, keep)
+    add(fresh, gradients_of(3, 7), 6)
+    assert kept.rows()[-1] == fresh.rows()[-1]
+    assert kept.rows()[:-1] == [row | of_new for row in before][-keep + 1 :]
+    assert "Looked at" in kept.advise()
+    empty = Recorder("ab", THRESHOLDS, keep)
+    empty.add_task("c")
+    add(empty, gradients_of(3, 7), 6)
+    assert empty.rows()[0]["norm/c"] == fresh.rows()[0]["norm/new"]
+
+
 @pytest.mark.parametrize("tasks", [1, 2, 3, 8])
 @pytest.mark.parametrize("names", [NAMES, NAMES[:1]])
 @pytest.mark.parametrize("max_iterations", [None, 0])
@@ -549,6 +571,24 @@ def test_parameters_may_come_while_training():
 # Advice.
 
 
+def test_parameters_may_go_and_change_places_while_training():
+    """What was counted of their layer stays, under its name."""
+    kept, alone = Recorder("ab", THRESHOLDS, 1000), Recorder("ab", THRESHOLDS, 1000)
+    first, gone, last, back = (gradients_of(2, seed, 1)[0] for seed in range(4))
+    add(kept, [first, gone, last], names=("first.w", "gone.w", "last.w"))
+    add(kept, [last, first], names=("last.w", "first.w"))
+    add(kept, [back, last, first], names=("gone.w", "last.w", "first.w"))
+    for gradient in (gone, back):
+        add(alone, [gradient], names=("gone.w",))
+    seen = {row["layer"]: row for row in kept.layers()}
+    assert [seen[name]["compared"] for name in ("first", "gone", "last")] == [3, 2, 3]
+    assert [seen["gone"]] == alone.layers()
+    for name, gradient in (("first", first), ("last", last)):
+        below = bool(gradient[0] @ gradient[1] < 0.0)
+        assert seen[name]["conflicts"] == 3 * below
+    assert len(kept) == 3
+
+
 def test_advice_waits_for_enough_steps():
     assert "Verdict: too early" in with_cosines([-0.9] * 19).advise()
     assert "Verdict: too early" not in with_cosines([-0.9] * 20).advise()
@@ -619,11 +659,11 @@ def test_advice_names_no_layer_that_was_compared_too_seldom():
     kept = with_cosines(30 * [-0.1])
     opposed = [*two_tasks(-0.1), *two_tasks(-1.0)]
     for number in range(recorder.ENOUGH_STEPS - 1):
-        add(kept, opposed, number, names=("often", "seldom"))
-    assert "often" in kept.advise()
+        add(kept, opposed, number, names=("first.weight", "seldom"))
+    assert "comparisons: first" in kept.advise()
     assert "seldom" not in kept.advise()
-    add(kept, opposed, names=("often", "seldom"))
-    assert "seldom" in kept.advise()
+    add(kept, opposed, names=("first.weight", "seldom"))
+    assert "comparisons: seldom" in kept.advise()
 
 
 def test_advice_says_what_was_left_out():
