@@ -82,7 +82,7 @@ class Recorder:
 
         Args:
             number: [] int64, which resolution this is, counted from 1.
-            parameter_names: T names; those of the last call come first, in their order.
+            parameter_names: T names.
             gramian: [K, K] float64 of what tasks share; rows of tasks that were dropped are zero.
             per_tensor: [T, R, R] float64, R ≥ K; what is beyond K (the momentum) is left out.
             decision: what was decided.
@@ -122,9 +122,8 @@ class Recorder:
 
     def _make_room(self, device: torch.device, parameter_names: Sequence[str]) -> bool:
         """Memory on this device for these parameters; False where there can be none now."""
-        K, T = len(self.tasks), len(parameter_names)
-        more = T - len(self._parameter_names)
-        if self._ring is not None and self._ring.device == device and more == 0:
+        K, same = len(self.tasks), self._parameter_names == list(parameter_names)
+        if self._ring is not None and self._ring.device == device and same:
             return True
         if is_capturing(device):
             # Memory is set to zero once; a graph would do it again in every replay.
@@ -141,13 +140,18 @@ class Recorder:
         self._ring = self._ring.to(device)
         self._recorded = self._recorded.to(device)
         self._parameter_names = list(parameter_names)
+        before, counted = self._layer_names, self._layers.to(device)
         self._layer_names, members = layers_of(parameter_names)
         self._members = torch.tensor(members, dtype=torch.int64, device=device)
         self._members = self._members.view(len(members), -1)
-        new = len(self._layer_names) - len(self._layers)
-        self._layers = torch.cat(
-            [self._layers.to(device), self._layers.new_zeros((new, BINS + 1), device=device)]
-        )
+        # A layer that is gone goes with its counts, unless another name has taken its place.
+        gone = set(before) - set(self._layer_names)
+        self._layers = counted.new_zeros((len(self._layer_names), BINS + 1))
+        for place, name in enumerate(self._layer_names):
+            if name in before:
+                self._layers[place] = counted[before.index(name)]
+            elif place < len(before) and before[place] in gone:
+                self._layers[place] = counted[place]
         return True
 
     def __len__(self) -> int:
