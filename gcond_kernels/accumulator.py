@@ -420,13 +420,14 @@ class Accumulator:
         Returns:
             Which tensors are compared, [T], and whether those are others than last time, [].
         """
-        self.owners = self.owners | (seen & finite)
+        # In place: a CUDA graph repeats it.
+        self.owners |= seen & finite
         compared = shared(self.owners)
         was = self.compared
         changed = finite & ((was >= 0) & (was != compared.to(torch.int8))).any()
         # What no task had a gradient for was compared in no way: its history is zero.
         known = self.owners.any(1)
-        self.compared = torch.where(known & finite, compared.to(torch.int8), was)
+        was.copy_(torch.where(known & finite, compared.to(torch.int8), was))
         return compared, changed
 
     def start_window(self) -> None:
@@ -694,9 +695,7 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 def picked(tensor: Tensor, places: Sequence[int], fill: int, device: torch.device) -> Tensor:
     """Return entries [T', ...] of a tensor [T, ...] by their places; `fill` where that is -1."""
-    result = torch.full(
-        (len(places), *tensor.shape[1:]), fill, dtype=tensor.dtype, device=device
-    )
+    result = torch.full((len(places), *tensor.shape[1:]), fill, dtype=tensor.dtype, device=device)
     here = [t for t, place in enumerate(places) if place >= 0]
     if here:
         result[here] = tensor[[places[t] for t in here]].to(device)

@@ -57,7 +57,8 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[list[float]]:
         sums = torch.zeros(2, dtype=torch.float64, device=tensor.device)
         for piece in torch.split(tensor.flatten(), FINGERPRINT_PIECE):
             squares = piece.double().square()
-            ramp = torch.arange(1, len(piece) + 1, device=tensor.device) / len(piece)
+            places = torch.arange(1, len(piece) + 1, dtype=torch.float32, device=tensor.device)
+            ramp = places / len(piece)
             sums += torch.stack([squares.sum(), (squares * ramp).sum()])
         prints.append(sums)
     return torch.stack(prints).tolist() if prints else []

@@ -2,43 +2,133 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from gcond_kernels.dtensor import is_dtensor
+from gcond_kernels.peers import Peers, ranks_of
+
+T = TypeVar("T")
+
 
 class DataParallel:
-    """The DistributedDataParallel modules of a model, which leave their gradients alone.
+    """The DistributedDataParallel modules around a model, which leave their gradients alone.
+
+    They are in the model that is given, at the start or later, or else are found by `look`.
 
     Args:
-        module: the model; may hold none.
-        parameters: of the optimizer.
+        peers: the ranks that train together; None is one process.
+        is_chosen: whether the user has named the process group.
 
-    Raises:
-        ValueError: a parameter would be left without a reduced gradient; or static_graph=True.
+    Attributes:
+        modules: those that are known.
+        left_alone: what an error may add of one that was found, and cannot be taken; or nothing.
     """
 
-    def __init__(self, module: nn.Module, parameters: Sequence[Tensor]) -> None:
-        self.modules = data_parallel_modules(module)
-        known = set(parameters)
-        for wrapped in self.modules:
-            check_options(wrapped)
-            for name, parameter in wrapped.named_parameters():
-                if parameter.requires_grad and parameter not in known:
-                    raise ValueError(
-                        f"module: {name} is in no parameter group of this optimizer, and its "
-                        "gradients would not be averaged: add it to base, or freeze it"
-                    )
-        self._quiet = [Quiet.of(wrapped) for wrapped in self.modules]
+    def __init__(self, peers: Peers | None, is_chosen: bool) -> None:
+        # One rank alone has nothing to send, and may be copied.
+        self._peers = peers if peers is not None and peers.size > 1 else None
+        self._is_chosen = is_chosen
+        self._given: weakref.ref[nn.Module] | None = None
+        self._looked = False
+        self.left_alone = ""
+        self.modules: list[Any] = []
+        self._quiet: list[Quiet] = []
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The model that was given, if it still lives."""
+        return None if self._given is None else self._given()
+
+    def take(self, module: nn.Module, parameters: Sequence[Tensor]) -> None:
+        """Keep the modules in a model from reducing gradients.
+
+        Args:
+            module: the model; may hold none.
+            parameters: of the optimizer.
+
+        Raises:
+            TypeError: it is no module.
+            ValueError: a parameter would be left without a reduced gradient; an option of a module
+                does not go with this; or it reduces over other ranks, or DTensors.
+        """
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, not {module!r}")
+        wrapped = data_parallel_modules(module)
+        for one in wrapped:
+            if why := problem_of(one, set(parameters)) or self._other_ranks(one):
+                raise ValueError(f"module: {why}")
+        if wrapped and any(map(is_dtensor, parameters)):
+            raise ValueError(
+                "module: DistributedDataParallel around DTensors is not handled: use fully_shard "
+                "on a mesh of two dimensions, which also replicates"
+            )
+        self._given = weakref.ref(module)
+        self._hush(wrapped)
+
+    def look(self, named: Iterable[tuple[Tensor, str]]) -> bool:
+        """Find the modules around these parameters, once, where no model was given.
+
+        One that cannot be kept from reducing gradients is left alone.
+
+        Args:
+            named: parameters of the optimizer, and their names.
+
+        Returns:
+            Whether there are some, which reduce nothing from now on.
+
+        Raises:
+            RuntimeError: one reduces over other ranks; or the forward pass that was made in it
+                cannot be told that its gradients are not to be reduced.
+        """
+        if self._looked or self._peers is None or self._given is not None:
+            return False
+        known = {parameter for parameter, _ in named}
+        self._looked = any(map(is_dtensor, known))
+        if self._looked:
+            return False
+        found, left_alone = [], ""
+        for one in living(data_parallel_class()):
+            if known.isdisjoint(one.parameters()):
+                continue
+            if why := problem_of(one, known):
+                left_alone = f". It was left alone: {why}"
+                continue
+            if why := self._other_ranks(one):
+                raise RuntimeError(why)
+            if not can_call_off(one):
+                raise RuntimeError(
+                    "the model is wrapped in a DistributedDataParallel that is about to reduce the "
+                    "gradients of a forward pass, which this version of torch cannot call off: "
+                    "give GCondFused(..., module=model) before the first forward pass"
+                )
+            found.append(one)
+        self._looked, self.left_alone = True, left_alone
+        self._hush(found)
+        return bool(found)
+
+    def _hush(self, wrapped: Sequence[Any]) -> None:
+        self._quiet = [*self._quiet, *(Quiet.of(one) for one in wrapped)]
+        self.modules += [one for one in wrapped if one not in self.modules]
+
+    def _other_ranks(self, wrapped: Any) -> str | None:
+        """Say so where a module reduces over other ranks than those that train together."""
+        if self._peers is None or self._is_chosen or self._peers.is_group(wrapped.process_group):
+            return None
+        return (
+            f"the model's DistributedDataParallel has ranks {ranks_of(wrapped.process_group)}, and "
+            f"this GCondFused {self._peers.ranks}: give it process_group=, or module= when it is "
+            "made"
+        )
 
     def broadcast_buffers(self) -> None:
-        """Sends the buffers of rank 0 to the others, as each module would in its forward pass."""
-        import torch.distributed as dist
-
+        """Send the buffers of rank 0 to the others, as each module would in its forward pass."""
         sent = [
             (buffer, buffer.contiguous(), wrapped.process_group)
             for wrapped in self.modules
@@ -46,17 +136,31 @@ class DataParallel:
             for name, buffer in wrapped.module.named_buffers()
             if name not in wrapped.parameters_to_ignore
         ]
-        works = [
-            dist.broadcast(copy, group_src=0, group=group, async_op=True) for _, copy, group in sent
-        ]
+        works = [self._broadcast(copy, group) for _, copy, group in sent]
         for work, (buffer, copy, _) in zip(works, sent, strict=True):
             work.wait()
             if copy is not buffer:
                 buffer.copy_(copy)
 
+    def _broadcast(self, tensor: Tensor, group: Any) -> Any:
+        if self._peers is not None and self._peers.is_group(group):
+            return self._peers.broadcast(tensor)
+        import torch.distributed as dist
 
-def check_options(wrapped: Any) -> None:
-    """Raises a ValueError that names what of a DistributedDataParallel does not work unreduced."""
+        return dist.broadcast(tensor, group_src=0, group=group, async_op=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has a model of its own, and may be given it, or look for it.
+        return {**self.__dict__, "_given": None, "_looked": False, "modules": [], "_quiet": []}
+
+
+def problem_of(wrapped: Any, known: set[Tensor]) -> str | None:
+    """Return what keeps a DistributedDataParallel from going unreduced, if anything does.
+
+    Args:
+        wrapped: the module.
+        known: the parameters of the optimizer.
+    """
     unfit = {
         "static_graph=True reduces the first backward pass whatever it is told": (
             wrapped.static_graph
@@ -73,10 +177,17 @@ def check_options(wrapped: Any) -> None:
     }
     for why, is_so in unfit.items():
         if is_so:
-            raise ValueError(
-                f"module: DistributedDataParallel's {why}: leave it out, gradients are reduced "
-                "here once a window"
+            return (
+                f"DistributedDataParallel's {why}: leave it out, gradients are reduced here once a "
+                "window"
             )
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad and parameter not in known:
+            return (
+                f"{name} is in no parameter group of this optimizer, and its gradients would not "
+                "be averaged: add it to base, or freeze it"
+            )
+    return None
 
 
 class Quiet:
@@ -90,6 +201,9 @@ class Quiet:
     def __init__(self, wrapped: Any) -> None:
         self._entered = ExitStack()
         self._entered.enter_context(wrapped.no_sync())
+        # A forward pass that was made before this has it waiting for gradients.
+        if can_call_off(wrapped):
+            wrapped.reducer._reset_state()
         # Its first forward pass would broadcast buffers, which a rank without data would not join.
         wrapped.require_forward_param_sync = False
         self._wrapped = wrapped
@@ -107,10 +221,26 @@ class Quiet:
         self._wrapped.require_forward_param_sync = True
 
 
+def can_call_off(wrapped: Any) -> bool:
+    """Return whether the reduction that a forward pass has prepared can be called off."""
+    return hasattr(getattr(wrapped, "reducer", None), "_reset_state")
+
+
+def data_parallel_class() -> type[Any]:
+    """Return torch's DistributedDataParallel."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel
+
+
 def data_parallel_modules(module: nn.Module | None) -> list[Any]:
     """The DistributedDataParallel modules in a module, itself included."""
     if module is None or not torch.distributed.is_available():
         return []
-    from torch.nn.parallel import DistributedDataParallel
+    return [part for part in module.modules() if isinstance(part, data_parallel_class())]
 
-    return [part for part in module.modules() if isinstance(part, DistributedDataParallel)]
+
+def living(kind: type[T]) -> Iterator[T]:
+    """Return all objects of a class in this process; takes as long as there are any objects."""
+    # Not isinstance: that asks the object, which may do anything.
+    return (one for one in gc.get_objects() if issubclass(type(one), kind))

@@ -8,14 +8,14 @@ the same weights from the same bits, whatever part of the gradients it holds its
     Sharded     rows are reduce-scattered, each rank resolves its shard, the result is gathered
     Replicated  rows are all-reduced, each rank resolves all of them
 
-All of it is torch.distributed's collectives on the process group of the user.
+All of it is torch.distributed's collectives among the ranks of the user's process group, in groups
+of our own (`Peers`).
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -36,6 +36,7 @@ from gcond_kernels.alike import (
 )
 from gcond_kernels.data_parallel import data_parallel_modules
 from gcond_kernels.dtensor import is_dtensor, local_part
+from gcond_kernels.fsdp import FullySharded
 from gcond_kernels.peers import Peers
 from gcond_kernels.python.blocks import WORD_BITS
 
@@ -116,6 +117,9 @@ class Sync:
         """Whether a flag on the device, [] bool, is set on all ranks; all of them ask."""
         return flag
 
+    def check_wrapper(self) -> None:
+        """Raises a RuntimeError where the next backward pass would not reduce gradients."""
+
     def check_begun(self, begun: bool) -> None:
         """Raises a RuntimeError where there is nothing to resolve."""
         if not begun:
@@ -185,6 +189,7 @@ class Ranks(Sync):
 
     def __init__(self, accumulator: Accumulator, backend: str, peers: Peers) -> None:
         super().__init__(accumulator, backend)
+        peers.connect()
         self.peers = peers
         self.size = peers.size
         self.losses_per_micro_batch = peers.size  # all ranks make the same passes
@@ -194,6 +199,7 @@ class Ranks(Sync):
         # Of each segment: which of the ranks that hold the same this one is, and how many they are.
         self._replica: list[tuple[int, int]] = []
         self._part = 0  # which part of all parameters this process holds
+        self._fsdp = FullySharded()
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; all of them ask."""
@@ -202,6 +208,11 @@ class Ranks(Sync):
     def on_all_ranks(self, flag: Tensor) -> Tensor:
         """Whether a flag on the device, [] bool, is set on all ranks; all of them ask."""
         return ~self.peers.any_of(~flag)
+
+    def check_wrapper(self) -> None:
+        """Raises a RuntimeError where FSDP is told to keep gradients of any module for itself."""
+        if self.accumulator.spread:
+            self._fsdp.check(self.accumulator.segments)
 
     def check_begun(self, begun: bool) -> None:
         """Another rank may have begun where this one has not: `meet` tells."""
@@ -372,7 +383,6 @@ class Reduced(Ranks):
 
     def __init__(self, accumulator: Accumulator, backend: str, peers: Peers) -> None:
         super().__init__(accumulator, backend, peers)
-        peers.make_group_of_rows()
         self.losses_per_micro_batch = 1  # the micro-batches of all ranks are counted
         self._final: set[int] = set()
         self._started = 0
@@ -636,19 +646,13 @@ def way_of(
     sync: str | None,
     parameters: Sequence[Tensor],
     peers: Peers | None,
-    module: nn.Module | None,
 ) -> str | None:
     """How the ranks work together, a key of `WAYS`; None for one process.
 
     Raises:
-        ValueError: the parameters are DTensors, and `sync` or a DistributedDataParallel is given.
+        ValueError: the parameters are DTensors, and `sync` is given.
     """
     if any(map(is_dtensor, parameters)):
-        if data_parallel_modules(module):
-            raise ValueError(
-                "module: DistributedDataParallel around DTensors is not handled: use fully_shard "
-                "on a mesh of two dimensions, which also replicates"
-            )
         if sync is not None:
             raise ValueError(
                 f"sync={sync!r} is for parameters that every rank holds whole; these are DTensors, "

@@ -5,6 +5,7 @@ Where torch has no distributed package there are none, and nothing of it is impo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def from_its_start(local: Tensor) -> Tensor:
         return local
     if local.numel() == 0:
         return local.new_empty(local.shape)
-    whole: Tensor = torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(local))
+    whole: Tensor = torch.utils.dlpack.from_dlpack(local)
     return whole
 
 
@@ -94,3 +95,17 @@ def is_unfinished(parameter: Tensor) -> bool:
     """Whether the tensor is still to be summed over its mesh: no parameter can be so."""
     placements: Any = getattr(parameter, "placements", ())
     return any(placement.is_partial() for placement in placements)
+
+
+def check_materialized(named: Iterable[tuple[Tensor, str]]) -> None:
+    """Check that parameters have memory.
+
+    Raises:
+        ValueError: one is on the meta device; the message names it.
+    """
+    for parameter, name in named:
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, where it has no values: materialize the model "
+                "first (to_empty, then load or initialize it), then make both optimizers"
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ class PassedBack(torch.autograd.Function):
     """Stands in for the graph of a loss that was freed, and says so where it is used again."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, anchor: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, loss: Tensor, anchor: Tensor) -> Tensor:
         """Return the loss itself, with this as its graph."""
         ctx.mark_dirty(loss)
         return loss
@@ -52,3 +52,51 @@ def detach(loss: Tensor) -> bool:
         return False
     loss.detach_()
     return True
+
+
+class SharedFunctions:
+    """What the custom autograd functions have saved that several losses share.
+
+    The backward pass of some overwrites it: a fused cross entropy multiplies a saved gradient in
+    place. The second loss would find what the first has left, and autograd has no way to tell.
+
+    Args:
+        losses: with graphs that may share a part.
+    """
+
+    def __init__(self, losses: Sequence[Tensor]) -> None:
+        seen: dict[Any, int] = {}
+        for loss in losses:
+            for node in nodes_of(loss):
+                seen[node] = seen.get(node, 0) + 1
+        custom = torch.autograd.function.BackwardCFunction
+        self._nodes = [n for n, count in seen.items() if count > 1 and isinstance(n, custom)]
+        self._sums = self._read()
+
+    def _read(self) -> Tensor:
+        """A sum of each tensor that is saved, all of them in one tensor."""
+        tensors = [t for node in self._nodes for t in node.saved_tensors if t is not None]
+        sums = [t.detach().abs().sum(dtype=torch.float64) for t in tensors if t.is_floating_point()]
+        return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device="cpu")
+
+    def check(self) -> None:
+        """Raise a RuntimeError if a backward pass has overwritten what was saved."""
+        if self._nodes and not torch.equal(self._read(), self._sums):
+            names = sorted({type(node).__name__.removesuffix("Backward") for node in self._nodes})
+            raise RuntimeError(
+                f"a backward pass of {' or '.join(names)} overwrites what its forward pass has "
+                "saved, so it can be passed back through once, and losses share it: give the "
+                "losses as functions, each with a forward pass of its own"
+            )
+
+
+def nodes_of(loss: Tensor) -> set[Any]:
+    """Return all nodes of a loss's graph."""
+    found: set[Any] = set()
+    left = [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left.extend(following for following, _ in node.next_functions)
+    return found

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from gcond_kernels.contexts import fixed_precision
+
 
 class LossScale:
     """What GCondFused needs of a `torch.amp.GradScaler` that is enabled.
@@ -20,7 +22,7 @@ class LossScale:
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
         self.scaler = scaler
-        self._one = torch.ones((), dtype=torch.float32)
+        self._one = torch.ones((), dtype=torch.float32, device="cpu")
         self._probe: torch.optim.Optimizer | None = None
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -28,6 +30,7 @@ class LossScale:
         scaled: Tensor = self.scaler.scale(loss)
         return scaled
 
+    @fixed_precision
     def inverse(self, device: torch.device) -> Tensor:
         """1 / scale as it is now, [] float32 on the device."""
         if self._one.device != device:
@@ -36,6 +39,7 @@ class LossScale:
         # By way of float64, as torch does: a float32 quotient may err on a GPU.
         return scale.double().reciprocal().float()
 
+    @fixed_precision
     def tell(self, overflow: Tensor) -> None:
         """Lets the scaler know whether there was an overflow; [] bool.
 

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gcond_kernels.contexts import fixed_precision, operation
 from gcond_kernels.contracts import (
     FLOAT64,
     GRADIENT_DTYPES,
@@ -272,6 +273,7 @@ def accumulate(
     run(accumulator, gradients, offsets, sizes, number, tensor, overwrite, backend)
 
 
+@operation
 def _accumulate(
     accumulator: Tensor,
     gradients: Sequence[Tensor | None],
@@ -343,6 +345,7 @@ def _gramians(products: tuple[Tensor, Tensor, Tensor, Tensor], history: Tensor |
     return Gramians(total, cross, per_tensor, crosses)
 
 
+@operation
 def _gramian(
     accumulators: Tensor,
     offsets: Sequence[int],
@@ -453,6 +456,7 @@ def arbitrate(
     return Arbitration(*decision)
 
 
+@operation
 def _arbitrate(
     gramian: Tensor,
     cross: Tensor | None,
@@ -618,6 +622,7 @@ def _in_places(
     return places
 
 
+@operation
 def _combine(
     accumulators: Tensor,
     outputs: Sequence[Tensor | None],
@@ -743,6 +748,7 @@ def _graddrop_listed(
     _graddrop(accumulators, _in_places(outputs, written, len(rest[1])), *rest)
 
 
+@operation
 def _graddrop(
     accumulators: Tensor,
     outputs: Sequence[Tensor | None],
@@ -789,6 +795,7 @@ def _graddrop(
     )
 
 
+@operation
 def resolve(
     accumulators: Tensor,
     outputs: Sequence[Tensor | None],
@@ -934,6 +941,7 @@ def _resolve_apart(
     return products, decision
 
 
+@fixed_precision
 def multi_tensor_norm(
     tensors: Sequence[Tensor], *, per_tensor: bool = False, backend: str = "auto"
 ) -> Tensor:
@@ -952,6 +960,7 @@ def multi_tensor_norm(
     return (each if per_tensor else total)[..., 0, 0].sqrt()
 
 
+@fixed_precision
 def multi_tensor_cosine_similarity(
     a: Sequence[Tensor], b: Sequence[Tensor], *, backend: str = "auto"
 ) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 import weakref
@@ -11,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from gcond_kernels import graphs, ops, overflow, saving, tables
 from gcond_kernels.accumulator import Accumulator, is_distributed
@@ -32,6 +34,7 @@ from gcond_kernels.checks import (
 from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.data_parallel import DataParallel
 from gcond_kernels.distributed import WAYS, Sharded, Sync, Work, peers_of, way_of
+from gcond_kernels.dtensor import check_materialized
 from gcond_kernels.loss_scale import LossScale
 from gcond_kernels.mask import check_mask
 from gcond_kernels.methods import GCond, GradDrop, Method
@@ -82,6 +85,7 @@ class Progress:
         finite: [] bool, whether that is to be stepped with.
         told: whether the scaler was told of it.
         reached: whether any loss ever reached a parameter.
+        examined: the windows whose weights were found to overwrite nothing that losses share.
         all_shared: whether the host knows that tasks share every tensor.
         chosen_shared: whether it knows that they share one that the method looks at.
         known_owners: what the host knows of the owners of each tensor, bits.
@@ -104,6 +108,7 @@ class Progress:
     finite: Tensor | None = None
     told: bool = False
     reached: bool = False
+    examined: set[Window] = field(default_factory=set)
     all_shared: tables.HostFlag = field(default_factory=tables.HostFlag)
     chosen_shared: bool = False
     known_owners: list[int] = field(default_factory=list)
@@ -123,7 +128,8 @@ class GCondFused(torch.optim.Optimizer):
 
         for x, y in loader:
             losses = {task: loss_functions[task](model(x), y) for task in optimizer.active_tasks}
-            if optimizer.backward(losses):  # True when the window is full
+            if optimizer.backward(losses):  # True when the window is full: .grad is resolved
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # as in any loop
                 optimizer.step()
 
     It is a `torch.optim.Optimizer` and shares `param_groups`, `state` and `defaults` with the
@@ -132,9 +138,14 @@ class GCondFused(torch.optim.Optimizer):
 
     Args:
         base: any torch optimizer. Its parameters must be on one device; those that require no
-            gradient cost nothing, and may start to require one at any time.
-        tasks: task → loss weight λ ≥ 0. The order is that of the blocks in stochastic mode.
+            gradient cost nothing, and may start to require one at any time. Parameters and groups
+            may be added, replaced and removed between two windows. What else it has, methods and
+            attributes, is reached through this one.
+        tasks: task → loss weight λ ≥ 0. The order is that of the blocks in stochastic mode. Weights
+            may be assigned (`optimizer.tasks[name] = weight`), and tasks added (`add_task`).
         accumulation_steps: micro-batches per optimizer step, A; of each rank, where there are some.
+            A task's gradient is the mean over its micro-batches of a window, not their sum: losses
+            are not to be divided by A.
         mode: "exact": every micro-batch has a loss of every task. "stochastic": the window is
             cut into one block of micro-batches per task, each with a loss of that task alone:
             one backward pass per micro-batch instead of K.
@@ -146,8 +157,8 @@ class GCondFused(torch.optim.Optimizer):
             they share. "tensor": each parameter tensor resolves its own conflicts, with a state of
             its own. A parameter that only one task ever had a gradient for is that task's own in
             either case: it takes no part in a conflict, and gets its gradient as it is. A gradient
-            of zeros counts as one: leave `0 * output.sum()` out of the losses of others. (Where
-            tasks come to share others than before, GCond's history starts anew.)
+            of zeros is none. (Where tasks come to share others than before, GCond's history starts
+            anew.)
         mask: parameter → bool tensor of its shape, as `neuron_mask` makes them: only where it is
             True is a parameter trained. Other elements take no part in a conflict, and `.grad` is
             exactly 0 there. Parameters that are not in it are trained whole.
@@ -162,30 +173,26 @@ class GCondFused(torch.optim.Optimizer):
         accumulator_dtype: torch.float32, or torch.bfloat16 for half the memory; bfloat16 loses
             small gradients beside large sums.
         history_dtype: torch.bfloat16 or torch.float32.
-        harvest: "bucketed" takes gradients from a backward pass while it runs, some 32 MB at a
-            time; "whole" takes all of them when it is over, which keeps a whole gradient alive, but
-            loses nothing where a pass fails in the middle (see `backward`). DTensors are taken
-            whole, and so is everything where there are other ranks and `module` is not given.
         on_nonfinite: what becomes of a step in which a task's gradient holds a NaN or an infinity.
             "skip": it is left out; parameters and all state stay as they are. "drop_task": that
             task sits it out, as one without a micro-batch does (parameters that it alone uses get
             a gradient of zeros, or what is left of their momentum, for the host does not know);
             without any other, "skip".
-            "raise": `resolve` raises and changes nothing; for that it waits for the device. May be
-            set at any time.
+            "raise": `backward` raises and changes nothing; for that it waits for the device. May be
+            set at any time. A resolved gradient that leaves the range of `.grad`'s type counts too.
         grad_scaler: a `torch.amp.GradScaler`. `backward` scales the losses with it and accumulates
             gradients without the scale; `step` tells it of overflows. After each step call its
-            `update`; `unscale_` is not to be called. `scaler.step(optimizer)` is `step()`. A copy
-            of the optimizer has a copy of the scaler.
+            `update`; `unscale_` does nothing. `scaler.step(optimizer)` is `step()`. A copy of the
+            optimizer has a copy of the scaler.
         module: the model, where it is or holds a `DistributedDataParallel`: that is kept from
             reducing gradients in every backward pass (by `no_sync`, for as long as this optimizer
             lives; its `require_backward_grad_sync = True` ends it before), since it is done once a
-            window here; its buffers are broadcast after every step.
+            window here; its buffers are broadcast after every step. May be assigned later
+            (`optimizer.module = model`). Where it is not given the first `backward` looks for one.
         sync: how several ranks with the same parameters come to one gradient. "shard" (default):
             accumulators are reduce-scattered, each rank resolves its shard and keeps its part of
             history and momentum, the result is gathered. "replicate": accumulators are all-reduced.
-            "local": each rank resolves its own, the results are averaged, as the published
-            implementation does. Of no effect with one rank; not for DTensors (FSDP2, tensor
+            Of no effect with one rank; not for DTensors (FSDP2, tensor
             parallel), whose gradients the backward pass reduces.
         process_group: the ranks that train together; None is that of `module`, else all. Each of
             them makes its GCondFused at the same point of the program.
@@ -194,6 +201,9 @@ class GCondFused(torch.optim.Optimizer):
 
     Attributes:
         recorder: what happened in the latest steps; see `gcond_kernels.recorder.Recorder`.
+
+    Options may be assigned in training and take effect from the next window on, with what they
+    need made anew; those that cannot be assigned say so.
 
     Raises:
         TypeError, ValueError: an option is out of its range; the message names it.
@@ -273,13 +283,17 @@ class GCondFused(torch.optim.Optimizer):
         check_sync(module, sync)
         labels = labels_of(base.param_groups)
         parameters = [p for group in base.param_groups for p in group["params"]]
+        named = list(zip(parameters, labels, strict=True))
+        check_materialized(named)
         check_chosen(options.method, labels)
-        masked = None if mask is None else check_mask(mask, list(zip(parameters, labels, strict=True)))
+        masked = None if mask is None else check_mask(mask, named)
         device = parameters[0].device
         check_backend(options.backend, device)
         peers = peers_of(process_group, module)
-        way = way_of(sync, parameters, peers, module)
-        self._data_parallel = None if module is None else DataParallel(module, parameters)
+        way = way_of(sync, parameters, peers)
+        self._data_parallel = DataParallel(peers, process_group is not None)
+        if module is not None:
+            self._data_parallel.take(module, parameters)
 
         # Not super().__init__: that would make lists of parameters and state of our own.
         self.base = base
@@ -447,6 +461,18 @@ class GCondFused(torch.optim.Optimizer):
         self._now.on_nonfinite = choice
 
     @property
+    def module(self) -> torch.nn.Module | None:
+        """The model; may be given later than the constructor's `module=`, with the same effect."""
+        return self._data_parallel.module
+
+    @module.setter
+    def module(self, module: torch.nn.Module | None) -> None:
+        if module is None or module is self.module:
+            return
+        self._data_parallel.take(module, [parameter for parameter, _ in self._parameters()])
+        self._accumulator.alone = True
+
+    @property
     def thresholds(self) -> tuple[float, float, float]:
         """Cosines that tell zones of conflict apart; those of GCond may be assigned."""
         thresholds: tuple[float, float, float] = self.method.thresholds
@@ -465,7 +491,7 @@ class GCondFused(torch.optim.Optimizer):
         check_chosen(options.method, labels_of(self.base.param_groups))
         check_backend(options.backend, self._device())
         now.assigned = options
-        if now.window is None:
+        if now.position == 0 and not now.resolved:
             self._renew(options)
 
     def _renew(self, options: Options) -> None:
@@ -475,8 +501,13 @@ class GCondFused(torch.optim.Optimizer):
         now.options = now.assigned = options
         acc.keep(options.history, options.momentum > 0.0)
         state = new_method_state(options, K, len(acc.segments), device)
-        if type(options.method) is type(before.method) and options.granularity == before.granularity:
-            state = {name: taken_over(now.method_state.get(name), new) for name, new in state.items()}
+        if (
+            type(options.method) is type(before.method)
+            and options.granularity == before.granularity
+        ):
+            state = {
+                name: taken_over(now.method_state.get(name), new) for name, new in state.items()
+            }
         now.method_state = state
         if (now.losses is None or len(now.losses) < K) or not options.method.needs_losses:
             now.losses = new_losses(options, K, device)
@@ -491,13 +522,13 @@ class GCondFused(torch.optim.Optimizer):
     def active_tasks(self) -> tuple[str, ...]:
         """The tasks whose losses the next `backward` takes; none once the window is full."""
         now = self._now
-        options = now.options if now.window is not None else now.assigned
+        options = now.options if now.position else now.assigned
         if now.resolved or now.position >= options.accumulation_steps:
             return ()
         turns = schedule(len(self._weights), options.accumulation_steps, options.mode)
         return tuple(self._weights.keys_given[task] for task in turns[now.position])
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def backward(self, losses: Mapping[str, Loss | None]) -> bool:
         """Back-propagate one micro-batch and accumulate each task's gradient.
 
@@ -525,8 +556,8 @@ class GCondFused(torch.optim.Optimizer):
         or give the losses as functions.
 
         A loss whose backward pass overwrites what it has saved (fused cross entropies that scale
-        their gradient in place do) can be passed back through once: where two tasks share it, give
-        them as functions, each with a forward pass of its own. Autograd has no way to tell.
+        their gradient in place do) can be passed back through once. Where two tasks share it, the
+        first micro-batch raises: give them as functions, each with a forward pass of its own.
 
         Raises:
             KeyError: a task is unknown, or not active now.
@@ -556,6 +587,8 @@ class GCondFused(torch.optim.Optimizer):
         for task, loss in given.items():
             if not callable(loss):
                 check_loss(task, loss)
+        self._find_wrapper()
+        self._sync.check_wrapper()
         self._follow_parameters()
         self._clear_gradients()
         now.running = True
@@ -611,7 +644,7 @@ class GCondFused(torch.optim.Optimizer):
     def _begin_window(self) -> None:
         """Let what was assigned take effect, where this is the first micro-batch of a window."""
         now = self._now
-        if now.window is not None:
+        if now.window is not None and now.position > 0:
             return
         weights = tuple(self._weights.values())
         if not any(weights):
@@ -628,20 +661,30 @@ class GCondFused(torch.optim.Optimizer):
         names = tuple(self._weights)
         order = sorted(losses, key=lambda task: (callable(losses[task]), names.index(task)))
         tensors = [loss for task in order if isinstance(loss := losses[task], Tensor)]
+        shared = None
+        new = self._now.window not in self._now.examined
+        if len(tensors) > 1 and new and not tables.is_capturing(self._device()):
+            # Once for each set of weights: a factor of 1 may leave alone what another overwrites.
+            shared = graphs.SharedFunctions(tensors)
         try:
             for number, task in enumerate(order, start=1):
                 loss = losses[task]
                 if not isinstance(loss, Tensor):
                     loss = self._loss_of(task, loss)
                 self._backward_one(names.index(task), loss, number < len(tensors))
+                if shared is not None and number < len(tensors):
+                    shared.check()
                 del loss
                 self._send_if_final(names.index(task))
+            if shared is not None and self._now.window is not None:
+                self._now.examined.add(self._now.window)
         finally:
             graphs.free(tensors)
 
     def _loss_of(self, task: str, function: Callable[[], Tensor]) -> Tensor:
         """Call a loss function, which is to leave the gradients alone."""
         loss = function()
+        self._sync.check_wrapper()  # the function may have changed it
         name = self._accumulator.foreign_gradient()
         if name is not None:
             raise RuntimeError(
@@ -657,16 +700,18 @@ class GCondFused(torch.optim.Optimizer):
         value = loss.detach()
         # As a plain loop has it, for parameters that other optimizers hold.
         factor = now.window.weights[task] / max(1, now.window.planned[task])
-        unscale: float | Tensor = 1.0
+        factor, unscale = representable(factor, loss.dtype)
         if self._loss_scale is not None:
-            unscale = self._loss_scale.inverse(self._device())
+            unscale = self._loss_scale.inverse(self._device()) * unscale
             loss = self._loss_scale.scaled(loss)
         gradient = None if factor == 1.0 else torch.full_like(loss, factor, requires_grad=False)
         with self._accumulator.harvesting(task, unscale, now.options.backend):
             try:
-                loss.backward(gradient, retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+                # Outside of autocast, as torch recommends for backward passes.
+                with fixed_precision():
+                    loss.backward(gradient, retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             except RuntimeError as error:
-                raise explained(error, self._data_parallel is None) from error
+                raise explained(error, self._data_parallel) from error
         if now.losses is not None:
             with fixed_precision():
                 now.losses[task] += value.to(now.losses).reshape(())
@@ -725,8 +770,8 @@ class GCondFused(torch.optim.Optimizer):
             acc.forget_task(k)
         now.position = now.options.accumulation_steps
         warnings.warn(
-            f"backward() failed ({type(error).__name__}) after the gradients of {sent} were sent to "
-            "the other ranks: those stay, what else this window had is lost. Call step()",
+            f"backward() failed ({type(error).__name__}) after the gradients of {sent} were sent "
+            "to the other ranks: those stay, what else this window had is lost. Call step()",
             stacklevel=3,
         )
 
@@ -761,6 +806,7 @@ class GCondFused(torch.optim.Optimizer):
                     "a CUDA graph cannot hold what several ranks tell each other in a step: "
                     "capture forward and backward passes of the model alone"
                 )
+            self._find_wrapper()
             self._follow_parameters()  # the others may have had a micro-batch, and this not
         try:
             counts = self._sync.meet(self._alike, now.on_nonfinite, now.position > 0)
@@ -875,9 +921,7 @@ class GCondFused(torch.optim.Optimizer):
         """Whether nothing is to be done between the operations of a resolution."""
         now, o = self._now, self._now.options
         alone = self._sync.size == 1 and now.on_nonfinite == "skip" and all(counts)
-        return (
-            alone and self._compares_all() and isinstance(o.method, GCond) and not self._halves()
-        )
+        return alone and self._compares_all() and isinstance(o.method, GCond) and not self._halves()
 
     def _may_not_fit(self) -> bool:
         """Whether what is written may leave the range of its type though the gradients do not."""
@@ -934,15 +978,16 @@ class GCondFused(torch.optim.Optimizer):
         acc, state = self._accumulator, self._now.method_state
         return {
             "state": {name: value.clone() for name, value in state.items()},
-            "owners": acc.owners,
-            "compared": acc.compared,
+            "owners": acc.owners.clone(),
+            "compared": acc.compared.clone(),
         }
 
     def _restore(self, before: dict[str, Any], where: Tensor | None = None) -> None:
         """Put a snapshot back, where a flag on the device says so; None is always."""
         acc = self._accumulator
         if where is None:
-            acc.owners, acc.compared = before["owners"], before["compared"]
+            acc.owners.copy_(before["owners"])
+            acc.compared.copy_(before["compared"])
         for name, value in self._now.method_state.items():
             old = before["state"][name]
             value.copy_(old if where is None else torch.where(where, old, value))
@@ -1120,7 +1165,7 @@ class GCondFused(torch.optim.Optimizer):
             )
         return products, scale
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def step(self, closure: Callable[[], object] | None = None) -> None:  # type: ignore[override]
         """Step the base optimizer with `.grad`, and start a new window.
 
@@ -1157,8 +1202,7 @@ class GCondFused(torch.optim.Optimizer):
             self._loss_scale.tell(~now.finite | now.nonfinite.any())
             now.told = True
         step_if(now.finite, self.base)
-        if self._data_parallel is not None:
-            self._data_parallel.broadcast_buffers()
+        self._data_parallel.broadcast_buffers()
         # Who clipped them may have put others in their place.
         left = [s.parameter.grad for s in self._accumulator.segments]
         now.written = [reference_to(gradient) for gradient in left if gradient is not None]
@@ -1178,7 +1222,9 @@ class GCondFused(torch.optim.Optimizer):
     def _initialize_base(self) -> None:
         """Let the base make the state that it has not; it goes when the state dict is made."""
         now = self._now
-        without = [p for p, _ in self._parameters() if p.requires_grad and not self.base.state.get(p)]
+        without = [
+            p for p, _ in self._parameters() if p.requires_grad and not self.base.state.get(p)
+        ]
         if without:
             now.initialized = [*now.initialized, *without]
             step_of_zeros(self.base, without)
@@ -1287,6 +1333,11 @@ class GCondFused(torch.optim.Optimizer):
         now.all_shared = tables.HostFlag()
         now.known_owners, now.chosen_shared = [], False
 
+    def _find_wrapper(self) -> None:
+        """Look once for a DistributedDataParallel that this optimizer was not told of."""
+        if self._data_parallel.look(self._parameters()):
+            self._accumulator.alone = True
+
     def _clear_gradients(self) -> None:
         """Makes way for one task's gradients; what others computed is not thrown away.
 
@@ -1357,8 +1408,8 @@ class GCondFused(torch.optim.Optimizer):
             history = momentum = None
         elif isinstance(self._sync, Sharded):
             self._sync.fit_kept()
-            history = None if history is None else self._sync.all_kept(acc.history)
-            momentum = None if momentum is None else self._sync.all_kept(acc.momentum)[0]
+            history = None if acc.history is None else self._sync.all_kept(acc.history)
+            momentum = None if acc.momentum is None else self._sync.all_kept(acc.momentum)[0]
         base, made = self.base.state, set(now.initialized)
         without_state = {p for p, _ in self._parameters() if p in made or not base.get(p)}
         by_tensor = o.granularity == "tensor"
@@ -1603,19 +1654,28 @@ def reference_to(gradient: Tensor) -> Callable[[], Tensor | None]:
     return lambda: gradient
 
 
+@functools.lru_cache(maxsize=256)
+def representable(factor: float, dtype: torch.dtype) -> tuple[float, float | Tensor]:
+    """Return a factor as a loss of that type can have it, and what makes up for the rounding."""
+    if dtype in (torch.float32, torch.float64) or factor == 0.0:
+        return factor, 1.0
+    rounded = torch.tensor(max(factor, torch.finfo(dtype).tiny), dtype=dtype, device="cpu").item()
+    return rounded, factor / rounded
+
+
 def is_zero(values: Sequence[Any]) -> bool:
     """Return whether all numbers and all elements of tensors are zero."""
     return not any(bool(v.any()) if isinstance(v, Tensor) else v for v in values)
 
 
-def explained(error: RuntimeError, unknown_wrapper: bool) -> RuntimeError:
+def explained(error: RuntimeError, data_parallel: DataParallel) -> RuntimeError:
     """Return an error of a backward pass, with what to do where that is known."""
     words = str(error)
-    if "ready only once" in words and unknown_wrapper:
+    if "ready only once" in words and not data_parallel.modules:
         return RuntimeError(
             "the model is wrapped in DistributedDataParallel, which reduces gradients in every "
             "backward pass and takes one for each forward pass: give GCondFused(..., "
-            "module=model), which turns that off"
+            f"module=model), which turns that off{data_parallel.left_alone}"
         )
     functions = "give the losses as functions, each with a forward pass of its own"
     if "donated buffer" in words:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
-from gcond_kernels.report import ZONES, incidence_of, pair_cosines, zone_of
+from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.names import without_wrappers
+from gcond_kernels.report import ZONES, incidence_of, pair_cosines, zone_of
 from gcond_kernels.tables import is_capturing
 
 Row: TypeAlias = "dict[str, Any]"
@@ -68,6 +69,7 @@ class Recorder:
         # [L, BINS + 1] int64: pairs with a cosine in each step from -1 to 0, and of 0 or more.
         self._layers: Tensor | None = None
 
+    @fixed_precision
     def record(
         self,
         number: Tensor,
@@ -129,7 +131,7 @@ class Recorder:
             # Memory is set to zero once; a graph would do it again in every replay.
             warnings.warn(
                 "steps of this CUDA graph are not recorded: take one step before the capture",
-                stacklevel=4,
+                stacklevel=5,
             )
             return False
         if self._ring is None or self._recorded is None or self._layers is None:
@@ -165,6 +167,7 @@ class Recorder:
             self._recorded.zero_()
             self._layers.zero_()
 
+    @fixed_precision
     def rows(self) -> list[Row]:
         """One row of plain Python values per step, oldest first. On a GPU this waits for it.
 
@@ -188,7 +191,7 @@ class Recorder:
     def _held(self) -> Tensor:
         """[n, width] float64 on the CPU, oldest first."""
         if self._ring is None or self._recorded is None:
-            return torch.zeros(0)
+            return torch.zeros(0, dtype=torch.float64, device="cpu")
         recorded, ring = int(self._recorded), self._ring.cpu()
         if recorded <= self.steps:
             return ring[:recorded]
@@ -225,6 +228,7 @@ class Recorder:
             **{f"dropped/{task}": flag for task, flag in zip(tasks, dropped, strict=True)},
         }
 
+    @fixed_precision
     def layers(self, threshold: float = 0.0) -> list[Row]:
         """Recon's conflict scores (Shi et al. 2023, arXiv 2302.11289), highest first.
 

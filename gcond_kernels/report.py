@@ -150,9 +150,7 @@ class Resolution:
         events = self.decision.events
         if events.dim() == 2:
             return conflicts_of(events, tasks, None)
-        by_tensor = zip(
-            self.parameter_names, events.cpu(), self.scope.shared.tolist(), strict=True
-        )
+        by_tensor = zip(self.parameter_names, events.cpu(), self.scope.shared.tolist(), strict=True)
         return [
             conflict
             for name, of_tensor, shared in by_tensor

@@ -188,10 +188,10 @@ class Restored:
         entries = [self.entries.get(segment.parameter) for segment in acc.segments]
         acc.counts = counts
         acc.touched = [0 if e is None else int(e.get("touched", 0)) for e in entries]
-        acc.owners = stacked([e and e["tasks"] for e in entries], acc.owners, 0)
-        acc.compared = stacked([e and e["compared"] for e in entries], acc.compared, -1)
+        acc.owners = stacked(entries_of(entries, "tasks"), acc.owners, 0)
+        acc.compared = stacked(entries_of(entries, "compared"), acc.compared, -1)
         if acc.momentum_steps is not None:
-            steps = [e and e["momentum_steps"] for e in entries]
+            steps = entries_of(entries, "momentum_steps")
             acc.momentum_steps = stacked(steps, acc.momentum_steps, 0)
         if acc.mask is not None:
             acc.mask = acc.mask.clone()
@@ -271,7 +271,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def local_like(segment: Segment, value: Tensor) -> Tensor:
-    """Return what this process holds of a saved tensor, which is sharded as the parameter or full."""
+    """Return what this process holds of a saved tensor, sharded as the parameter is, or full."""
     parameter: Any = segment.parameter
     if is_dtensor(parameter) and not is_dtensor(value):
         from torch.distributed.tensor import distribute_tensor
@@ -282,6 +282,11 @@ def local_like(segment: Segment, value: Tensor) -> Tensor:
     if is_dtensor(value) and not is_dtensor(parameter):
         value = value.full_tensor()  # type: ignore[attr-defined]
     return local_part(value)
+
+
+def entries_of(entries: Sequence[dict[str, Any] | None], name: str) -> list[Tensor | None]:
+    """Return what each parameter has of that name; None where nothing is saved of it."""
+    return [None if entry is None else entry[name] for entry in entries]
 
 
 def stacked(values: Sequence[Tensor | None], own: Tensor, fill: int) -> Tensor:
@@ -300,7 +305,9 @@ class StateView(MutableMapping[Tensor, Any]):
     What is written goes to the base.
     """
 
-    def __init__(self, base: torch.optim.Optimizer, own: Callable[[Tensor], dict[str, Any]]) -> None:
+    def __init__(
+        self, base: torch.optim.Optimizer, own: Callable[[Tensor], dict[str, Any]]
+    ) -> None:
         self._base = base
         self._own = own
 

@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gcond_kernels.contexts import fixed_precision
+
 # What a program has to know of a tensor, in one int64: its type, or NO_TENSOR, plus ALIGNED
 # where all its vectors may be read and written 16 bytes at a time.
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -203,6 +205,7 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+@fixed_precision  # a table is kept, and not to be an inference tensor
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
     """The array on the device, without waiting for it.
 

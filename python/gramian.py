@@ -1,11 +1,11 @@
 """gramian: every inner product that the method needs, from one read of the accumulators."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from gcond_kernels.contexts import full_float32
 from gcond_kernels.python.blocks import PARTIAL, batches, block_length, trained, whole_partials
 
 # Elements between two rows of scratch memory: rows a multiple of 4 KB apart fall on the same lines
@@ -103,8 +103,9 @@ def add_in_batches(
             counts[tensor - first] = padded // PARTIAL
         with full_float32():
             partial = partial_products(memory[:, :filled], left)
+        lengths = torch.tensor(counts, dtype=torch.int64, device=device)
         products[first : last + 1] += torch.segment_reduce(
-            partial.double(), "sum", lengths=torch.tensor(counts, device=device), unsafe=True
+            partial.double(), "sum", lengths=lengths, unsafe=True
         )
 
 
@@ -144,31 +145,3 @@ def block_products(rows: Tensor, left: int) -> Tensor:
     if whole:
         products += partial_products(rows[:, :whole], left).sum(0, dtype=torch.float64)
     return products
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Keeps matrix products out of TF32 and bfloat16, which the user may have allowed for his own.
-
-    There are an older and a newer interface, and torch refuses to go on where they disagree: both
-    are set, and set back.
-    """
-    units = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [unit.fp32_precision for unit in units]
-    if not set(before) & {"tf32", "bf16"}:
-        yield
-        return
-    try:
-        legacy = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-    except RuntimeError:  # only the newer interface was used: the older knows of no change
-        legacy = None
-    for unit in units:
-        unit.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        if legacy is not None:
-            torch.set_float32_matmul_precision(legacy)
-        for unit, precision in zip(units, before, strict=True):
-            unit.fp32_precision = precision

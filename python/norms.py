@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gcond_kernels.contexts import full_float32
 from gcond_kernels.python.blocks import blocks, in_memory_order
-from gcond_kernels.python.gramian import block_products, full_float32
+from gcond_kernels.python.gramian import block_products
 
 
 def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
@@ -21,7 +22,7 @@ def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]
         `lists[j][t]`; the first is their sum over t.
     """
     sizes = [tensor.numel() for tensor in lists[0]]
-    device = lists[0][0].device if lists[0] else None
+    device = lists[0][0].device if lists[0] else torch.device("cpu")
     products = torch.zeros((len(sizes), len(lists), len(lists)), dtype=torch.float64, device=device)
     for t, start, stop in blocks([0] * len(sizes), sizes, len(lists), products.device):
         rows = torch.stack(

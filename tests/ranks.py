@@ -66,12 +66,21 @@ def serve(rank, size, store, pipe, backend):
         except EOFError:
             torch.distributed.destroy_process_group()
             return
+        forget_groups()
         try:
             result = True, function(*args)
         except BaseException:
             result = False, traceback.format_exc()
         # By value: what torch sends otherwise are handles of memory that this process may free.
         pipe.send_bytes(pickle.dumps(result))
+
+
+def forget_groups():
+    """Ends the groups that optimizers of earlier work have made: each holds threads and sockets."""
+    dist = torch.distributed
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group.group_desc.startswith("gcond_kernels"):
+            dist.destroy_process_group(group)
 
 
 def join(rank, size, store, timeout=TIMEOUT, backend="gloo"):

@@ -672,9 +672,35 @@ def test_parameters_that_cannot_be_accumulated_are_named():
     with pytest.raises(ValueError, match=r"parameter 0 is torch.complex64"):
         first_backward(p, p.abs().sum())
     cpu, meta = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))
-    optimizer = GCondFused(torch.optim.SGD([cpu, meta], lr=0.1), {"a": 1.0})
+    optimizer = GCondFused(torch.optim.SGD([cpu], lr=0.1), {"a": 1.0})
+    optimizer.add_param_group({"params": [meta]})
     with pytest.raises(ValueError, match="parameter 1 is on meta, but the first parameter is on c"):
         optimizer.backward({"a": cpu.sum()})
+
+
+def test_parameters_without_memory_yet_are_refused():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].to_empty(device="cpu")
+    sgd = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"1\.weight is on the meta device.*materialize the model"):
+        GCondFused(sgd, {"a": 1.0})
+    model.to_empty(device="cpu")
+    GCondFused(torch.optim.SGD(model.named_parameters(), lr=0.1), {"a": 1.0})
+
+
+def test_a_model_that_is_given_later_is_remembered_weakly():
+    model = nn.Linear(2, 2)
+    optimizer = GCondFused(torch.optim.SGD(model.parameters(), lr=0.1), {"a": 1.0})
+    optimizer.module = None
+    assert optimizer.module is None
+    optimizer.module = model
+    optimizer.module = model
+    assert optimizer.module is model
+    assert copy.deepcopy(optimizer).module is None
+    with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, not 3"):
+        optimizer.module = 3
+    assert optimizer.module is model
 
 
 def test_a_gradient_of_somebody_else_is_not_thrown_away(backend):

@@ -26,7 +26,6 @@ from gcond_kernels import (
 )
 from gcond_kernels.methods.method import Known, Method, fresh_state
 
-
 TASKS = {"a": 1.0, "b": 0.5, "c": 2.0}
 WEIGHING = [
     Sum(), PCGrad(seed=3), CAGrad(c=0.4), MGDA(), GradNorm(lr=0.1), UPGrad(), GradVac(),

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import pytest
@@ -482,19 +482,231 @@ def batchnorm():
 
 
 def untold(harvest, with_unused):
-    """DistributedDataParallel that the optimizer was not told of: slower, not wrong."""
+    """DistributedDataParallel that the optimizer cannot take: slower, not wrong."""
     size, rank = dist.get_world_size(), dist.get_rank()
     model = new_model()
     if not with_unused:
         del model.unused
+    model.another = nn.Parameter(torch.ones(()))
     model = spread(model, "shard", size)
-    optimizer = new_optimizer(model, steps=MICRO_BATCHES, harvest=harvest)
+    named = [(n, p) for n, p in model.named_parameters() if p is not model.module.another]
+    adamw = torch.optim.AdamW(named, lr=1e-2)
+    optimizer = GCondFused(
+        adamw, TASKS, accumulation_steps=MICRO_BATCHES, momentum=0.5, harvest=harvest
+    )
+
+    def losses(number):
+        return {
+            task: x + 0.0 * model.module.another for task, x in losses_of(model, number).items()
+        }
+
     try:
         for step in range(5):
-            window(optimizer, model, [number_of(step, rank, i) for i in range(MICRO_BATCHES)])
+            for position in range(MICRO_BATCHES):
+                number = number_of(step, rank, position)
+                of_functions = {task: (lambda t=task, n=number: losses(n)[t]) for task in TASKS}
+                optimizer.backward(losses(number) if with_unused else of_functions)
+            model.zero_grad()
+            optimizer.step()
     except RuntimeError as error:
         return str(error)
+    return parameters_of(model), model.require_backward_grad_sync
+
+
+def forgotten(kind, net=Net, idle=False):
+    """DistributedDataParallel that is found: losses are tensors of one graph, or functions.
+
+    Args:
+        kind: "tensors", "functions"; "assigned" where the model is given in the second window.
+        net: the model.
+        idle: whether rank 1 has no micro-batch in the first window.
+    """
+    size, rank = dist.get_world_size(), dist.get_rank()
+    model = new_model(net=net)
+    optimizer = new_optimizer(model) if kind == "assigned" else None
+    if kind == "assigned" and not idle:
+        window(optimizer, model, [number_of(0, rank, i) for i in range(MICRO_BATCHES)])
+    model = spread(model, "shard", size)
+    model.module.register_buffer("own", torch.tensor(float(rank)))
+    optimizer = optimizer or new_optimizer(model)
+    told = [model.require_backward_grad_sync]
+    for step in range(1 if kind == "assigned" else 0, 5):
+        for position in range(0 if idle and (step, rank) == (0, 1) else MICRO_BATCHES):
+            number = number_of(step, rank, position)
+            losses = losses_of(model, number)
+            if kind == "assigned":
+                optimizer.module = model
+                optimizer.module = None
+                assert optimizer.module is model
+            if kind == "functions":
+                losses = {
+                    task: (lambda task=task, n=number: losses_of(model, n)[task]) for task in TASKS
+                }
+            optimizer.backward(losses)
+        optimizer.step()
+    told.append(model.require_backward_grad_sync)
+    buffer = model.module.own.item()
+    del optimizer
+    told.append(model.require_backward_grad_sync)
+    return parameters_of(model), told, buffer
+
+
+def assigned_wrongly(kind):
+    """What a model that does not go with the optimizer is answered, given late."""
+    model = new_model()
+    optimizer = new_optimizer(model)
+    try:
+        if kind == "static graph":
+            optimizer.module = nn.parallel.DistributedDataParallel(model, static_graph=True)
+        if kind == "not all parameters":
+            model.another = nn.Linear(2, 2)
+            optimizer.module = nn.parallel.DistributedDataParallel(model)
+        if kind == "no module":
+            optimizer.module = "model"
+        if kind in ("other ranks", "other ranks found"):
+            groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+            group = groups[dist.get_rank()]
+            wrapped = nn.parallel.DistributedDataParallel(model, process_group=group)
+            if kind == "other ranks":
+                optimizer.module = wrapped
+            optimizer.backward(losses_of(wrapped, 0))
+        if kind == "cannot be called off":
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            with mock.patch("gcond_kernels.data_parallel.can_call_off", return_value=False):
+                optimizer.backward(losses_of(wrapped, 0))
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}", optimizer._accumulator.counts
+    return None
+
+
+def saved_beside_training(way, folder):
+    """A training beside dcp.async_save, whose thread sends in the default group; who else does?"""
+    import threading
+
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if way == "fsdp":
+        model = fully_shard(new_model(), mesh=DeviceMesh.from_group(dist.new_group(), "cpu"))
+    else:
+        model = spread(new_model(), way, size)
+        model.module.register_buffer("own", torch.zeros(2))
+    in_default, trains = [], threading.current_thread()
+
+    def watched(name):
+        original = getattr(dist, name)
+
+        def collective(*args, **kwargs):
+            if threading.current_thread() is trains and kwargs.get("group") is None:
+                in_default.append(name)
+            return original(*args, **kwargs)
+
+        return mock.patch.object(dist, name, collective)
+
+    optimizer = new_optimizer(model, way)
+    decisions, saving = [], None
+    names = ("all_reduce", "broadcast", "all_gather_object", "barrier", ALL_GATHER, REDUCE_SCATTER)
+    with ExitStack() as watching:
+        for name in names:
+            watching.enter_context(watched(name))
+        for step in range(8):
+            if step % 2 == 1:
+                if saving is not None:
+                    saving.result()
+                state = {"training": TrainingState(model, optimizer)}
+                saving = dcp.async_save(state, checkpoint_id=f"{folder}/{step}")
+            window(optimizer, model, [number_of(step, rank, i) for i in range(MICRO_BATCHES)])
+            decisions.append(decision_of(optimizer))
+        saving.result()
+    return parameters_of(model), decisions, in_default
+
+
+def without_sync(kind, told):
+    """FSDP2 where one block is to keep its gradients, in the second micro-batch.
+
+    Args:
+        kind: "gradient_sync", "all_reduce"; or "in a function" that makes the loss.
+        told: whether the optimizer is given the model.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = new_model()
+    if kind == "all_reduce":
+        mesh = init_device_mesh("cpu", (size, 1), mesh_dim_names=("copies", "shards"))
+        fully_shard(model.second, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        spread(model, "fsdp", size)
+    optimizer = new_optimizer(model, module=model if told else None)
+    said = []
+    for step in range(2):
+        for position in range(MICRO_BATCHES):
+            number = number_of(step, rank, position)
+            losses = losses_of(model, number)
+            if position == 1:
+                rows = optimizer._accumulator.rows.clone()
+                call = "all_reduce" if kind == "all_reduce" else "gradient_sync"
+                switch = getattr(model.second, f"set_requires_{call}")
+
+                def turned_off(task="a", losses=losses, switch=switch):
+                    switch(False)
+                    return losses[task]
+
+                of_function = {task: lambda x=losses[task]: x for task in TASKS} | {"a": turned_off}
+                if kind != "in a function":
+                    turned_off()
+                try:
+                    optimizer.backward(of_function if kind == "in a function" else losses)
+                except RuntimeError as error:
+                    said.append(str(error))
+                unchanged = torch.equal(rows, optimizer._accumulator.rows)
+                said.append((unchanged, list(optimizer._accumulator.counts)))
+                switch(True)
+            optimizer.backward(losses if kind != "in a function" else losses_of(model, number))
+        optimizer.step()
+    return parameters_of(model), said
+
+
+def sync_of_one_dimension():
+    """Where there is nothing to all-reduce, set_requires_all_reduce is of no effect."""
+    model = spread(new_model(), "fsdp", dist.get_world_size())
+    model.second.set_requires_all_reduce(False)
+    optimizer = new_optimizer(model)
+    for step in range(2):
+        rank = dist.get_rank()
+        window(optimizer, model, [number_of(step, rank, i) for i in range(MICRO_BATCHES)])
     return parameters_of(model)
+
+
+def ungroupable():
+    """What is said where a group cannot be made."""
+    failing = mock.patch.object(dist, "new_group", side_effect=RuntimeError("no route"))
+    try:
+        with failing:
+            new_optimizer(new_model(), sync="shard")
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def in_another_order():
+    """A process group of the user's whose ranks are not in the order of the job."""
+    group = dist.new_group([1, 0], sort_ranks=False)
+    rank = dist.get_rank(group)
+    model = new_model()
+    optimizer = new_optimizer(model, sync="shard", process_group=group)
+    decisions = []
+    for step in range(4):
+        window(optimizer, model, [number_of(step, rank, i) for i in range(MICRO_BATCHES)])
+        decisions.append(decision_of(optimizer))
+    state = TrainingState(model, optimizer).state_dict()
+    # What each rank keeps of the history is the share that torch says it has.
+    whole_history = {name: t.full_tensor() for name, t in state["gcond"]["history"]["0"].items()}
+    return parameters_of(model), decisions, whole_history, optimizer._sync.peers.rank == rank
 
 
 def scaled(way):

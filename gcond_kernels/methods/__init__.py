@@ -1,5 +1,7 @@
 """Methods: each turns the Gramian of the task gradients into one weight per task."""
 
+import dataclasses
+
 from gcond_kernels.methods.aligned_mtl import AlignedMTL
 from gcond_kernels.methods.cagrad import CAGrad
 from gcond_kernels.methods.gcond import GCond
@@ -7,7 +9,7 @@ from gcond_kernels.methods.graddrop import GradDrop
 from gcond_kernels.methods.gradnorm import GradNorm
 from gcond_kernels.methods.gradvac import GradVac
 from gcond_kernels.methods.imtl_g import IMTLG
-from gcond_kernels.methods.method import Known, Method, State
+from gcond_kernels.methods.method import Known, Method, State, refuse_assignment
 from gcond_kernels.methods.mgda import MGDA
 from gcond_kernels.methods.nash_mtl import NashMTL
 from gcond_kernels.methods.pcgrad import PCGrad
@@ -31,3 +33,8 @@ __all__ = [
     "Sum",
     "UPGrad",
 ]
+
+for _method in map(globals().get, __all__):
+    if dataclasses.is_dataclass(_method):
+        # A frozen dataclass says that it is frozen, and this what to do.
+        _method.__setattr__ = refuse_assignment  # type: ignore[method-assign]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
+from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.methods.method import Known, Method, State
 
 
@@ -120,6 +121,7 @@ class GCond(Method):
         """Whether last step's gradients are kept: 2 bytes per parameter and task."""
         return self.tie_breaking_weights[0] > 0.0
 
+    @fixed_precision
     def new_state(self, tasks: int, device: torch.device) -> State:
         """The state before the first step: small tensors on `device`, changed in place."""
         start = self.norm_ema_start or 0.0

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.methods.method import Known, Method, State, check_number, check_seed
 
 
@@ -37,6 +38,7 @@ class GradDrop(Method):
         check_number(self, "leak", self.leak, 0.0, 1.0)
         check_seed(self, self.seed)
 
+    @fixed_precision
     def new_state(self, tasks: int, device: torch.device) -> State:
         """How many steps there were."""
         return {"draws": torch.zeros((), dtype=torch.int64, device=device)}

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.methods.method import Known, Method, State, check_number, norms
 
 # Of Adam, by which the weights learn.
@@ -57,6 +58,7 @@ class GradNorm(Method):
                 )
             object.__setattr__(self, "parameters", named)
 
+    @fixed_precision
     def new_state(self, tasks: int, device: torch.device) -> State:
         """Weights, Adam's averages, and the losses of each task's first window (0 before it)."""
         zeros = torch.zeros(tasks, dtype=torch.float64, device=device)

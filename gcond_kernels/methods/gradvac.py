@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.methods.method import (
     Known,
     Method,
@@ -48,6 +49,7 @@ class GradVac(Method):
         check_number(self, "beta", self.beta, 0.0, 1.0)
         check_seed(self, self.seed)
 
+    @fixed_precision
     def new_state(self, tasks: int, device: torch.device) -> State:
         """Targets of the pairs, and how many orders were drawn."""
         return {

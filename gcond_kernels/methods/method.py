@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gcond_kernels import ops
+from gcond_kernels.contexts import fixed_precision, users_code
 from gcond_kernels.methods.solvers import FLOAT32_ROUNDING, FLOAT64_ROUNDING, identity
 
 State: TypeAlias = dict[str, Tensor]
@@ -85,6 +87,7 @@ class Method(ABC):
             known: what else there is to go by.
         """
 
+    @fixed_precision
     def __call__(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
         """The weights [..., K] of Gramians [..., K, K], as in a first step.
 
@@ -99,7 +102,7 @@ class Method(ABC):
         """
         check_gramian(self, gramian)
         if losses is not None:
-            losses = torch.as_tensor(losses, dtype=torch.float64, device=gramian.device)
+            losses = torch.as_tensor(losses, dtype=torch.float64, device=gramian.device).detach()
             if losses.shape != gramian.shape[-1:]:
                 raise ValueError(
                     f"losses must be one for each of the {gramian.shape[-1]} tasks, not "
@@ -118,6 +121,7 @@ class Method(ABC):
         weights = torch.where(S.diagonal(dim1=-2, dim2=-1) > 0.0, weights, 0.0)
         return weights.view(gramian.shape[:-1]).to(gramian.dtype)
 
+    @fixed_precision
     def resolve(
         self,
         gramian: Tensor,
@@ -144,14 +148,15 @@ class Method(ABC):
         # Solvers are not to be shown what is not finite.
         S = torch.where(finite, gramian if chosen is None else chosen, identity(gramian))
         after = {name: value.clone() for name, value in state.items()}
-        weights = self.weights(S, after, known or Known())
+        with users_code(S.device):
+            weights = self.weights(S, after, known or Known())
         if not isinstance(weights, Tensor) or weights.shape != S.shape[:-1]:
             said = list(weights.shape) if isinstance(weights, Tensor) else repr(weights)
             raise ValueError(
                 f"{type(self).__name__}.weights must return one weight for each task, a tensor "
                 f"{list(S.shape[:-1])}, not {said}"
             )
-        weights = torch.where(present, weights.to(S), 0.0)
+        weights = torch.where(present, weights.detach().to(S), 0.0)
         finite = finite & weights.isfinite().all()
         for name, value in state.items():
             value.copy_(torch.where(finite, after[name], value))
@@ -192,6 +197,15 @@ class Function(Method):
         return weights.detach().to(gramian)
 
 
+def refuse_assignment(method: object, name: str, value: object) -> None:
+    """Raise an error for an assignment to an option of a method, which says what to do."""
+    cls = type(method).__name__
+    raise FrozenInstanceError(
+        f"{cls}.{name} cannot be assigned, for a method may serve several optimizers: assign a "
+        f"method, optimizer.method = {cls}({name}={value!r}), which holds from the next window on"
+    )
+
+
 def check_gramian(method: object, gramian: object) -> None:
     """Raises a ValueError where a Gramian is none."""
     if isinstance(gramian, Tensor) and gramian.is_floating_point():
@@ -205,6 +219,7 @@ def check_gramian(method: object, gramian: object) -> None:
     )
 
 
+@fixed_precision
 def fresh_state(method: Method, tasks: int, batch: tuple[int, ...], device: torch.device) -> State:
     """The state of a method before the first step, for a batch of Gramians of this shape."""
     return {

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.methods.method import Known, Method, State, check_seed
 from gcond_kernels.python.random import start_of, uniform
 
@@ -32,6 +33,7 @@ class PCGrad(Method):
     def __post_init__(self) -> None:
         check_seed(self, self.seed)
 
+    @fixed_precision
     def new_state(self, tasks: int, device: torch.device) -> State:
         """How many orders were drawn."""
         return {"draws": torch.zeros((), dtype=torch.int64, device=device)}

@@ -95,7 +95,7 @@ def jacobi_rotation(matrix: Tensor, p: Tensor, q: Tensor) -> Tensor:
     difference = matrix[..., q, q] - matrix[..., p, p]
     # The smaller root t of t² + 2 θ t - 1 = 0 with θ = difference / (2 a_pq), without dividing by
     # an a_pq that may be 0.
-    sign = torch.where(difference < 0.0, -1.0, 1.0)
+    sign = torch.where(difference < 0.0, -torch.ones_like(difference), 1.0)
     divisor = difference.abs() + torch.hypot(difference, 2.0 * a_pq)
     t = torch.where(divisor > 0.0, sign * 2.0 * a_pq / divisor.clamp(min=1e-300), 0.0)
     c = torch.rsqrt(1.0 + t * t)
