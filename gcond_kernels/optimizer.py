@@ -1417,7 +1417,8 @@ class GCondFused(torch.optim.Optimizer):
         by_tensor = o.granularity == "tensor"
         state, shared = now.method_state, o.method.shared_state
         kept = {"history": history, "momentum": momentum, "mask": acc.mask}
-        window = now.window or Window((), ())
+        # As long whether a window has begun or not: torch may ask for each number by its place.
+        window = now.window or Window(tuple(self._weights.values()), (0,) * len(self._weights))
         return saving.Saved(
             acc,
             history,
@@ -1431,10 +1432,10 @@ class GCondFused(torch.optim.Optimizer):
                 "method": {
                     name: value.tolist()
                     for name, value in state.items()
-                    if not by_tensor or name in shared
+                    if value.numel() and (not by_tensor or name in shared)
                 },
                 "counters": now.counters.tolist(),
-                "kept": [name for name, there in kept.items() if there is not None],
+                "kept": {name: there is not None for name, there in kept.items()},
                 "window": {
                     "mode": o.mode,
                     "accumulation_steps": o.accumulation_steps,

@@ -81,6 +81,7 @@ def of_parameter(saved: Saved, t: int) -> dict[str, Any]:
 
     own: dict[str, Any] = {"tasks": acc.owners[t], "compared": acc.compared[t]}
     own["base_has_state"] = int(segment.parameter not in saved.without_state)
+    own["touched"] = acc.touched[t]
     if saved.history is not None:
         own["history"] = {str(k): shaped(row) for k, row in enumerate(saved.history)}
     if saved.momentum is not None and acc.momentum_steps is not None:
@@ -94,7 +95,6 @@ def of_parameter(saved: Saved, t: int) -> dict[str, Any]:
     if any(acc.counts):  # between windows nothing reads the sums
         counted = [k for k, count in enumerate(acc.counts) if count]
         own["sums"] = {str(k): shaped(acc.rows[k]) for k in counted}
-        own["touched"] = acc.touched[t]
     return own
 
 
@@ -146,7 +146,7 @@ class Restored:
         """Raise a ValueError that names the difference if this is of other parameters."""
         kept = (("history", acc.history), ("momentum", acc.momentum), ("mask", acc.mask))
         for name, own in kept:
-            if (name in self.common["kept"]) != (own is not None):
+            if self.common["kept"][name] != (own is not None):
                 there, here = ("no ", "") if own is not None else ("", "no ")
                 raise ValueError(f"the state has {there}{name}, this optimizer has {here}{name}")
         names = {name for name, own in kept if own is not None} - {"mask"}
@@ -232,10 +232,11 @@ class Restored:
         state = {}
         for name, value in fresh.items():
             if common is None or name in common:
-                # torch.distributed.checkpoint leaves out what is empty.
+                # What is empty is not saved: torch.distributed.checkpoint would leave it out.
                 there = self.common.get("method", {}).get(name)
-                saved = None if there is None else tensor_of(there, value)
-                state[name] = fitting(name, saved, value)
+                if there is not None:
+                    there = torch.tensor(there, dtype=value.dtype, device="cpu")
+                state[name] = fitting(name, there, value)
                 continue
             state[name] = value.clone()
             for t, segment in enumerate(acc.segments):
@@ -245,22 +246,14 @@ class Restored:
         return state
 
 
-def tensor_of(lists: Any, own: Tensor) -> Tensor:
-    """Return a tensor of nested lists; of empty ones, of as many dimensions as `own` has."""
-    shape, inner = [], lists
-    while isinstance(inner, list):
-        shape.append(len(inner))
-        inner = inner[0] if inner else None
-    shape += [0] * (own.dim() - len(shape))
-    return torch.tensor(lists, dtype=own.dtype, device="cpu").view(shape)
-
-
 def fitting(name: str, saved: Tensor | None, own: Tensor) -> Tensor:
     """Return an entry of a method's state as it is kept here.
 
     Raises:
         ValueError: it is missing, or of another shape.
     """
+    if saved is None and own.numel() == 0:
+        return own.clone()
     if saved is None or saved.shape != own.shape:
         there = "missing" if saved is None else list(saved.shape)
         raise ValueError(
