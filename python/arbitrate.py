@@ -98,7 +98,8 @@ def arbitrate_one(
         C = resolve(C, S, nu, past, recent, winners.numel(), settings, events)
 
         norm_ema.copy_(torch.from_numpy(nu))
-        winners.copy_(torch.tensor(recent + [NO_WINNER] * (winners.numel() - len(recent))))
+        recent += [NO_WINNER] * (winners.numel() - len(recent))
+        winners.copy_(torch.tensor(recent, device=winners.device))
         both = np.outer(active, active)
         history_gramian.copy_(torch.from_numpy(np.where(both, S, past.gramian)))
         history_rows.copy_(torch.from_numpy(rows_to_keep(C, active, settings)))
