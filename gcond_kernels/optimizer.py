@@ -1417,10 +1417,8 @@ class GCondFused(torch.optim.Optimizer):
             pre_hook(self)
         self._follow_parameters()
         self._fit_method_state(self._device())
-        parameters = [p for p, _ in self._parameters()]
         with fixed_precision():
-            saved = self._saved()
-            state = saving.with_own(self.base.state_dict(), parameters, saved)
+            state = saving.with_own(self.base, self._saved())
         # For those who look into a file; loading reads the groups.
         state[saving.KEY] = {"version": saving.VERSION, "counters": now.counters}
         for p in now.initialized:
