@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 import weakref
@@ -32,6 +33,7 @@ from gcond_kernels.checks import (
 from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.data_parallel import DataParallel
 from gcond_kernels.distributed import WAYS, Sharded, Sync, Work, peers_of, way_of
+from gcond_kernels.dtensor import local_part
 from gcond_kernels.loss_scale import LossScale
 from gcond_kernels.mask import check_mask
 from gcond_kernels.methods import GCond, GradDrop, Method
@@ -391,7 +393,11 @@ class GCondFused(torch.optim.Optimizer):
         So a loop that calls this for every micro-batch, as is the habit, does no harm. What the
         window has accumulated is dropped with `drop_window`.
         """
-        self.base.zero_grad(set_to_none)
+        # There are optimizers that take no arguments here, and decide by themselves.
+        takes = inspect.signature(self.base.zero_grad).parameters
+        self.base.zero_grad(*[set_to_none][: len(takes)])
+        # Where zeros are left, what is added to them is somebody else's.
+        self._now.written = []
 
     # What can be assigned.
 
@@ -1289,12 +1295,12 @@ class GCondFused(torch.optim.Optimizer):
     def _clear_gradients(self) -> None:
         """Makes way for one task's gradients; what others computed is not thrown away.
 
-        What `step` left is its own, whatever was added to it since.
+        What `step` left is its own, whatever was added to it since; and zeros are nobody's.
         """
         own = {id(gradient()) for gradient in self._now.written}
         for segment in self._accumulator.segments:
             gradient = segment.parameter.grad
-            if gradient is not None and id(gradient) not in own:
+            if gradient is not None and id(gradient) not in own and not is_empty(gradient):
                 raise RuntimeError(
                     f"{segment.name} has a .grad that this optimizer did not write (it comes from "
                     "another backward pass or optimizer, or was replaced): give its loss a task of "
@@ -1592,6 +1598,12 @@ def reference_to(gradient: Tensor) -> Callable[[], Tensor | None]:
 def is_zero(values: Sequence[Any]) -> bool:
     """Return whether all numbers and all elements of tensors are zero."""
     return not any(bool(v.any()) if isinstance(v, Tensor) else v for v in values)
+
+
+def is_empty(gradient: Tensor) -> bool:
+    """Return whether what this process holds of a gradient is all zeros."""
+    part = local_part(gradient)
+    return part.layout == torch.strided and is_zero([part])
 
 
 def explained(error: RuntimeError, unknown_wrapper: bool) -> RuntimeError:
