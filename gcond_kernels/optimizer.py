@@ -277,7 +277,8 @@ class GCondFused(torch.optim.Optimizer):
         parameters = [p for group in base.param_groups for p in group["params"]]
         check_chosen(options.method, labels)
         masked = None if mask is None else check_mask(mask, list(zip(parameters, labels, strict=True)))
-        device = parameters[0].device
+        # Without any yet, those that are added later say where they are.
+        device = parameters[0].device if parameters else torch.device("cpu")
         check_backend(options.backend, device)
         peers = peers_of(process_group, module)
         way = way_of(sync, parameters, peers, module)
