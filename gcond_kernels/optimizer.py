@@ -1536,9 +1536,10 @@ class GCondFused(torch.optim.Optimizer):
 
 
 NOT_REACHED = (
-    "no loss has reached a parameter of this optimizer: they are not the model's any more. "
+    "no loss has reached a parameter of this optimizer: they are not the model's (any more). "
     "load_state_dict(assign=True), to_empty, fully_shard and parametrizations replace a model's "
-    "parameters: make both optimizers after that, of model.parameters() as they are then"
+    "parameters: make both optimizers after that, of model.parameters() as they are then. Or a "
+    "hook takes .grad away in the backward pass, as an optimizer that steps in it does: remove it"
 )
 NOTHING_CHANGED = (
     "Nothing was changed; to go on, set optimizer.on_nonfinite to 'skip' or 'drop_task' and call "
@@ -1625,7 +1626,9 @@ def explained(error: RuntimeError, unknown_wrapper: bool) -> RuntimeError:
         )
     if "selective" in words.lower() or "checkpoint" in words.lower() or "second time" in words:
         return RuntimeError(
-            f"{words}. Two losses share this part of the graph, and it can be passed back through "
-            f"once (so it is with activation checkpoints): {functions}, or use mode='stochastic'"
+            f"{words} Either it goes back into an earlier micro-batch, whose graph is freed: "
+            "detach() what is carried over, such as a recurrent state. Or two losses share this "
+            "part of the graph, and it can be passed back through once (so it is with activation "
+            f"checkpoints): {functions}, or use mode='stochastic'"
         )
     return error
