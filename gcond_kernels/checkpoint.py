@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gcond_kernels.names import without_wrappers
 from gcond_kernels.optimizer import GCondFused
+from gcond_kernels.saving import is_plain
 
 
 class TrainingState:
@@ -33,12 +34,19 @@ class TrainingState:
         optimizer: of its parameters.
 
     Raises:
-        ValueError: the optimizer has parameters that are not in the model.
+        ValueError: the optimizer has parameters that are not in the model, or its base a state dict
+            of a form of its own.
     """
 
     def __init__(self, model: nn.Module, optimizer: GCondFused) -> None:
         if not isinstance(optimizer, GCondFused):
             raise TypeError(f"optimizer must be a GCondFused, not {optimizer!r}")
+        if not is_plain(optimizer.base.state_dict()):
+            raise ValueError(
+                f"the state dict of {type(optimizer.base).__name__} has a form of its own, which "
+                "torch.distributed.checkpoint leaves out: save optimizer.state_dict() with "
+                "torch.save"
+            )
         named = dict(model.named_parameters())
         self._names = dict(zip(named.values(), without_wrappers(list(named)), strict=True))
         for parameter, name in optimizer._parameters():

@@ -1459,6 +1459,7 @@ class GCondFused(torch.optim.Optimizer):
         state_dict = saving.in_own_order(state_dict, self.base.param_groups)
         common, entries = saving.own_of(state_dict)
         self._check_own(common)
+        saving.check_form(self.base, state_dict)
         self._follow_parameters()
         restored = saving.Restored(entries, list(self._parameters()), common)
         restored.check(self._accumulator)

@@ -55,7 +55,7 @@ def with_own(base: torch.optim.Optimizer, saved: Saved) -> dict[str, Any]:
     """Return the state dict of the base with what is saved beside it; no tensor is copied."""
     state = base.state_dict()
     parameters = [p for group in base.param_groups for p in group["params"]]
-    if not {"state", "param_groups"} <= state.keys():
+    if not is_plain(state):
         state = {"state": {}, "param_groups": packed_groups(base), BASE: state}
     place = {s.parameter: t for t, s in enumerate(saved.accumulator.segments)}
     of_base = state["state"]
@@ -68,6 +68,21 @@ def with_own(base: torch.optim.Optimizer, saved: Saved) -> dict[str, Any]:
     states.update({i: one for i, one in of_base.items() if i not in range(len(parameters))})
     groups = [{**group, KEY: dict(saved.common)} for group in state["param_groups"]]
     return {**state, "state": states, "param_groups": groups}
+
+
+def is_plain(state: Mapping[str, Any]) -> bool:
+    """Return whether the state dict of a base has the form of torch's."""
+    return {"state", "param_groups"} <= state.keys()
+
+
+def check_form(base: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a state lacks that of a base which has a form of its own."""
+    if BASE not in state and not is_plain(base.state_dict()):
+        raise ValueError(
+            f"the state of {type(base).__name__}, whose state dict has a form of its own, is not "
+            "in this state: torch.distributed.checkpoint leaves it out, and a state of another base "
+            "has none. Save optimizer.state_dict() with torch.save"
+        )
 
 
 def packed_groups(base: torch.optim.Optimizer) -> list[dict[str, Any]]:

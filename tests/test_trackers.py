@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.optim import lr_scheduler, swa_utils
 
-from gcond_kernels import GCond, GCondFused, GradNorm, PCGrad, Sum
+from gcond_kernels import GCond, GCondFused, GradNorm, PCGrad, Sum, TrainingState
 
 
 def step_plainly(model, optimizer, batch):
@@ -344,6 +344,22 @@ def test_a_state_of_a_wrapper_is_not_matched_by_names():
     step_by(model, optimizer, x[0])
     with pytest.raises(ValueError, match="in another order"):
         other.load_state_dict(optimizer.state_dict())
+
+
+def test_a_state_of_a_wrapper_is_not_lost_in_a_distributed_checkpoint():
+    """pytorch/pytorch#132628: parts of a state that are not there."""
+    model, x = Net(), inputs(1)
+    optimizer = summed(Lookahead(sgd(model), k=2))
+    step_by(model, optimizer, x[0])
+    with pytest.raises(ValueError, match=r"of Lookahead has a form of its own.*torch\.save"):
+        TrainingState(model, optimizer)
+    state = optimizer.state_dict()
+    del state["base"]
+    before = optimizer.base.param_groups[0]["lr"]
+    state["param_groups"][0]["lr"] = 0.7
+    with pytest.raises(ValueError, match="the state of Lookahead"):
+        optimizer.load_state_dict(state)
+    assert optimizer.base.param_groups[0]["lr"] == before
 
 
 def sgd_of(parameters):
