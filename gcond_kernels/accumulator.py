@@ -588,7 +588,14 @@ def check_parameter(parameter: Tensor, name: str, device: torch.device, spread: 
     if torch.nn.parameter.is_lazy(parameter):
         raise ValueError(f"{name} is not initialized yet: run the model once before training")
     if not parameter.is_floating_point():
-        raise ValueError(f"{name} is {parameter.dtype}: only real floating types have accumulators")
+        advice = (
+            ". Keep it as real numbers, torch.view_as_real(parameter), and let the model use "
+            "torch.view_as_complex of them"
+        )
+        raise ValueError(
+            f"{name} is {parameter.dtype}: only real floating types have accumulators"
+            + advice * parameter.is_complex()
+        )
     if parameter.layout != torch.strided:
         raise ValueError(f"{name} has layout {parameter.layout}: only dense parameters are handled")
     if is_dtensor(parameter) and not spread:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import warnings
 import weakref
@@ -34,7 +35,7 @@ from gcond_kernels.checks import (
 from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.data_parallel import DataParallel
 from gcond_kernels.distributed import WAYS, Sharded, Sync, Work, peers_of, way_of
-from gcond_kernels.dtensor import check_materialized
+from gcond_kernels.dtensor import check_materialized, local_part
 from gcond_kernels.loss_scale import LossScale
 from gcond_kernels.mask import check_mask
 from gcond_kernels.methods import GCond, GradDrop, Method
@@ -287,7 +288,8 @@ class GCondFused(torch.optim.Optimizer):
         check_materialized(named)
         check_chosen(options.method, labels)
         masked = None if mask is None else check_mask(mask, named)
-        device = parameters[0].device
+        # Without any yet, those that are added later say where they are.
+        device = parameters[0].device if parameters else torch.device("cpu")
         check_backend(options.backend, device)
         peers = peers_of(process_group, module)
         way = way_of(sync, parameters, peers)
@@ -404,7 +406,11 @@ class GCondFused(torch.optim.Optimizer):
         So a loop that calls this for every micro-batch, as is the habit, does no harm. What the
         window has accumulated is dropped with `drop_window`.
         """
-        self.base.zero_grad(set_to_none)
+        # There are optimizers that take no arguments here, and decide by themselves.
+        takes = inspect.signature(self.base.zero_grad).parameters
+        self.base.zero_grad(*[set_to_none][: len(takes)])
+        # Where zeros are left, what is added to them is somebody else's.
+        self._now.written = []
 
     # What can be assigned.
 
@@ -1343,12 +1349,12 @@ class GCondFused(torch.optim.Optimizer):
     def _clear_gradients(self) -> None:
         """Makes way for one task's gradients; what others computed is not thrown away.
 
-        What `step` left is its own, whatever was added to it since.
+        What `step` left is its own, whatever was added to it since; and zeros are nobody's.
         """
         own = {id(gradient()) for gradient in self._now.written}
         for segment in self._accumulator.segments:
             gradient = segment.parameter.grad
-            if gradient is not None and id(gradient) not in own:
+            if gradient is not None and id(gradient) not in own and not is_empty(gradient):
                 raise RuntimeError(
                     f"{segment.name} has a .grad that this optimizer did not write (it comes from "
                     "another backward pass or optimizer, or was replaced): give its loss a task of "
@@ -1484,10 +1490,8 @@ class GCondFused(torch.optim.Optimizer):
             pre_hook(self)
         self._follow_parameters()
         self._fit_method_state(self._device())
-        parameters = [p for p, _ in self._parameters()]
         with fixed_precision():
-            saved = self._saved()
-            state = saving.with_own(self.base.state_dict(), parameters, saved)
+            state = saving.with_own(self.base, self._saved())
         # For those who look into a file; loading reads the groups.
         state[saving.KEY] = {"version": saving.VERSION, "counters": now.counters}
         self._forget_initialized()
@@ -1519,6 +1523,7 @@ class GCondFused(torch.optim.Optimizer):
         state_dict = saving.in_own_order(state_dict, self.base.param_groups)
         common, entries = saving.own_of(state_dict)
         self._check_own(common)
+        saving.check_form(self.base, state_dict)
         self._follow_parameters()
         restored = saving.Restored(entries, list(self._parameters()), common)
         restored.check(self._accumulator)
@@ -1596,9 +1601,10 @@ class GCondFused(torch.optim.Optimizer):
 
 
 NOT_REACHED = (
-    "no loss has reached a parameter of this optimizer: they are not the model's any more. "
+    "no loss has reached a parameter of this optimizer: they are not the model's (any more). "
     "load_state_dict(assign=True), to_empty, fully_shard and parametrizations replace a model's "
-    "parameters: make both optimizers after that, of model.parameters() as they are then"
+    "parameters: make both optimizers after that, of model.parameters() as they are then. Or a "
+    "hook takes .grad away in the backward pass, as an optimizer that steps in it does: remove it"
 )
 NOTHING_CHANGED = (
     "Nothing was changed; to go on, set optimizer.on_nonfinite to 'skip' or 'drop_task' and call "
@@ -1670,6 +1676,12 @@ def is_zero(values: Sequence[Any]) -> bool:
     return not any(bool(v.any()) if isinstance(v, Tensor) else v for v in values)
 
 
+def is_empty(gradient: Tensor) -> bool:
+    """Return whether what this process holds of a gradient is all zeros."""
+    part = local_part(gradient)
+    return part.layout == torch.strided and is_zero([part])
+
+
 def explained(error: RuntimeError, data_parallel: DataParallel) -> RuntimeError:
     """Return an error of a backward pass, with what to do where that is known."""
     words = str(error)
@@ -1688,7 +1700,9 @@ def explained(error: RuntimeError, data_parallel: DataParallel) -> RuntimeError:
         )
     if "selective" in words.lower() or "checkpoint" in words.lower() or "second time" in words:
         return RuntimeError(
-            f"{words}. Two losses share this part of the graph, and it can be passed back through "
-            f"once (so it is with activation checkpoints): {functions}, or use mode='stochastic'"
+            f"{words} Either it goes back into an earlier micro-batch, whose graph is freed: "
+            "detach() what is carried over, such as a recurrent state. Or two losses share this "
+            "part of the graph, and it can be passed back through once (so it is with activation "
+            f"checkpoints): {functions}, or use mode='stochastic'"
         )
     return error
