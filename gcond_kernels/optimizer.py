@@ -200,9 +200,6 @@ class GCondFused(torch.optim.Optimizer):
         RuntimeError: the backend that was asked for is not there.
     """
 
-    # So GradScaler.step calls `step` and leaves the rest to it.
-    _step_supports_amp_scaling = True
-
     accumulation_steps = Assignable()
     mode = Assignable()
     method = Assignable()
@@ -328,6 +325,13 @@ class GCondFused(torch.optim.Optimizer):
             group[saving.KEY] = {}  # so that what loads a state group by group finds its place
         if options.momentum > 0.0:
             warn_of_double_smoothing(base)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler.step calls `step` and leaves the rest to it."""
+        # Lightning does not clip for those that do, since their gradients have a scale: these have
+        # none, and can be clipped.
+        return sys._getframe(1).f_code.co_name != "_optimizer_handles_unscaling"
 
     # What is shared with the wrapped optimizer.
 
