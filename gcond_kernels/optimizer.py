@@ -1607,6 +1607,12 @@ def explained(error: RuntimeError, unknown_wrapper: bool) -> RuntimeError:
             "backward pass and takes one for each forward pass: give GCondFused(..., "
             "module=model), which turns that off"
         )
+    if "fabric.backward" in words:
+        return RuntimeError(
+            "Fabric asks for fabric.backward(loss), which is of no use for several losses: pass "
+            "through the model itself, `with fabric.autocast(): output = model.module(input)`, and "
+            "give GCondFused(..., grad_scaler=fabric.strategy.precision.scaler) where there is one"
+        )
     functions = "give the losses as functions, each with a forward pass of its own"
     if "donated buffer" in words:
         return RuntimeError(
