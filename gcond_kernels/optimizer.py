@@ -211,9 +211,6 @@ class GCondFused(torch.optim.Optimizer):
         RuntimeError: the backend that was asked for is not there.
     """
 
-    # So GradScaler.step calls `step` and leaves the rest to it.
-    _step_supports_amp_scaling = True
-
     accumulation_steps = Assignable()
     mode = Assignable()
     method = Assignable()
@@ -342,6 +339,13 @@ class GCondFused(torch.optim.Optimizer):
         self.recorder = Recorder(tuple(weights), options.method.thresholds, int(record_steps))
         if options.momentum > 0.0:
             warn_of_double_smoothing(base)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler.step calls `step` and leaves the rest to it."""
+        # Lightning does not clip for those that do, since their gradients have a scale: these have
+        # none, and can be clipped.
+        return sys._getframe(1).f_code.co_name != "_optimizer_handles_unscaling"
 
     # What is shared with the wrapped optimizer.
 
@@ -783,6 +787,7 @@ class GCondFused(torch.optim.Optimizer):
             stacklevel=3,
         )
 
+    @torch._disable_dynamo
     def resolve(self) -> None:
         """Resolve the window's conflicts and write `.grad`, where `backward` has not done so.
 
@@ -1690,6 +1695,12 @@ def explained(error: RuntimeError, data_parallel: DataParallel) -> RuntimeError:
             "the model is wrapped in DistributedDataParallel, which reduces gradients in every "
             "backward pass and takes one for each forward pass: give GCondFused(..., "
             f"module=model), which turns that off{data_parallel.left_alone}"
+        )
+    if "fabric.backward" in words:
+        return RuntimeError(
+            "Fabric asks for fabric.backward(loss), which is of no use for several losses: pass "
+            "through the model itself, `with fabric.autocast(): output = model.module(input)`, and "
+            "give GCondFused(..., grad_scaler=fabric.strategy.precision.scaler) where there is one"
         )
     functions = "give the losses as functions, each with a forward pass of its own"
     if "donated buffer" in words:
