@@ -26,6 +26,7 @@ def run(ranks, *options):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_it_learns_and_goes_on_from_its_checkpoint(tmp_path):
     first = run(2, "--steps", "20", "--checkpoint", str(tmp_path))
     assert first.count("the same on 2 ranks") == 3

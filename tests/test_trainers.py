@@ -65,6 +65,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_of_lightning_decide_alike(lightning, tmp_path):
     (tmp_path / "two.py").write_text(LIGHTNING_DDP)
     said = subprocess.run(
@@ -94,6 +95,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_of_accelerate_decide_alike(accelerate, tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "two.py",
@@ -111,6 +113,7 @@ def test_two_ranks_of_accelerate_decide_alike(accelerate, tmp_path):
     assert decisions[0] == decisions[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "needs"),
     [("lightning_example", "pytorch_lightning"), ("accelerate_example", "accelerate")],
@@ -175,6 +178,7 @@ def test_lightning_trains_counts_steps_and_schedules(lightning, tmp_path):
     assert seen.rates[-1] == pytest.approx(0.02 * 0.99**WINDOWS)
 
 
+@pytest.mark.slow
 def test_lightning_goes_on_from_a_checkpoint_inside_a_window_to_the_same_bits(lightning, tmp_path):
     keep = lightning.callbacks.ModelCheckpoint(
         dirpath=tmp_path, filename="{epoch}-{step}", every_n_epochs=1, save_top_k=-1
