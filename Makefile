@@ -14,7 +14,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 help:
 	@echo "make demo       train two multi-task models on real images; pictures in demo_output/"
 	@echo "make test       run the tests, a few minutes; the long sweeps among them are left out"
-	@echo "make test-all   run all tests, the long sweeps too: most of half an hour on two cores"
+	@echo "make test-all   run all tests, the long sweeps too: a quarter of an hour on two cores"
 	@echo "make cuda       compile the CUDA C++ kernels too (needs nvcc; some two minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make info       versions, device, and which backend serves which operation"

@@ -44,7 +44,7 @@ if settings is not None:
     # without the slow tests the first of those.
     PHASES = (Phase.explicit, Phase.generate)
     settings.register_profile("interpreted", max_examples=15, phases=PHASES, **COMMON)
-    settings.register_profile("interpreted, few", max_examples=5, phases=PHASES, **COMMON)
+    settings.register_profile("interpreted, few", max_examples=3, phases=PHASES, **COMMON)
     settings.load_profile("project")
 
 # Where there is a GPU the kernels run on that, and by way of it serve CPU tensors.
