@@ -67,7 +67,8 @@ def slow(*values):
 def pytest_collection_modifyitems(items):
     """Of a test that goes over many parameters, interpreted kernels take the first and the last.
 
-    Those between are slow, but for tests that are marked quick.
+    Those between are slow, but for tests that are marked quick; all are in those marked
+    slow_interpreted.
     """
     interpreted = {}
     for item in items if INTERPRETED else ():
@@ -75,7 +76,8 @@ def pytest_collection_modifyitems(items):
         if parameters.get("backend") == "triton" and item.get_closest_marker("quick") is None:
             interpreted.setdefault((item.path, item.originalname), []).append(item)
     for of_one_test in interpreted.values():
-        for item in of_one_test[1:-1]:
+        all_slow = of_one_test[0].get_closest_marker("slow_interpreted") is not None
+        for item in of_one_test if all_slow else of_one_test[1:-1]:
             item.add_marker("slow")
 
 

@@ -33,6 +33,7 @@ def scaler_of(**options) -> torch.amp.GradScaler:
 # bfloat16 and autocast.
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("harvest", ["bucketed", "whole"])
 def test_bfloat16_parameters_lose_no_small_gradients(backend, harvest):
     p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))

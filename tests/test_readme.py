@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -54,6 +56,7 @@ def test_the_example_of_mixed_precision_trains():
     assert names["optimizer"].report().skipped_steps < 10
 
 
+@pytest.mark.slow
 def test_the_example_of_many_gpus_runs_in_two_processes(tmp_path):
     (tmp_path / "train.py").write_text(EXAMPLES[5])
     result = subprocess.run(
