@@ -147,9 +147,15 @@ def train(model, optimizer, x, scaler=None, by_scaler=False):
                 scaler.update()
 
 
-@pytest.mark.parametrize("by_scaler", [False, True])
-@pytest.mark.parametrize("mode", ["exact", "stochastic"])
-@pytest.mark.parametrize("harvest", ["bucketed", "whole"])
+@pytest.mark.parametrize(
+    ("by_scaler", "mode", "harvest"),
+    [
+        (False, "exact", "bucketed"),
+        (False, "stochastic", "whole"),
+        (True, "exact", "whole"),
+        (True, "stochastic", "bucketed"),
+    ],
+)
 def test_scaled_training_has_the_bits_of_unscaled(backend, by_scaler, mode, harvest):
     x = batches(12)
     options = {"accumulation_steps": 3, "momentum": 0.5, "mode": mode, "backend": backend}

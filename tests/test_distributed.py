@@ -33,7 +33,7 @@ ROUNDING = 2e-5
 
 OF_TWO = ("shard", "replicate", "fsdp", "tp", "sp")
 OF_FOUR = {
-    "shard": ("momentum", "clipped", "signs"),
+    "shard": ("clipped", "signs"),
     "fsdp": ("momentum", "signs"),
     "hsdp": ("clipped", "signs"),
     "tp": ("clipped", "signs"),
@@ -501,12 +501,10 @@ def test_the_state_of_rank_0_for_all(ranks2, tmp_path, way):
     ("before", "after"),
     [
         (("shard", 2), ("shard", 4)),
-        (("shard", 4), ("shard", 2)),
         (("shard", 4), (None, 1)),
         ((None, 1), ("shard", 4)),
         (("replicate", 2), ("shard", 4)),
         (("fsdp", 4), ("fsdp", 2)),
-        (("hsdp", 4), ("fsdp", 2)),
         (("fsdp", 2), ("fsdp_tp", 4)),
         (("fsdp_tp", 4), ("tp", 2)),
         (("shard", 4), ("fsdp", 2)),
