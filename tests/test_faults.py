@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from conftest import slow
 from test_optimizer import same
 from training_process import CHECKPOINT, train
 
@@ -47,7 +48,7 @@ def where(folder):
     return state["position"], state["optimizer"]["gcond"]["window"]["position"]
 
 
-@pytest.mark.parametrize("mode", ["exact", "stochastic"])
+@pytest.mark.parametrize("mode", [slow("exact"), "stochastic"])
 def test_killed_twenty_times_it_ends_with_the_bits_of_a_run_left_alone(mode, tmp_path, processes):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     alone.mkdir()

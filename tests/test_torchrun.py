@@ -17,10 +17,10 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "torchrun_digits.py"
 def run(ranks, *options):
     result = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-            str(EXAMPLE), *options,
+            sys.executable, "-m", "torch.distributed.run", "--standalone",  # a port of its own
+            "--nproc-per-node", str(ranks), str(EXAMPLE), *options,
         ],
-        capture_output=True, text=True, timeout=200, env={**os.environ, "COLUMNS": "100"},
+        capture_output=True, text=True, timeout=600, env={**os.environ, "COLUMNS": "100"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout

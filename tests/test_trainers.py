@@ -70,7 +70,7 @@ def test_two_ranks_of_lightning_decide_alike(lightning, tmp_path):
     (tmp_path / "two.py").write_text(LIGHTNING_DDP)
     said = subprocess.run(
         [sys.executable, "two.py", str(EXAMPLES)], cwd=tmp_path, capture_output=True, text=True,
-        timeout=120,
+        timeout=600,
     )  # fmt: skip
     assert said.returncode == 0, said.stderr[-3000:]
     steps = [(tmp_path / f"said_{rank}.txt").read_text() for rank in (0, 1)]
@@ -98,12 +98,12 @@ os._exit(0)
 @pytest.mark.slow
 def test_two_ranks_of_accelerate_decide_alike(accelerate, tmp_path):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "two.py",
-        str(EXAMPLES),
+        sys.executable, "-m", "torch.distributed.run", "--standalone",  # a port of its own
+        "--nproc-per-node", "2", "two.py", str(EXAMPLES),
     ]  # fmt: skip
     (tmp_path / "two.py").write_text(ACCELERATE_DDP)
     said = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=600,
         env={**os.environ, "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
     assert said.returncode == 0, said.stderr[-3000:]
