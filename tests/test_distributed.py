@@ -630,7 +630,7 @@ def test_an_optimizer_that_is_older_than_the_process_group(ranks2):
         assert "make it after init_process_group" in said
 
 
-@pytest.mark.parametrize("way", ["shard", "fsdp"])
+@pytest.mark.parametrize("way", ["shard", slow("fsdp")])
 def test_what_was_frozen_since_it_was_saved_is_left_out(ranks2, tmp_path, way):
     """Both with `save` and with `async_save`, which copies what it is given."""
     for of_rank in ranks2(t.frozen_since, way, str(tmp_path)):

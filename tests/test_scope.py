@@ -266,6 +266,7 @@ def test_which_tensors_are_shared(owners, counts, shared):
 # Granularity.
 
 
+@pytest.mark.slow_interpreted
 def test_each_tensor_is_resolved_as_if_it_were_the_only_one(backend):
     """GCond by tensor, with its own state, to the bit; `winners` and averages included."""
     torch.manual_seed(0)
