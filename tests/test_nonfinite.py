@@ -22,6 +22,13 @@ from gcond_kernels import GCond, GCondFused
 BAD = [math.nan, -math.inf]
 SIZE = 5
 PLACES = [0, 2, SIZE - 1]
+# Every two of a value, a place and the tasks that are hit go together once.
+HITS = [
+    (bad, place, ["b", "abc"][(i + j) % 2])
+    for i, bad in enumerate(BAD)
+    for j, place in enumerate(PLACES)
+]
+HISTORIES = [("a", "raw"), ("b", "resolved"), ("c", "raw")]
 
 
 class Run:
@@ -62,9 +69,7 @@ def gradients(seed=0, **replaced):
     return made
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("tasks", ["b", "abc"])
+@pytest.mark.parametrize(("bad", "place", "tasks"), HITS)
 def test_skip_leaves_everything_as_it_was(backend, bad, place, tasks):
     run = Run(backend)
     run.step(gradients(1))
@@ -84,9 +89,14 @@ def test_skip_leaves_everything_as_it_was(backend, bad, place, tasks):
     assert run.optimizer.report().skipped_steps == 1
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize(("task", "history"), [("a", "raw"), ("b", "resolved"), ("c", "raw")])
+@pytest.mark.parametrize(
+    ("bad", "place", "task", "history"),
+    [
+        (BAD[(i + j) % 2], place, *task)
+        for i, place in enumerate(PLACES)
+        for j, task in enumerate(HISTORIES)
+    ],
+)
 def test_drop_task_goes_on_as_without_that_task(backend, bad, place, task, history):
     """The bits are those of a window in which the task had no micro-batch."""
     options = {"on_nonfinite": "drop_task", "method": GCond(history=history)}
@@ -148,9 +158,7 @@ def test_drop_task_with_a_task_of_weight_zero_alone_left(backend):
     assert torch.equal(p, torch.ones(2))
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("tasks", ["b", "abc"])
+@pytest.mark.parametrize(("bad", "place", "tasks"), HITS)
 def test_raise_names_task_and_parameter_and_changes_nothing(backend, bad, place, tasks):
     run = Run(backend, on_nonfinite="raise")
     run.step(gradients(1))

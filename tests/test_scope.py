@@ -123,11 +123,16 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, size: float) -> No
 SHARED = [name for name, _ in Net().named_parameters() if name.startswith("body")]
 
 
+def named(method):
+    """Without an address: the names of tests are the same in every process."""
+    return getattr(method, "__name__", repr(method))
+
+
 # Heads.
 
 
 @pytest.mark.parametrize("granularity", ["model", "tensor"])
-@pytest.mark.parametrize("method", [*WEIGHING, half_of_both], ids=repr)
+@pytest.mark.parametrize("method", [*WEIGHING, half_of_both], ids=named)
 def test_heads_keep_their_gradient_and_take_no_part(method, granularity):
     check_heads("python", method, granularity)
 
@@ -297,6 +302,7 @@ def test_what_is_compared_does_not_depend_on_what_the_host_knows(by_tensor):
 # Granularity.
 
 
+@pytest.mark.slow_interpreted
 def test_each_tensor_is_resolved_as_if_it_were_the_only_one(backend):
     """GCond by tensor, with its own state, to the bit; `winners` and averages included."""
     torch.manual_seed(0)
