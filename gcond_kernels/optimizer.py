@@ -787,7 +787,7 @@ class GCondFused(torch.optim.Optimizer):
             stacklevel=3,
         )
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def resolve(self) -> None:
         """Resolve the window's conflicts and write `.grad`, where `backward` has not done so.
 
