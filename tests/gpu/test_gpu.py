@@ -5,6 +5,7 @@ import torch
 from flat import layout_of
 
 from gcond_kernels import GCond, GCondFused, ops
+from gcond_kernels.tables import HostFlag
 
 pytestmark = [
     pytest.mark.gpu,
@@ -304,6 +305,19 @@ def test_tensors_on_another_device_than_the_current_one(backend):
     with torch.cuda.device(0):
         ops.accumulate(row, [gradient], layout.offsets, layout.sizes, backend=backend)
     assert torch.equal(row[:5000], gradient)
+
+
+def test_the_host_learns_of_a_flag_without_waiting():
+    flag = HostFlag()
+    for value in (False, True):
+        noted = torch.tensor(value, device=GPU)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert flag.note(noted)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        assert flag.known is value
 
 
 @pytest.mark.parametrize("operation", ops.OPERATIONS)
