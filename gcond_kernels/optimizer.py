@@ -603,6 +603,9 @@ class GCondFused(torch.optim.Optimizer):
         self._begin_window()
         now.running = True
         try:
+            if not given and self._loss_scale is not None:
+                # GradScaler.step asks for a scale also where there was no loss to scale.
+                self._loss_scale.inverse(self._device())
             self._back_propagate(given)
             self._check_reached()
         except BaseException as error:
