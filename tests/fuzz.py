@@ -120,7 +120,7 @@ def draw(seed: int) -> Configuration:
         weights = [{0.3: 0.25, 0.7: 0.5}.get(weight, weight) for weight in weights]
     parameters = draw_parameters(r)
     half = any(torch.float16 in (p.dtype, p.grad_dtype) for p in parameters)
-    exponent = r.choice([r.randint(-8, 0)] * 3 + [9]) if half else r.randint(-20, 20)
+    exponent = r.choice([r.randint(-8, 0)] * 2 + [12]) if half else r.randint(-20, 20)
     integers = torch.bfloat16 in storage or r.random() < 0.3
     return Configuration(
         seed=seed,
