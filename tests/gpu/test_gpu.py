@@ -268,7 +268,7 @@ def test_a_row_of_more_than_2_31_elements(backend):
 
 @both
 @pytest.mark.parametrize("update", ["momentum", "lion_lars"])
-def test_training_is_that_of_the_reference_and_resolve_waits_for_nothing(backend, update):
+def test_training_is_that_of_the_reference_and_backward_waits_for_nothing(backend, update):
     def trained(by):
         torch.manual_seed(0)
         model = torch.nn.Sequential(
@@ -282,13 +282,13 @@ def test_training_is_that_of_the_reference_and_resolve_waits_for_nothing(backend
             for _ in range(4):
                 x = torch.randn(16, 20, device=GPU)
                 y = model(x)
-                optimizer.backward({"a": y.square().mean(), "b": (y - x[:, :4]).abs().mean()})
-            if by != "python" and step > 3:
-                torch.cuda.set_sync_debug_mode("error")
-            try:
-                optimizer.resolve()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+                losses = {"a": y.square().mean(), "b": (y - x[:, :4]).abs().mean()}
+                if by != "python" and step > 3:
+                    torch.cuda.set_sync_debug_mode("error")
+                try:
+                    optimizer.backward(losses)  # the last one resolves
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
             optimizer.step()
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
