@@ -781,6 +781,9 @@ class GCondFused(torch.optim.Optimizer):
         It ends a window that is not full: at the end of an epoch, or where a trainer clips. On a
         window that is resolved it does nothing.
 
+        With several ranks those whose window is full wait in `backward` for the others: call this
+        first where your window is short, and then what else all ranks do together.
+
         `.grad` is yours until the next window is resolved. Where it is of the accumulators' type it
         is a view of them: clone it to keep its values for longer.
 
@@ -1368,7 +1371,8 @@ class GCondFused(torch.optim.Optimizer):
         ]
         options = {name: repr(value) for name, value in vars(now.options).items()}
         del options["backend"]
-        weights = self._weights if now.window is None else now.window.weights
+        window = now.window
+        weights = tuple(self._weights.values()) if window is None else window.weights
         return {
             "tasks": f"{list(self._weights)}, with weights {weights!r}",
             **options,
