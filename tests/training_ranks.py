@@ -351,7 +351,7 @@ def short_windows(way, per_rank):
 
 def short_windows_alone(per_rank):
     model = new_model()
-    optimizer = new_optimizer(model, steps=100)
+    optimizer = new_optimizer(model, steps=4 * MICRO_BATCHES)  # longer than any of these
     for step, counts in enumerate(per_rank):
         numbers = [number_of(step, r, i) for r, count in enumerate(counts) for i in range(count)]
         window(optimizer, model, numbers)
