@@ -8,12 +8,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test cuda lint info bench bench-quick bench-counts bench-experiments bench-host bench-memory bench-methods bench-overlap bench-traffic bench-weighing gpu-check clean
+.PHONY: help demo test test-all cuda lint info bench bench-quick bench-counts bench-experiments bench-host bench-memory bench-methods bench-overlap bench-traffic bench-weighing gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train two multi-task models on real images; pictures in demo_output/"
-	@echo "make test       run all tests"
+	@echo "make test       run the tests, a few minutes; the long sweeps among them are left out"
+	@echo "make test-all   run all tests, the long sweeps too: a quarter of an hour on two cores"
 	@echo "make cuda       compile the CUDA C++ kernels too (needs nvcc; some two minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make info       versions, device, and which backend serves which operation"
@@ -33,8 +34,14 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/python -m gcond_kernels demo $(ARGS)
 
+# On all cores, of which more than four gain little; what a process has not begun another takes over.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: $(VENV)/.dev
+	$(PYTEST) -m "slow or not slow" $(ARGS)
 
 # What make has installed before stays: pip builds the extension in its place, ninja what changed.
 cuda: $(VENV)/.torch

@@ -211,7 +211,7 @@ if "$python" -c 'import hypothesis' 2>/dev/null; then
     processes=()
     # Most of the time goes into compiling, on the CPU.
     if "$python" -c 'import xdist' 2>/dev/null; then processes=(-n 8); fi
-    pytest tests_kernels "${processes[@]}" \
+    pytest tests_kernels "${processes[@]}" -m "slow or not slow" \
         "$root"/tests/test_{accumulate,gramian,arbitrate,combine,traces,nonfinite,harvest,amp}.py || true
 else
     echo "hypothesis is not installed for $python: of the tests only tests/gpu was run"

@@ -19,31 +19,28 @@ class TwoTasks(pl.LightningModule):
     def configure_optimizers(self):
         """GCondFused around any optimizer; the scheduler takes it as it is."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # with precision="16-mixed"
-        adamw = torch.optim.AdamW(self.parameters(), lr=0.02)
-        tasks = {"l1": 0.85, "mse": 0.15}  # name → loss weight
-        optimizer = GCondFused(
-            adamw, tasks, accumulation_steps=4, grad_scaler=scaler, module=self.trainer.model
-        )
-        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)]
+        sgd = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        options = {"module": self.trainer.model, "grad_scaler": scaler, "accumulation_steps": 8}
+        optimizer = GCondFused(sgd, {"l1": 0.85, "mse": 0.15}, **options)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
     def training_step(self, batch, batch_idx):
-        """One micro-batch; with the window's last one a step."""
+        """One micro-batch; with the last one of a window or of the epoch a step."""
         prediction, optimizer = self.model(batch[0]), self.optimizers()
         losses = {task: loss(prediction, batch[1]) for task, loss in LOSSES.items()}
-        self.log_dict(losses, prog_bar=True)
-        if optimizer.backward(losses):  # in the place of self.manual_backward
+        if optimizer.backward(losses) or self.trainer.is_last_batch:
+            optimizer.resolve()  # what is not resolved yet: the short window at the end
+            self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
             optimizer.step()  # counted: trainer.global_step
             self.lr_schedulers().step()
 
 
-def main(ckpt_path=None, devices=1, **options):
-    """Trains for 8 epochs of 15 micro-batches."""
-    x = torch.randn(240, 8)
+def fit(trainer, ckpt_path=None):
+    """Trains on 20 micro-batches an epoch."""
+    x = torch.randn(160, 8)
     data = torch.utils.data.TensorDataset(x, x[:, :2] - x[:, 2:4])
-    trainer = pl.Trainer(max_epochs=8, devices=devices, **options)
-    trainer.fit(TwoTasks(), torch.utils.data.DataLoader(data, batch_size=16), ckpt_path=ckpt_path)
-    print(trainer.global_step, "steps;", trainer.optimizers[0].report().cosines)
+    trainer.fit(TwoTasks(), torch.utils.data.DataLoader(data, batch_size=8), ckpt_path=ckpt_path)
 
 
 if __name__ == "__main__":
-    main(logger=False, enable_checkpointing=False)
+    fit(pl.Trainer(max_epochs=1, precision="bf16-mixed", logger=False, enable_checkpointing=False))

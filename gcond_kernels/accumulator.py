@@ -588,7 +588,11 @@ def check_parameter(parameter: Tensor, name: str, device: torch.device, spread: 
     if torch.nn.parameter.is_lazy(parameter):
         raise ValueError(f"{name} is not initialized yet: run the model once before training")
     if not parameter.is_floating_point():
-        raise ValueError(f"{name} is {parameter.dtype}: only real floating types have accumulators")
+        way_out = ": let the model take torch.view_as_complex of a real parameter"
+        raise ValueError(
+            f"{name} is {parameter.dtype}: only real floating types have accumulators"
+            + (way_out if parameter.is_complex() else "")
+        )
     if parameter.layout != torch.strided:
         raise ValueError(f"{name} has layout {parameter.layout}: only dense parameters are handled")
     if is_dtensor(parameter) and not spread:
@@ -607,6 +611,11 @@ def check_parameter(parameter: Tensor, name: str, device: torch.device, spread: 
         raise ValueError(
             f"{name} is on {parameter.device}, but the first parameter is on {device}: "
             "all parameters of one optimizer must be on one device"
+        )
+    if parameter.is_meta:
+        raise ValueError(
+            f"{name} is on meta, where nothing has values: make both optimizers after to_empty, of "
+            "the parameters that the model has then"
         )
 
 

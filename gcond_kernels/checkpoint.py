@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from gcond_kernels.optimizer import GCondFused
+from gcond_kernels.saving import is_plain
 
 
 class TrainingState:
@@ -28,12 +29,19 @@ class TrainingState:
         optimizer: of its parameters.
 
     Raises:
-        ValueError: the optimizer has parameters that are not in the model.
+        ValueError: the optimizer has parameters that are not in the model, or its base a state dict
+            of a form of its own.
     """
 
     def __init__(self, model: nn.Module, optimizer: GCondFused) -> None:
         if not isinstance(optimizer, GCondFused):
             raise TypeError(f"optimizer must be a GCondFused, not {optimizer!r}")
+        if not is_plain(optimizer.base.state_dict()):
+            raise ValueError(
+                f"the state dict of {type(optimizer.base).__name__} has a form of its own, which "
+                "torch.distributed.checkpoint leaves out: save optimizer.state_dict() with "
+                "torch.save"
+            )
         of_model = set(model.parameters())
         for parameter, name in optimizer._parameters():
             if parameter not in of_model:

@@ -17,6 +17,8 @@ from gcond_kernels.contracts import ACCUMULATOR_DTYPES
 from gcond_kernels.methods import GradDrop, Method
 from gcond_kernels.scope import is_among
 
+NOTHING_FOR_TASK = "Where a micro-batch has nothing for a task, leave the task out, or give None"
+
 
 def check_tasks(tasks: object) -> None:
     """Task names and loss weights."""
@@ -224,17 +226,22 @@ def check_loss(task: str, loss: object) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"the loss of task {task!r} must be a scalar tensor or a function that returns one, "
-            f"not {type(loss)}"
+            f"not {type(loss)}. {NOTHING_FOR_TASK}"
         )
     if loss.numel() != 1:
         raise ValueError(
             f"the loss of task {task!r} must be a scalar, not of shape {list(loss.shape)}: "
             "reduce it, e.g. with .mean()"
         )
+    if loss.is_complex():
+        raise ValueError(
+            f"the loss of task {task!r} is {loss.dtype}, and only a real number can be made small: "
+            "take its .real or .abs()"
+        )
     if not loss.requires_grad:
         raise ValueError(
             f"the loss of task {task!r} has no graph: it was computed under torch.no_grad(), was "
-            "detached, or depends on no parameter that requires a gradient"
+            f"detached, or depends on no parameter that requires a gradient. {NOTHING_FOR_TASK}"
         )
 
 

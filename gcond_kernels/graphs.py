@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 
 class PassedBack(torch.autograd.Function):
@@ -38,7 +39,9 @@ def free(losses: Iterable[Tensor]) -> None:
     detached = [loss for loss in losses if detach(loss)]
     if not detached:
         return
-    with torch.inference_mode(False), torch.enable_grad():
+    # Its value is as it was: who has saved it, detached, may still pass back through what he made.
+    kept = _unsafe_preserve_version_counter(tuple(detached))
+    with torch.inference_mode(False), torch.enable_grad(), kept:
         for loss in detached:
             PassedBack.apply(loss, loss.new_zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
 

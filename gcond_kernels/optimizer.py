@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import warnings
 import weakref
@@ -34,7 +35,7 @@ from gcond_kernels.checks import (
 from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.data_parallel import DataParallel
 from gcond_kernels.distributed import WAYS, Sharded, Sync, Work, peers_of, way_of
-from gcond_kernels.dtensor import check_materialized
+from gcond_kernels.dtensor import check_materialized, local_part
 from gcond_kernels.loss_scale import LossScale
 from gcond_kernels.mask import check_mask
 from gcond_kernels.methods import GCond, GradDrop, Method
@@ -210,9 +211,6 @@ class GCondFused(torch.optim.Optimizer):
         RuntimeError: the backend that was asked for is not there.
     """
 
-    # So GradScaler.step calls `step` and leaves the rest to it.
-    _step_supports_amp_scaling = True
-
     accumulation_steps = Assignable()
     mode = Assignable()
     method = Assignable()
@@ -287,7 +285,8 @@ class GCondFused(torch.optim.Optimizer):
         check_materialized(named)
         check_chosen(options.method, labels)
         masked = None if mask is None else check_mask(mask, named)
-        device = parameters[0].device
+        # Without any yet, those that are added later say where they are.
+        device = parameters[0].device if parameters else torch.device("cpu")
         check_backend(options.backend, device)
         peers = peers_of(process_group, module)
         way = way_of(sync, parameters, peers)
@@ -340,6 +339,13 @@ class GCondFused(torch.optim.Optimizer):
         self.recorder = Recorder(tuple(weights), options.method.thresholds, int(record_steps))
         if options.momentum > 0.0:
             warn_of_double_smoothing(base)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler.step calls `step` and leaves the rest to it."""
+        # Lightning does not clip for those that do, since their gradients have a scale: these have
+        # none, and can be clipped.
+        return sys._getframe(1).f_code.co_name != "_optimizer_handles_unscaling"
 
     # What is shared with the wrapped optimizer.
 
@@ -404,7 +410,11 @@ class GCondFused(torch.optim.Optimizer):
         So a loop that calls this for every micro-batch, as is the habit, does no harm. What the
         window has accumulated is dropped with `drop_window`.
         """
-        self.base.zero_grad(set_to_none)
+        # There are optimizers that take no arguments here, and decide by themselves.
+        takes = inspect.signature(self.base.zero_grad).parameters
+        self.base.zero_grad(*[set_to_none][: len(takes)])
+        # Where zeros are left, what is added to them is somebody else's.
+        self._now.written = []
 
     # What can be assigned.
 
@@ -582,7 +592,6 @@ class GCondFused(torch.optim.Optimizer):
         self._check_not_within("backward")
         self._check_window_open()
         self._check_ranks()
-        self._begin_window()
         given = check_task_names(losses, self.active_tasks, tuple(self._weights), self._is_exact())
         for task, loss in given.items():
             if not callable(loss):
@@ -591,6 +600,7 @@ class GCondFused(torch.optim.Optimizer):
         self._sync.check_wrapper()
         self._follow_parameters()
         self._clear_gradients()
+        self._begin_window()
         now.running = True
         try:
             self._back_propagate(given)
@@ -608,7 +618,9 @@ class GCondFused(torch.optim.Optimizer):
         return True
 
     def _is_exact(self) -> bool:
-        return bool(self._now.options.mode == "exact")
+        now = self._now
+        options = now.assigned if now.window is None else now.options
+        return bool(options.mode == "exact")
 
     def _check_not_within(self, call: str) -> None:
         if self._now.running:
@@ -775,6 +787,7 @@ class GCondFused(torch.optim.Optimizer):
             stacklevel=3,
         )
 
+    @torch._disable_dynamo
     def resolve(self) -> None:
         """Resolve the window's conflicts and write `.grad`, where `backward` has not done so.
 
@@ -1344,12 +1357,12 @@ class GCondFused(torch.optim.Optimizer):
     def _clear_gradients(self) -> None:
         """Makes way for one task's gradients; what others computed is not thrown away.
 
-        What `step` left is its own, whatever was added to it since.
+        What `step` left is its own, whatever was added to it since; and zeros are nobody's.
         """
         own = {id(gradient()) for gradient in self._now.written}
         for segment in self._accumulator.segments:
             gradient = segment.parameter.grad
-            if gradient is not None and id(gradient) not in own:
+            if gradient is not None and id(gradient) not in own and not is_empty(gradient):
                 raise RuntimeError(
                     f"{segment.name} has a .grad that this optimizer did not write (it comes from "
                     "another backward pass or optimizer, or was replaced): give its loss a task of "
@@ -1486,10 +1499,8 @@ class GCondFused(torch.optim.Optimizer):
             pre_hook(self)
         self._follow_parameters()
         self._fit_method_state(self._device())
-        parameters = [p for p, _ in self._parameters()]
         with fixed_precision():
-            saved = self._saved()
-            state = saving.with_own(self.base.state_dict(), parameters, saved)
+            state = saving.with_own(self.base, self._saved())
         # For those who look into a file; loading reads the groups.
         state[saving.KEY] = {"version": saving.VERSION, "counters": now.counters}
         self._forget_initialized()
@@ -1521,6 +1532,7 @@ class GCondFused(torch.optim.Optimizer):
         state_dict = saving.in_own_order(state_dict, self.base.param_groups)
         common, entries = saving.own_of(state_dict)
         self._check_own(common)
+        saving.check_form(self.base, state_dict)
         self._follow_parameters()
         restored = saving.Restored(entries, list(self._parameters()), common)
         restored.check(self._accumulator)
@@ -1598,9 +1610,10 @@ class GCondFused(torch.optim.Optimizer):
 
 
 NOT_REACHED = (
-    "no loss has reached a parameter of this optimizer: they are not the model's any more. "
+    "no loss has reached a parameter of this optimizer: they are not the model's (any more). "
     "load_state_dict(assign=True), to_empty, fully_shard and parametrizations replace a model's "
-    "parameters: make both optimizers after that, of model.parameters() as they are then"
+    "parameters: make both optimizers after that, of model.parameters() as they are then. Or a "
+    "hook takes .grad away in the backward pass, as an optimizer that steps in it does: remove it"
 )
 NOTHING_CHANGED = (
     "Nothing was changed; to go on, set optimizer.on_nonfinite to 'skip' or 'drop_task' and call "
@@ -1672,6 +1685,12 @@ def is_zero(values: Sequence[Any]) -> bool:
     return not any(bool(v.any()) if isinstance(v, Tensor) else v for v in values)
 
 
+def is_empty(gradient: Tensor) -> bool:
+    """Return whether what this process holds of a gradient is all zeros."""
+    part = local_part(gradient)
+    return part.layout == torch.strided and is_zero([part])
+
+
 def explained(error: RuntimeError, data_parallel: DataParallel) -> RuntimeError:
     """Return an error of a backward pass, with what to do where that is known."""
     words = str(error)
@@ -1680,6 +1699,12 @@ def explained(error: RuntimeError, data_parallel: DataParallel) -> RuntimeError:
             "the model is wrapped in DistributedDataParallel, which reduces gradients in every "
             "backward pass and takes one for each forward pass: give GCondFused(..., "
             f"module=model), which turns that off{data_parallel.left_alone}"
+        )
+    if "fabric.backward" in words:
+        return RuntimeError(
+            "Fabric asks for fabric.backward(loss), which is of no use for several losses: pass "
+            "through the model itself, `with fabric.autocast(): output = model.module(input)`, and "
+            "give GCondFused(..., grad_scaler=fabric.strategy.precision.scaler) where there is one"
         )
     functions = "give the losses as functions, each with a forward pass of its own"
     if "donated buffer" in words:
@@ -1690,7 +1715,9 @@ def explained(error: RuntimeError, data_parallel: DataParallel) -> RuntimeError:
         )
     if "selective" in words.lower() or "checkpoint" in words.lower() or "second time" in words:
         return RuntimeError(
-            f"{words}. Two losses share this part of the graph, and it can be passed back through "
-            f"once (so it is with activation checkpoints): {functions}, or use mode='stochastic'"
+            f"{words} Either it goes back into an earlier micro-batch, whose graph is freed: "
+            "detach() what is carried over, such as a recurrent state. Or two losses share this "
+            "part of the graph, and it can be passed back through once (so it is with activation "
+            f"checkpoints): {functions}, or use mode='stochastic'"
         )
     return error

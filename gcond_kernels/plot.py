@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gcond_kernels.recon import shortened
-from gcond_kernels.recorder import ALL_ZONES, Recorder, Row
+from gcond_kernels.recorder import ALL_ZONES, Recorder, Row, row_key
 
 if TYPE_CHECKING:  # an import at run time would ask for matplotlib where no picture is drawn
     from matplotlib.axes import Axes
@@ -172,7 +172,7 @@ def _draw_cosines(axes: Axes, recorder: Recorder, rows: Sequence[Row]) -> None:
     """Every pair's cosine, or the range of all where there are too many to tell apart."""
     shade_zones(axes, recorder.thresholds, labels=True)
     pairs = list(combinations(recorder.tasks, 2))
-    keys = [f"cosine/{a}/{b}" for a, b in pairs]
+    keys = [row_key("cosine", a, b) for a, b in pairs]
     compared = [row for row in rows if row["min_cosine"] is not None]
     title = "No step compared two tasks"
     if compared:
@@ -258,7 +258,7 @@ def _happened(rows: Sequence[Row], tasks: Sequence[str]) -> list[tuple[str, list
         shown = [task for task in tasks if task in often]
     kinds = [(f"{_plain(task)} won", won[task], BLUE) for task in shown]
     for task in tasks:
-        key = f"dropped/{task}"
+        key = row_key("dropped", task)
         left_out = [row["step"] for row in rows if row[key] and not row["skipped"]]
         if left_out:
             kinds.append((f"{_plain(task)} left out", left_out, VERMILION))

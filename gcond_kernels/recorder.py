@@ -16,7 +16,7 @@ from gcond_kernels import ops
 from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.names import without_wrappers
 from gcond_kernels.report import ZONES, incidence_of, pair_cosines, zone_of
-from gcond_kernels.tables import is_capturing
+from gcond_kernels.tables import is_capturing, keep_if_captured
 
 Row: TypeAlias = "dict[str, Any]"
 
@@ -48,8 +48,9 @@ class Recorder:
     a CUDA graph, once one step was recorded outside of it: replays record too.
 
     Attributes:
-        tasks: the names of the K tasks.
-        thresholds: (θ_crit, θ_main, θ_weak), which tell the zones apart.
+        tasks: the names of the K tasks; `add_task` adds one.
+        thresholds: (θ_crit, θ_main, θ_weak), which tell the zones apart. They may be set at any
+            time, and go for all steps that are held.
         steps: how many of the latest steps are kept; with 0 nothing is recorded.
     """
 
@@ -64,11 +65,13 @@ class Recorder:
         self._ring: Tensor | None = None  # [steps, width] float64
         self._recorded: Tensor | None = None  # [1] int64, how many there have been
         self._layer_names: list[str] = []
-        # [L, M] int64: the parameters of each layer; T where it has fewer than M.
-        self._members: Tensor | None = None
+        # [T] int64: the parameters, layer by layer; and [L] int64: how many each layer has.
+        self._by_layer: Tensor | None = None
+        self._lengths: Tensor | None = None
         # [L, BINS + 1] int64: pairs with a cosine in each step from -1 to 0, and of 0 or more.
         self._layers: Tensor | None = None
 
+    @fixed_precision
     @fixed_precision
     def record(
         self,
@@ -84,7 +87,7 @@ class Recorder:
 
         Args:
             number: [] int64, which resolution this is, counted from 1.
-            parameter_names: T names.
+            parameter_names: T names; those of before may be gone, or stand elsewhere.
             gramian: [K, K] float64 of what tasks share; rows of tasks that were dropped are zero.
             per_tensor: [T, R, R] float64, R ≥ K; what is beyond K (the momentum) is left out.
             decision: what was decided.
@@ -97,6 +100,7 @@ class Recorder:
         assert self._ring is not None
         assert self._recorded is not None
         assert self._layers is not None
+        keep_if_captured(self._ring, self._recorded, self._layers)
         # The place is counted on the device: a CUDA graph repeats what the host did once.
         squares = gramian.diagonal() if squares is None else squares
         row = _row(number, gramian, squares, decision, dropped)
@@ -108,11 +112,16 @@ class Recorder:
     def _count_cosines(self, per_tensor: Tensor, finite: Tensor) -> None:
         """Counts the cosine of every pair in every layer: of sums over the layer's tensors."""
         assert self._layers is not None
-        assert self._members is not None
+        assert self._by_layer is not None
+        assert self._lengths is not None
+        if not self._layer_names:
+            return
+        keep_if_captured(self._by_layer, self._lengths)
         K = len(self.tasks)
         i, j = torch.triu_indices(K, K, 1, device=per_tensor.device)
-        padded = torch.cat([per_tensor[:, :K, :K], per_tensor.new_zeros(1, K, K)])
-        G = padded[self._members].sum(1)  # [L, K, K]
+        # Tensor after tensor of a layer: an atomic addition would round in another order each time.
+        in_order = per_tensor[:, :K, :K].index_select(0, self._by_layer)
+        G = torch.segment_reduce(in_order, "sum", lengths=self._lengths, unsafe=True)  # [L, K, K]
         squares = G.diagonal(dim1=1, dim2=2)
         present = (squares > 0.0) & finite
         compared = present[:, i] & present[:, j]  # [L, pairs]
@@ -124,8 +133,9 @@ class Recorder:
 
     def _make_room(self, device: torch.device, parameter_names: Sequence[str]) -> bool:
         """Memory on this device for these parameters; False where there can be none now."""
-        K, same = len(self.tasks), self._parameter_names == list(parameter_names)
-        if self._ring is not None and self._ring.device == device and same:
+        K, T = len(self.tasks), len(parameter_names)
+        as_before = self._parameter_names == list(parameter_names)
+        if self._ring is not None and self._ring.device == device and as_before:
             return True
         if is_capturing(device):
             # Memory is set to zero once; a graph would do it again in every replay.
@@ -142,19 +152,40 @@ class Recorder:
         self._ring = self._ring.to(device)
         self._recorded = self._recorded.to(device)
         self._parameter_names = list(parameter_names)
-        before, counted = self._layer_names, self._layers.to(device)
-        self._layer_names, members = layers_of(parameter_names)
-        self._members = torch.tensor(members, dtype=torch.int64, device=device)
-        self._members = self._members.view(len(members), -1)
-        # A layer that is gone goes with its counts, unless another name has taken its place.
-        gone = set(before) - set(self._layer_names)
-        self._layers = counted.new_zeros((len(self._layer_names), BINS + 1))
-        for place, name in enumerate(self._layer_names):
-            if name in before:
-                self._layers[place] = counted[before.index(name)]
-            elif place < len(before) and before[place] in gone:
-                self._layers[place] = counted[place]
+        here = dict(zip(*layers_of(parameter_names), strict=True))
+        self._layer_names += [name for name in here if name not in self._layer_names]
+        members = [here.get(name, []) for name in self._layer_names]  # a layer may be gone
+        by_layer = [place for of_layer in members for place in of_layer]
+        self._by_layer = torch.tensor(by_layer, dtype=torch.int64, device=device)
+        lengths = [len(of_layer) for of_layer in members]
+        self._lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
+        new = len(self._layer_names) - len(self._layers)
+        self._layers = torch.cat(
+            [self._layers.to(device), self._layers.new_zeros((new, BINS + 1), device=device)]
+        )
         return True
+
+    @fixed_precision
+    def add_task(self, name: str) -> None:
+        """Add a task, after the others; what was recorded stays.
+
+        Steps in a CUDA graph that was captured before are no longer recorded.
+
+        Raises:
+            ValueError: there is such a task.
+        """
+        if name in self.tasks:
+            raise ValueError(f"the recorder has a task {name!r} already: give it another name")
+        K = len(self.tasks)
+        self.tasks = (*self.tasks, name)
+        if self._ring is None:
+            return
+        # As `_row` has it. NaN is read as None; in the Gramian 0 is, for a task without a gradient.
+        S, weights, dropped, squares, rest = self._ring.split([K * K, K, K, K, 4], dim=1)
+        S = torch.nn.functional.pad(S.view(-1, K, K), (0, 1, 0, 1)).flatten(1)
+        zero = torch.zeros_like(self._ring[:, :1])
+        unknown = zero + math.nan
+        self._ring = torch.cat([S, weights, unknown, dropped, zero, squares, unknown, rest], dim=1)
 
     def __len__(self) -> int:
         """How many steps are held. On a GPU this waits for the device."""
@@ -180,11 +211,13 @@ class Recorder:
         - incidence: the share of pairs with a cosine below 0;
         - conflicts: how many GCond resolved;
         - winner: of the first of those, or None (and with granularity="tensor" always);
-        - cosine/a/b for every pair of tasks; norm/a, weight/a and dropped/a for every task.
+        - cosine/a/b for every pair of tasks; norm/a, weight/a and dropped/a for every task. In
+          these keys a slash within a task's name is written "%2F" (and "%2" as "%252"): `row_key`.
 
         A cosine is None where a task of the pair has no gradient or the step was skipped, zone,
         min_cosine and incidence where that is so of all pairs; a norm where the gradient was not
-        finite; a weight where the method has none.
+        finite; a weight where the method has none. In steps before `add_task` the cosines, the norm
+        and the weight of that task are None, and it was not dropped.
         """
         return [self._row_of(values) for values in self._held()]
 
@@ -220,12 +253,14 @@ class Recorder:
             "conflicts": int(conflicts),
             "winner": tasks[int(winner)] if winner >= 0 else None,
             **{
-                f"cosine/{tasks[i]}/{tasks[j]}": cosines.get((i, j))
+                row_key("cosine", tasks[i], tasks[j]): cosines.get((i, j))
                 for i, j in combinations(range(K), 2)
             },
-            **{f"norm/{task}": norm for task, norm in zip(tasks, norms, strict=True)},
-            **{f"weight/{task}": weight for task, weight in zip(tasks, weights, strict=True)},
-            **{f"dropped/{task}": flag for task, flag in zip(tasks, dropped, strict=True)},
+            **{row_key("norm", task): norm for task, norm in zip(tasks, norms, strict=True)},
+            **{
+                row_key("weight", task): weight for task, weight in zip(tasks, weights, strict=True)
+            },
+            **{row_key("dropped", task): flag for task, flag in zip(tasks, dropped, strict=True)},
         }
 
     @fixed_precision
@@ -291,17 +326,24 @@ class Recorder:
         return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
+def row_key(kind: str, *tasks: str) -> str:
+    """Return the key of a value in a row: "cosine/a/b" of a kind and the tasks it is of.
+
+    A slash within a name is written "%2F", and "%2" as "%252": two lists of names never have the
+    same key.
+    """
+    return "/".join([kind, *(task.replace("%2", "%252").replace("/", "%2F") for task in tasks)])
+
+
 def layers_of(names: Sequence[str]) -> tuple[list[str], list[list[int]]]:
     """The layers of parameters by their names, and the places of each one's parameters.
 
     Without what wrappers (torch.compile, DistributedDataParallel) put into names.
-    The places are filled up with the number of parameters to the same length.
     """
     members: dict[str, list[int]] = {}
     for place, name in enumerate(without_wrappers(names)):
         members.setdefault(name.rpartition(".")[0] or name, []).append(place)
-    most = max(map(len, members.values()), default=0)
-    return list(members), [m + [len(names)] * (most - len(m)) for m in members.values()]
+    return list(members), list(members.values())
 
 
 def _row(
@@ -377,7 +419,7 @@ def _worst_pair(rows: Sequence[Row], tasks: Sequence[str], weak: float) -> str:
     """The pair that conflicts in the largest share of the steps that compared it."""
     best: tuple[float, float, str] | None = None
     for a, b in combinations(tasks, 2):
-        cosines = [row[f"cosine/{a}/{b}"] for row in _compared(rows)]
+        cosines = [row[row_key("cosine", a, b)] for row in _compared(rows)]
         seen = [cosine for cosine in cosines if cosine is not None]
         below = [cosine for cosine in seen if cosine < weak]
         if not below:
@@ -417,7 +459,7 @@ def _left_out(rows: Sequence[Row], tasks: Sequence[str]) -> str:
         share = _percent(skipped, len(rows))
         lines.append(f"Skipped, as a gradient was not finite: {_steps(skipped)} ({share}).")
     for task in tasks:
-        sat_out = sum(row[f"dropped/{task}"] and not row["skipped"] for row in rows)
+        sat_out = sum(row[row_key("dropped", task)] and not row["skipped"] for row in rows)
         if sat_out:
             share = _percent(sat_out, len(rows))
             lines.append(f"Without {task}, as it was not finite: {_steps(sat_out)} ({share}).")

@@ -7,10 +7,14 @@ plain Python values:
 
     {"state": {0: {"exp_avg": ..., "gcond": {"history": {"0": ...}, "momentum": ..., ...}}, ...},
      "param_groups": [{"lr": ..., "params": [0, ...], "gcond": {"tasks": [...], ...}}]}
+
+Whatever else the base's state dict has stays in it. That of a base which is a wrapper itself may
+have another form: then it lies under "base" as it is, and the rest is as torch would make it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +29,7 @@ from gcond_kernels.names import without_wrappers
 
 VERSION = 4
 KEY = "gcond"
+BASE = "base"
 
 
 @dataclass
@@ -49,14 +54,12 @@ class Saved:
     without_state: set[Tensor]
 
 
-def with_own(state: dict[str, Any], parameters: Sequence[Tensor], saved: Saved) -> dict[str, Any]:
-    """Return the state dict of the base with what is saved beside it.
-
-    Args:
-        state: of the base optimizer.
-        parameters: of all groups, in order.
-        saved: what goes in; its tensors are not copied.
-    """
+def with_own(base: torch.optim.Optimizer, saved: Saved) -> dict[str, Any]:
+    """Return the state dict of the base with what is saved beside it; no tensor is copied."""
+    state = base.state_dict()
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    if not is_plain(state):
+        state = {"state": {}, "param_groups": packed_groups(base), BASE: state}
     place = {s.parameter: t for t, s in enumerate(saved.accumulator.segments)}
     of_base = state["state"]
     states = {
@@ -64,8 +67,34 @@ def with_own(state: dict[str, Any], parameters: Sequence[Tensor], saved: Saved) 
         for i, p in enumerate(parameters)
         if p in place or i in of_base
     }
+    # What is of the base as a whole, and not of a parameter.
+    states.update({i: one for i, one in of_base.items() if i not in range(len(parameters))})
     groups = [{**group, KEY: dict(saved.common)} for group in state["param_groups"]]
     return {**state, "state": states, "param_groups": groups}
+
+
+def is_plain(state: Mapping[str, Any]) -> bool:
+    """Return whether the state dict of a base has the form of torch's."""
+    return {"state", "param_groups"} <= state.keys()
+
+
+def check_form(base: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a state lacks that of a base which has a form of its own."""
+    if BASE not in state and not is_plain(base.state_dict()):
+        raise ValueError(
+            f"the state of {type(base).__name__}, whose state dict has a form of its own, is not "
+            "in this state: torch.distributed.checkpoint leaves it out, and a state of another base "
+            "has none. Save optimizer.state_dict() with torch.save"
+        )
+
+
+def packed_groups(base: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the parameter groups with numbers for their parameters, as in torch's state dicts."""
+    ends = list(itertools.accumulate(len(group["params"]) for group in base.param_groups))
+    return [
+        {**group, "params": list(range(end - len(group["params"]), end))}
+        for group, end in zip(base.param_groups, ends, strict=True)
+    ]
 
 
 def of_parameter(saved: Saved, t: int) -> dict[str, Any]:
@@ -100,10 +129,16 @@ def of_parameter(saved: Saved, t: int) -> dict[str, Any]:
 
 def without_own(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is the base's own of a state dict."""
-    states = {i: {k: v for k, v in one.items() if k != KEY} for i, one in state["state"].items()}
+    if BASE in state:
+        return dict(state[BASE])
+    states = {
+        i: {k: v for k, v in one.items() if k != KEY} if isinstance(one, Mapping) else one
+        for i, one in state["state"].items()
+    }
     groups = [{k: v for k, v in group.items() if k != KEY} for group in state["param_groups"]]
-    filled = {i: one for i, one in states.items() if one}
-    return {"state": filled, "param_groups": groups}
+    filled = {i: one for i, one in states.items() if one or KEY not in state["state"][i]}
+    others = {k: v for k, v in state.items() if k != KEY}
+    return {**others, "state": filled, "param_groups": groups}
 
 
 def own_of(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any] | None]]:
@@ -298,6 +333,13 @@ def stacked(values: Sequence[Tensor | None], own: Tensor, fill: int) -> Tensor:
     return result
 
 
+class ParameterState(ChainMap[str, Any], dict[str, Any]):  # type: ignore[misc]
+    """The state of a parameter: of the base, where what is written goes, and "gcond".
+
+    It is a dict for those who ask, as code that moves the state of any optimizer does.
+    """
+
+
 class StateView(MutableMapping[Tensor, Any]):
     """The per-parameter state: the base's own, and under "gcond" what GCondFused keeps beside it.
 
@@ -313,11 +355,15 @@ class StateView(MutableMapping[Tensor, Any]):
 
     def __getitem__(self, parameter: Tensor) -> Any:
         state = self._base.state[parameter]
-        return ChainMap(state, OwnState(parameter, self._own)) if parameter.requires_grad else state
+        if not parameter.requires_grad or not isinstance(state, MutableMapping):
+            return state
+        return ParameterState(state, OwnState(parameter, self._own))
 
     def __setitem__(self, parameter: Tensor, state: Any) -> None:
-        state = state.maps[0] if isinstance(state, ChainMap) else state
-        state.pop(KEY, None)
+        if isinstance(state, ParameterState):
+            state = state.maps[0]
+        if isinstance(state, MutableMapping):
+            state.pop(KEY, None)  # who copied all of it has copied that
         self._base.state[parameter] = state
 
     def __delitem__(self, parameter: Tensor) -> None:
@@ -410,6 +456,11 @@ def in_own_order(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]
             f"the state has {len(saved)} parameter groups, this optimizer {len(groups)}"
         )
     ordered = [group_in_order(n, *pair) for n, pair in enumerate(zip(saved, groups, strict=True))]
+    if BASE in state_dict and ordered != [group["params"] for group in saved]:
+        raise ValueError(
+            "the state has the parameters in another order, and that of base has a form of its "
+            "own, which cannot be put in order: give the parameters in the order of the state"
+        )
     matched = [
         {**there, "params": places, "param_names": list(here["param_names"])}
         if here.get("param_names")

@@ -40,9 +40,11 @@ if settings is not None:
         "suppress_health_check": [HealthCheck.function_scoped_fixture],
     }
     settings.register_profile("project", max_examples=60, **COMMON)
-    # Interpreted, an example may take a second: few of them, and shown as found, not shrunk.
+    # Interpreted, an example may take a second: few of them, and shown as found, not shrunk;
+    # without the slow tests the first of those.
     PHASES = (Phase.explicit, Phase.generate)
     settings.register_profile("interpreted", max_examples=15, phases=PHASES, **COMMON)
+    settings.register_profile("interpreted, few", max_examples=3, phases=PHASES, **COMMON)
     settings.load_profile("project")
 
 # Where there is a GPU the kernels run on that, and by way of it serve CPU tensors.
@@ -56,6 +58,29 @@ def parameter(backend):
     return pytest.param(backend, marks=[pytest.mark.gpu] if on_gpu else [])
 
 
+def slow(*values):
+    """Values of a test's parameters that go further than those that are not slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are marked slow are deselected
+def pytest_collection_modifyitems(items):
+    """Of a test that goes over many parameters, interpreted kernels take the first and the last.
+
+    Those between are slow, but for tests that are marked quick; all are in those marked
+    slow_interpreted.
+    """
+    interpreted = {}
+    for item in items if INTERPRETED else ():
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("backend") == "triton" and item.get_closest_marker("quick") is None:
+            interpreted.setdefault((item.path, item.originalname), []).append(item)
+    for of_one_test in interpreted.values():
+        all_slow = of_one_test[0].get_closest_marker("slow_interpreted") is not None
+        for item in of_one_test if all_slow else of_one_test[1:-1]:
+            item.add_marker("slow")
+
+
 def pytest_terminal_summary(terminalreporter):
     """Says once, instead of for every test, which backend was not there, and why."""
     for backend, reason in MISSING.items():
@@ -67,12 +92,13 @@ def pytest_terminal_summary(terminalreporter):
 def backend(request, monkeypatch):
     """Every backend, on CPU tensors; where there is a GPU the kernels run on that."""
     interpreted = request.param == "triton" and INTERPRETED
-    few = interpreted and request.node.get_closest_marker("quick") is None
+    profile = "project"
+    if interpreted and request.node.get_closest_marker("quick") is None:
+        few = request.config.option.markexpr == "not slow"
+        profile = "interpreted, few" if few else "interpreted"
     if hasattr(request.function, "hypothesis"):
         # Hypothesis has no public way to say this of one parameter of a test.
-        request.function._hypothesis_internal_use_settings = settings.get_profile(
-            "interpreted" if few else "project"
-        )
+        request.function._hypothesis_internal_use_settings = settings.get_profile(profile)
     if request.param != "python" and torch.cuda.is_available():
         offload.install(monkeypatch, request.param)
     # Memory that an operation allocates is NaN until it is written.

@@ -63,6 +63,7 @@ def test_against_float64(backend, sizes, dtype, scale, seed, data):
         assert ((part.double() - exact).abs() <= 2 * ULPS[dtype] * size).all()
 
 
+@pytest.mark.slow_interpreted
 def test_a_thousand_equal_micro_batches_add_up(backend):
     # The same in a bfloat16 buffer ends at 0.5: there a 2^-9 is lost beside a larger sum.
     layout = layout_of([5, 33])

@@ -20,10 +20,12 @@ from test_optimizer import (
 )
 from torch import nn
 
-from gcond_kernels import GCondFused
+from gcond_kernels import GCondFused, accumulator
 
 # A power of two: products with it are exact, so that unscaled gradients keep their bits.
 SCALE = 2.0**12
+# Bytes: a gradient fills one, or all go into one.
+BUCKETS = [8, 32 << 20]
 
 
 def scaler_of(**options) -> torch.amp.GradScaler:
@@ -33,14 +35,14 @@ def scaler_of(**options) -> torch.amp.GradScaler:
 # bfloat16 and autocast.
 
 
-@pytest.mark.parametrize("harvest", ["bucketed", "whole"])
-def test_bfloat16_parameters_lose_no_small_gradients(backend, harvest):
+@pytest.mark.slow_interpreted
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_bfloat16_parameters_lose_no_small_gradients(backend, bucket, monkeypatch):
+    monkeypatch.setattr(accumulator, "BUCKET_BYTES", bucket)
     p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     base = torch.optim.SGD([p], lr=0.0)
     steps = 1024
-    optimizer = GCondFused(
-        base, {"a": float(steps)}, accumulation_steps=steps, harvest=harvest, backend=backend
-    )
+    optimizer = GCondFused(base, {"a": float(steps)}, accumulation_steps=steps, backend=backend)
     # In a bfloat16 buffer the sum of these would stop at 0.5.
     for _ in range(steps):
         optimizer.backward({"a": (p * 2.0**-9).sum()})
@@ -71,7 +73,6 @@ def test_autocast(backend):
             losses = losses_of(model, batch)
         assert losses["a"].dtype == torch.bfloat16 or losses["a"].dtype == torch.float32
         optimizer.backward(losses)
-    optimizer.resolve()
     expected = sum(weight * task_gradient(model, x, task) for task, weight in TASKS.items())
     got = flat_gradients(model)
     assert got.dtype == torch.float32
@@ -146,16 +147,23 @@ def train(model, optimizer, x, scaler=None, by_scaler=False):
                 scaler.update()
 
 
-@pytest.mark.parametrize("by_scaler", [False, True])
-@pytest.mark.parametrize("mode", ["exact", "stochastic"])
-@pytest.mark.parametrize("harvest", ["bucketed", "whole"])
-def test_scaled_training_has_the_bits_of_unscaled(backend, by_scaler, mode, harvest):
+@pytest.mark.parametrize(
+    ("by_scaler", "mode", "bucket"),
+    [
+        (False, "exact", BUCKETS[0]),
+        (False, "stochastic", BUCKETS[1]),
+        (True, "exact", BUCKETS[1]),
+        (True, "stochastic", BUCKETS[0]),
+    ],
+)
+def test_scaled_training_has_the_bits_of_unscaled(backend, by_scaler, mode, bucket, monkeypatch):
+    monkeypatch.setattr(accumulator, "BUCKET_BYTES", bucket)
     x = batches(12)
     options = {"accumulation_steps": 3, "momentum": 0.5, "mode": mode, "backend": backend}
     plain = model_of()
     train(plain, GCondFused(sgd(plain), TASKS, **options), x)
     model, scaler = model_of(), scaler_of(growth_interval=2)
-    optimizer = GCondFused(sgd(model), TASKS, grad_scaler=scaler, harvest=harvest, **options)
+    optimizer = GCondFused(sgd(model), TASKS, grad_scaler=scaler, **options)
     train(model, optimizer, x, scaler, by_scaler)
     assert torch.equal(flat_parameters(plain), flat_parameters(model))
     assert scaler.get_scale() == 4 * SCALE  # four steps without overflow
@@ -265,13 +273,13 @@ def test_resuming_inside_a_window(backend):
     assert scaler.get_scale() == other_scaler.get_scale() == 4 * SCALE
 
 
-def test_a_window_that_is_full_when_resumed(backend):
-    """The process that steps has scaled nothing itself."""
+def test_a_window_is_ended_by_a_process_that_has_scaled_nothing_itself(backend):
     model, x, scaler = model_of(), batches(1)[0], scaler_of(growth_interval=1)
-    optimizer = GCondFused(sgd(model), TASKS, grad_scaler=scaler, backend=backend)
+    options = {"accumulation_steps": 2, "backend": backend}
+    optimizer = GCondFused(sgd(model), TASKS, grad_scaler=scaler, **options)
     optimizer.backward(losses_of(model, x))
     other_scaler = scaler_of(growth_interval=1)
-    other = GCondFused(sgd(model), TASKS, grad_scaler=other_scaler, backend=backend)
+    other = GCondFused(sgd(model), TASKS, grad_scaler=other_scaler, **options)
     other.load_state_dict(optimizer.state_dict())
     other.step()
     other_scaler.update()
@@ -283,42 +291,33 @@ def test_clipping_needs_no_unscaling(backend):
     before = flat_parameters(model)
     optimizer = GCondFused(sgd(model, 1.0), TASKS, grad_scaler=scaler, backend=backend)
     optimizer.backward(losses_of(model, x))
-    optimizer.resolve()
     nn.utils.clip_grad_norm_(model.parameters(), 0.01)
     scaler.step(optimizer)
     scaler.update()
     assert (flat_parameters(model) - before).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-@pytest.mark.parametrize("first", ["optimizer", "scaler"])
-def test_unscaled_gradients_are_not_stepped_with(backend, first):
-    model, scaler, x = model_of(), scaler_of(), batches(2)
-    optimizer = GCondFused(sgd(model), TASKS, grad_scaler=scaler, backend=backend)
-    optimizer.backward(losses_of(model, x[0]))
-    optimizer.resolve()
-    before = flat_parameters(model)
-    scaler.unscale_(optimizer)
-    with pytest.raises(RuntimeError, match="unscale_ was called on a GCondFused"):
-        scaler.step(optimizer) if first == "scaler" else optimizer.step()
-    with pytest.raises(RuntimeError, match="nothing was accumulated"):
-        optimizer.step()  # the window is lost
-    assert torch.equal(before, flat_parameters(model))
-    scaler.update()
-    optimizer.zero_grad()
-    train(model, optimizer, x[1:], scaler)
-    assert not torch.equal(before, flat_parameters(model))
-
-
-def test_unscale_before_resolve_finds_nothing_to_spoil(backend):
-    model, twin, x = model_of(), model_of(), batches(1)[0]
+@pytest.mark.parametrize("by_scaler", [False, True])
+@pytest.mark.parametrize("short", [False, True])
+def test_unscale_finds_nothing_to_spoil(backend, by_scaler, short):
+    """It is part of recipes that clip; of a window that is short it comes before `.grad` is."""
+    model, twin, x = model_of(), model_of(), batches(3)
     scaler = scaler_of(growth_interval=1)
-    optimizer = GCondFused(sgd(model), TASKS, grad_scaler=scaler, backend=backend)
-    optimizer.backward(losses_of(model, x))
-    scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    scaler.update()
-    assert scaler.get_scale() == 2 * SCALE
-    train(twin, GCondFused(sgd(twin), TASKS, backend=backend), [x])
+    options = {"accumulation_steps": 1 + short, "backend": backend}
+    optimizer = GCondFused(sgd(model), TASKS, grad_scaler=scaler, **options)
+    plain = GCondFused(sgd(twin), TASKS, **options)
+    for batch in x:
+        optimizer.backward(losses_of(model, batch))
+        scaler.unscale_(optimizer)
+        if not short:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(optimizer) if by_scaler else optimizer.step()
+        scaler.update()
+        plain.backward(losses_of(twin, batch))
+        if not short:
+            nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+        plain.step()
+    assert scaler.get_scale() == 8 * SCALE
     assert torch.equal(flat_parameters(model), flat_parameters(twin))
 
 
@@ -368,7 +367,6 @@ def test_misuse_is_named_and_loses_nothing(backend):
         ({"grad_scaler": 65536.0}, TypeError, r"grad_scaler must be a torch\.amp\.GradScaler"),
         ({"grad_scaler": scaler_of(), "on_nonfinite": "raise"}, ValueError, "does not go with"),
         ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite must be 'skip' or 'drop_task' or"),
-        ({"harvest": "all"}, ValueError, "harvest must be 'bucketed' or 'whole', not 'all'"),
         ({"record_steps": -1}, ValueError, "record_steps must be a whole number, 0 or more"),
         ({"record_steps": True}, ValueError, "record_steps must be"),
     ],

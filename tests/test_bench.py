@@ -225,6 +225,7 @@ def test_torchjd_is_checked_against_our_methods(tasks):
             others.check_aggregation(by, lambda: torch.randn(LAYOUT.length), storage)
 
 
+@pytest.mark.slow
 def test_a_rival_that_is_wrong_leaves_the_others(monkeypatch):
     def wrong(by, run, storage):
         if by == "TorchJD UPGrad":
@@ -286,6 +287,7 @@ def test_only_a_combination_of_the_gradients_counts_as_one(weights):
         others.check_combination(outputs, storage, "who")
 
 
+@pytest.mark.slow
 def test_without_torchjd_the_figures_say_so(monkeypatch):
     monkeypatch.setattr(others, "torchjd_missing", lambda: "TorchJD is not installed")
     figures = list(tiny_bench(models=["mobilenetv3_small"], tasks=[2]).figures())
@@ -366,6 +368,7 @@ def test_an_operation_that_is_wrong_is_not_timed(monkeypatch):
     assert not [f for f in figures if f["operation"] == "combine"]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said(monkeypatch):
     monkeypatch.setattr("gcond_kernels.bench.operations.free_bytes", lambda device: 2_100_000_000)
     figures = list(tiny_bench(sizes=[2_000_000_000]).figures())
@@ -413,6 +416,7 @@ def record(tmp_path_factory):
     return folder / "figures.json"
 
 
+@pytest.mark.slow
 def test_the_command_writes_figures_with_machine_and_commit(record):
     written = json.loads(record.read_text())
     assert {"device", "torch", "python", "commit", "gcond_kernels"} <= set(written["machine"])
@@ -420,6 +424,7 @@ def test_the_command_writes_figures_with_machine_and_commit(record):
     assert {f["model"] for f in written["figures"]} == {"even", "mobilenetv3_small"}
 
 
+@pytest.mark.slow
 def test_the_pictures_of_a_record(record):
     command = [sys.executable, str(BENCH / "plot.py"), str(record)]
     done = subprocess.run(command, capture_output=True, text=True)

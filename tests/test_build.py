@@ -170,6 +170,7 @@ def test_where_nvcc_is_found_and_what_for(machine, tmp_path):
 # A wheel that is built as a user builds one.
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_an_error_of_the_compiler_is_shown(tmp_path):
     source = copy_of_the_project(tmp_path / "source")
@@ -195,6 +196,7 @@ def sdist(folder: Path) -> Path:
     return unpacked
 
 
+@pytest.mark.slow
 def test_the_sdist_has_the_sources(tmp_path):
     unpacked = sdist(tmp_path)
     assert {path.name for path in (unpacked / "csrc").iterdir()} >= set(SOURCES)
@@ -221,6 +223,7 @@ def cuda_wheel(tmp_path_factory) -> Path:
     return wheel
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_the_wheel_from_the_sdist_works_without_torch(cuda_wheel, tmp_path):
     assert re.search(r"-cp\d+-cp\d+-linux_\w+\.whl$", cuda_wheel.name)

@@ -43,6 +43,7 @@ def large(findings: list[Finding]) -> list[Finding]:
     return [f for f in findings if f.target in NVIDIA and f.case.startswith(LARGE)]
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_every_target(findings):
     by_target = {t: {f.case for f in findings if f.target == t} for t in TARGETS}
     assert all(cases == by_target["sm_90"] for cases in by_target.values())
@@ -51,6 +52,7 @@ def test_every_kernel_compiles_for_every_target(findings):
     assert all(f"K={K}," in str(by_target) for K in range(1, 9))
 
 
+@pytest.mark.slow
 def test_the_main_bodies_load_and_store_16_bytes_at_a_time(findings):
     wrong = [
         f
@@ -61,10 +63,12 @@ def test_the_main_bodies_load_and_store_16_bytes_at_a_time(findings):
     assert sum(f.expected_loads is not None for f in large(findings)) > 150
 
 
+@pytest.mark.slow
 def test_up_to_eight_tasks_everything_stays_in_registers(findings):
     assert [f for f in large(findings) if f.stack] == []
 
 
+@pytest.mark.slow
 def test_no_address_is_made_of_a_product_of_32_bits(findings):
     assert [f for f in large(findings) if f.narrow_products] == []
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import slow
 from rich.console import Console
 from skimage.io import imsave
 from skimage.metrics import structural_similarity
@@ -356,7 +357,7 @@ def test_what_is_not_a_number_becomes_null():
 # The whole demo.
 
 
-@pytest.mark.parametrize("name", ["photos", "digits"])
+@pytest.mark.parametrize("name", [slow("photos"), "digits"])
 def test_the_demo_writes_pictures_table_and_results(name, tmp_path, capsys):
     output = tmp_path / "new" / "output"
     assert demo("--scene", name, "--steps", 1, "--output", output, "--device", "cpu") == 0
@@ -376,7 +377,7 @@ def test_the_demo_writes_pictures_table_and_results(name, tmp_path, capsys):
     assert len(printed.splitlines()) < 60  # no flood where there is no terminal
 
 
-@pytest.mark.parametrize("name", ["photos", "digits"])
+@pytest.mark.parametrize("name", [slow("photos"), slow("digits")])
 def test_other_methods_are_compared_alike(name, tmp_path, capsys):
     options = ("--scene", name, "--steps", 2, "--output", tmp_path, "--device", "cpu")
     assert demo("--methods", "MGDA", "GradNorm", "graddrop", *options) == 0
@@ -395,6 +396,7 @@ def test_other_methods_are_compared_alike(name, tmp_path, capsys):
     assert "AdamW" in printed
 
 
+@pytest.mark.parametrize("scene", [slow("photos"), "digits"], indirect=True)
 def test_pictures_of_all_methods_at_once(scene, tmp_path):
     runs = [training.new_run(scene, method, 2, 0, CPU) for method in METHODS]
     for run in runs:
@@ -413,6 +415,7 @@ def test_pictures_of_all_methods_at_once(scene, tmp_path):
     assert "conflict (the method names no winner)" in legend
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_methods_writes_figures_tables_and_a_picture(tmp_path):
     script = Path(__file__).parents[1] / "bench" / "methods.py"
     output = tmp_path / "methods.json"
@@ -431,6 +434,7 @@ def test_the_benchmark_of_methods_writes_figures_tables_and_a_picture(tmp_path):
     assert (tmp_path / "methods.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The legacy `DICOM`")  # imageio, before it gives up a file
 def test_images_of_the_users_own(tmp_path, capsys):
     folder = tmp_path / "images"
@@ -507,6 +511,7 @@ def test_ctrl_c_leaves_pictures_of_what_was_done(after, tmp_path, monkeypatch, c
     assert "of 4 steps" in printed
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_pictures_are_drawn_draws_them_again(tmp_path, monkeypatch):
     calls = []
     write = app.write_pictures

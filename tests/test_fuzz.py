@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from conftest import MISSING, parameter
+from conftest import INTERPRETED, MISSING, parameter
 from fuzz import Driver, draw
 
 from gcond_kernels import accumulator
@@ -11,8 +11,15 @@ from gcond_kernels import accumulator
 CHUNK = 100
 # So many chunks, or a part of one where kernels are interpreted.
 SEEDS = {"python": 2000, "cuda": 300, "triton": 20}
+
+
+def marks(backend, first):
+    slow = first > 0 or (backend == "triton" and INTERPRETED)
+    return [*parameter(backend).marks, *([pytest.mark.slow] if slow else [])]
+
+
 CASES = [
-    pytest.param(backend, first, id=f"{backend}-{first}", marks=parameter(backend).marks)
+    pytest.param(backend, first, id=f"{backend}-{first}", marks=marks(backend, first))
     for backend, count in SEEDS.items()
     if MISSING[backend] is None
     for first in range(0, count, CHUNK)

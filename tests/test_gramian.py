@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import slow
 from flat import layout_of, misaligned, packed_layout_of, random_mask, rows
 from hypothesis import given
 from hypothesis import strategies as st
@@ -279,8 +280,8 @@ def masked_rows(tasks: int, dtype, history_dtype, packed: bool):
             )
         ),
         # The most that are unrolled: interpreted, each takes seconds.
-        (8, False, torch.float32, torch.bfloat16),
-        (8, True, torch.bfloat16, torch.float32),
+        slow(8, False, torch.float32, torch.bfloat16),
+        slow(8, True, torch.bfloat16, torch.float32),
     ],
 )
 def test_what_a_mask_leaves_out_counts_as_zero(backend, tasks, packed, dtype, history_dtype):

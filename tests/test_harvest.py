@@ -13,24 +13,26 @@ from torch.utils.checkpoint import checkpoint
 
 from gcond_kernels import GCondFused, accumulator
 
-KINDS = ["whole", "bucketed"]
+# Bytes of a bucket: all gradients are taken when the pass is over, or one fills a bucket.
+KINDS = {"whole": 32 << 20, "bucketed": 8}
 
 
 @pytest.fixture(autouse=True)
 def _small_buckets(monkeypatch):
-    """One gradient fills a bucket."""
-    monkeypatch.setattr(accumulator, "BUCKET_BYTES", 8)
+    monkeypatch.setattr(accumulator, "BUCKET_BYTES", KINDS["bucketed"])
 
 
-def trained(model, loss_of, harvest, backend="python", steps=3, **options):
+def trained(model, loss_of, kind, backend="python", steps=3, **options):
     """Parameters and the optimizer's state after some windows."""
     options = {"accumulation_steps": 2, "momentum": 0.5} | options
-    optimizer = GCondFused(sgd(model), TASKS, harvest=harvest, backend=backend, **options)
-    for batch in batches(2 * steps):
-        losses = loss_of(model, batch)
-        if optimizer.backward({task: losses[task] for task in optimizer.active_tasks}):
-            optimizer.step()
-    return flat_parameters(model), optimizer.state_dict()["gcond"]
+    optimizer = GCondFused(sgd(model), TASKS, backend=backend, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accumulator, "BUCKET_BYTES", KINDS[kind])
+        for batch in batches(2 * steps):
+            losses = loss_of(model, batch)
+            if optimizer.backward({task: losses[task] for task in optimizer.active_tasks}):
+                optimizer.step()
+    return flat_parameters(model), optimizer.state_dict()
 
 
 class Launches:
@@ -60,10 +62,6 @@ def test_buckets_are_launched_while_the_pass_runs(monkeypatch):
     assert launches.sizes == [1, 1, 1, 1] * 4
     launches.sizes.clear()
     trained(model_of(), losses_of, "whole", steps=1)
-    assert launches.sizes == [4] * 4
-    launches.sizes.clear()
-    monkeypatch.setattr(accumulator, "BUCKET_BYTES", 32 << 20)
-    trained(model_of(), losses_of, "bucketed", steps=1)
     assert launches.sizes == [4] * 4
 
 
@@ -142,13 +140,13 @@ def test_a_gradient_that_comes_in_parts_is_added_up(monkeypatch):
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("harvest", KINDS)
-def test_compiled_models(compiler, harvest):
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_models(compiler, kind):
     torch._dynamo.reset()
     model = model_of()
     compiled = torch.compile(model, backend=compiler)
-    got = trained(model, lambda _, x: losses_of(compiled, x), harvest)
-    expected = trained(model_of(), losses_of, harvest)
+    got = trained(model, lambda _, x: losses_of(compiled, x), kind)
+    expected = trained(model_of(), losses_of, kind)
     # The compiler may fuse what eager rounds twice.
     assert torch.allclose(got[0], expected[0], rtol=1e-5, atol=1e-6)
 
@@ -162,17 +160,20 @@ def test_compiled_for_one_pass_and_passed_through_twice():
     losses_of(compiled, x[0])["a"].backward()
     model.zero_grad()
     optimizer = GCondFused(sgd(model), TASKS)
-    with pytest.raises(RuntimeError, match="give the losses as functions"):
+    with (
+        pytest.warns(UserWarning, match="its window is dropped"),
+        pytest.raises(RuntimeError, match="give the losses as functions"),
+    ):
         optimizer.backward(losses_of(compiled, x[0]))
     assert optimizer.backward({t: lambda t=t: losses_of(compiled, x[1])[t] for t in TASKS})
     optimizer.step()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
-@pytest.mark.parametrize("harvest", KINDS)
-def test_a_model_whose_wrapper_replaces_gradients_after_the_pass(harvest, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_whose_wrapper_replaces_gradients_after_the_pass(kind, tmp_path):
     """DistributedDataParallel; of one process, which must train as without it."""
-    expected = trained(model_of(), losses_of, harvest)
+    expected = trained(model_of(), losses_of, kind)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
     )
@@ -183,30 +184,10 @@ def test_a_model_whose_wrapper_replaces_gradients_after_the_pass(harvest, tmp_pa
         def functions(_, x):
             return {task: lambda task=task: losses_of(wrapped, x)[task] for task in TASKS}
 
-        got = trained(model, functions, harvest)
+        got = trained(model, functions, kind)
     finally:
         torch.distributed.destroy_process_group()
     assert torch.allclose(got[0], expected[0], rtol=1e-5, atol=1e-6)
-
-
-def test_a_lost_task_leaves_no_gradient_of_its_own_parameters(backend, fail):
-    trunk, head, rest = (nn.Parameter(torch.ones(4)) for _ in range(3))
-    optimizer = GCondFused(
-        torch.optim.SGD([rest, head, trunk], lr=0.1), TASKS, accumulation_steps=2, backend=backend
-    )
-    optimizer.backward({"a": trunk.sum(), "b": (trunk * head).sum()})
-    fail()
-    with pytest.warns(UserWarning, match="of 'a'|of 'b'"), pytest.raises(ArithmeticError):
-        # The gradients of two parameters are there, and one is launched, before the pass fails.
-        optimizer.backward(
-            {"a": lambda: trunk.sum(), "b": lambda: (trunk + Fails.apply(rest) * head).sum()}
-        )
-    fail(False)
-    optimizer.step()
-    assert optimizer.report().micro_batches == {"a": 2, "b": 0}
-    assert head.grad is None
-    assert rest.grad is None
-    assert torch.equal(trunk.grad, torch.ones(4))
 
 
 def test_other_backward_passes_keep_their_gradients():
@@ -280,71 +261,59 @@ def functions(model, x):
     return {task: lambda task=task: fragile(model, x)[task] for task in TASKS}
 
 
-def test_a_pass_that_fails_in_the_first_micro_batch_leaves_nothing(backend, fail):
-    x = batches(3)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_pass_that_fails_leaves_nothing_of_its_window(backend, fail, monkeypatch, kind, before):
+    """Though some buckets of it were added by then."""
+    monkeypatch.setattr(accumulator, "BUCKET_BYTES", KINDS[kind])
+    launches = Launches(monkeypatch)
+    x = batches(8)
     model, twin = model_of(), model_of()
-    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=2, backend=backend)
-    fail()
-    with pytest.raises(ArithmeticError):
-        optimizer.backward(functions(model, x[0]))
-    assert optimizer._accumulator.counts == [0, 0]
-    assert all(p.grad is None for p in model.parameters())
-    fail(False)
-    calm = GCondFused(sgd(twin), TASKS, accumulation_steps=2, backend=backend)
-    for batch in x[1:]:
+    options = {"accumulation_steps": 2, "momentum": 0.5, "backend": backend}
+    optimizer, calm = (GCondFused(sgd(m), TASKS, **options) for m in (model, twin))
+    for m, o in ((model, optimizer), (twin, calm)):
+        for batch in x[:2]:
+            o.backward(functions(m, batch))
+        o.step()
+    for batch in x[2 : 2 + before]:
         optimizer.backward(functions(model, batch))
-        calm.backward(functions(twin, batch))
-    optimizer.step()
-    calm.step()
-    assert torch.equal(flat_parameters(model), flat_parameters(twin))
-
-
-def test_a_pass_that_fails_later_costs_its_task_the_window_so_far(backend, fail):
-    x = batches(4)
-    model, twin = model_of(), model_of()
-    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=3, backend=backend)
-    optimizer.backward(functions(model, x[0]))
+    launches.sizes.clear()
     fail()
     with (
-        pytest.warns(UserWarning, match=r"micro-batches of its task before it are lost \(1 of 'a'"),
+        pytest.warns(UserWarning, match=r"failed \(ArithmeticError\): its window is dropped"),
         pytest.raises(ArithmeticError),
     ):
-        optimizer.backward(functions(model, x[1]))
+        optimizer.backward(functions(model, x[3]))
     fail(False)
+    assert launches.sizes == ([1] if kind == "bucketed" else [])
+    assert optimizer._accumulator.counts == [0, 0]
     assert all(p.grad is None for p in model.parameters())
-    for batch in x[2:]:
-        optimizer.backward(functions(model, batch))
-    optimizer.step()
-    assert optimizer.report().micro_batches == {"a": 2, "b": 3}
-    # As if the first micro-batch had had no loss of a.
-    calm = GCondFused(sgd(twin), TASKS, accumulation_steps=3, backend=backend)
-    for batch in (x[0], *x[2:]):
-        calm.backward(functions(twin, batch))
-        if batch is x[0]:
-            calm._accumulator.counts[0] = 0
-    calm.step()
+    for m, o in ((model, optimizer), (twin, calm)):
+        for batch in x[4:]:
+            if o.backward(functions(m, batch)):
+                o.step()
     assert torch.equal(flat_parameters(model), flat_parameters(twin))
 
 
-def test_whole_keeps_the_window_where_a_pass_fails(backend, fail):
-    x = batches(3)
-    model, twin = model_of(), model_of()
-    options = {"accumulation_steps": 2, "harvest": "whole", "backend": backend}
-    optimizer, calm = (
-        GCondFused(sgd(model), TASKS, **options),
-        GCondFused(sgd(twin), TASKS, **options),
+def test_parameters_of_a_failed_window_alone_get_no_gradient(backend, fail):
+    trunk, head, rest = (nn.Parameter(torch.ones(4)) for _ in range(3))
+    optimizer = GCondFused(
+        torch.optim.SGD([rest, head, trunk], lr=0.1), TASKS, accumulation_steps=2, backend=backend
     )
-    optimizer.backward(functions(model, x[0]))
+    optimizer.backward({"a": trunk.sum(), "b": (trunk * head).sum()})
     fail()
-    with pytest.raises(ArithmeticError):
-        optimizer.backward(functions(model, x[1]))
+    with pytest.warns(UserWarning, match="1 micro-batches"), pytest.raises(ArithmeticError):
+        # The gradients of two parameters are there, and one is launched, before the pass fails.
+        optimizer.backward(
+            {"a": lambda: trunk.sum(), "b": lambda: (trunk + Fails.apply(rest) * head).sum()}
+        )
     fail(False)
-    optimizer.backward(functions(model, x[2]))
-    for batch in (x[0], x[2]):
-        calm.backward(functions(twin, batch))
-    optimizer.step()
-    calm.step()
-    assert torch.equal(flat_parameters(model), flat_parameters(twin))
+    for _ in range(2):
+        optimizer.backward({"a": trunk.sum()})
+    assert optimizer.report().micro_batches == {"a": 2, "b": 0}
+    assert head.grad is None
+    assert rest.grad is None
+    assert torch.equal(trunk.grad, torch.ones(4))
 
 
 def test_optimizers_that_are_gone_leave_no_hooks():

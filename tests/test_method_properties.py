@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import slow
 from host_reads import HostReads
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -639,7 +640,7 @@ def test_weights_are_the_same_by_the_eigenvalues_that_a_gpu_takes(monkeypatch, m
 
 
 @on_the_device
-@pytest.mark.parametrize("tasks", [1, 2, 5])
+@pytest.mark.parametrize("tasks", [1, slow(2), 5])
 def test_shapes_alone_are_enough(method, tasks, eigenvalues):
     """On the device "meta" there are no values: what needs one to go on raises."""
     meta = torch.device("meta")

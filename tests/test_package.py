@@ -81,6 +81,7 @@ def test_what_the_wheel_requires(wheel):
     assert len(extras) <= 3
 
 
+@pytest.mark.slow
 def test_the_wheel_works_from_elsewhere_without_triton_or_demo_packages(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = """

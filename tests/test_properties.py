@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,6 +112,7 @@ def is_close_call(*reports) -> bool:
 LONG_SHAPES = SHAPES.filter(lambda shapes: sum(map(math.prod, shapes)) >= 6)
 
 
+@pytest.mark.slow_interpreted
 @given(LONG_SHAPES, st.integers(2, 4), st.sampled_from([1e-6, 1e6]), SEEDS)
 def test_scaling_the_gradients_scales_the_result(backend, shapes, tasks, by, seed):
     plain, scaled = (Runner(shapes, tasks, backend, torch.float64) for _ in range(2))
@@ -129,6 +131,7 @@ def test_scaling_the_gradients_scales_the_result(backend, shapes, tasks, by, see
         assert torch.allclose(b, by * a, rtol=1e-4, atol=1e-4 * by * a.abs().max().item())
 
 
+@pytest.mark.slow_interpreted
 @given(st.integers(2, 4), SEEDS, st.randoms())
 def test_the_order_of_the_parameters_changes_nothing(backend, tasks, seed, random):
     shapes = [(2, 3), (33,), (), (4, 1, 2)]

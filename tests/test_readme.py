@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -54,11 +56,15 @@ def test_the_example_of_mixed_precision_trains():
     assert names["optimizer"].report().skipped_steps < 10
 
 
+@pytest.mark.slow
 def test_the_example_of_many_gpus_runs_in_two_processes(tmp_path):
     (tmp_path / "train.py").write_text(EXAMPLES[5])
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",  # a port of its own
+            "--nproc-per-node", "2", "train.py",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "checkpoint" / ".metadata").exists()

@@ -14,10 +14,12 @@ import pytest
 import torch
 from host_reads import HostReads
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcond_kernels import GCond, GCondFused, ops, plot, recorder
-from gcond_kernels.plot import plot_conflicts
-from gcond_kernels.recorder import ALL_ZONES, Recorder, zone_of
+from gcond_kernels.plot import plot_conflicts, plot_layer_conflicts
+from gcond_kernels.recon import conflict_table, split_conflicting_layers
+from gcond_kernels.recorder import ALL_ZONES, Recorder, row_key, zone_of
 
 THRESHOLDS = (-0.8, -0.5, 0.0)
 NAMES = ("first.weight", "first.bias", "last.weight")
@@ -114,6 +116,28 @@ def test_clear_forgets_in_place():
     assert kept._ring is ring  # a CUDA graph goes on writing there
     assert [row["step"] for row in kept.rows()] == [8]
     assert [row["compared"] for row in kept.layers()] == [1, 1]
+
+
+@pytest.mark.parametrize("keep", [3, 10])
+def test_a_task_that_is_added_had_nothing_in_the_steps_before(keep):
+    kept, before = filled(5, keep=keep, dropped=(1,)), filled(5, keep=keep, dropped=(1,)).rows()
+    kept.add_task("new")
+    assert kept.tasks == ("task0", "task1", "new")
+    of_new = {
+        "cosine/task0/new": None, "cosine/task1/new": None, "norm/new": None, "weight/new": None,
+        "dropped/new": False,
+    }  # fmt: skip
+    assert kept.rows() == [row | of_new for row in before]
+    add(kept, gradients_of(3, 7), 6)
+    fresh = Recorder(kept.tasks, THRESHOLDS, keep)
+    add(fresh, gradients_of(3, 7), 6)
+    assert kept.rows()[-1] == fresh.rows()[-1]
+    assert kept.rows()[:-1] == [row | of_new for row in before][-keep + 1 :]
+    assert "Looked at" in kept.advise()
+    empty = Recorder("ab", THRESHOLDS, keep)
+    empty.add_task("c")
+    add(empty, gradients_of(3, 7), 6)
+    assert empty.rows()[0]["norm/c"] == fresh.rows()[0]["norm/new"]
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 8])
@@ -301,6 +325,107 @@ def test_a_task_without_a_gradient_has_a_norm_of_zero_and_no_cosine():
     assert kept.layers() == []
 
 
+def test_slashes_in_names_do_not_make_keys_alike():
+    cosines = {("a/b", "c"): -0.5, ("a", "b/c"): 0.25}
+    tasks = ["a/b", "c", "a", "b/c"]
+    rows = torch.zeros(4, 4, dtype=torch.float64)
+    for (one, other), cosine in cosines.items():
+        i, j = tasks.index(one), tasks.index(other)
+        rows[i, i] = 1.0
+        rows[j, i], rows[j, j] = cosine, math.sqrt(1.0 - cosine**2)
+    kept = Recorder(tasks, THRESHOLDS, 5)
+    add(kept, [rows])
+    (row,) = kept.rows()
+    assert row["cosine/a%2Fb/c"] == row[row_key("cosine", "a/b", "c")] == pytest.approx(-0.5)
+    assert row["cosine/a/b%2Fc"] == pytest.approx(0.25)
+    assert {key for key in row if key.startswith("norm/")} == {
+        "norm/a%2Fb", "norm/c", "norm/a", "norm/b%2Fc"
+    }  # fmt: skip
+    assert row["weight/c"] > 0.0
+    assert row["dropped/b%2Fc"] is False
+    assert len([key for key in row if key.startswith("cosine/")]) == 6
+    assert "a/b and c" in kept.advise()
+    assert plot._draw(plot._figure_class("x"), kept, kept.rows()).axes
+
+
+@pytest.mark.parametrize(
+    ("names", "others"),
+    [
+        (("a/b", "c"), ("a", "b/c")),
+        (("a/b",), ("a%2Fb",)),
+        (("%2F",), ("%252F",)),
+        (("%2/",), ("%2%2F",)),
+        (("%25/",), ("%/",)),
+        (("a", ""), ("a/",)),
+    ],
+)
+def test_keys_of_other_names_are_others(names, others):
+    assert row_key("cosine", *names) != row_key("cosine", *others)
+
+
+def test_names_without_a_slash_are_in_keys_as_they_are():
+    assert row_key("norm", "top 5 %") == "norm/top 5 %"
+    assert row_key("cosine", "a", "b") == "cosine/a/b"
+
+
+# What changes while training.
+
+
+@pytest.mark.parametrize("keep", [2, 10])
+def test_a_task_may_be_added_while_training(keep):
+    kept = Recorder("ab", THRESHOLDS, keep)
+    for number in range(1, 4):
+        add(kept, gradients_of(2, number), number, dropped=[0] if number == 3 else [])
+    before, layers = kept.rows(), kept.layers()
+    kept.add_task("c")
+    assert kept.tasks == ("a", "b", "c")
+    nothing = {"cosine/a/c": None, "cosine/b/c": None, "norm/c": None, "weight/c": None}
+    assert kept.rows() == [{**row, **nothing, "dropped/c": False} for row in before]
+    assert kept.layers() == layers
+    expected = filled(0, tasks=3)
+    expected.tasks = kept.tasks
+    add(kept, gradients_of(3, 4), 4)
+    add(expected, gradients_of(3, 4), 4)
+    assert kept.rows()[-1] == expected.rows()[-1]
+    assert None not in [kept.rows()[-1][key] for key in nothing]
+    assert len(kept.rows()) == min(keep, 4)
+    assert [row["compared"] for row in kept.layers()] == [2 + 3, 2 + 3]
+    assert kept.advise()
+    assert plot._draw(plot._figure_class("x"), kept, kept.rows()).axes
+
+
+@pytest.mark.parametrize("keep", [0, 5])
+def test_a_task_may_be_added_before_the_first_step(keep):
+    kept = Recorder("ab", THRESHOLDS, keep)
+    kept.add_task("c")
+    add(kept, gradients_of(3, 1))
+    assert len(kept.rows()) == min(keep, 1)
+
+
+def test_a_task_is_added_once():
+    kept = filled(2)
+    with pytest.raises(ValueError, match="'task1' already: give it another name"):
+        kept.add_task("task1")
+    assert kept.tasks == ("task0", "task1")
+
+
+def test_a_task_is_added_without_waiting_for_the_device():
+    kept = filled(2)
+    with HostReads() as reads:
+        kept.add_task("c")
+    assert reads.found == []
+
+
+def test_thresholds_may_be_set_at_any_time():
+    kept = with_cosines([-0.9, -0.6, -0.2])
+    assert [row["zone"] for row in kept.rows()] == ["critical", "moderate", "mild"]
+    kept.thresholds = (-0.95, -0.9, -0.3)
+    assert [row["zone"] for row in kept.rows()] == ["mild", "mild", "none"]
+    add(kept, two_tasks(-0.99), 4)
+    assert [row["zone"] for row in kept.rows()] == ["mild", "mild", "none", "critical"]
+    assert "in 75.0 % of 4 comparisons" in kept.advise()
+
+
 # Layers.
 
 
@@ -326,6 +451,44 @@ def test_layers_are_counted_apart(tasks):
         assert scores == sorted(scores, reverse=True)
         differ |= len(set(scores)) > 1
     assert differ
+
+
+class LargestTensor(TorchDispatchMode):
+    """Within it `elements` is the size of the largest tensor that an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_one_long_layer_among_many_takes_no_more_memory_than_its_tensors():
+    tasks, short, long = 4, 50, 300
+    names = [f"block{layer}.weight" for layer in range(short)]
+    names += [f"prompts.{number}" for number in range(long)]
+    G = gradients_of(tasks, 0, len(names))
+    with LargestTensor() as largest:
+        kept = Recorder([str(task) for task in range(tasks)], THRESHOLDS, 1)
+        add(kept, G, names=names)
+    assert largest.elements <= len(names) * max(tasks * tasks, tasks * 5)
+    assert len(kept.layers()) == short + 1
+    pairs = tasks * (tasks - 1) // 2
+    assert all(layer["compared"] == pairs for layer in kept.layers())
+
+
+def test_the_tensors_of_a_layer_may_lie_apart():
+    kept = Recorder("ab", THRESHOLDS, 4)
+    agreed = torch.ones(2, 5, dtype=torch.float64)
+    opposed = torch.tensor([[1.0], [-1.0]], dtype=torch.float64).expand(2, 5)
+    names = ("x.weight", "y", "x.bias", "z.weight", "x.scale")
+    # In x two of three tensors of equal length agree, in z its one does not.
+    add(kept, [opposed, opposed, agreed, opposed, agreed], names=names)
+    assert {layer["layer"]: layer["conflicts"] for layer in kept.layers()} == {
+        "x": 0, "y": 1, "z": 1,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("threshold", [-1.0, 0.01, -0.025, 1.0])
@@ -363,6 +526,26 @@ def test_equal_shares_stay_in_the_order_of_the_model():
     assert [layer["layer"] for layer in kept.layers()] == ["x", "z", "w", "y"]
 
 
+def test_layers_of_two_models_stay_apart(tmp_path):
+    names = [f"group{group}.0.{name}" for group in (0, 1) for name in ("weight", "bias")]
+    kept = Recorder("ab", THRESHOLDS, 4)
+    same, opposed = torch.ones(2, 5).double(), torch.tensor([[1.0], [-1.0]]).double().expand(2, 5)
+    add(kept, [same, same, opposed, opposed], names=names)
+    assert [(row["layer"], row["conflicts"]) for row in kept.layers()] == [
+        ("group1.0", 1), ("group0.0", 0),
+    ]  # fmt: skip
+    lines = conflict_table(kept).splitlines()
+    assert [line.split()[-1] for line in lines[-2:]] == ["group1.0", "group0.0"]
+    model = nn.ModuleDict({f"group{g}": nn.Sequential(nn.Linear(1, 1)) for g in (0, 1)})
+    split = split_conflicting_layers(model, [row["layer"] for row in kept.layers()[:1]], ["a", "b"])
+    assert split.layers == ("group1.0",)
+    with pytest.raises(ValueError, match=r"there is no .group1\.0. in Sequential"):
+        split_conflicting_layers(model["group1"], ["group1.0"], ["a", "b"])
+    plot_layer_conflicts(kept, tmp_path / "layers.png")
+    bars = plot._draw(plot._figure_class("x"), kept, kept.rows()).axes[-1]
+    assert {"group1.0", "group0.0"} <= {text.get_text() for text in bars.texts}
+
+
 def test_a_parameter_of_one_task_alone_is_left_out():
     kept = Recorder("ab", THRESHOLDS, 4)
     shared, head = gradients_of(2, 0, 2)
@@ -386,6 +569,24 @@ def test_parameters_may_come_while_training():
 
 
 # Advice.
+
+
+def test_parameters_may_go_and_change_places_while_training():
+    """What was counted of their layer stays, under its name."""
+    kept, alone = Recorder("ab", THRESHOLDS, 1000), Recorder("ab", THRESHOLDS, 1000)
+    first, gone, last, back = (gradients_of(2, seed, 1)[0] for seed in range(4))
+    add(kept, [first, gone, last], names=("first.w", "gone.w", "last.w"))
+    add(kept, [last, first], names=("last.w", "first.w"))
+    add(kept, [back, last, first], names=("gone.w", "last.w", "first.w"))
+    for gradient in (gone, back):
+        add(alone, [gradient], names=("gone.w",))
+    seen = {row["layer"]: row for row in kept.layers()}
+    assert [seen[name]["compared"] for name in ("first", "gone", "last")] == [3, 2, 3]
+    assert [seen["gone"]] == alone.layers()
+    for name, gradient in (("first", first), ("last", last)):
+        below = bool(gradient[0] @ gradient[1] < 0.0)
+        assert seen[name]["conflicts"] == 3 * below
+    assert len(kept) == 3
 
 
 def test_advice_waits_for_enough_steps():
@@ -458,11 +659,11 @@ def test_advice_names_no_layer_that_was_compared_too_seldom():
     kept = with_cosines(30 * [-0.1])
     opposed = [*two_tasks(-0.1), *two_tasks(-1.0)]
     for number in range(recorder.ENOUGH_STEPS - 1):
-        add(kept, opposed, number, names=("often", "seldom"))
-    assert "often" in kept.advise()
+        add(kept, opposed, number, names=("first.weight", "seldom"))
+    assert "comparisons: first" in kept.advise()
     assert "seldom" not in kept.advise()
-    add(kept, opposed, names=("often", "seldom"))
-    assert "seldom" in kept.advise()
+    add(kept, opposed, names=("first.weight", "seldom"))
+    assert "comparisons: seldom" in kept.advise()
 
 
 def test_advice_says_what_was_left_out():
@@ -598,7 +799,8 @@ def test_without_matplotlib_its_extra_is_named():
     program = """
 import sys
 sys.modules["matplotlib"] = None
-from gcond_kernels.plot import plot_conflicts
+from gcond_kernels.plot import plot_conflicts, plot_layer_conflicts
+from gcond_kernels.recon import conflict_table, split_conflicting_layers
 try:
     plot_conflicts(None, "picture.png")
 except ImportError as error:

@@ -43,9 +43,14 @@ def through_a_file(state):
     return torch.load(buffer, map_location="cpu")  # weights_only: plain types and tensors alone
 
 
-@pytest.mark.parametrize("mode", ["exact", "stochastic"])
-@pytest.mark.parametrize("at", [0, 1, 3, 7, 8, 9])
-@pytest.mark.parametrize("history", ["raw", "resolved"])
+@pytest.mark.parametrize(
+    ("mode", "at", "history"),
+    [
+        (mode, at, ["raw", "resolved"][(i + j) % 2])
+        for i, mode in enumerate(["exact", "stochastic"])
+        for j, at in enumerate([0, 1, 3, 7, 8, 9])
+    ],
+)
 def test_round_trip_at_any_micro_batch_gives_the_same_bits(backend, mode, at, history):
     x = batches(18)
     options = {"mode": mode, "method": GCond(history=history), "backend": backend}

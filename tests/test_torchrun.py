@@ -17,15 +17,16 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "torchrun_digits.py"
 def run(ranks, *options):
     result = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-            str(EXAMPLE), *options,
+            sys.executable, "-m", "torch.distributed.run", "--standalone",  # a port of its own
+            "--nproc-per-node", str(ranks), str(EXAMPLE), *options,
         ],
-        capture_output=True, text=True, timeout=200, env={**os.environ, "COLUMNS": "100"},
+        capture_output=True, text=True, timeout=600, env={**os.environ, "COLUMNS": "100"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
 
+@pytest.mark.slow
 def test_it_learns_and_goes_on_from_its_checkpoint(tmp_path):
     first = run(2, "--steps", "20", "--checkpoint", str(tmp_path))
     assert first.count("the same on 2 ranks") == 3

@@ -1,201 +1,202 @@
-"""The examples for trainers: they run, learn, count steps, and go on from a checkpoint."""
+"""The trainers' examples come to what a plain loop comes to, and go on from their checkpoints."""
 
-import copy
-import importlib.util
-import logging
 import os
-import re
+import runpy
 import subprocess
 import sys
-import warnings
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
+import trainer_runs as runs
 from test_optimizer import same
+from torch import nn
 
 from gcond_kernels import GCondFused
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-WINDOWS = 30  # 8 epochs of 15 micro-batches, 4 to a window; an epoch ends inside a window
+NEEDS = {
+    "accelerate": "accelerate",
+    "fabric": "lightning_fabric",
+    "lightning": "pytorch_lightning",
+    "transformers": "transformers",
+}
+STEPS = 6  # two epochs of windows of 8, 8 and 4 micro-batches
 
 
-def load(name):
-    """The example as a module; its `__main__` part does not run."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def needs(*trainers):
+    for trainer in trainers:
+        pytest.importorskip(NEEDS[trainer], reason=f"the example needs {NEEDS[trainer]}")
 
 
-@pytest.fixture
-def lightning():
-    pl = pytest.importorskip("pytorch_lightning", reason="the example needs PyTorch Lightning")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    with warnings.catch_warnings():  # what it says of itself and of this machine
-        warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
-        yield pl
+def close(values, expected):
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
-def accelerate():
-    return pytest.importorskip("accelerate", reason="the example needs Hugging Face Accelerate")
+def accelerator():
+    needs("accelerate")
+    from accelerate import Accelerator
+
+    return Accelerator(gradient_accumulation_steps=runs.WINDOW, cpu=True)
 
 
-@pytest.mark.parametrize("name", ["lightning_example", "accelerate_example"])
+ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)
+
+
+def linear(step):
+    """The learning rate by Trainer's default scheduler."""
+    return 0.1 * (1 - step / STEPS)
+
+
+def test_clipping_makes_a_difference_to_what_is_compared_here():
+    for options in ({}, {"optimizer": ADAMW, "rate": linear}):
+        pairs = zip(runs.plain(**options), runs.plain(max_norm=None, **options), strict=True)
+        assert max((a - b).abs().max() for a, b in pairs) > 1e-3  # of 1e-5
+
+
+@pytest.mark.parametrize("name", NEEDS)
 def test_an_example_is_short(name):
-    lines = [line.strip() for line in (EXAMPLES / f"{name}.py").read_text().splitlines()]
-    code = [line for line in lines if line and not line.startswith(("#", '"""'))]
-    assert len(code) <= 34
+    lines = (runs.EXAMPLES / f"{name}_example.py").read_text().splitlines()
+    lines = [line.strip() for line in lines]
+    code = [line for line in lines if line and not line.startswith(("#", '"""', "`"))]
+    assert len(code) <= 30
 
 
-# What the trainers still hold when Python ends, gloo's threads may let go of too late, which aborts
-# the process (torch's own, with or without GCond): so these end without ceremony.
-LIGHTNING_DDP = """
-import logging, os, sys
-sys.path.insert(0, sys.argv[1])
-import lightning_example as example
-if __name__ == "__main__":
-    sys.stdout = open(f"said_{os.environ.get('LOCAL_RANK', '0')}.txt", "w")
-    example.main(devices=2, strategy="ddp", accelerator="cpu", logger=False,
-                 enable_checkpointing=False, enable_progress_bar=False,
-                 enable_model_summary=False)
-    sys.stdout.close()
-    os._exit(0)
-"""
+@pytest.mark.parametrize("name", NEEDS)
+def test_an_example_runs_as_a_script(name, tmp_path, monkeypatch):
+    needs(name)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(runs.EXAMPLES / f"{name}_example.py"), run_name="__main__")
+    left = {path.name for path in tmp_path.glob("**/checkpoint-*/*")}
+    assert ("optimizer.pt" in left) == (name == "transformers")
 
 
-def test_two_ranks_of_lightning_decide_alike(lightning, tmp_path):
-    (tmp_path / "two.py").write_text(LIGHTNING_DDP)
-    said = subprocess.run(
-        [sys.executable, "two.py", str(EXAMPLES)], cwd=tmp_path, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert said.returncode == 0, said.stderr[-3000:]
-    steps = [(tmp_path / f"said_{rank}.txt").read_text() for rank in (0, 1)]
-    assert "16 steps;" in steps[0]
-    assert steps[0] == steps[1]
-
-
-ACCELERATE_DDP = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import accelerate_example as example
-from accelerate import Accelerator
-def main():
-    accelerator = Accelerator()
-    parts = example.prepare(accelerator)
-    for _ in range(8):
-        example.train(*parts)
-    print(f"norm {parts[0].report().gradient_norm} of {accelerator.num_processes}\\n", end="")
-main()
-sys.stdout.flush()
-os._exit(0)
-"""
-
-
-def test_two_ranks_of_accelerate_decide_alike(accelerate, tmp_path):
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What each of two processes came to, by trainer."""
+    needs(*NEEDS)
+    folder = tmp_path_factory.mktemp("two_ranks")
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "two.py",
-        str(EXAMPLES),
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", runs.__file__,
+        str(folder),
     ]  # fmt: skip
-    (tmp_path / "two.py").write_text(ACCELERATE_DDP)
     said = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        command, cwd=folder, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert said.returncode == 0, said.stderr[-3000:]
-    assert "of 2" in said.stdout
-    decisions = re.findall(r"norm [0-9.]+", said.stdout)
-    assert len(decisions) == 2
-    assert decisions[0] == decisions[1]
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.mark.parametrize(
-    ("name", "needs"),
-    [("lightning_example", "pytorch_lightning"), ("accelerate_example", "accelerate")],
+    ("name", "options"),
+    [
+        # Accelerate's scheduler makes a step for each rank.
+        ("accelerate", {"rate": lambda step: 0.1 * 0.81**step}),
+        ("fabric", {}),
+        ("lightning", {"shuffled": True}),
+        ("transformers", {"optimizer": ADAMW, "rate": lambda step: 0.1 * (1 - step / 4)}),
+    ],
 )
-def test_an_example_runs_as_a_script_and_leaves_nothing_behind(name, needs, tmp_path):
-    pytest.importorskip(needs, reason=f"the example needs {needs}")
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+def test_two_ranks_come_to_what_one_plain_loop_comes_to(two_ranks, name, options):
+    first, second = (rank[name] for rank in two_ranks)
+    assert same(first, second)
+    close(first[0], runs.plain(2, **options))
+
+
+def test_two_ranks_of_trainer_go_on_from_a_checkpoint_to_the_same_bits(two_ranks):
+    for rank in two_ranks:
+        assert same(rank["resumed"], rank["transformers"])
+
+
+# Hugging Face Trainer.
+
+
+def test_trainer_comes_to_what_a_plain_loop_comes_to(tmp_path):
+    needs("transformers")
+    trainer = runs.transformers(tmp_path)
+    assert trainer.state.global_step == STEPS == trainer.gcond.report().step
+    close(runs.values(trainer.model), runs.plain(optimizer=ADAMW, rate=linear))
+
+
+@pytest.mark.parametrize("saved_after", [2, 3])  # inside an epoch, and at its end
+def test_trainer_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path, saved_after):
+    needs("transformers")
+    from gcond_kernels import GCond
+
+    options = {"method": GCond(), "train_sampling_strategy": "random"}
+    whole = runs.transformers(
+        tmp_path, save_strategy="steps", save_steps=saved_after, save_only_model=False, **options
     )
-    assert result.returncode == 0, result.stderr
-    assert "l1" in result.stdout
-    assert list(tmp_path.iterdir()) == []
+    checkpoint = tmp_path / f"checkpoint-{saved_after}"
+    resumed = runs.transformers(tmp_path, resume=str(checkpoint), **options)
+    assert resumed.gcond.report().step == STEPS
+    assert same(runs.values(resumed.model), runs.values(whole.model))
+    assert same(resumed.gcond.state_dict(), whole.gcond.state_dict())
+
+
+def test_trainer_that_knows_nothing_of_tasks_is_told_at_its_first_step(tmp_path):
+    needs("transformers")
+    from transformers import Trainer, TrainingArguments
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            return {"loss": super().forward(x).mean()}
+
+    model = Model(4, 2)
+    gcond = GCondFused(torch.optim.SGD(model.parameters(), lr=0.1), {"a": 1.0})
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = Trainer(model, args, train_dataset=[{"x": torch.ones(4)}], optimizers=(gcond, None))
+    with pytest.raises(RuntimeError, match=r"call backward\(losses\)"):
+        trainer.train()
 
 
 # PyTorch Lightning.
 
 
-class Seen:
-    """What a run did, taken down after each micro-batch by a Lightning callback."""
-
-    def __init__(self, pl):
-        self.losses, self.steps, self.rates = [], [], []
-        self.callback = pl.callbacks.LambdaCallback(on_train_batch_end=self.note)
-
-    def note(self, trainer, module, *_):
-        self.trainer, self.optimizer = trainer, trainer.optimizers[0]
-        self.losses.append({k: v.item() for k, v in trainer.callback_metrics.items()})
-        self.steps.append(trainer.global_step)
-        self.rates.append(self.optimizer.param_groups[0]["lr"])
-        self.states = copy.deepcopy((module.state_dict(), self.optimizer.state_dict()))
+def test_lightning_in_bfloat16_comes_to_what_a_plain_loop_comes_to(tmp_path):
+    needs("lightning")
+    trainer = runs.lightning()
+    assert trainer.global_step == STEPS
+    close(runs.values(trainer.lightning_module), runs.plain(bfloat16=True))
 
 
-def fit(pl, folder, *, callbacks=(), **options):
-    """Runs the example, always on the same data, and tells what was seen."""
-    example, seen = load("lightning_example"), Seen(pl)
-    torch.manual_seed(0)
-    example.main(
-        accelerator="cpu",
-        callbacks=[seen.callback, *callbacks],
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-    return seen
+def test_lightning_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path):
+    needs("lightning")
+    from gcond_kernels import GCond
+
+    whole = runs.lightning(GCond(), enable_checkpointing=True, default_root_dir=tmp_path)
+    (saved,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    assert saved.name == "epoch=1-step=6.ckpt"
+    longer = runs.lightning(GCond(), max_epochs=3)
+    resumed = runs.lightning(GCond(), max_epochs=3, ckpt_path=str(saved))
+    assert whole.global_step == STEPS
+    assert longer.global_step == resumed.global_step == 9
+    assert same(runs.values(longer.lightning_module), runs.values(resumed.lightning_module))
+    assert same(longer.optimizers[0].state_dict(), resumed.optimizers[0].state_dict())
 
 
-def test_lightning_trains_counts_steps_and_schedules(lightning, tmp_path):
-    seen = fit(lightning, tmp_path, enable_checkpointing=False)
-    assert len(seen.losses) == 120
-    for task in ("l1", "mse"):
-        first, last = (
-            sum(losses[task] for losses in part) for part in (seen.losses[:15], seen.losses[-15:])
-        )
-        assert last < 0.7 * first
-    assert seen.steps == [(number + 1) // 4 for number in range(120)]
-    assert seen.trainer.global_step == WINDOWS == seen.optimizer.report().step
-    assert seen.rates[-1] == pytest.approx(0.02 * 0.99**WINDOWS)
+def test_lightning_in_float16_by_its_scaler_clips_too():
+    needs("lightning")
+    import pytorch_lightning as pl
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    precision = pl.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler)
+    trainer = runs.lightning(max_epochs=10, precision=None, plugins=[precision])
+    (optimizer,) = trainer.optimizers
+    assert optimizer.grad_scaler is scaler
+    skipped = optimizer.report().skipped_steps
+    assert 0 < skipped < 20  # from a scale that is too large it finds its own
+    assert scaler.get_scale() == 2.0 ** (30 - skipped)
+    assert trainer.global_step == 30
 
 
-def test_lightning_goes_on_from_a_checkpoint_inside_a_window_to_the_same_bits(lightning, tmp_path):
-    keep = lightning.callbacks.ModelCheckpoint(
-        dirpath=tmp_path, filename="{epoch}-{step}", every_n_epochs=1, save_top_k=-1
-    )
-    whole = fit(lightning, tmp_path, callbacks=[keep])
-    saved = tmp_path / "epoch=2-step=11.ckpt"  # 45 micro-batches: 11 windows and one more
-    window = torch.load(saved)["optimizer_states"][0]["gcond"]["window"]
-    assert window["position"] == 1
-
-    resumed = fit(lightning, tmp_path, ckpt_path=saved)
-    assert resumed.steps == whole.steps[45:]
-    assert resumed.losses == whole.losses[45:]
-    assert same(resumed.states, whole.states)
-    assert resumed.trainer.global_step == WINDOWS
-
-
-def test_lightnings_wrapper_changes_the_optimizer_itself(lightning):
+def test_lightnings_wrapper_changes_the_optimizer_itself():
     """It borrows the methods, and would keep for itself what they set on `self`."""
+    needs("lightning")
     from pytorch_lightning.core.optimizer import LightningOptimizer
 
-    model = torch.nn.Linear(4, 2)
+    model = nn.Linear(4, 2)
     optimizer = GCondFused(torch.optim.SGD(model.parameters(), lr=0.1), {"a": 1.0, "b": 1.0})
     wrapper = LightningOptimizer(optimizer)
     wrapper.on_nonfinite = "drop_task"
@@ -210,78 +211,166 @@ def test_lightnings_wrapper_changes_the_optimizer_itself(lightning):
         assert len(wrapper.recorder) == step
 
 
-def test_lightning_in_float16_by_its_scaler(lightning, tmp_path):
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
-    precision = lightning.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler)
-    seen = fit(lightning, tmp_path, enable_checkpointing=False, plugins=[precision])
-    assert seen.optimizer.grad_scaler is scaler
-    skipped = seen.optimizer.report().skipped_steps
-    assert 0 < skipped < 20  # from a scale that is too large it finds its own
-    assert scaler.get_scale() == 2.0 ** (30 - skipped)
-    assert seen.trainer.global_step == WINDOWS
-    assert seen.losses[-1]["mse"] < seen.losses[0]["mse"]
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_lightnings_automatic_optimization_is_refused(precision):
+    needs("lightning")
+    import pytorch_lightning as pl
+
+    class Automatic(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Linear(4, 2)
+
+        def configure_optimizers(self):
+            return GCondFused(torch.optim.SGD(self.parameters(), lr=0.1), {"a": 1.0})
+
+        def training_step(self, batch, batch_idx):
+            return self.model(batch).mean()
+
+    trainer = pl.Trainer(
+        max_epochs=1, enable_checkpointing=False, precision=precision, **runs.QUIET
+    )
+    with pytest.raises(TypeError, match="automatic_optimization = False"):
+        trainer.fit(Automatic(), torch.utils.data.DataLoader(torch.ones(4, 4)))
+
+
+# Lightning Fabric.
+
+
+def test_fabric_comes_to_what_a_plain_loop_comes_to():
+    needs("fabric")
+    close(runs.values(runs.fabric()), runs.plain())
 
 
 # Hugging Face Accelerate.
 
 
-def test_accelerate_trains_and_schedules(accelerate):
-    example = load("accelerate_example")
-    torch.manual_seed(0)
-    parts = example.prepare(accelerate.Accelerator(cpu=True))
-    losses = [example.train(*parts) for _ in range(8)]
-    for task in ("l1", "mse"):
-        assert losses[-1][task] < 0.7 * losses[0][task]
-    gcond, _, optimizer, scheduler, _ = parts
-    assert gcond.report().step == WINDOWS
+def test_accelerate_comes_to_what_a_plain_loop_comes_to(accelerator):
+    model, gcond, optimizer, scheduler, _ = runs.accelerate(accelerator)
+    close(runs.values(model), runs.plain())
+    assert gcond.report().step == STEPS
+    assert gcond.report().micro_batches == {"l1": 4, "mse": 4}  # of the short window
     assert optimizer.param_groups is gcond.param_groups
-    assert scheduler.get_last_lr() == [pytest.approx(0.02 * 0.99**WINDOWS)]
+    assert scheduler.get_last_lr() == [pytest.approx(0.1 * 0.9**STEPS)]
 
 
-def test_accelerate_goes_on_from_a_saved_state_inside_a_window_to_the_same_bits(
-    accelerate, tmp_path
-):
-    example = load("accelerate_example")
+def test_accelerate_goes_on_from_a_saved_state_to_the_same_bits(accelerator, tmp_path):
+    from accelerate import Accelerator
 
-    def fresh(seed):
-        accelerator = accelerate.Accelerator(cpu=True)
-        torch.manual_seed(0)
-        parts = example.prepare(accelerator)
-        torch.manual_seed(seed)
-        for p in parts[1].parameters():
-            torch.nn.init.normal_(p)
-        return accelerator, parts
+    from gcond_kernels import GCond
 
-    accelerator, parts = fresh(1)
-    for _ in range(3):
-        example.train(*parts)
-    assert parts[0].state_dict()["gcond"]["window"]["position"] == 1
+    parts = runs.accelerate(accelerator, 1, GCond())
     accelerator.save_state(tmp_path)
-    expected = [example.train(*parts) for _ in range(3)]
+    example = runs.load("accelerate")
+    example.train(accelerator, *parts)
+    other = Accelerator(gradient_accumulation_steps=runs.WINDOW, cpu=True)
+    fresh = runs.accelerate(other, 0, GCond())
+    other.load_state(tmp_path)
+    example.train(other, *fresh)
+    assert same(parts[0].state_dict(), fresh[0].state_dict())
+    assert same(parts[1].state_dict(), fresh[1].state_dict())
+    assert parts[3].get_last_lr() == fresh[3].get_last_lr()
 
-    accelerator, other = fresh(2)
-    accelerator.load_state(tmp_path)
-    assert [example.train(*other) for _ in range(3)] == expected
-    assert same(parts[0].state_dict(), other[0].state_dict())
-    assert same(parts[1].state_dict(), other[1].state_dict())
-    assert parts[3].get_last_lr() == other[3].get_last_lr()
 
-
-def test_accelerate_steps_by_its_scaler(accelerate):
+def test_accelerate_steps_and_clips_by_its_scaler(accelerator, monkeypatch):
     """As with mixed_precision="fp16", which Accelerate refuses on a CPU."""
-    example, scaler = load("accelerate_example"), torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    torch.manual_seed(0)
-    accelerator = accelerate.Accelerator(cpu=True)
-    accelerator.scaler = scaler
-    gcond, model, optimizer, *rest = example.prepare(accelerator)
+    accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    example = runs.load("accelerate", method=runs.Sum())
+    model, gcond, optimizer, *rest = example.prepare(accelerator)
     assert gcond.grad_scaler is optimizer.scaler is scaler
-    torch.manual_seed(0)
-    plain = example.prepare(accelerate.Accelerator(cpu=True))
-    expected = [example.train(*plain) for _ in range(2)]
-    assert [example.train(gcond, model, optimizer, *rest) for _ in range(2)] == expected
-    # 30 micro-batches: seven steps, and two micro-batches that wait.
-    overflow = model(torch.ones(1, 8)).sum() * torch.inf
-    gcond.backward(dict.fromkeys(gcond.tasks, overflow))
+    # So clip_grad_norm_ calls scaler.unscale_.
+    monkeypatch.setattr(type(accelerator), "mixed_precision", "fp16")
+    monkeypatch.setattr(accelerator, "native_amp", True)
+    for _ in range(runs.EPOCHS):
+        example.train(accelerator, model, gcond, optimizer, *rest)
+    close(runs.values(model), runs.plain())
+    for _ in range(runs.WINDOW):
+        overflow = model(torch.ones(1, 8)).sum() * torch.inf
+        gcond.backward(dict.fromkeys(gcond.tasks, overflow))
     optimizer.step()
     assert scaler.get_scale() == 2.0**9
     assert gcond.report().skipped
+
+
+def test_a_short_window_that_accelerate_does_not_step_with_is_an_error_that_names_it(accelerator):
+    model, gcond, optimizer, _, loader = runs.accelerate(accelerator, 0)
+
+    def epoch():
+        for x, y in loader:
+            with accelerator.accumulate(model):
+                error = model(x) - y
+                if gcond.backward({"l1": error.abs().mean(), "mse": error.square().mean()}):
+                    optimizer.step()  # in the second epoch Accelerate does nothing here
+
+    epoch()
+    with pytest.raises(RuntimeError, match=r"Accelerate .* accelerator.sync_gradients: .*resolve"):
+        epoch()
+
+
+# torch.compile, and base optimizers that go by more than .grad.
+
+
+def losses_of(y):
+    return {"a": y.abs().mean(), "b": (y - 1).square().mean()}
+
+
+def compiled_step(model, optimizer, compiled):
+    step, resolve = compiled(optimizer.step), compiled(optimizer.resolve)
+
+    def one(x, last):
+        if optimizer.backward(losses_of(model(x))) or last:
+            resolve()
+            step()
+
+    return one
+
+
+def compiled_loop(model, optimizer, compiled):
+    def one(x, last):
+        if optimizer.backward(losses_of(model(x))) or last:
+            optimizer.resolve()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return compiled(one)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("make", [compiled_step, compiled_loop])
+def test_compiled_training_steps_come_to_the_same(backend, make):
+    def train(compiled):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        adamw = torch.optim.AdamW(model.parameters(), lr=0.1)
+        one = make(model, GCondFused(adamw, {"a": 1.0, "b": 1.0}, accumulation_steps=2), compiled)
+        for number, x in enumerate(torch.randn(5, 3, 4), start=1):
+            one(x, number == 5)
+        return runs.values(model)
+
+    torch.compiler.reset()
+    close(train(partial(torch.compile, backend=backend)), train(lambda function: function))
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "SAM", "AdaHessian", "SophiaH"])
+def test_a_base_that_needs_more_than_a_gradient_is_refused_with_a_way_out(name):
+    of = pytest.importorskip("pytorch_optimizer", reason="they are in pytorch_optimizer")
+    model = nn.Linear(4, 2)
+    options = {"base_optimizer": torch.optim.SGD, "lr": 0.1} if name == "SAM" else {}
+    base = getattr(of, name)(model.parameters(), **options)
+
+    def train():
+        optimizer = GCondFused(base, {"a": 1.0})
+        optimizer.backward({"a": model(torch.ones(4)).sum()})
+        optimizer.step()
+
+    with pytest.raises((TypeError, RuntimeError), match=rf"{name}.step .*[Tt]ake a.* base optim"):
+        train()
+
+
+def test_parameters_on_meta_are_refused_before_a_backward_pass():
+    model = nn.Linear(4, 2, device="meta")
+    optimizer = GCondFused(torch.optim.SGD(model.parameters(), lr=0.1), {"a": 1.0})
+    model.to_empty(device="cpu")
+    with pytest.raises(ValueError, match=r"on meta, .* after to_empty"):
+        optimizer.backward({"a": model(torch.ones(4)).sum()})

@@ -64,8 +64,11 @@ class Run:
         self.position += 1
 
 
-def train(folder: Path, mode: str, until: int, ready) -> None:
-    """What the process does. It says so by `ready` when it has loaded its checkpoint."""
+def train(folder: Path, mode: str, until: int, ready, at) -> None:
+    """What the process does. It says so by `ready` when it has loaded its checkpoint.
+
+    `at` holds the number of the micro-batch that it is at.
+    """
     torch.set_num_threads(1)
     run = Run(mode)
     path = folder / CHECKPOINT
@@ -74,6 +77,7 @@ def train(folder: Path, mode: str, until: int, ready) -> None:
     ready.send(run.position)
     while run.position < until:
         run.micro_batch()
+        at.value = run.position
         if run.position % EVERY[mode] == 0 or run.position == until:
             # Whole or not at all: the name is given to a file that is complete.
             torch.save(run.state(), folder / "unfinished.pt")
