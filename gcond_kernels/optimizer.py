@@ -597,8 +597,8 @@ class GCondFused(torch.optim.Optimizer):
             if not callable(loss):
                 check_loss(task, loss)
         self._find_wrapper()
-        self._sync.check_wrapper()
         self._follow_parameters()
+        self._sync.check_wrapper()
         self._clear_gradients()
         self._begin_window()
         now.running = True

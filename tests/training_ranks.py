@@ -361,7 +361,9 @@ def short_windows_alone(per_rank):
 def traffic_of(way, options):
     """Bytes sent in the third window and step, by collective, and what the window is made of."""
     kind = {key: options.pop(key) for key in ("dtype", "net") if key in options}
-    model = spread(new_model(**kind), way, dist.get_world_size())
+    model = new_model(**kind)
+    del model.unused
+    model = spread(model, way, dist.get_world_size())
     optimizer = new_optimizer(model, way, **options)
     rank = dist.get_rank()
     for step in range(2):
@@ -374,16 +376,21 @@ def traffic_of(way, options):
 
 
 def when_rows_are_sent(way, mode):
-    """How many rows were on their way after every backward of two windows."""
+    """How many rows were on their way when every loss function of two windows was called."""
     model = spread(new_model(), way, dist.get_world_size())
     optimizer = new_optimizer(model, way, mode=mode)
     sent = []
+
+    def loss(task, number):
+        sent.append(optimizer._sync.started)
+        return losses_of(model, number)[task]
+
     for step in range(2):
         for position in range(MICRO_BATCHES):
+            number = number_of(step, 0, position)
             optimizer.backward(
-                losses_of(model, number_of(step, 0, position), optimizer.active_tasks)
+                {t: (lambda t=t, n=number: loss(t, n)) for t in optimizer.active_tasks}
             )
-            sent.append(optimizer._sync.started)
         optimizer.step()
     return sent
 
@@ -646,6 +653,8 @@ def without_sync(kind, told):
                 unchanged = torch.equal(rows, optimizer._accumulator.rows)
                 said.append((unchanged, list(optimizer._accumulator.counts)))
                 switch(True)
+                if kind == "in a function":  # the window began anew
+                    optimizer.backward(losses_of(model, number_of(step, rank, 0)))
             optimizer.backward(losses if kind != "in a function" else losses_of(model, number))
         optimizer.step()
     return parameters_of(model), said
@@ -684,9 +693,14 @@ def in_another_order():
         window(optimizer, model, [number_of(step, rank, i) for i in range(MICRO_BATCHES)])
         decisions.append(decision_of(optimizer))
     state = TrainingState(model, optimizer).state_dict()
-    # What each rank keeps of the history is the share that torch says it has.
-    whole_history = {name: t.full_tensor() for name, t in state["gcond"]["history"]["0"].items()}
-    return parameters_of(model), decisions, whole_history, optimizer._sync.peers.rank == rank
+    # Each rank has put the parts of all in their places.
+    history = history_of(state["optimizer"])
+    return parameters_of(model), decisions, history, optimizer._sync.peers.rank == rank
+
+
+def history_of(state):
+    """The history of the first task, by the names of the parameters."""
+    return {name: whole(kept["gcond"]["history"]["0"]) for name, kept in state["state"].items()}
 
 
 def scaled(way):
@@ -817,8 +831,9 @@ def mistake(kind):
             window(optimizer, model, [2, 3])
             if kind == "state of one rank" and odd:
                 optimizer.load_state_dict(saved)
-            if kind == "other rate" and odd:
-                optimizer.param_groups[0]["lr"] = 0.5
+            if kind == "other rate":
+                if odd:
+                    optimizer.param_groups[0]["lr"] = 0.5
                 optimizer.load_state_dict(optimizer.state_dict())
             window(optimizer, model, [4, 5])
             return "nothing"
@@ -880,7 +895,8 @@ def not_the_wrapped_model():
 def late_parameter(optimizer, model):
     """A parameter that comes in a window of which a row was sent already."""
     optimizer.step()
-    optimizer.mode, optimizer.accumulation_steps = "stochastic", 3
+    optimizer.accumulation_steps, optimizer.mode = 3, "stochastic"
+    window(optimizer, model, range(3))
     optimizer.backward({"a": losses_of(model, 1)["a"]})
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "param_names": ["late"]})
     optimizer.backward({"b": losses_of(model, 2)["b"]})
