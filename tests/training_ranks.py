@@ -493,7 +493,7 @@ def untold(with_unused):
                 number = number_of(step, rank, position)
                 of_functions = {task: (lambda t=task, n=number: losses(n)[t]) for task in TASKS}
                 optimizer.backward(losses(number) if with_unused else of_functions)
-            model.zero_grad()
+            model.module.another.grad = None
             optimizer.step()
     except RuntimeError as error:
         return str(error)
@@ -699,8 +699,11 @@ def in_another_order():
 
 
 def history_of(state):
-    """The history of the first task, by the names of the parameters."""
-    return {name: whole(kept["gcond"]["history"]["0"]) for name, kept in state["state"].items()}
+    """The history of the first task as it was weighed, by the names of the parameters."""
+    scale = state["param_groups"][0]["gcond"]["method"]["history_scale"][0]
+    return {
+        name: whole(kept["gcond"]["history"]["0"]) * scale for name, kept in state["state"].items()
+    }
 
 
 def scaled(way):
