@@ -1444,11 +1444,9 @@ class GCondFused(torch.optim.Optimizer):
                 "tasks": list(self._weights),
                 "method_name": type(o.method).__name__,
                 "granularity": o.granularity,
-                "method": {
-                    name: value.tolist()
-                    for name, value in state.items()
-                    if value.numel() and (not by_tensor or name in shared)
-                },
+                "method": saving.written(
+                    {k: v for k, v in state.items() if not by_tensor or k in shared}
+                ),
                 "counters": now.counters.tolist(),
                 "kept": {name: there is not None for name, there in kept.items()},
                 "window": {

@@ -1,6 +1,7 @@
 """What the ranks do in tests: a small training, spread in any of the ways, and in one process."""
 
 import copy
+import json
 import os
 import warnings
 from contextlib import ExitStack, contextmanager
@@ -700,7 +701,8 @@ def in_another_order():
 
 def history_of(state):
     """The history of the first task as it was weighed, by the names of the parameters."""
-    scale = state["param_groups"][0]["gcond"]["method"]["history_scale"][0]
+    of_method = json.loads(state["param_groups"][0]["gcond"]["method"])
+    _, (scale, *_) = of_method["history_scale"]
     return {
         name: whole(kept["gcond"]["history"]["0"]) * scale for name, kept in state["state"].items()
     }
