@@ -26,16 +26,12 @@ def options() -> argparse.Namespace:
     """What the user asks for."""
     parser = argparse.ArgumentParser(description="Two overlaid digits on several ranks.")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps (150)")
-    parser.add_argument("--sync", choices=("shard", "replicate", "local"), help="shard by default")
+    parser.add_argument("--sync", choices=("shard", "replicate"), help="shard by default")
     parser.add_argument("--fsdp", action="store_true", help="fully_shard instead of DDP")
     parser.add_argument("--checkpoint", help="folder to save to and to go on from")
     given = parser.parse_args()
     if given.fsdp and given.sync:
         parser.error("--sync is for DDP: with --fsdp gradients are reduced in the backward pass")
-    if given.checkpoint and given.sync == "local":
-        parser.error(
-            "--checkpoint does not go with --sync local, where each rank has its own state"
-        )
     return given
 
 
