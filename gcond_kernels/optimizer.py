@@ -597,8 +597,8 @@ class GCondFused(torch.optim.Optimizer):
             if not callable(loss):
                 check_loss(task, loss)
         self._find_wrapper()
-        self._sync.check_wrapper()
         self._follow_parameters()
+        self._sync.check_wrapper()
         self._clear_gradients()
         self._begin_window()
         now.running = True
@@ -796,6 +796,9 @@ class GCondFused(torch.optim.Optimizer):
 
         It ends a window that is not full: at the end of an epoch, or where a trainer clips. On a
         window that is resolved it does nothing.
+
+        With several ranks those whose window is full wait in `backward` for the others: call this
+        first where your window is short, and then what else all ranks do together.
 
         `.grad` is yours until the next window is resolved. Where it is of the accumulators' type it
         is a view of them: clone it to keep its values for longer.
@@ -1383,7 +1386,8 @@ class GCondFused(torch.optim.Optimizer):
         ]
         options = {name: repr(value) for name, value in vars(now.options).items()}
         del options["backend"]
-        weights = self._weights if now.window is None else now.window.weights
+        window = now.window
+        weights = tuple(self._weights.values()) if window is None else window.weights
         return {
             "tasks": f"{list(self._weights)}, with weights {weights!r}",
             **options,
@@ -1442,11 +1446,9 @@ class GCondFused(torch.optim.Optimizer):
                 "tasks": list(self._weights),
                 "method_name": type(o.method).__name__,
                 "granularity": o.granularity,
-                "method": {
-                    name: value.tolist()
-                    for name, value in state.items()
-                    if value.numel() and (not by_tensor or name in shared)
-                },
+                "method": saving.written(
+                    {k: v for k, v in state.items() if not by_tensor or k in shared}
+                ),
                 "counters": now.counters.tolist(),
                 "kept": {name: there is not None for name, there in kept.items()},
                 "window": {

@@ -10,11 +10,16 @@ plain Python values:
 
 Whatever else the base's state dict has stays in it. That of a base which is a wrapper itself may
 have another form: then it lies under "base" as it is, and the rest is as torch would make it.
+
+torch takes states apart, down to each number of a list, and asks for every piece by its place: so
+with one optimizer they have the same places at any time. What one method has and another has not
+is one string, for else a state of another method would be refused before it is looked at here.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -136,7 +141,8 @@ def without_own(state: Mapping[str, Any]) -> dict[str, Any]:
         for i, one in state["state"].items()
     }
     groups = [{k: v for k, v in group.items() if k != KEY} for group in state["param_groups"]]
-    filled = {i: one for i, one in states.items() if one or KEY not in state["state"][i]}
+    ours_alone = [i for i, one in states.items() if one == {} and KEY in state["state"][i]]
+    filled = {i: one for i, one in states.items() if i not in ours_alone}
     others = {k: v for k, v in state.items() if k != KEY}
     return {**others, "state": filled, "param_groups": groups}
 
@@ -265,12 +271,13 @@ class Restored:
             ValueError: the state is of a method with other settings.
         """
         state = {}
+        of_all = json.loads(self.common["method"])
         for name, value in fresh.items():
             if common is None or name in common:
-                # What is empty is not saved: torch.distributed.checkpoint would leave it out.
-                there = self.common.get("method", {}).get(name)
+                there = of_all.get(name)
                 if there is not None:
-                    there = torch.tensor(there, dtype=value.dtype, device="cpu")
+                    shape, numbers = there
+                    there = torch.tensor(numbers, dtype=value.dtype, device="cpu").view(shape)
                 state[name] = fitting(name, there, value)
                 continue
             state[name] = value.clone()
@@ -281,14 +288,17 @@ class Restored:
         return state
 
 
+def written(state: Mapping[str, Tensor]) -> str:
+    """Return small tensors by name as JSON: their shapes and, to the bit, their numbers."""
+    return json.dumps({k: [list(v.shape), v.flatten().tolist()] for k, v in state.items()})
+
+
 def fitting(name: str, saved: Tensor | None, own: Tensor) -> Tensor:
     """Return an entry of a method's state as it is kept here.
 
     Raises:
         ValueError: it is missing, or of another shape.
     """
-    if saved is None and own.numel() == 0:
-        return own.clone()
     if saved is None or saved.shape != own.shape:
         there = "missing" if saved is None else list(saved.shape)
         raise ValueError(

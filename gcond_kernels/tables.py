@@ -311,19 +311,3 @@ def is_aligned(*tensors: Tensor | None) -> bool:
         )
         for tensor in tensors
     )
-
-
-class HostFlag:
-    """Temporary."""
-
-    def __init__(self) -> None:
-        self._known = False
-
-    def note(self, flag: Tensor) -> None:
-        """Note."""
-        self._known = self._known or bool(flag)
-
-    @property
-    def known(self) -> bool:
-        """Known."""
-        return self._known

@@ -45,8 +45,8 @@ def where(folder):
     if not (folder / CHECKPOINT).exists():
         return 0, 0
     state = torch.load(folder / CHECKPOINT)
-    (group,) = state["optimizer"]["param_groups"]
-    return state["position"], group["gcond"]["window"]["position"]
+    window = state["optimizer"]["param_groups"][0]["gcond"]["window"]
+    return state["position"], window["position"]
 
 
 @pytest.mark.parametrize("mode", [slow("exact"), "stochastic"])

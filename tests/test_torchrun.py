@@ -39,9 +39,3 @@ def test_it_learns_and_goes_on_from_its_checkpoint(tmp_path):
     )
     assert all(there > here + 5 for here, there in zip(before, after, strict=True))
     assert "nothing left" in run(1, "--steps", "40", "--checkpoint", str(tmp_path))
-
-
-def test_each_rank_for_itself():
-    said = run(2, "--steps", "5", "--sync", "local")
-    assert "model: the same on 2 ranks" in said
-    assert "winners: NOT the same on 2 ranks" in said
