@@ -546,9 +546,7 @@ def test_every_ranks_own_state_goes_on_to_the_same_bits(ranks2, tmp_path, way):
     assert ranks2(t.state_of_rank, way, str(tmp_path), "each") == [True, True]
 
 
-@pytest.mark.parametrize(
-    ("way", "method"), [("shard", "by tensor"), ("fsdp", "by tensor")]
-)
+@pytest.mark.parametrize(("way", "method"), [("shard", "by tensor"), ("fsdp", "by tensor")])
 def test_so_does_that_of_any_method(ranks2, tmp_path, way, method):
     options = METHODS[method]
     assert ranks2(t.state_of_rank, way, str(tmp_path), "each", options) == [True, True]
