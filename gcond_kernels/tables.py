@@ -268,7 +268,7 @@ class HostFlag:
         # Asked during a capture, an event makes CUDA give the capture up.
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
-        if not self._copied.query():
+        if not self._copied.query():  # type: ignore[no-untyped-call]
             return
         assert self._host is not None
         self._known = bool(self._host)
@@ -283,7 +283,7 @@ class HostFlag:
         if self._host is None:
             self._host = torch.zeros((), dtype=torch.bool, device="cpu", pin_memory=True)
         self._host.copy_(flag, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(flag.device))
         return event
 
