@@ -500,7 +500,7 @@ class Driver:
         self.check_history()
         self.seen["conflicts"] += len(outcome.conflicts)
         self.seen["skipped"] += outcome.skipped
-        self.seen["beyond float16"] += outcome.skipped and not bad
+        self.seen["beyond float16"] += outcome.skipped and bool(outcome.taking_part)
         self.seen["dropped"] += bool(bad) and not outcome.skipped
         if outcome.skipped:
             same_state = same(self.optimizer.before, kept_of(self.optimizer))

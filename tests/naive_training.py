@@ -47,7 +47,8 @@ class Outcome(NamedTuple):
 
     Attributes:
         skipped: whether it is left out.
-        taking_part: the tasks that are resolved.
+        taking_part: the tasks that are resolved; if the step is skipped none, or those whose sum
+            leaves float16.
         written: per parameter the new `.grad`, None where there is none.
         slack: per parameter how far each element may be off, before it is rounded to its type.
         conflicts: (i, j, winner) of each conflict that is resolved.
@@ -178,14 +179,14 @@ class NaiveTraining:
             if outcome.skipped:
                 self.__dict__.update(before)
         else:
-            outcome = self._skipped(False)
+            outcome = self._skipped([], False)
         self.skipped_steps += outcome.skipped
         self.start_window()
         return outcome
 
-    def _skipped(self, undecided: bool) -> Outcome:
+    def _skipped(self, going: list[int], undecided: bool) -> Outcome:
         zeros, nothing = self._of_parameters(np.zeros(self.N), self._written()), np.zeros(self.K)
-        return Outcome(True, [], zeros, zeros, [], nothing, nothing, undecided)
+        return Outcome(True, going, zeros, zeros, [], nothing, nothing, undecided)
 
     def _written(self) -> list[int]:
         """The parameters that get a gradient: not those whose tasks all had no micro-batch."""
@@ -209,7 +210,7 @@ class NaiveTraining:
         slack = (off * np.abs(self.vectors) + ROUNDING * np.abs(each) * self.scales).sum(0)
         beyond = self._leaves_float16(g, slack)
         if beyond is None or beyond:
-            return self._skipped(beyond is None)
+            return self._skipped(going, beyond is None)
         g, slack = self._averaged(g, slack, written)
         terms = self._norms_of_terms(weights)
         if self.o.update == "lion_lars":
