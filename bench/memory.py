@@ -25,7 +25,6 @@ from gcond_kernels.bench.machine import cpu_name
 from gcond_kernels.bench.training import peak_bytes
 
 MICRO_BATCHES = 2
-HARVESTS = ("bucketed", "whole")
 
 
 def main() -> None:
@@ -40,11 +39,10 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = arguments.width, arguments.layers, device
 
-    runs = [("plain accumulation", 1, None)]
-    runs += [(f'harvest="{h}"', tasks, h) for tasks in arguments.tasks for h in HARVESTS]
+    runs = [("plain accumulation", 1), *(("GCondFused", tasks) for tasks in arguments.tasks)]
     figures = []
-    for name, tasks, harvest in track(runs, "measuring"):
-        run, size = plain_window(*shape) if harvest is None else window(tasks, harvest, *shape)
+    for name, tasks in track(runs, "measuring"):
+        run, size = window(tasks, *shape) if name == "GCondFused" else plain_window(*shape)
         peak = peak_bytes(run, device) / size
         figures.append({"what": name, "tasks": tasks, "bytes_per_parameter": round(peak, 2)})
 
@@ -73,16 +71,13 @@ def model_and_batch(width: int, layers: int, device: str) -> tuple[nn.Module, to
     return model, torch.randn(1, width, device=device)
 
 
-def window(
-    tasks: int, harvest: str, width: int, layers: int, device: str
-) -> tuple[Callable[[], None], int]:
+def window(tasks: int, width: int, layers: int, device: str) -> tuple[Callable[[], None], int]:
     """A window of GCondFused with functions as losses, and the number of parameters."""
     model, x = model_and_batch(width, layers, device)
     optimizer = GCondFused(
         torch.optim.SGD(model.parameters(), lr=0.1),
         {f"task {k}": 1.0 for k in range(tasks)},
         accumulation_steps=MICRO_BATCHES,
-        harvest=harvest,
     )
 
     def run() -> None:

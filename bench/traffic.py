@@ -114,14 +114,6 @@ REPLICATE = Way(
     "2 · s · 4K · N",
     "(4K + 2K + 4 + 2) · N",
 )
-LOCAL = Way(
-    "DDP",
-    '`sync="local"`',
-    lambda r: 2 * r.s * ROW * r.N,
-    whole_rows,
-    "2 · s · 4 · N",
-    "(4K + 2K + 4 + 2) · N",
-)
 FSDP_PLAIN = Way(
     "FSDP2",
     "plain sum",
@@ -146,7 +138,7 @@ FSDP_EXACT = Way(
     "A · s · (2 + K · (2 + 4)) · N",
     "(4K + 2K + 4 + 4) · N / P",
 )
-WAYS = (PLAIN, SHARD, REPLICATE, LOCAL, FSDP_PLAIN, FSDP_STOCHASTIC, FSDP_EXACT)
+WAYS = (PLAIN, SHARD, REPLICATE, FSDP_PLAIN, FSDP_STOCHASTIC, FSDP_EXACT)
 
 
 def main() -> None:
@@ -312,14 +304,11 @@ optimizer's state.
 
 ## Which `sync` to take
 
-- **`"shard"`**, the default, needs the least memory of the three: history and momentum are cut
+- **`"shard"`**, the default, needs less memory: history and momentum are cut
   among the ranks, and `.grad` lies in a row. Of what
   `"replicate"` sends it sends {ratios}.
 - **`"replicate"`** decides the same, and keeps on every rank what one process would keep. It
   sends more and needs more memory.
-- **`"local"`** sends the same whatever the number of tasks: with two or more the least of the
-  three. It is another method: every rank decides by its own gradients, and the results are
-  averaged. It needs as much memory as `"replicate"`.
 - With **FSDP2** there is no `sync` to take, for gradients are reduced in the backward pass. What
   there is to choose is the mode: stochastic mode sends what the plain sum does, 8 bytes per
   parameter and micro-batch; exact mode sends 2 + 6K.
@@ -349,8 +338,7 @@ The plain sum is training without GCond; `sync` and `mode` are options of `GCond
   in the last row.
 - *`sync="replicate"`*: an all-reduce of K rows. Memory: rows, history, momentum, and `.grad`,
   which in bfloat16 cannot lie in a row of float32.
-- *`sync="local"`*: an all-reduce of the result, in float32. Memory: as with `"replicate"`.
-- With these three, exact and stochastic mode send the same, whatever A is.
+- With these two, exact and stochastic mode send the same, whatever A is.
 - *FSDP2, plain sum*: in each micro-batch the weights are gathered for the forward and again for
   the backward pass, and the gradient is reduce-scattered. Memory: `.grad`.
 - *FSDP2, `mode="stochastic"`*: the same passes. Memory, all of it of one rank's part: rows,
@@ -365,7 +353,7 @@ Not counted, because it is small:
 - The inner products that all ranks decide by: one all-reduce of T · R² + 2K² numbers in float64,
   with T parameter tensors and R = K + 1 (R = K without momentum, or without `max_norm`). For
   T = {tensors}, K = {K}, R = {R} a rank sends {decision} MB in a window; the rows of 1 B parameters
-  are {rows} GB with `"shard"`. With `"local"` it is an all-reduce of K bytes.
+  are {rows} GB with `"shard"`.
 - How many micro-batches each rank had, 8 · (K + 3) bytes from each to every other; and what a
   row is padded with, at most 128 bytes per tensor and per rank.
 
@@ -375,8 +363,8 @@ Not counted, and to be added where it matters:
   time.
 - With DDP, gradients on their way to a row. Where it knows the model (`module=`), `GCondFused`
   takes them in buckets of 32 MB, or of N / 32 bytes where that is more: one bucket and one layer
-  are alive. Without, or with `harvest="whole"`, it is a whole gradient, 2 · N.
-- DistributedDataParallel's own buckets, 2 · N in all four ways: they are made when the model is
+  are alive. Without, it is a whole gradient, 2 · N.
+- DistributedDataParallel's own buckets, 2 · N in all three ways: they are made when the model is
   wrapped, used or not. With `gradient_as_bucket_view=True` the plain sum has its `.grad` in
   them.
 - The copy of weights and state that a base optimizer with `capturable=True` and without

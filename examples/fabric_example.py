@@ -14,7 +14,9 @@ def prepare(fabric):
     data = torch.utils.data.TensorDataset(x, x[:, :2] - x[:, 2:4])
     model = fabric.setup(torch.nn.Linear(8, 2))  # first, so that GCondFused sees the DDP
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    gcond = GCondFused(sgd, {"l1": 0.85, "mse": 0.15}, accumulation_steps=8, module=model)
+    scaler = getattr(fabric.strategy.precision, "scaler", None)  # with precision="16-mixed"
+    options = {"module": model, "grad_scaler": scaler, "accumulation_steps": 8}
+    gcond = GCondFused(sgd, {"l1": 0.85, "mse": 0.15}, **options)
     loader = fabric.setup_dataloaders(torch.utils.data.DataLoader(data, batch_size=8))
     return model, fabric.setup_optimizers(gcond), loader
 
@@ -22,9 +24,9 @@ def prepare(fabric):
 def train(fabric, model, optimizer, scheduler, loader):
     """One epoch; its last window may be short."""
     for number, (x, y) in enumerate(loader, start=1):
-        prediction = model(x)
+        with fabric.autocast():
+            prediction = model.module(x)  # in mixed precision model(x) asks for fabric.backward
         losses = {task: loss(prediction, y) for task, loss in LOSSES.items()}
-        # In the place of fabric.backward; True with the last micro-batch of a window.
         if optimizer.backward(losses) or number == len(loader):
             optimizer.resolve()  # what is not resolved yet: the short window at the end
             fabric.clip_gradients(model, optimizer, max_norm=0.5)
@@ -38,4 +40,3 @@ if __name__ == "__main__":
     model, optimizer, loader = prepare(fabric)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     train(fabric, model, optimizer, scheduler, loader)
-    fabric.print(optimizer.report().cosines)

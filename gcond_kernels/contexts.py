@@ -65,7 +65,8 @@ def fixed_precision(function: F | None = None) -> F | AbstractContextManager[Non
 
     A decorator, `@fixed_precision`, and a context manager, `with fixed_precision():`. One may lie
     within another. What is made within is no inference tensor, so that it can be kept and changed.
-    While torch.compile traces it changes nothing.
+    While torch.compile traces, the context manager changes nothing, and the decorator leaves no
+    inference mode.
     """
     if function is not None:
         return _wrapped(function, leaves_inference=True)
@@ -85,7 +86,7 @@ def _wrapped(function: F, leaves_inference: bool) -> F:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return function(*args, **kwargs)
+            return _traced(function, args, kwargs)
         with _Fixed(leaves_inference):
             result = function(*args, **kwargs)
         if torch.is_inference_mode_enabled():
@@ -94,6 +95,15 @@ def _wrapped(function: F, leaves_inference: bool) -> F:
         return result
 
     return run  # type: ignore[return-value]
+
+
+def _traced(function: F, args: Any, kwargs: Any) -> Any:
+    """Call a function that torch.compile traces: it knows these contexts, and not `_Fixed`."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        if not torch.is_autocast_enabled("cuda"):
+            return function(*args, **kwargs)
+        with torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
 
 
 def _normal(result: Any) -> Any:

@@ -603,6 +603,9 @@ class GCondFused(torch.optim.Optimizer):
         self._begin_window()
         now.running = True
         try:
+            if not given and self._loss_scale is not None:
+                # GradScaler.step asks for a scale also where there was no loss to scale.
+                self._loss_scale.inverse(self._device())
             self._back_propagate(given)
             self._check_reached()
         except BaseException as error:
@@ -787,7 +790,7 @@ class GCondFused(torch.optim.Optimizer):
             stacklevel=3,
         )
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def resolve(self) -> None:
         """Resolve the window's conflicts and write `.grad`, where `backward` has not done so.
 
@@ -987,7 +990,8 @@ class GCondFused(torch.optim.Optimizer):
             )
             finite = finite & self._sync.on_all_ranks(fit)
         kept = torch.where(finite, decision.weights, 0.0)
-        return decision._replace(weights=kept, finite=finite)
+        events = torch.where(finite, decision.events, float("nan"))
+        return decision._replace(weights=kept, events=events, finite=finite)
 
     def _snapshot(self) -> dict[str, Any]:
         """What a decision changes before it is known to be one."""
@@ -1000,12 +1004,10 @@ class GCondFused(torch.optim.Optimizer):
 
     def _restore(self, before: dict[str, Any], where: Tensor | None = None) -> None:
         """Put a snapshot back, where a flag on the device says so; None is always."""
-        acc = self._accumulator
-        if where is None:
-            acc.owners.copy_(before["owners"])
-            acc.compared.copy_(before["compared"])
-        for name, value in self._now.method_state.items():
-            old = before["state"][name]
+        acc, state = self._accumulator, self._now.method_state
+        changed = [(value, before["state"][name]) for name, value in state.items()]
+        changed += [(acc.owners, before["owners"]), (acc.compared, before["compared"])]
+        for value, old in changed:
             value.copy_(old if where is None else torch.where(where, old, value))
 
     def _leave_out_absent(self, work: Work, counts: Sequence[int]) -> None:
@@ -1039,7 +1041,6 @@ class GCondFused(torch.optim.Optimizer):
         shared, changed = acc.note_owners(
             seen, finite, shared_among(active, isinstance(o.method, GCond))
         )
-        now.all_shared.note((acc.owners.sum(1) > 1).all())
         if o.granularity == "model" and "history_gramian" in now.method_state:
             # Norms of the history are known of the tensors alone that were compared before.
             history = now.method_state["history_gramian"]
@@ -1135,6 +1136,7 @@ class GCondFused(torch.optim.Optimizer):
         now, acc = self._now, self._accumulator
         skipped = (~decision.finite).view(1)
         now.counters += torch.cat([torch.ones_like(skipped), skipped, now.nonfinite])
+        now.all_shared.note((acc.owners.sum(1) > 1).all())
         names = [segment.name for segment in acc.segments]
         K = len(self._weights)
         now.last = Resolution(

@@ -133,7 +133,7 @@ class Recorder:
 
     def _make_room(self, device: torch.device, parameter_names: Sequence[str]) -> bool:
         """Memory on this device for these parameters; False where there can be none now."""
-        K, T = len(self.tasks), len(parameter_names)
+        K = len(self.tasks)
         as_before = self._parameter_names == list(parameter_names)
         if self._ring is not None and self._ring.device == device and as_before:
             return True
@@ -181,7 +181,7 @@ class Recorder:
         if self._ring is None:
             return
         # As `_row` has it. NaN is read as None; in the Gramian 0 is, for a task without a gradient.
-        S, weights, dropped, squares, rest = self._ring.split([K * K, K, K, K, 4], dim=1)
+        S, weights, dropped, squares, rest = torch.split(self._ring, [K * K, K, K, K, 4], dim=1)
         S = torch.nn.functional.pad(S.view(-1, K, K), (0, 1, 0, 1)).flatten(1)
         zero = torch.zeros_like(self._ring[:, :1])
         unknown = zero + math.nan

@@ -6,6 +6,8 @@ A table of addresses is made once for a set of tensors and found again by the ad
 themselves: gradients are allocated anew for every backward pass, mostly at the same places.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -223,6 +225,69 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+class HostFlag:
+    """A flag of the device that the host learns of a little later, without waiting for it."""
+
+    def __init__(self) -> None:
+        self._known = False
+        self._host: Tensor | None = None  # [] bool in pinned memory, once there is need for it
+        self._copied: torch.cuda.Event | None = None  # while a copy is pending
+
+    def __reduce__(self) -> tuple[type[HostFlag], tuple[()]]:
+        return HostFlag, ()  # a copy has seen nothing yet: an event is of one process
+
+    def note(self, flag: Tensor) -> bool:
+        """Start a copy of a flag, [] bool; of a CPU's it is read at once.
+
+        Returns:
+            Whether it was noted: not while a CUDA graph is captured or a copy is pending, nor once
+            one is known to have been True.
+        """
+        device = flag.device
+        if device.type == "meta" or is_capturing(device):
+            return False
+        self._look()
+        if self._known or self._copied is not None:
+            return False
+        if self._is_on_host(device):
+            self._known = bool(flag)
+        else:
+            self._copied = self._start_copy(flag)
+        return True
+
+    @property
+    def known(self) -> bool:
+        """Whether a flag that was noted is known to be True; once it is, it stays so."""
+        self._look()
+        return self._known
+
+    def _look(self) -> None:
+        """Read the copy where it is there."""
+        if self._copied is None:
+            return
+        # Asked during a capture, an event makes CUDA give the capture up.
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return
+        if not self._copied.query():
+            return
+        assert self._host is not None
+        self._known = bool(self._host)
+        self._copied = None
+
+    def _is_on_host(self, device: torch.device) -> bool:
+        return device.type != "cuda"  # of others the host asks: there are no events of one kind
+
+    @fixed_precision  # the memory is kept
+    def _start_copy(self, flag: Tensor) -> torch.cuda.Event:
+        """Start a copy to the host; the event is done when that is."""
+        if self._host is None:
+            self._host = torch.zeros((), dtype=torch.bool, device="cpu", pin_memory=True)
+        self._host.copy_(flag, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(flag.device))
+        return event
+
+
 def keep_if_captured(*tables: Tensor) -> None:
     """Holds on to tables that a graph under capture will read at every replay."""
     if is_capturing(tables[0].device):
@@ -246,19 +311,3 @@ def is_aligned(*tensors: Tensor | None) -> bool:
         )
         for tensor in tensors
     )
-
-
-class HostFlag:
-    """Temporary."""
-
-    def __init__(self) -> None:
-        self._known = False
-
-    def note(self, flag: Tensor) -> None:
-        """Note."""
-        self._known = self._known or bool(flag)
-
-    @property
-    def known(self) -> bool:
-        """Known."""
-        return self._known

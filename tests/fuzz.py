@@ -1,8 +1,10 @@
 """Random configurations of GCondFused, each driven through some steps beside the reference."""
 
+import copy
 import io
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -42,6 +44,10 @@ class Parameter:
     layout: str
     exponent: int
 
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        return self.grad_dtype or self.dtype
+
     def make(self, values: np.random.Generator) -> nn.Parameter:
         data = torch.from_numpy(np.asarray(values.normal(size=self.shape))).to(self.dtype)
         if self.layout == "channels_last":
@@ -69,7 +75,6 @@ class Configuration:
     max_norm: float | None
     accumulator_dtype: torch.dtype
     history_dtype: torch.dtype
-    harvest: str
     bucket_bytes: int
     on_nonfinite: str
     scaler: tuple[float, int] | None  # init_scale, growth_interval
@@ -84,6 +89,8 @@ class Configuration:
     faults: float  # how often a task's gradient holds a NaN or an infinity
     short: float  # how often a window ends early
     gone: float  # how often a micro-batch leaves a parameter out
+    absent: float  # how often a micro-batch has nothing for a task
+    lost: float  # how often a window is dropped, or fails, before one that is not
     late: Moment | None  # when the last parameter is added
     frozen: tuple[Moment, Moment] | None  # from when to when parameter 1 is frozen
     reload: Moment | None  # when state is saved, and loaded into a new optimizer
@@ -107,10 +114,13 @@ def draw(seed: int) -> Configuration:
     A = r.randint(1, 6) if mode == "exact" else r.randint(K, 6)
     weights = [r.choice([1.0, 1.0, 0.5, 0.3, 2.0, 0.0]) for _ in range(K)]
     weights[0] = weights[0] if any(weights) else 0.7
+    storage = [r.choice([torch.float32, torch.float32, torch.bfloat16]) for _ in range(2)]
+    if torch.bfloat16 in storage:  # what is accumulated is a multiple of λ / A: of powers of two
+        A = {3: 2, 5: 4, 6: 4}.get(A, A) if mode == "exact" else min(A, 2 * K)
+        weights = [{0.3: 0.25, 0.7: 0.5}.get(weight, weight) for weight in weights]
     parameters = draw_parameters(r)
     half = any(torch.float16 in (p.dtype, p.grad_dtype) for p in parameters)
-    exponent = r.randint(-8, 0) if half else r.randint(-20, 20)
-    storage = [r.choice([torch.float32, torch.float32, torch.bfloat16]) for _ in range(2)]
+    exponent = r.choice([r.randint(-8, 0)] * 2 + [12]) if half else r.randint(-20, 20)
     integers = torch.bfloat16 in storage or r.random() < 0.3
     return Configuration(
         seed=seed,
@@ -143,7 +153,6 @@ def draw_options(r: random.Random, size: float) -> dict[str, Any]:
         "momentum": r.choice([0.0, 0.5, 0.9]),
         "update": update,
         "max_norm": size * r.choice([1.0, 50.0]) if clipped else None,
-        "harvest": r.choice(["bucketed", "bucketed", "whole"]),
         "bucket_bytes": r.choice([1, 100, 32 << 20]),
         "on_nonfinite": on_nonfinite,
         "scaler": (2.0 ** r.randint(4, 16), r.randint(1, 3)) if scaled else None,
@@ -169,6 +178,8 @@ def draw_events(r: random.Random, accumulation_steps: int, parameters: int) -> d
         "faults": sometimes(0.4, 0.15) or 0.0,
         "short": sometimes(0.4, 0.3) or 0.0,
         "gone": sometimes(0.5, 0.2) or 0.0,
+        "absent": sometimes(0.4, 0.3) or 0.0,
+        "lost": sometimes(0.3, 0.3) or 0.0,
         "late": sometimes(0.3 * several, moment()),
         "frozen": sometimes(0.3 * several, tuple(sorted([moment(), moment()]))),
         "reload": sometimes(0.3, moment()),
@@ -217,6 +228,28 @@ def draw_method(r: random.Random, size: float) -> GCond:
     )
 
 
+class Watched(GCondFused):
+    """Remembers what there was when a window was resolved."""
+
+    def resolve(self) -> None:
+        if not self._now.resolved:
+            self.before = kept_of(self)
+        super().resolve()
+
+
+def kept_of(optimizer: GCondFused) -> dict[str, Any]:
+    """A copy of what a step that is skipped leaves as it is."""
+    state = copy.deepcopy(optimizer.state_dict())
+    own = [entry["gcond"] for entry in state["state"].values()]
+    for entry in own:
+        for name in ("sums", "touched"):  # of the window
+            entry.pop(name, None)
+    for group in state["param_groups"]:
+        for name in ("counters", "window"):
+            del group["gcond"][name]
+    return {"state": state["state"], "param_groups": state["param_groups"]}
+
+
 class Driver:
     """One configuration, as a user drives it, and the reference beside it."""
 
@@ -241,8 +274,9 @@ class Driver:
         self.base_vectors = self.values.normal(size=(len(c.weights), sum(self.sizes)))
         self.reference = NaiveTraining(
             Options(
-                c.weights, self.sizes, c.accumulation_steps, c.mode, c.method, c.momentum,
-                c.update, 1e-4, 100.0, c.max_norm,
+                c.weights, self.sizes, tuple(p.gradient_dtype == F16 for p in c.parameters),
+                c.accumulation_steps, c.mode, c.method, c.momentum, c.update, 1e-4, 100.0,
+                c.max_norm,
             ),
             c.seed,
         )  # fmt: skip
@@ -254,7 +288,7 @@ class Driver:
             lr=self.lr,
             weight_decay=c.weight_decay / self.lr,
         )
-        return GCondFused(
+        return Watched(
             base,
             dict(zip(self.names, c.weights, strict=True)),
             accumulation_steps=c.accumulation_steps,
@@ -265,7 +299,6 @@ class Driver:
             max_norm=c.max_norm,
             accumulator_dtype=c.accumulator_dtype,
             history_dtype=c.history_dtype,
-            harvest=c.harvest,
             on_nonfinite=c.on_nonfinite,
             grad_scaler=self.scaler,
             record_steps=c.record_steps,
@@ -275,8 +308,9 @@ class Driver:
     def run(self) -> Counter[str]:
         """Compares every step; stops where rounding may decide otherwise. What there was to see."""
         for step in range(self.c.steps):
-            self.window(step)
-            if not self.step():
+            if self.random.random() < self.c.lost:
+                self.lost_window()
+            if not self.window(step):
                 self.seen["stopped"] += 1
                 break
             self.seen["compared"] += 1
@@ -284,19 +318,70 @@ class Driver:
 
     # A window.
 
-    def window(self, step: int) -> None:
-        length = self.c.accumulation_steps
-        if self.random.random() < self.c.short:
-            length = self.random.randint(1, length)
-        # What each task goes after stays, so that it resembles its history, but not all of it.
+    def window(self, step: int) -> bool:
+        """Both step. False where rounding may decide otherwise, after which they part."""
+        A = self.c.accumulation_steps
+        length = self.random.randint(1, A) if self.random.random() < self.c.short else A
+        around = self.around()
+        for number in range(length - 1):
+            self.happenings((step, number))
+            assert not self.optimizer.backward(self.losses(around))
+        self.happenings((step, length - 1))
+        losses = self.losses(around)
+        # What is raised is met by one of the others.
+        raising = self.c.on_nonfinite == "raise"
+        policy = self.random.choice(["skip", "drop_task"]) if raising else self.c.on_nonfinite
+        bad = self.reference.nonfinite()
+        norms = [float(p.detach().double().norm()) for p in self.parameters]
+        outcome = self.reference.step(policy == "drop_task", norms)
+        if outcome is not None and outcome.undecided:
+            return False
+        raises = raising and outcome is not None and bool(bad or outcome.skipped)
+        if length < A:
+            assert not self.optimizer.backward(losses)
+            if raises:
+                self.check_raised(bad, self.random.choice([self.optimizer.resolve, self.step]))
+        elif raises:
+            self.check_raised(bad, lambda: self.optimizer.backward(losses))
+            if self.random.random() < 0.3:  # and again
+                self.check_raised(bad, self.random.choice([self.optimizer.resolve, self.step]))
+        else:
+            assert self.optimizer.backward(losses)
+        self.optimizer.on_nonfinite = policy
+        self.finish(outcome, bad)
+        self.optimizer.on_nonfinite = self.c.on_nonfinite
+        return True
+
+    def around(self) -> np.ndarray:
+        """What each task goes after in a window."""
+        # It stays, so that it resembles its history, but not all of it.
         drift = self.values.normal(size=self.base_vectors.shape)
         around = 0.7 * self.base_vectors + 0.7 * drift
         around -= self.c.pull * around.mean(axis=0) * (len(around) > 1)
         around *= (self.values.random(len(around)) > 0.05)[:, None]  # sometimes a zero gradient
-        for number in range(length):
-            self.happenings((step, number))
-            full = self.micro_batch(around)
-            assert full == (number + 1 == self.c.accumulation_steps)
+        return around
+
+    def lost_window(self) -> None:
+        """A window that is dropped, or in which a backward pass fails: as if it had not been."""
+        optimizer = self.optimizer
+
+        def broken():
+            raise ArithmeticError
+
+        for _ in range(self.random.randrange(self.c.accumulation_steps)):
+            gradients = self.gradients(self.around())
+            losses = {}
+            for name in optimizer.active_tasks:
+                k = self.names.index(name)
+                losses[name] = self.loss({i: gradients[k][i] for i in self.used_by(k)})
+            optimizer.backward(losses)
+        if self.random.random() < 0.5:
+            optimizer.drop_window()
+        else:
+            losses = dict.fromkeys(optimizer.active_tasks, broken)
+            with pytest.warns(UserWarning, match="is dropped"), pytest.raises(ArithmeticError):
+                optimizer.backward(losses)
+        self.seen["lost"] += 1
 
     def happenings(self, now: Moment) -> None:
         c = self.c
@@ -321,14 +406,19 @@ class Driver:
         self.optimizer = self.new_optimizer([g["params"] for g in self.optimizer.param_groups])
         self.optimizer.load_state_dict(torch.load(buffer))
 
-    def micro_batch(self, around) -> bool:
+    def losses(self, around) -> dict[str, Any]:
+        """Of one micro-batch; the reference is told of their gradients."""
         active = self.reference.active()
         assert self.optimizer.active_tasks == tuple(self.names[k] for k in active)
         gradients = self.gradients(around)
         losses = {}
         for number, k in enumerate(active):
+            if self.random.random() < self.c.absent:
+                if self.c.mode == "stochastic" or self.random.random() < 0.5:
+                    losses[self.names[k]] = None
+                continue
             parts = self.with_fault({i: gradients[k][i] for i in self.used_by(k)})
-            self.reference.add(k, {i: self.as_autograd(i, part) for i, part in parts.items()})
+            self.reference.add(k, {i: self.as_autograd(k, i, part) for i, part in parts.items()})
             as_function = {"tensors": False, "functions": True, "mixed": number % 2 == 0}
             losses[self.names[k]] = (
                 (lambda parts=parts: self.loss(parts))
@@ -336,7 +426,7 @@ class Driver:
                 else self.loss(parts)
             )
         self.reference.position += 1
-        return self.optimizer.backward(losses)
+        return losses
 
     def gradients(self, around) -> list[list[torch.Tensor]]:
         """Per task and parameter a tensor of the parameter's type."""
@@ -377,81 +467,69 @@ class Driver:
         """Has exactly these parts as its gradients."""
         return sum((self.parameters[i] * part).sum().float() for i, part in parts.items())
 
-    def as_autograd(self, i: int, part: torch.Tensor) -> np.ndarray:
-        """The gradient as a backward pass leaves it, a scaled loss included, without the scale."""
+    def as_autograd(self, task: int, i: int, part: torch.Tensor) -> np.ndarray:
+        """The gradient as a backward pass leaves it, a scaled loss included, without the scale.
+
+        The loss is a float32 number, and has been multiplied by λ / A.
+        """
         spec, scale = self.c.parameters[i], 1.0
+        of_loss = torch.tensor(self.c.weights[task] / self.reference.planned()[task])
         if self.scaler is not None:
             self.scaler.scale(torch.ones(()))
             scale = self.scaler.get_scale()
-            part = torch.tensor(scale).to(spec.dtype) * part  # float16 may overflow here
-        part = part.to(spec.grad_dtype or spec.dtype)
-        return part.double().flatten().numpy() / scale
+        part = (of_loss * scale).to(spec.dtype) * part  # float16 may overflow here
+        return part.to(spec.gradient_dtype).double().flatten().numpy() / scale
 
     # A step.
 
-    def step(self) -> bool:
-        """Both step. False where rounding may decide otherwise, after which they part."""
-        reference, optimizer = self.reference, self.optimizer
-        bad, policy = reference.nonfinite(), self.c.on_nonfinite
-        if bad and policy == "raise":
-            self.check_raised(bad)
-            policy = optimizer.on_nonfinite = self.random.choice(["skip", "drop_task"])
+    def finish(self, outcome: Outcome | None, bad: dict[int, list[int]]) -> None:
+        """Steps, and compares."""
         before = [p.detach().clone() for p in self.parameters]
-        frozen = {i for i, p in enumerate(self.parameters) if not p.requires_grad}
-        norms = [float(p.double().norm()) for p in before]
-        state = self.kept_state() if bad else None
-        outcome = reference.step(policy == "drop_task", frozen, norms)
-        factor = self.resolve_first() if self.random.random() < 0.3 else 1.0
-        if self.scaler is not None and self.random.random() < 0.5:
-            self.scaler.step(optimizer)
-        else:
-            optimizer.step()
-        optimizer.on_nonfinite = self.c.on_nonfinite
-        if outcome.undecided:
-            return False
-        self.check_scaler(bool(bad))
+        factor = self.change_gradients() if self.random.random() < 0.3 else 1.0
+        self.step()
+        if outcome is None:
+            self.seen["empty"] += 1
+            assert all(p.grad is None for p in self.parameters)
+            assert all(map(torch.equal, before, self.parameters))
+            assert same(self.optimizer.before, kept_of(self.optimizer))
+            self.check_scaler(False)
+            return
+        self.check_scaler(bool(bad) or outcome.skipped)
         self.check_report(outcome, bad)
         self.check_written(outcome, before, factor)
         self.check_history()
         self.seen["conflicts"] += len(outcome.conflicts)
         self.seen["skipped"] += outcome.skipped
+        self.seen["beyond float16"] += outcome.skipped and not bad
         self.seen["dropped"] += bool(bad) and not outcome.skipped
         if outcome.skipped:
-            after = self.kept_state()
-            if reference.history_anew:  # whatever became of the step
-                for kept in (state, after):
-                    kept[1].pop("history_gramian")
-            assert same(state, after), "a skipped step has changed something"
-        return True
+            same_state = same(self.optimizer.before, kept_of(self.optimizer))
+            assert same_state, "a skipped step has changed something"
 
-    def resolve_first(self) -> float:
-        """Resolves, and sometimes changes what was written before the step; returns the factor."""
-        self.optimizer.resolve()
+    def step(self) -> None:
+        if self.scaler is not None and self.random.random() < 0.5:
+            self.scaler.step(self.optimizer)
+        else:
+            self.optimizer.step()
+
+    def change_gradients(self) -> float:
+        """Sometimes what was written is changed before the step; returns the factor."""
+        self.optimizer.resolve()  # the window may be a short one
         factor = self.random.choice([1.0, 0.5])
         for p in self.parameters:
             if p.grad is not None and factor != 1.0:
                 p.grad.mul_(factor)
         return factor
 
-    def kept_state(self):
-        """Copies of what a step that is skipped leaves as it is."""
-        state = self.optimizer.state_dict()
-        buffer = io.BytesIO()
-        kept = {
-            key: state["gcond"]["accumulator"][key]
-            for key in ("history", "momentum", "momentum_steps")
-        }
-        torch.save((state["state"], state["gcond"]["method"], kept), buffer)
-        buffer.seek(0)
-        return torch.load(buffer)
-
-    def check_raised(self, bad: dict[int, list[int]]) -> None:
-        before = self.kept_state()
+    def check_raised(self, bad: dict[int, list[int]], call: Callable[[], object]) -> None:
         with pytest.raises(FloatingPointError) as error:
-            self.random.choice([self.optimizer.resolve, self.optimizer.step])()
-        assert same(before, self.kept_state()), "what raised has changed something"
+            call()
+        same_state = same(self.optimizer.before, kept_of(self.optimizer))
+        assert same_state, "what raised has changed something"
         for k, places in bad.items():
             assert any(f"task {self.names[k]!r}: parameter {i}" in str(error.value) for i in places)
+        if not bad:
+            assert "the resolved gradient is not finite" in str(error.value)
 
     def check_scaler(self, overflow: bool) -> None:
         if self.scaler is None:
@@ -485,20 +563,16 @@ class Driver:
 
     def check_history(self) -> None:
         """Decisions tell of a wrong history now and then; the saved state does so at once."""
-        state = self.optimizer.state_dict()["gcond"]
-        kept, scales = state["accumulator"], state["method"]["history_scale"].tolist()
-        if kept["history"] is None:
+        if not self.c.method.needs_history:
             return
-        places = zip(
-            kept["parameters"], kept["shapes"], kept["strides"], kept["offsets"], strict=True
-        )
+        state = self.optimizer.state_dict()
+        scales = state["param_groups"][0]["gcond"]["method"]["history_scale"]
         rounding = 2.0**-21  # the history is exact in its type; sums in float32 are not
-        for i, shape, stride, offset in places:
-            for k, row in enumerate(kept["history"]):
-                part = row.as_strided(shape, stride, row.storage_offset() + offset)
+        for i, of_parameter in state["state"].items():
+            segment = self.reference.segments[i]
+            for k, part in enumerate(of_parameter["gcond"]["history"].values()):
                 mass, last = self.reference.last_mass[k], self.reference.last[k]
                 found = scales[k] * part.double().flatten().numpy()
-                segment = self.reference.segments[i]
                 off = np.abs(found - last[segment]) > rounding * mass[segment]
                 assert not off.any(), f"history of task {k} in parameter {i}"
 
@@ -509,7 +583,7 @@ class Driver:
                 assert torch.equal(p, before[i]), f"parameter {i} has changed without a gradient"
                 continue
             assert p.grad is not None, f"parameter {i} has no gradient"
-            assert p.grad.dtype == (spec.grad_dtype or spec.dtype)
+            assert p.grad.dtype == spec.gradient_dtype
             expected, slack = factor * outcome.written[i], factor * outcome.slack[i]
             check_close(f"gradient {i}", p.grad, expected, slack)
             old = before[i].double().flatten().numpy()

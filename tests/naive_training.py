@@ -4,6 +4,7 @@ Of the package it knows the settings in `GCond` alone. Beside each number it kee
 computation may be off, and it says where rounding may decide otherwise.
 """
 
+import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,14 +19,19 @@ ROUNDING = 2.0**-21
 # Of an inner product, relative to the norms; float32 partial sums of that length do better.
 PRODUCT_ROUNDING = 2.0**-20
 TRUST_RATIO_EPS = 1e-8
+LARGEST_HALF = 65504.0
 
 
 @dataclass
 class Options:
-    """As those of GCondFused; `sizes` are numbers of elements of the parameters."""
+    """As those of GCondFused.
+
+    `sizes` are numbers of elements of the parameters, `halves` tells whose `.grad` is float16.
+    """
 
     weights: tuple[float, ...]
     sizes: tuple[int, ...]
+    halves: tuple[bool, ...]
     accumulation_steps: int
     mode: str
     method: GCond
@@ -60,6 +66,13 @@ class Outcome(NamedTuple):
     undecided: bool
 
 
+# What a step changes beside the counts of what happened.
+KEPT = (
+    "resolvers", "momentum", "momentum_slack", "momentum_steps", "last", "last_mass", "owners",
+    "was_shared",
+)  # fmt: skip
+
+
 class NaiveTraining:
     def __init__(self, options: Options, seed: int) -> None:
         self.o = o = options
@@ -73,7 +86,7 @@ class NaiveTraining:
         self.momentum_steps = np.zeros(len(o.sizes), dtype=int)
         # Of each task the gradient of the last step that it took part in.
         self.last, self.last_mass = np.zeros((self.K, self.N)), np.zeros((self.K, self.N))
-        # Which tasks ever had a gradient for each parameter.
+        # Which tasks ever had a gradient other than zero for each parameter.
         self.owners: list[set[int]] = [set() for _ in o.sizes]
         self.was_shared = [None] * len(o.sizes)
         self.steps, self.skipped_steps = 0, 0
@@ -96,7 +109,6 @@ class NaiveTraining:
         self.sums = np.zeros((self.K, self.N))
         self.mass = np.zeros((self.K, self.N))  # sums of magnitudes: what rounding is relative to
         self.touched: set[int] = set()
-        self.new_owners: list[set[int]] = [set() for _ in self.segments]
 
     def active(self) -> list[int]:
         """The tasks of the next micro-batch."""
@@ -105,24 +117,32 @@ class NaiveTraining:
             return []
         if self.o.mode == "exact":
             return list(range(K))
-        blocks = [A // K + (k < A % K) for k in range(K)]
-        return [next(k for k in range(K) if self.position < sum(blocks[: k + 1]))]
+        return [next(k for k in range(K) if self.position < sum(self.planned()[: k + 1]))]
+
+    def planned(self) -> list[int]:
+        """Micro-batches of each task in a full window."""
+        A, K = self.o.accumulation_steps, self.K
+        if self.o.mode == "exact":
+            return [A] * K
+        return [A // K + (k < A % K) for k in range(K)]
 
     def add(self, task: int, gradients: dict[int, np.ndarray]) -> None:
-        """A task's gradient in this micro-batch: flat, for the parameters that have one."""
+        """A task's gradient in this micro-batch: flat, for the parameters that have one.
+
+        It is that of the loss times λ_k / (its planned micro-batches), as a plain loop has it.
+        """
         self.counts[task] += 1
         for i, gradient in gradients.items():
             with np.errstate(invalid="ignore"):  # infinity minus infinity
                 self.sums[task, self.segments[i]] += gradient
             self.mass[task, self.segments[i]] += np.abs(gradient)
             self.touched.add(i)
-            self.new_owners[i].add(task)
 
     def shares(self) -> list[float]:
-        """λ_k / n_k."""
+        """What makes the mean over the micro-batches that there were of what was added."""
         return [
-            w / count if count else 0.0
-            for w, count in zip(self.o.weights, self.counts, strict=True)
+            planned / count if count and w else 0.0
+            for w, planned, count in zip(self.o.weights, self.planned(), self.counts, strict=True)
         ]
 
     def nonfinite(self) -> dict[int, list[int]]:
@@ -136,36 +156,50 @@ class NaiveTraining:
 
     # A step.
 
-    def step(self, drop: bool, frozen: set[int], parameter_norms: list[float]) -> Outcome:
-        """Resolves the window and starts another.
+    def step(self, drop: bool, parameter_norms: list[float]) -> Outcome | None:
+        """Resolves the window and starts another. None where no task had a micro-batch.
 
         Args:
             drop: whether tasks that are not finite sit it out; else the step is skipped.
-            frozen: parameters that want no gradient now.
             parameter_norms: of the parameters as they are.
         """
+        if not any(self.counts):
+            self.start_window()
+            return None
         bad = self.nonfinite()
         going = [k for k, share in enumerate(self.shares()) if share > 0.0 and k not in bad]
         self.steps += 1
-        self.owners = [a | b for a, b in zip(self.owners, self.new_owners, strict=True)]
-        self.shared = self._shared()
         for k in bad:
             self.nonfinite_steps[k] += 1
-        written = sorted(self.touched - frozen)
-        if bad and not (drop and going):
-            self.skipped_steps += 1
-            zeros = self._of_parameters(np.zeros(self.N), written)
-            nothing = np.zeros(self.K)
-            outcome = Outcome(True, [], zeros, zeros, [], nothing, nothing, False)
+        outcome = None
+        if not bad or (drop and going):
+            before = copy.deepcopy({name: getattr(self, name) for name in KEPT})
+            outcome = self._resolved(going, parameter_norms)
+            if outcome.skipped:
+                self.__dict__.update(before)
         else:
-            outcome = self._resolved(going, written, parameter_norms)
+            outcome = self._skipped(False)
+        self.skipped_steps += outcome.skipped
         self.start_window()
         return outcome
 
-    def _resolved(self, going, written, parameter_norms) -> Outcome:
+    def _skipped(self, undecided: bool) -> Outcome:
+        zeros, nothing = self._of_parameters(np.zeros(self.N), self._written()), np.zeros(self.K)
+        return Outcome(True, [], zeros, zeros, [], nothing, nothing, undecided)
+
+    def _written(self) -> list[int]:
+        """The parameters that get a gradient: not those whose tasks all had no micro-batch."""
+        active = {k for k, count in enumerate(self.counts) if count}
+        return sorted(i for i in self.touched if not self.owners[i] or self.owners[i] & active)
+
+    def _resolved(self, going, parameter_norms) -> Outcome:
         shares = np.array(self.shares())[:, None]
         self.vectors = np.where(np.isin(range(self.K), going)[:, None], self.sums, 0.0) * shares
         self.scales = np.where(np.isin(range(self.K), going)[:, None], self.mass, 0.0) * shares
+        for owners, segment in zip(self.owners, self.segments, strict=True):
+            owners |= {k for k in going if self.vectors[k, segment].any()}
+        self.shared = self._shared()
+        written = self._written()
         self.last[going], self.last_mass[going] = self.vectors[going], self.scales[going]
         weights, weights_slack, undecided = self._weights(going)
         # A parameter of one task alone gets its gradient as it is.
@@ -173,6 +207,9 @@ class NaiveTraining:
         g = (each * self.vectors).sum(0)
         off = np.where(self.shared, weights_slack[:, None], 0.0)
         slack = (off * np.abs(self.vectors) + ROUNDING * np.abs(each) * self.scales).sum(0)
+        beyond = self._leaves_float16(g, slack)
+        if beyond is None or beyond:
+            return self._skipped(beyond is None)
         g, slack = self._averaged(g, slack, written)
         terms = self._norms_of_terms(weights)
         if self.o.update == "lion_lars":
@@ -190,6 +227,17 @@ class NaiveTraining:
             undecided,
         )
 
+    def _leaves_float16(self, g, slack) -> bool | None:
+        """Whether the sum does not fit into a `.grad`; None where rounding decides."""
+        clipped = self.o.max_norm is not None and self.o.max_norm <= LARGEST_HALF
+        half = np.isin(np.repeat(range(len(self.segments)), self.o.sizes), sorted(self.touched))
+        half &= np.repeat(self.o.halves, self.o.sizes)
+        if clipped or self.o.update == "lion_lars" or not half.any():
+            return False
+        size, off = np.abs(g[half]), slack[half] + 1e-6 * np.abs(g[half])
+        beyond = bool((size - off > LARGEST_HALF).any())
+        return None if not beyond and (size + off > LARGEST_HALF).any() else beyond
+
     def _shared(self):
         """[N] whether each element belongs to a parameter that tasks share."""
         shared = [len(tasks) > 1 for tasks in self.owners]
@@ -197,8 +245,7 @@ class NaiveTraining:
             shared = [True] * len(shared)
         # With other parameters to compare than in the last step histories start anew.
         pairs = list(zip(shared, self.was_shared, strict=True))
-        self.history_anew = any(was is not None and was != now for now, was in pairs)
-        if self.history_anew:
+        if any(was is not None and was != now for now, was in pairs):
             for resolver in self.resolvers:
                 resolver.history, resolver.last = [None] * self.K, [None] * self.K
         self.was_shared = [s if o else None for s, o in zip(shared, self.owners, strict=True)]

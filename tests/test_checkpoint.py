@@ -6,7 +6,15 @@ import pickle
 
 import pytest
 import torch
-from test_optimizer import TASKS, batches, flat_gradients, flat_parameters, losses_of, model_of, same
+from test_optimizer import (
+    TASKS,
+    batches,
+    flat_gradients,
+    flat_parameters,
+    losses_of,
+    model_of,
+    same,
+)
 from test_state import METHODS, optimizer_of, own_of, through_a_file, train
 from torch import nn
 

@@ -503,6 +503,7 @@ MISTAKES = {
     "a layer left alone": r"RuntimeError: rank 1 and rank 0 hold the same part of last.weight",
     "two trainings in one": "RuntimeError: rank 1 and rank 0 hold the same part of .*process_group",
     "gradients kept": r"RuntimeError: set_requires_gradient_sync\(False\) was called on",
+    "not waited for": r"RuntimeError: set_is_last_backward\(False\) was called on the model",
     "not the wrapped model": "RuntimeError: the gradient of .* was put back .*as module=",
     "state of one rank": r"RuntimeError: rank 1 has resolutions so far=1, rank 0 .*=2",
     "thawed on one rank": "RuntimeError: rank 1 has .*parameters that require a gradient, rank 0",

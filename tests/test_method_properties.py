@@ -1,11 +1,14 @@
 """What must hold of every method that weighs tasks by their Gramian, whatever the Gramian."""
 
+import copy
 import functools
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
+from as_on_gpu import late_flags
 from conftest import slow
 from host_reads import HostReads
 from hypothesis import given, settings
@@ -570,6 +573,97 @@ def test_gradnorm_without_losses_says_so():
         GradNorm()(random_gramian(2))
 
 
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([1.0, -0.5], "the loss of task 'depth' is -0.5"),
+        ([1.0, 0.0], "the loss of task 'depth' is 0"),
+        ([-1.0, -2.0], "the loss of task 'pose' is -1 and the loss of task 'depth' is -2"),
+    ],
+)
+def test_gradnorm_says_whose_loss_is_not_positive_and_changes_nothing(batch, losses, said):
+    method = GradNorm(lr=0.1)
+    state, S = fresh_state(method, 2, batch, CPU), random_gramian(2).expand(*batch, 2, 2)
+    for step in range(2):
+        before = {name: value.clone() for name, value in state.items()}
+        known = Known(losses=float64(losses), tasks=("pose", "depth"))
+        with pytest.raises(ValueError, match=f"GradNorm .* positive, but {said}. .* constant"):
+            method.resolve(S, None, S.new_ones(2), state, known=known)
+        assert all(torch.equal(value, before[name]) for name, value in state.items())
+        after = resolve(method, S, state, float64([1.0, 2.0 + step]))  # it can go on
+        assert bool(after.finite)
+    assert "updates" in state
+    assert int(state["updates"]) == 2
+
+
+def test_gradnorm_names_a_task_without_a_name_by_its_number():
+    with pytest.raises(ValueError, match="the loss of task 1 is -3"):
+        GradNorm()(random_gramian(2), [1.0, -3.0])
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_none(loss):
+    assert bool(
+        resolve(GradNorm(), random_gramian(2), warm(GradNorm(), 2), float64([1, loss])).finite
+    )
+
+
+def test_a_loss_of_zero_without_a_gradient_is_none():
+    S = torch.diag(float64([1.0, 0.0]))
+    assert GradNorm()(S, [1.0, 0.0]).tolist() == [1.0, 0.0]
+    with pytest.raises(ValueError, match="task 1 is -1"):
+        GradNorm()(S, [1.0, -1.0])
+
+
+def test_losses_of_a_step_that_is_skipped_are_not_looked_at():
+    S = torch.diag(float64([math.nan, 0.0]))
+    state = GradNorm().new_state(2, CPU)
+    assert not bool(resolve(GradNorm(), S, state, float64([-1.0, 0.0])).finite)
+
+
+def test_on_a_gpu_gradnorm_skips_the_step_and_says_so_later(monkeypatch):
+    events = late_flags(monkeypatch)
+    method, S = GradNorm(lr=0.1), random_gramian(2)
+    state = warm(method, 2)
+    events[-1].done = True
+    before = {name: value.clone() for name, value in state.items()}
+    losses = float64([1.0, -0.5])
+    decision = resolve(method, S, state, losses)
+    assert not bool(decision.finite)
+    assert decision.weights.tolist() == [0.0, 0.0]
+    assert all(torch.equal(value, before[name]) for name, value in state.items())
+    losses += 5.0  # what was noted is not what stands here later
+    assert bool(resolve(method, S, state, losses).finite)  # the flag is on its way
+    before = {name: value.clone() for name, value in state.items()}
+    events[-1].done = True
+    with pytest.raises(ValueError, match=r"the loss of task 1 is -0\.5"):
+        resolve(method, S, state, losses)
+    assert all(torch.equal(value, before[name]) for name, value in state.items())
+    assert bool(resolve(method, S, state, losses).finite)
+
+
+def test_a_copy_that_arrives_in_the_middle_of_a_call_is_told_of(monkeypatch):
+    events, method = late_flags(monkeypatch), GradNorm()
+    state, S = method.new_state(2, CPU), random_gramian(2)
+    resolve(method, S, state, float64([1.0, -0.5]))
+    answers = iter([False, True, True])
+    events[-1].query = lambda: next(answers)
+    with pytest.raises(ValueError, match=r"but the loss of task 1 is -0\.5\. That"):
+        resolve(method, S, state, float64([1.0, 1.0]))
+
+
+def test_gradnorm_is_copied_and_compared_without_what_it_has_noted(monkeypatch):
+    late_flags(monkeypatch)
+    method = GradNorm(lr=0.1)
+    resolve(method, random_gramian(2), method.new_state(2, CPU), float64([1.0, -0.5]))
+    for twin in (copy.deepcopy(method), pickle.loads(pickle.dumps(method)), GradNorm(lr=0.1)):
+        assert twin == method
+        assert hash(twin) == hash(method)
+        assert repr(twin) == repr(method) == "GradNorm(alpha=1.5, lr=0.1, parameters=None)"
+        assert twin._positive._noted is None
+
+
 # ---- Nothing waits for the device.
 
 
@@ -603,7 +697,8 @@ on_the_device = pytest.mark.parametrize("method", ON_THE_DEVICE, ids=lambda m: t
 
 @on_the_device
 @pytest.mark.parametrize("batch", [(), (5,)])
-def test_no_value_is_read_by_the_host(method, batch, eigenvalues):
+def test_no_value_is_read_by_the_host(method, batch, eigenvalues, monkeypatch):
+    late_flags(monkeypatch)
     S = random_gramian(4).expand(*batch, 4, 4).contiguous()
     state = fresh_state(method, 4, batch, CPU)
     losses = torch.ones(4, dtype=torch.float64)

@@ -253,3 +253,46 @@ def test_drop_task_leaves_the_others_their_history(backend, history):
     (conflict,) = run.optimizer.report().conflicts
     assert conflict.tasks == ("a", "c")
     assert conflict.winner == "a"
+
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "drop_task", "raise"])
+@pytest.mark.parametrize("granularity", ["model", "tensor"])
+def test_a_sum_that_leaves_float16_leaves_no_trace(backend, on_nonfinite, granularity):
+    """Each gradient fits; the step shares a parameter that was one task's own until then."""
+    d = torch.tensor([1.0, 0.2, 0.0, 0.0])
+
+    def run(beyond):
+        p, q = nn.Parameter(torch.ones(4, dtype=torch.float16)), nn.Parameter(torch.ones(4))
+        optimizer = GCondFused(
+            torch.optim.SGD([p, q], lr=0.0), TASKS, on_nonfinite=on_nonfinite,
+            granularity=granularity, momentum=0.5, method=GCond(dominance_window=2),
+            backend=backend,
+        )  # fmt: skip
+
+        def losses(a, b, b_of_q):
+            of_p = (p * d.half()).float().sum()
+            return {"a": a * of_p + 5 * q.sum(), "b": b * of_p + b_of_q * (q * d).sum()}
+
+        for step in range(5):
+            if step != 2:
+                optimizer.backward(losses(1.0, -2.0, 0.0))
+                optimizer.step()
+                continue
+            if not beyond:
+                continue
+            if on_nonfinite == "raise":
+                with pytest.raises(FloatingPointError, match="the resolved gradient is not fin"):
+                    optimizer.backward(losses(4e4, 6e4, -1.0))
+                optimizer.on_nonfinite = "skip"
+            else:
+                optimizer.backward(losses(4e4, 6e4, -1.0))
+            optimizer.step()
+            report = optimizer.report()
+            assert (report.skipped, report.nonfinite_tasks, report.conflicts) == (True, [], [])
+            assert torch.equal(p.grad, torch.zeros_like(p))
+            optimizer.on_nonfinite = on_nonfinite
+        assert optimizer.report().conflicts
+        assert optimizer._accumulator.owners.tolist() == [[True, True], [True, False]]
+        return without_counters(optimizer.state_dict()), p.grad, q.grad
+
+    assert same(run(True), run(False))

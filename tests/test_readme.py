@@ -75,11 +75,21 @@ def test_the_other_examples_run():
     run(6)
 
 
+def test_what_it_shows_of_trainers_is_in_the_examples():
+    text = README.read_text().split("## With your trainer")[1].split("\n## ")[0]
+    shown = re.findall(r"\]\((examples/\w+\.py)\).*?```\n(.*?)```", text, flags=re.DOTALL)
+    assert len(shown) == 4
+    for example, block in shown:
+        lines = [line.strip() for line in (README.parent / example).read_text().splitlines()]
+        for line in block.splitlines():
+            assert line.strip() in lines, f"{example}: {line}"
+
+
 def test_every_file_that_is_named_exists():
     text = README.read_text()
-    named = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text) + re.findall(
-        r"`((?:tests|bench)/[\w./]+)[` ]", text
-    )
+    named = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    named += re.findall(r"`((?:tests|bench)/[\w./]+)[` ]", text)
+    named += re.findall(r"\]\((examples/[\w./]+)\)", text)
     assert named
     for name in named:
         assert (README.parent / name).exists(), name

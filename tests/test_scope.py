@@ -707,6 +707,21 @@ def test_losses_are_means_over_the_micro_batches_that_count():
         assert one._now.losses.tolist() == [0.0] * 3
 
 
+def test_a_loss_that_gradnorm_cannot_use_is_said_before_a_state_changes():
+    model, (x,) = net(), inputs(1)
+    optimizer = optimizer_of(model, method=GradNorm(lr=0.1), accumulation_steps=1)
+    train(model, optimizer, [x])
+    before = {name: value.clone() for name, value in optimizer._now.method_state.items()}
+    parameters = [p.clone() for p in model.parameters()]
+    losses = losses_of(model, x)
+    optimizer.backward({**losses, "b": losses["b"] - 100.0})
+    with pytest.raises(ValueError, match=r"GradNorm .* the loss of task ('b'|1) is -.* constant"):
+        optimizer.step()
+    state = optimizer._now.method_state
+    assert all(torch.equal(state[name], value) for name, value in before.items())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), parameters, strict=True))
+
+
 def test_the_mean_loss_of_a_task_without_a_micro_batch_is_unknown():
     model = net()
     optimizer = optimizer_of(model, method=GradNorm(), mode="stochastic", accumulation_steps=3)
@@ -754,7 +769,7 @@ def test_one_task_and_every_method(backend):
         optimizer = GCondFused(
             torch.optim.SGD(model.parameters(), lr=0.1), {"a": 1.0}, method=method, backend=backend
         )
-        optimizer.backward({"a": model(torch.ones(3)).sum()})
+        optimizer.backward({"a": model(torch.ones(3)).sum() + 10.0})  # GradNorm: above 0
         optimizer.step()
         assert not optimizer.report().skipped
         assert model.weight.grad.tolist() == [[1.0] * 3]  # CAGrad alone would make 1 + c of it
@@ -864,7 +879,7 @@ def test_gradnorm_weighs_a_task_that_the_chosen_layer_does_not_see():
         p.requires_grad_(False)
     z = first(torch.randn(8, 3))
     y = second(z)
-    optimizer.backward({"a": y.sum(), "b": y.square().sum(), "c": z.sum()})
+    optimizer.backward({"a": y.abs().sum(), "b": y.square().sum(), "c": z.abs().sum()})
     optimizer.step()  # what was shared stays so, also while it is frozen
 
 

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import traffic
-from traffic import FSDP_EXACT, FSDP_PLAIN, FSDP_STOCHASTIC, LOCAL, PLAIN, REPLICATE, SHARD, Run
+from traffic import FSDP_EXACT, FSDP_PLAIN, FSDP_STOCHASTIC, PLAIN, REPLICATE, SHARD, Run
 
 SMALL = Run(N=1000, K=2, P=8, A=8)  # s = 7/8
 RUNS = [Run(10**9, K, P, A) for K in (2, 3, 8) for P in (2, 8, 1024) for A in (8, 20)]
@@ -19,7 +19,6 @@ RUNS = [Run(10**9, K, P, A) for K in (2, 3, 8) for P in (2, 8, 1024) for A in (8
         (PLAIN, 3_500, 2_000),  # 2 · 7/8 · 2
         (SHARD, 8_750, 9_000),  # 7/8 · 10;  8 + 8/8
         (REPLICATE, 14_000, 18_000),  # 2 · 7/8 · 8;  8 + 4 + 4 + 2
-        (LOCAL, 7_000, 18_000),  # 2 · 7/8 · 4
         (FSDP_PLAIN, 56_000, 500),  # 8 · 7/8 · 8;  4/8
         (FSDP_STOCHASTIC, 56_000, 2_500),  # (8 + 4 + 4 + 4)/8
         (FSDP_EXACT, 98_000, 2_500),  # 8 · 7/8 · (2 + 2 · 6)
@@ -35,9 +34,8 @@ def test_small_numbers_are_those_computed_by_hand(way, sent, memory):
 def test_the_ways_compare_as_their_formulas_say(run):
     K = run.K
     assert SHARD.sent(run) / REPLICATE.sent(run) == pytest.approx((4 * K + 2) / (8 * K))
-    assert LOCAL.sent(run) == pytest.approx(REPLICATE.sent(run) / K)
-    assert PLAIN.sent(run) < LOCAL.sent(run) < SHARD.sent(run) < REPLICATE.sent(run)
-    assert PLAIN.memory(run) < SHARD.memory(run) < REPLICATE.memory(run) == LOCAL.memory(run)
+    assert PLAIN.sent(run) < SHARD.sent(run) < REPLICATE.sent(run)
+    assert PLAIN.memory(run) < SHARD.memory(run) < REPLICATE.memory(run)
     assert FSDP_STOCHASTIC.sent(run) == FSDP_PLAIN.sent(run)
     assert FSDP_EXACT.sent(run) / FSDP_PLAIN.sent(run) == pytest.approx((2 + 6 * K) / 8)
     assert FSDP_EXACT.memory(run) == FSDP_STOCHASTIC.memory(run)

@@ -158,7 +158,7 @@ def test_lightning_in_bfloat16_comes_to_what_a_plain_loop_comes_to(tmp_path):
     needs("lightning")
     trainer = runs.lightning()
     assert trainer.global_step == STEPS
-    close(runs.values(trainer.lightning_module), runs.plain(bfloat16=True))
+    close(runs.values(trainer.lightning_module), runs.plain(bfloat16="all"))
 
 
 def test_lightning_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path):
@@ -239,7 +239,62 @@ def test_lightnings_automatic_optimization_is_refused(precision):
 
 def test_fabric_comes_to_what_a_plain_loop_comes_to():
     needs("fabric")
-    close(runs.values(runs.fabric()), runs.plain())
+    model, optimizer = runs.fabric()
+    close(runs.values(model), runs.plain())
+    assert optimizer.report().step == STEPS
+
+
+def test_fabric_in_bfloat16_comes_to_what_a_plain_loop_comes_to():
+    needs("fabric")
+    close(runs.values(runs.fabric(precision="bf16-mixed")[0]), runs.plain(bfloat16="forward"))
+
+
+def test_fabric_in_float16_by_its_scaler_clips_too():
+    needs("fabric")
+    from lightning_fabric.plugins import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    _, optimizer = runs.fabric(plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    report = optimizer.report()
+    assert report.step == STEPS
+    assert report.skipped_steps > 0
+    assert scaler.get_scale() == 2.0 ** (30 - report.skipped_steps)
+
+
+def test_fabric_that_asks_for_its_own_backward_is_told_of_a_way():
+    needs("fabric")
+    from lightning_fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", precision="bf16-mixed")
+    model = fabric.setup(nn.Linear(4, 2))
+    gcond = GCondFused(torch.optim.SGD(model.parameters(), lr=0.1), {"a": 1.0})
+    with pytest.warns(match="its window is dropped"), pytest.raises(RuntimeError, match="autocast"):
+        gcond.backward({"a": model(torch.ones(4)).sum()})
+
+
+def test_fabric_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path):
+    needs("fabric")
+    from lightning_fabric import Fabric
+
+    example, one = runs.load("fabric"), Fabric(accelerator="cpu")
+
+    def fresh():
+        model, optimizer, loader = example.prepare(one)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        return state, lambda: example.train(one, model, optimizer, scheduler, loader)
+
+    torch.manual_seed(0)
+    state, train = fresh()
+    train()
+    one.save(tmp_path / "state", state)
+    torch.manual_seed(0)
+    other, go_on = fresh()
+    one.load(tmp_path / "state", other)
+    train()
+    go_on()
+    for part in state:
+        assert same(state[part].state_dict(), other[part].state_dict())
 
 
 # Hugging Face Accelerate.

@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.functional import l1_loss, mse_loss
 
 from gcond_kernels import GCondFused, Sum
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EPOCHS = 2
 WINDOW = 8  # of 20 micro-batches in an epoch, or 10 of each of two ranks: the last one is short
-WEIGHTS = {"l1": 0.85, "mse": 0.15}
+autocast = partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False)
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric|torch\.utils\.data")
@@ -55,7 +56,7 @@ def fabric(method=None, **options):
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     for _ in range(EPOCHS):
         example.train(one, model, optimizer, scheduler, loader)
-    return model
+    return model, optimizer
 
 
 QUIET = {
@@ -91,7 +92,7 @@ def transformers(folder, method=None, **options):
     return example.main(str(folder), **{**fixed, **options})
 
 
-def plain(ranks=1, *, optimizer=None, rate=None, max_norm=0.5, bfloat16=False, shuffled=False):
+def plain(ranks=1, *, optimizer=None, rate=None, max_norm=0.5, bfloat16=None, shuffled=False):
     """What a plain loop of torch makes of the examples' data and model.
 
     Args:
@@ -99,7 +100,7 @@ def plain(ranks=1, *, optimizer=None, rate=None, max_norm=0.5, bfloat16=False, s
         optimizer: of the parameters; by default the SGD of the examples.
         rate: the learning rate as a function of the number of steps before.
         max_norm: of the gradient; None does not clip.
-        bfloat16: by autocast, as Lightning does it.
+        bfloat16: by autocast, "all" or the "forward" pass of the model alone.
         shuffled: as DistributedSampler does it, of which Lightning takes one for several ranks.
     """
     torch.manual_seed(0)
@@ -116,13 +117,13 @@ def plain(ranks=1, *, optimizer=None, rate=None, max_norm=0.5, bfloat16=False, s
             window = batches[start : start + WINDOW]
             optimizer.zero_grad()
             for batch in window:
-                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16, cache_enabled=False):
+                with autocast(enabled=bfloat16 is not None):
                     y = model(batch)
-                    error = y - (batch[:, :2] - batch[:, 2:4])
-                    losses = {"l1": error.abs().mean(), "mse": error.square().mean()}
-                # One after the other, for their sum is rounded otherwise in bfloat16.
-                for task, loss in losses.items():
-                    (WEIGHTS[task] / len(window) * loss).backward(retain_graph=True)
+                with autocast(enabled=bfloat16 == "all"):
+                    losses = [f(y, batch[:, :2] - batch[:, 2:4]) for f in (l1_loss, mse_loss)]
+                # One after the other: their sum would be rounded otherwise in bfloat16.
+                for weight, loss in zip((0.85, 0.15), losses, strict=True):
+                    (weight / len(window) * loss).backward(retain_graph=True)
             if max_norm is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             for group in optimizer.param_groups:
@@ -143,7 +144,7 @@ def on_two_ranks(folder):
     results["transformers"] = values(saved.model), saved.gcond.report().gradient_norm
     resumed = transformers(folder / "trainer", resume=str(folder / "trainer" / "checkpoint-2"))
     results["resumed"] = values(resumed.model), resumed.gcond.report().gradient_norm
-    results["fabric"] = values(fabric(strategy="ddp", devices=2)), 0.0
+    results["fabric"] = values(fabric(strategy="ddp", devices=2)[0]), None
     trainer = lightning(strategy="ddp", devices=2, precision="32-true", default_root_dir=folder)
     results["lightning"] = values(trainer.lightning_module), trainer.global_step
     torch.save(results, folder / f"{os.environ['RANK']}.pt")

@@ -804,12 +804,20 @@ def mistake(kind):
             fully_shard_without(model, "last")
         if kind == "two trainings in one":
             fully_shard_apart(model)
-        if kind in ("a layer left alone", "two trainings in one", "gradients kept"):
-            model = spread(model, "fsdp", size) if kind == "gradients kept" else model
+        if kind in (
+            "a layer left alone",
+            "two trainings in one",
+            "gradients kept",
+            "not waited for",
+        ):
+            kept = kind in ("gradients kept", "not waited for")
+            model = spread(model, "fsdp", size) if kept else model
             del options["sync"]
             optimizer = new_optimizer(model, steps=2, **options)
             if kind == "gradients kept":
                 model.set_requires_gradient_sync(False)
+            if kind == "not waited for":
+                model.set_is_last_backward(False)
             window(optimizer, model, [number_of(0, rank, 0)])
             return "nothing"
         if kind == "not the wrapped model":

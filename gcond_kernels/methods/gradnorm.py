@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gcond_kernels.contexts import fixed_precision
-from gcond_kernels.methods.method import Known, Method, State, check_number, norms
+from gcond_kernels.methods.method import (
+    Known,
+    Method,
+    PositiveLosses,
+    State,
+    check_number,
+    norms,
+)
 
 # Of Adam, by which the weights learn.
 BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
@@ -24,10 +31,15 @@ class GradNorm(Method):
     Networks", ICML 2018, arXiv 1711.02257. n_i = w_i ‖ĝ_i‖ with mean n̄, r_i = (L_i / L_i(0)) / mean
     of these; w goes down the slope of Σ_i |n_i − n̄ r_i^α| with n̄ r_i^α held constant, by Adam in
     units of the mean length of the gradients, and is then scaled so that Σ w = K. A step is weighed
-    with the weights before it; the first is the plain sum. No weight falls below 0. L_i is the mean
-    loss of a window, without the loss weight, and is to be positive: a loss that is not says
-    nothing of how fast its task trains. A task without a micro-batch, or without a gradient, keeps
-    its weight, and its gradient counts as 0 in Adam's averages.
+    with the weights before it; the first is the plain sum. No weight falls below 0. A task without
+    a micro-batch, or without a gradient, keeps its weight, and its gradient counts as 0 in Adam's
+    averages.
+
+    Losses must be positive: L_i is the mean loss of a window, without the loss weight, and of one
+    that is negative or 0 no ratio tells how fast its task trains (but a loss of 0 without a
+    gradient is that of a task that takes no part). On a CPU a ValueError names the task, before any
+    state has changed; on a GPU, which is not waited for, the step is skipped and a later one
+    raises it.
 
     Args:
         alpha: α, 0 or more: how strongly slow tasks are pulled along.
@@ -39,6 +51,9 @@ class GradNorm(Method):
     alpha: float = 1.5
     lr: float = 1e-3
     parameters: tuple[str, ...] | None = None
+    _positive: PositiveLosses = field(
+        default_factory=PositiveLosses, init=False, repr=False, compare=False
+    )
 
     needs_losses: ClassVar[bool] = True
     shared_state: ClassVar[frozenset[str]] = frozenset({"initial_losses", "updates"})
@@ -75,7 +90,9 @@ class GradNorm(Method):
         losses = known.losses
         if losses is None:
             raise ValueError("GradNorm: losses must be given, one for each task")
-        weights = state["task_weights"].clone()
+        absent = (norms(gramian) == 0.0).view(-1, len(losses)).all(0)
+        at_fault = self._positive.check(self, known, ignored=absent & (losses == 0.0))
+        weights = torch.where(at_fault, torch.nan, state["task_weights"])  # NaN skips the step
         seen = losses.isfinite()
         first = state["initial_losses"]
         first.copy_(torch.where((first == 0.0) & seen, losses, first))

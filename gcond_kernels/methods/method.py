@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import FrozenInstanceError
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from gcond_kernels import ops
 from gcond_kernels.contexts import fixed_precision, users_code
 from gcond_kernels.methods.solvers import FLOAT32_ROUNDING, FLOAT64_ROUNDING, identity
+from gcond_kernels.tables import HostFlag
 
 State: TypeAlias = dict[str, Tensor]
 
@@ -25,11 +26,12 @@ class Known(NamedTuple):
         rounding: among gradients at length 1, an eigenvalue below it is rounding.
         losses: [K] float64, the mean loss of each task since the last step, NaN where there was
             none; None unless the method needs them.
+        tasks: the names of the K tasks, for what is said to the user; None where they have none.
     """
 
     rounding: float = FLOAT32_ROUNDING
     losses: Tensor | None = None
-    tasks: Any = None
+    tasks: Sequence[str] | None = None
 
 
 class Method(ABC):
@@ -147,9 +149,12 @@ class Method(ABC):
         present = gramian.diagonal(dim1=-2, dim2=-1) > 0.0
         # Solvers are not to be shown what is not finite.
         S = torch.where(finite, gramian if chosen is None else chosen, identity(gramian))
+        known = known or Known()
+        if known.losses is not None:
+            known = known._replace(losses=torch.where(finite, known.losses, math.nan))
         after = {name: value.clone() for name, value in state.items()}
         with users_code(S.device):
-            weights = self.weights(S, after, known or Known())
+            weights = self.weights(S, after, known)
         if not isinstance(weights, Tensor) or weights.shape != S.shape[:-1]:
             said = list(weights.shape) if isinstance(weights, Tensor) else repr(weights)
             raise ValueError(
@@ -163,6 +168,58 @@ class Method(ABC):
         none = S.new_empty(0)
         return ops.Arbitration(
             torch.where(finite, weights, 0.0), none.view(0, 0), none.view(0, 5), finite
+        )
+
+
+class PositiveLosses:
+    """Tells of losses that are not positive, for a method that divides by them.
+
+    On a CPU at once. A GPU is not waited for: there the step is to be skipped, and a later call
+    tells.
+    """
+
+    def __init__(self) -> None:
+        self._flag = HostFlag()
+        self._noted: tuple[Tensor, Sequence[str] | None] | None = None
+
+    def __reduce__(self) -> tuple[type[PositiveLosses], tuple[()]]:
+        return PositiveLosses, ()
+
+    def check(self, method: object, known: Known, ignored: Tensor) -> Tensor:
+        """Return whether a loss is not positive, [] bool.
+
+        Args:
+            method: is named in the error.
+            known: its losses are looked at; what is not finite is no loss.
+            ignored: [K] bool, tasks whose loss may be anything.
+
+        Raises:
+            ValueError: one is not, or was not in a call before, as far as the host knows. Raised
+                once: the losses after it are looked at anew.
+        """
+        self._raise_if_known(method)
+        assert known.losses is not None
+        wrong = known.losses.isfinite() & (known.losses <= 0.0) & ~ignored
+        at_fault = wrong.any()
+        if self._flag.note(at_fault):
+            self._noted = (torch.where(wrong, known.losses, math.nan), known.tasks)
+        self._raise_if_known(method)
+        return at_fault
+
+    def _raise_if_known(self, method: object) -> None:
+        if not self._flag.known or self._noted is None:
+            return
+        losses, tasks = self._noted
+        self._flag, self._noted = HostFlag(), None
+        said = [
+            f"the loss of task {k if tasks is None else repr(tasks[k])} is {loss:g}"
+            for k, loss in enumerate(losses.tolist())
+            if not math.isnan(loss)
+        ]
+        raise ValueError(
+            f"{type(method).__name__} divides by losses, which must be positive, but "
+            f"{' and '.join(said)}. That step changed nothing. Add a constant to the loss that "
+            "keeps it above 0, take exp() of it, or choose another method"
         )
 
 

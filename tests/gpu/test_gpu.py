@@ -5,6 +5,7 @@ import torch
 from flat import layout_of
 
 from gcond_kernels import GCond, GCondFused, ops
+from gcond_kernels.tables import HostFlag
 
 pytestmark = [
     pytest.mark.gpu,
@@ -267,7 +268,7 @@ def test_a_row_of_more_than_2_31_elements(backend):
 
 @both
 @pytest.mark.parametrize("update", ["momentum", "lion_lars"])
-def test_training_is_that_of_the_reference_and_resolve_waits_for_nothing(backend, update):
+def test_training_is_that_of_the_reference_and_backward_waits_for_nothing(backend, update):
     def trained(by):
         torch.manual_seed(0)
         model = torch.nn.Sequential(
@@ -281,13 +282,13 @@ def test_training_is_that_of_the_reference_and_resolve_waits_for_nothing(backend
             for _ in range(4):
                 x = torch.randn(16, 20, device=GPU)
                 y = model(x)
-                optimizer.backward({"a": y.square().mean(), "b": (y - x[:, :4]).abs().mean()})
-            if by != "python" and step > 3:
-                torch.cuda.set_sync_debug_mode("error")
-            try:
-                optimizer.resolve()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+                losses = {"a": y.square().mean(), "b": (y - x[:, :4]).abs().mean()}
+                if by != "python" and step > 3:
+                    torch.cuda.set_sync_debug_mode("error")
+                try:
+                    optimizer.backward(losses)  # the last one resolves
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
             optimizer.step()
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -304,6 +305,19 @@ def test_tensors_on_another_device_than_the_current_one(backend):
     with torch.cuda.device(0):
         ops.accumulate(row, [gradient], layout.offsets, layout.sizes, backend=backend)
     assert torch.equal(row[:5000], gradient)
+
+
+def test_the_host_learns_of_a_flag_without_waiting():
+    flag = HostFlag()
+    for value in (False, True):
+        noted = torch.tensor(value, device=GPU)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert flag.note(noted)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        assert flag.known is value
 
 
 @pytest.mark.parametrize("operation", ops.OPERATIONS)

@@ -1,0 +1,26 @@
+"""Flags that the host learns of late, as on a GPU, without one."""
+
+from gcond_kernels.tables import HostFlag
+
+
+class Event:
+    """Stands in for a CUDA event: it is done when the test says so."""
+
+    done = False
+
+    def query(self):
+        return self.done
+
+
+def late_flags(monkeypatch) -> list[Event]:
+    """Makes every `HostFlag` wait for an event, and lists these events as they are made."""
+    events = []
+
+    def start_copy(flag, value):
+        flag._host = value.clone()
+        events.append(Event())
+        return events[-1]
+
+    monkeypatch.setattr(HostFlag, "_is_on_host", lambda flag, device: False)
+    monkeypatch.setattr(HostFlag, "_start_copy", start_copy)
+    return events
