@@ -88,8 +88,8 @@ def check_form(base: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     if BASE not in state and not is_plain(base.state_dict()):
         raise ValueError(
             f"the state of {type(base).__name__}, whose state dict has a form of its own, is not "
-            "in this state: torch.distributed.checkpoint leaves it out, and a state of another base "
-            "has none. Save optimizer.state_dict() with torch.save"
+            "in this state: torch.distributed.checkpoint leaves it out, and a state of another "
+            "base has none. Save optimizer.state_dict() with torch.save"
         )
 
 

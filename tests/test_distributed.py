@@ -546,9 +546,7 @@ def test_every_ranks_own_state_goes_on_to_the_same_bits(ranks2, tmp_path, way):
     assert ranks2(t.state_of_rank, way, str(tmp_path), "each") == [True, True]
 
 
-@pytest.mark.parametrize(
-    ("way", "method"), [("shard", "by tensor"), ("fsdp", "by tensor")]
-)
+@pytest.mark.parametrize(("way", "method"), [("shard", "by tensor"), ("fsdp", "by tensor")])
 def test_so_does_that_of_any_method(ranks2, tmp_path, way, method):
     options = METHODS[method]
     assert ranks2(t.state_of_rank, way, str(tmp_path), "each", options) == [True, True]
@@ -658,7 +656,7 @@ def test_what_torch_saves_by_itself_resumes(ranks2, tmp_path, before, after, fla
     assert_decided_alike(later, decisions[4:])
 
 
-@pytest.mark.parametrize("way", ["shard", "replicate", "fsdp"])
+@pytest.mark.parametrize("way", ["shard", slow("replicate"), "fsdp"])
 def test_torchs_states_carry_everything_and_change_nothing(ranks2, way):
     """Plain, flat, full, and full on rank 0 alone; before the first window and after two."""
     for said in ranks2(t.states_of_torch, way):

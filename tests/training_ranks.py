@@ -60,7 +60,7 @@ class Headed(Net):
 
 
 class Used(Headed):
-    """Without a parameter that has no gradient: torch finds no place for the state of such a one."""
+    """Without a parameter that has no gradient, for whose state torch finds no place."""
 
     def __init__(self):
         super().__init__()
@@ -1009,7 +1009,9 @@ def states_of_torch(way):
         for form, (get, put) in forms.items():
             before = of_all_kinds(model, optimizer)
             options = torchs.StateDictOptions(**get)
-            state = copy.deepcopy(torchs.get_optimizer_state_dict(model, optimizer, options=options))
+            state = copy.deepcopy(
+                torchs.get_optimizer_state_dict(model, optimizer, options=options)
+            )
             unchanged[form] = of_all_kinds(model, optimizer) == before
             again, other = used(way)
             torchs.set_model_state_dict(again, copy.deepcopy(torchs.get_model_state_dict(model)))
