@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -43,7 +43,8 @@ class Peers:
         self._config = dist.get_backend_config(self._users)
         self._small: Any = None
         self._large: Any = None
-        self._on_host = self._on_gloo = False
+        self._on_host = False
+        self._meetings = 0
 
     def connect(self) -> None:
         """Makes the two groups; all ranks call this at the same point of the program.
@@ -55,7 +56,6 @@ class Peers:
         hosts = self.dist.is_gloo_available() and "fake" not in self._config
         small = "gloo" if hosts else self._config
         self._on_host = hosts or "cpu:" in self._config
-        self._on_gloo = hosts
         self._small = self._new_group(small, "small numbers")
         self._large = self._new_group(self._config, "gradients")
 
@@ -90,6 +90,9 @@ class Peers:
     def rendezvous(self, call: str, otherwise: str) -> None:
         """Wait for all ranks to make the same call, for two minutes at most.
 
+        In the store of the group: a barrier would keep all but one rank for the time after which
+        the group gives up, and not say who is missing.
+
         Args:
             call: what all of them are to call.
             otherwise: what else may be done.
@@ -97,19 +100,28 @@ class Peers:
         Raises:
             RuntimeError: some have not called by then; the message names them.
         """
-        if not self._on_gloo:  # no other backend has a barrier that tells
+        store = store_of(self._small)
+        if store is None:
             return
-        wait = min(PATIENCE, timeout_of(self._small) or PATIENCE)
-        try:
-            self.dist.monitored_barrier(self._small, wait, wait_all_ranks=True)
-        except RuntimeError as error:
-            # Rank 0 hears of every rank; the others of rank 0 alone, or of the end of its wait.
-            named = re.search(r"Ranks? ([0-9, ]+) failed to pass", str(error))
-            missing = f"ranks {named[1]}" if named else "rank 0, or another that it waits for,"
-            raise RuntimeError(
-                f"{missing} did not call {call} within {wait.total_seconds():g} s after rank "
-                f"{self.rank}: call it on all ranks, or {otherwise}"
-            ) from error
+        wait = min(PATIENCE, timeout_of(self._small) or PATIENCE).total_seconds()
+        end, pause = time.monotonic() + wait, 0.001
+        arrived, here = f"arrived {self._meetings}", f"{self._meetings} has {{}}"
+        store.set(here.format(self.rank), "")
+        store.add(arrived, 1)
+        while store.add(arrived, 0) < self.size:
+            if time.monotonic() > end:
+                names = enumerate(self.ranks)
+                missing = [str(name) for r, name in names if not store.check([here.format(r)])]
+                # So that nobody who comes later takes this one for present.
+                store.delete_key(here.format(self.rank))
+                store.add(arrived, -1)
+                raise RuntimeError(
+                    f"rank {', '.join(missing)} did not call {call} within {wait:g} s after rank "
+                    f"{self.ranks[self.rank]}: call it on all ranks, or {otherwise}"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.2)
+        self._meetings += 1
 
     def numbers(self, own: Sequence[int], tensors: torch.device) -> list[list[int]]:
         """The whole numbers of every rank, by rank; as many from each."""
@@ -189,3 +201,13 @@ def timeout_of(group: Any) -> Any:
     device = torch.device("cpu" if "cpu:" in dist.get_backend_config(group) else "cuda")
     # torch has no other way to ask.
     return getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+
+
+def store_of(group: Any) -> Any:
+    """The key-value store by which the ranks of a group found each other; None without one."""
+    import torch.distributed as dist
+
+    ask = getattr(dist.distributed_c10d, "_get_process_group_store", None)
+    if ask is None or "fake" in dist.get_backend_config(group):
+        return None
+    return ask(group)

@@ -630,6 +630,50 @@ def test_a_checkpoint_of_any_method_resumes(ranks2, tmp_path, before, after, met
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after", "flat"),
+    [
+        ("shard", "fsdp", False),
+        ("fsdp", None, True),
+        (None, "shard", False),
+        (None, "fsdp", True),
+    ],
+)
+def test_what_torch_saves_by_itself_resumes(ranks2, tmp_path, before, after, flat):
+    """Without a TrainingState; sharded otherwise, in other numbers."""
+
+    def run(way, *args):
+        options = {"granularity": "tensor", "net": t.Used, "share": 0.4}
+        args = (way, str(tmp_path), *args, 10, options, torch.optim.Adam, flat)
+        train = [t.trained_on(*args)] if way is None else ranks2(t.trained_on, *args)
+        assert_all_ranks_alike(train)
+        return train[0]
+
+    whole, decisions = run(before, 4)
+    resumed, later = run(after, None)
+    assert len(later) == 6
+    assert_close(resumed, whole)
+    assert_decided_alike(later, decisions[4:])
+
+
+@pytest.mark.parametrize("way", ["shard", slow("replicate"), "fsdp"])
+def test_torchs_states_carry_everything_and_change_nothing(ranks2, way):
+    """Plain, flat, full, and full on rank 0 alone; before the first window and after two."""
+    for said in ranks2(t.states_of_torch, way):
+        assert len(said) == 8
+        assert set(said.values()) == {(True, True)}, said
+
+
+def test_a_rank_that_saves_alone_is_told(ranks2):
+    for caller in (0, 1):
+        said = ranks2(t.saved_by_one_rank, "shard", caller)
+        words = rf"rank {1 - caller} did not call state_dict\(\) within 1 s after rank {caller}: "
+        assert re.match(words + 'call it on all ranks, or use sync="replicate"', said[caller][0])
+        assert said[1 - caller] == [None, 16]  # together with the other it may again
+        assert said[caller][1] == 16
+    assert ranks2(t.saved_by_one_rank, "replicate", 1) == [[None, 16], [16, 16]]
+
+
 @pytest.mark.parametrize(("how", "seconds"), [(signal.SIGKILL, 60), (signal.SIGSTOP, 5)])
 def test_a_rank_killed_or_stuck_in_a_window(ranks4, tmp_path, how, seconds):
     """The others end with an error within the timeout, and the last checkpoint resumes."""

@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -56,6 +57,14 @@ class Headed(Net):
     def forward(self, x):
         y = super().forward(x)
         return y, {task: head(y) for task, head in self.heads.items()}
+
+
+class Used(Headed):
+    """Without a parameter that has no gradient, for whose state torch finds no place."""
+
+    def __init__(self):
+        super().__init__()
+        del self.unused
 
 
 def device():
@@ -289,11 +298,35 @@ def counted_traffic():
         yield sent
 
 
-def trained_on(way, folder, save_after=None, steps=STEPS, options=None, base=torch.optim.AdamW):
+class ThroughTorch:
+    """The states that torch makes of a model and its optimizer, without TrainingState."""
+
+    def __init__(self, model, optimizer, flat):
+        from torch.distributed.checkpoint import state_dict as torchs
+
+        self.torchs = torchs
+        self.of = model, optimizer
+        self.options = torchs.StateDictOptions(flatten_optimizer_state_dict=flat)
+
+    def state_dict(self):
+        model, optimizer = self.torchs.get_state_dict(*self.of, options=self.options)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state):
+        self.torchs.set_state_dict(
+            *self.of, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+            options=self.options,
+        )  # fmt: skip
+
+
+def trained_on(
+    way, folder, save_after=None, steps=STEPS, options=None, base=torch.optim.AdamW, flat=None
+):
     """A training that is saved after some steps, or goes on from what was saved there.
 
     Every step's window is that of one process that sees everything: so the number of ranks changes
-    nothing but rounding. `way` None is one process.
+    nothing but rounding. `way` None is one process; `flat` None is saved by a TrainingState, False
+    and True by torch.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -302,6 +335,8 @@ def trained_on(way, folder, save_after=None, steps=STEPS, options=None, base=tor
     data, of = (0, 1) if way is None else data_rank(way, rank, size)
     model, optimizer = prepared(way, 4 // of, base=base, **(options or {}))
     state = {"training": TrainingState(model, optimizer)}
+    if flat is not None:
+        state = {"training": ThroughTorch(model, optimizer, flat)}
     start = 0
     if save_after is None:
         dcp.load(state, checkpoint_id=folder)
@@ -944,6 +979,96 @@ def state_of_rank(way, folder, save, options=None):
         window(other, again, numbers)
     mine, others = parameters_of(model), parameters_of(again)
     return all(torch.equal(mine[name], others[name]) for name in mine)
+
+
+def states_of_torch(way):
+    """What get_optimizer_state_dict and set_optimizer_state_dict change, in all their forms.
+
+    Returns:
+        By form, before the first window and after two: whether the optimizer was left as it was;
+        whether a fresh one goes on from it to the same bits.
+    """
+    from torch.distributed.checkpoint import state_dict as torchs
+
+    rank = dist.get_rank()
+    forms = {
+        "plain": ({}, {}),
+        "flat": ({"flatten_optimizer_state_dict": True},) * 2,
+        "full": ({"full_state_dict": True},) * 2,
+        "of rank 0": (
+            {"full_state_dict": True, "cpu_offload": True},
+            {"full_state_dict": True, "broadcast_from_rank0": True},
+        ),
+    }
+    results = {}
+    for steps in (0, 2):
+        model, optimizer = used(way)
+        for step in range(steps):
+            window(optimizer, model, [number_of(step, rank, i) for i in range(MICRO_BATCHES)])
+        trained, unchanged = [(model, optimizer)], {}
+        for form, (get, put) in forms.items():
+            before = of_all_kinds(model, optimizer)
+            options = torchs.StateDictOptions(**get)
+            state = copy.deepcopy(
+                torchs.get_optimizer_state_dict(model, optimizer, options=options)
+            )
+            unchanged[form] = of_all_kinds(model, optimizer) == before
+            again, other = used(way)
+            torchs.set_model_state_dict(again, copy.deepcopy(torchs.get_model_state_dict(model)))
+            options = torchs.StateDictOptions(**put)
+            torchs.set_optimizer_state_dict(again, other, state, options=options)
+            trained.append((again, other))
+        for net, its in trained:
+            for step in range(steps, steps + 2):
+                window(its, net, [number_of(step, rank, i) for i in range(MICRO_BATCHES)])
+        ends = [of_all_kinds(*one) for one in trained]
+        for form, end in zip(forms, ends[1:], strict=True):
+            results[form, steps] = unchanged[form], end == ends[0]
+    return results
+
+
+def used(way):
+    model = spread(new_model(net=Used), way, dist.get_world_size())
+    return model, new_optimizer(model, way)
+
+
+def of_all_kinds(model, optimizer):
+    """Parameters, rate, states of the base and of the optimizer itself, to the bit, as text."""
+    base, acc, now = optimizer.base, optimizer._accumulator, optimizer._now
+    state = [dict(base.state.get(p, {})) for p in model.parameters()]
+    kept = [] if not acc.segments else [acc.history, acc.momentum, acc.momentum_steps, acc.owners]
+    if not now.counters[0]:
+        kept = []
+    parts = list(parameters_of(model).values()), state, base.param_groups[0]["lr"], kept
+    with torch_prints_all():
+        return repr(copy.deepcopy((parts, now.method_state, now.counters)))
+
+
+@contextmanager
+def torch_prints_all():
+    """Shows tensors in full."""
+    torch.set_printoptions(precision=12, threshold=10**7)
+    yield
+    torch.set_printoptions(profile="default")
+
+
+def saved_by_one_rank(way, caller):
+    """What a rank is told that saves alone, where all ranks are to call."""
+    from gcond_kernels import peers
+
+    model, optimizer = used(way)
+    rank = dist.get_rank()
+    for number in range(MICRO_BATCHES):
+        optimizer.backward(losses_of(model, number_of(0, rank, number)))
+    optimizer.step()
+    said = []
+    with mock.patch.object(peers, "PATIENCE", timedelta(seconds=1)):
+        try:
+            said.append(len(optimizer.state_dict()["state"]) if rank == caller else None)
+        except RuntimeError as error:
+            said.append(str(error))
+    dist.barrier()
+    return [*said, len(optimizer.state_dict()["state"])]
 
 
 def doomed(rank, size, store, folder, signal_number, timeout):
