@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -122,6 +123,9 @@ def draw(seed: int) -> Configuration:
     half = any(torch.float16 in (p.dtype, p.grad_dtype) for p in parameters)
     exponent = r.choice([r.randint(-8, 0)] * 2 + [12]) if half else r.randint(-20, 20)
     integers = torch.bfloat16 in storage or r.random() < 0.3
+    options = draw_options(r, 2.0**exponent)
+    if half and exponent > 0:  # SGD adds it to the gradient, which may leave float16 by that
+        options["weight_decay"] = 0.0
     return Configuration(
         seed=seed,
         weights=tuple(weights),
@@ -137,7 +141,7 @@ def draw(seed: int) -> Configuration:
         pull=r.uniform(0.2, 1.2),
         opposite=r.choice([None] * 6 + [0.0, 0.003, 0.03]) if K > 1 else None,
         method=draw_method(r, 2.0**exponent * (10.0 if integers else 1.0)),
-        **draw_options(r, 2.0**exponent),
+        **options,
         **draw_events(r, A, len(parameters)),
     )
 
@@ -566,7 +570,8 @@ class Driver:
         if not self.c.method.needs_history:
             return
         state = self.optimizer.state_dict()
-        scales = state["param_groups"][0]["gcond"]["method"]["history_scale"]
+        method = json.loads(state["param_groups"][0]["gcond"]["method"])
+        scales = method["history_scale"][1]  # after the shape
         rounding = 2.0**-21  # the history is exact in its type; sums in float32 are not
         for i, of_parameter in state["state"].items():
             segment = self.reference.segments[i]

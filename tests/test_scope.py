@@ -714,9 +714,8 @@ def test_a_loss_that_gradnorm_cannot_use_is_said_before_a_state_changes():
     before = {name: value.clone() for name, value in optimizer._now.method_state.items()}
     parameters = [p.clone() for p in model.parameters()]
     losses = losses_of(model, x)
-    optimizer.backward({**losses, "b": losses["b"] - 100.0})
-    with pytest.raises(ValueError, match=r"GradNorm .* the loss of task ('b'|1) is -.* constant"):
-        optimizer.step()
+    with pytest.raises(ValueError, match=r"GradNorm .* the loss of task 'b' is -.* constant"):
+        optimizer.backward({**losses, "b": losses["b"] - 100.0})
     state = optimizer._now.method_state
     assert all(torch.equal(state[name], value) for name, value in before.items())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), parameters, strict=True))
