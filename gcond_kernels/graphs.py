@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -57,6 +58,12 @@ def detach(loss: Tensor) -> bool:
     return True
 
 
+# So often a function is looked at before it is trusted, and so far from the losses: a fused loss is
+# near them, and every micro-batch pays for the way.
+ENOUGH_LOOKS = 16
+NEAR = 32
+
+
 class SharedFunctions:
     """What the custom autograd functions have saved that several losses share.
 
@@ -65,15 +72,19 @@ class SharedFunctions:
 
     Args:
         losses: with graphs that may share a part.
+        looks: by the name of a function, how often it was found to overwrite nothing.
+        everywhere: whether to look at whole graphs, and not near the losses alone.
     """
 
-    def __init__(self, losses: Sequence[Tensor]) -> None:
+    def __init__(self, losses: Sequence[Tensor], looks: dict[str, int], everywhere: bool) -> None:
         seen: dict[Any, int] = {}
         for loss in losses:
-            for node in nodes_of(loss):
+            for node in nodes_of(loss, None if everywhere else NEAR):
                 seen[node] = seen.get(node, 0) + 1
         custom = torch.autograd.function.BackwardCFunction
-        self._nodes = [n for n, count in seen.items() if count > 1 and isinstance(n, custom)]
+        shared = [n for n, count in seen.items() if count > 1 and isinstance(n, custom)]
+        self._nodes = [n for n in shared if looks.get(type(n).__name__, 0) < ENOUGH_LOOKS]
+        self._looks = looks
         self._sums = self._read()
 
     def _read(self) -> Tensor:
@@ -84,21 +95,23 @@ class SharedFunctions:
 
     def check(self) -> None:
         """Raise a RuntimeError if a backward pass has overwritten what was saved."""
+        names = sorted({type(node).__name__ for node in self._nodes})
         if self._nodes and not torch.equal(self._read(), self._sums):
-            names = sorted({type(node).__name__.removesuffix("Backward") for node in self._nodes})
+            functions = " or ".join(name.removesuffix("Backward") for name in names)
             raise RuntimeError(
-                f"a backward pass of {' or '.join(names)} overwrites what its forward pass has "
-                "saved, so it can be passed back through once, and losses share it: give the "
-                "losses as functions, each with a forward pass of its own"
+                f"a backward pass of {functions} overwrites what its forward pass has saved, so it "
+                "can be passed back through once, and losses share it: give the losses as "
+                "functions, each with a forward pass of its own"
             )
+        self._looks.update({name: self._looks.get(name, 0) + 1 for name in names})
 
 
-def nodes_of(loss: Tensor) -> set[Any]:
-    """Return all nodes of a loss's graph."""
+def nodes_of(loss: Tensor, most: int | None) -> set[Any]:
+    """Return the nodes of a loss's graph, the nearest first, so many at most; None is all."""
     found: set[Any] = set()
-    left = [loss.grad_fn]
-    while left:
-        node = left.pop()
+    left = deque([loss.grad_fn])
+    while left and (most is None or len(found) < most):
+        node = left.popleft()
         if node is not None and node not in found:
             found.add(node)
             left.extend(following for following, _ in node.next_functions)

@@ -86,7 +86,7 @@ class Progress:
         finite: [] bool, whether that is to be stepped with.
         told: whether the scaler was told of it.
         reached: whether any loss ever reached a parameter.
-        examined: the windows whose weights were found to overwrite nothing that losses share.
+        looks: how often custom autograd functions were found to overwrite nothing that is shared.
         all_shared: whether the host knows that tasks share every tensor.
         chosen_shared: whether it knows that they share one that the method looks at.
         known_owners: what the host knows of the owners of each tensor, bits.
@@ -109,7 +109,7 @@ class Progress:
     finite: Tensor | None = None
     told: bool = False
     reached: bool = False
-    examined: set[Window] = field(default_factory=set)
+    looks: dict[str, int] = field(default_factory=dict)
     all_shared: tables.HostFlag = field(default_factory=tables.HostFlag)
     chosen_shared: bool = False
     known_owners: list[int] = field(default_factory=list)
@@ -361,6 +361,13 @@ class GCondFused(torch.optim.Optimizer):
                 f"neither {type(self).__name__} nor {type(base).__name__} has an attribute {name!r}"
             ) from None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("base")
+        ours = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        # What is not ours is the base's own: it would not hear of it else.
+        of_base = base is not None and not ours and hasattr(base, name)
+        (setattr if of_base else object.__setattr__)(base if of_base else self, name, value)
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the wrapped optimizer: the same list."""
@@ -532,11 +539,13 @@ class GCondFused(torch.optim.Optimizer):
     def active_tasks(self) -> tuple[str, ...]:
         """The tasks whose losses the next `backward` takes; none once the window is full."""
         now = self._now
-        options = now.options if now.position else now.assigned
-        if now.resolved or now.position >= options.accumulation_steps:
+        options, position = (now.options, now.position) if now.position else (now.assigned, 0)
+        if now.resolved or (position >= options.accumulation_steps and self._sync.started):
             return ()
+        if position >= options.accumulation_steps:  # could not be resolved: the next drops it
+            options, position = now.assigned, 0
         turns = schedule(len(self._weights), options.accumulation_steps, options.mode)
-        return tuple(self._weights.keys_given[task] for task in turns[now.position])
+        return tuple(self._weights.keys_given[task] for task in turns[position])
 
     @_disable_dynamo
     def backward(self, losses: Mapping[str, Loss | None]) -> bool:
@@ -547,8 +556,9 @@ class GCondFused(torch.optim.Optimizer):
         added to before `step`. Parameters that no task had a gradient for keep `.grad` None.
 
         What is passed back through is the loss as a plain loop would have it: times its weight,
-        divided by the micro-batches of the window. So parameters that this optimizer does not hold
-        get the gradient of the plain sum, which their own optimizer may step with.
+        divided by the micro-batches that the window has for its task. So parameters that this
+        optimizer does not hold get the gradient of the plain sum, which their own optimizer may
+        step with.
 
         Args:
             losses: for `active_tasks` a scalar loss, without the loss weight, or a function without
@@ -562,12 +572,14 @@ class GCondFused(torch.optim.Optimizer):
         Memory: losses may share a graph. What one loss alone has, its head or a forward pass of
         its own, is freed when that loss was passed back through, and the rest after the last; the
         loss is left without a graph. But autograd keeps what is still referred to: an output of a
-        head that a variable holds keeps the head's activations until it is let go of. Delete it,
-        or give the losses as functions.
+        head that a variable holds keeps the head's activations until it is let go of, and so does
+        a loss that is a view, indexed out of another tensor. Delete them, or give the losses as
+        functions.
 
         A loss whose backward pass overwrites what it has saved (fused cross entropies that scale
-        their gradient in place do) can be passed back through once. Where two tasks share it, the
-        first micro-batch raises: give them as functions, each with a forward pass of its own.
+        their gradient in place do) can be passed back through once. Where two tasks share it, that
+        raises (it is looked for near the losses, and of each function a number of times): give
+        them as functions, each with a forward pass of its own.
 
         Raises:
             KeyError: a task is unknown, or not active now.
@@ -585,8 +597,9 @@ class GCondFused(torch.optim.Optimizer):
         What the arguments show to be wrong is raised before anything has changed. An exception
         while losses are computed or passed back through voids the window: what it accumulated is
         lost, a warning says so, and the next call starts afresh. Momentum, history and averages
-        are as they were. Where a rank has sent a part of the window by then, that part stays, and
-        `step` is due.
+        are as they were. (Parameters of other optimizers keep what they were given: call
+        `zero_grad` of those.) Where a rank has sent a part of the window by then, that part stays,
+        and `step` is due.
         """
         now, acc = self._now, self._accumulator
         self._check_not_within("backward")
@@ -617,7 +630,13 @@ class GCondFused(torch.optim.Optimizer):
         now.position += 1
         if now.position < now.options.accumulation_steps:
             return False
-        self.resolve()
+        try:
+            self.resolve()
+        except Exception as error:
+            # Of several ranks all have raised it, and of what is not finite the user is asked.
+            if self._sync.size == 1 and not isinstance(error, FloatingPointError):
+                self._void_window(error)
+            raise
         return True
 
     def _is_exact(self) -> bool:
@@ -677,10 +696,9 @@ class GCondFused(torch.optim.Optimizer):
         order = sorted(losses, key=lambda task: (callable(losses[task]), names.index(task)))
         tensors = [loss for task in order if isinstance(loss := losses[task], Tensor)]
         shared = None
-        new = self._now.window not in self._now.examined
-        if len(tensors) > 1 and new and not tables.is_capturing(self._device()):
-            # Once for each set of weights: a factor of 1 may leave alone what another overwrites.
-            shared = graphs.SharedFunctions(tensors)
+        if len(tensors) > 1 and not tables.is_capturing(self._device()):
+            now = self._now
+            shared = graphs.SharedFunctions(tensors, now.looks, not now.reached)
         try:
             for number, task in enumerate(order, start=1):
                 loss = losses[task]
@@ -691,8 +709,6 @@ class GCondFused(torch.optim.Optimizer):
                     shared.check()
                 del loss
                 self._send_if_final(names.index(task))
-            if shared is not None and self._now.window is not None:
-                self._now.examined.add(self._now.window)
         finally:
             graphs.free(tensors)
 
@@ -753,7 +769,8 @@ class GCondFused(torch.optim.Optimizer):
         """Drop what this window has accumulated; the next `backward` starts a new one.
 
         Momentum, history and averages stay: of a window that is resolved already they hold its
-        gradient, and only the step is not made. With several ranks all of them call it.
+        gradient, and only the step is not made. Parameters of other optimizers keep what they
+        were given: call `zero_grad` of those. With several ranks all of them call it.
 
         Raises:
             RuntimeError: a part of the window is on its way to other ranks.
@@ -767,7 +784,7 @@ class GCondFused(torch.optim.Optimizer):
         self._start_window()
 
     def _void_window(self, error: BaseException) -> None:
-        """Drop the window of a `backward` that has failed, and say so."""
+        """Drop the window of a call that has failed, and say so."""
         now, acc, names = self._now, self._accumulator, tuple(self._weights)
         self._sync.take_back()
         sent = [names[k] for k in range(self._sync.started) if acc.counts[k]]
@@ -777,7 +794,8 @@ class GCondFused(torch.optim.Optimizer):
             warnings.warn(
                 f"backward() failed ({type(error).__name__}): its window is dropped"
                 + (f", {lost}" if lost else "")
-                + ", and the next call starts a new one",
+                + ", and the next call starts a new one. Parameters of other optimizers keep what "
+                "they were given: call zero_grad() of those",
                 stacklevel=3,
             )
             return
@@ -800,8 +818,8 @@ class GCondFused(torch.optim.Optimizer):
         With several ranks those whose window is full wait in `backward` for the others: call this
         first where your window is short, and then what else all ranks do together.
 
-        `.grad` is yours until the next window is resolved. Where it is of the accumulators' type it
-        is a view of them: clone it to keep its values for longer.
+        `.grad` is yours until the next `backward`. Where it is of the accumulators' type it is a
+        view of them: clone it to keep it for longer, and write to what you have kept no more.
 
         Raises:
             RuntimeError: nothing was accumulated; or no loss has reached a parameter; or ranks
@@ -814,6 +832,13 @@ class GCondFused(torch.optim.Optimizer):
         self._check_not_within("resolve")
         if self._now.resolved:
             return
+        name = self._accumulator.foreign_gradient() if self._now.position else None
+        if name is not None:
+            raise RuntimeError(
+                f"{name} has a .grad from another backward pass, which the window's would replace: "
+                "call resolve() first and back-propagate the other loss after it, or drop it with "
+                "zero_grad()"
+            )
         with fixed_precision():
             self._resolve()
 
@@ -1011,7 +1036,7 @@ class GCondFused(torch.optim.Optimizer):
             value.copy_(old if where is None else torch.where(where, old, value))
 
     def _leave_out_absent(self, work: Work, counts: Sequence[int]) -> None:
-        """Leave `.grad` None where all tasks that use a tensor had nothing in this window.
+        """Leave `.grad` None where no task of this window has ever used a tensor.
 
         Autograd gives zeros for it then where it cannot tell, from a compiled model with several
         heads, say; a step with those would follow stale momentum. Only a window in which a task had
@@ -1028,7 +1053,7 @@ class GCondFused(torch.optim.Optimizer):
         rows = acc.owners.tolist()
         now.known_owners = [sum(1 << k for k, owned in enumerate(row) if owned) for row in rows]
         for t, owned in enumerate(now.known_owners):
-            if owned and not owned & bits:
+            if not owned & bits:
                 work.outputs[t] = None
 
     def _scope(self, products: ops.Gramians, counts: Sequence[int]) -> Scope:

@@ -61,8 +61,8 @@ class Saved:
 
 def with_own(base: torch.optim.Optimizer, saved: Saved) -> dict[str, Any]:
     """Return the state dict of the base with what is saved beside it; no tensor is copied."""
-    state = base.state_dict()
     parameters = [p for group in base.param_groups for p in group["params"]]
+    state = state_of(base, set(parameters))
     if not is_plain(state):
         state = {"state": {}, "param_groups": packed_groups(base), BASE: state}
     place = {s.parameter: t for t, s in enumerate(saved.accumulator.segments)}
@@ -83,9 +83,21 @@ def is_plain(state: Mapping[str, Any]) -> bool:
     return {"state", "param_groups"} <= state.keys()
 
 
+def state_of(base: torch.optim.Optimizer, parameters: set[Tensor]) -> dict[str, Any]:
+    """Return the state dict of the base, without states of parameters that are in no group now."""
+    of_base: Any = base.state
+    gone = [p for p in of_base if isinstance(p, Tensor) and p not in parameters]
+    kept = {p: of_base.pop(p) for p in gone}
+    try:
+        return base.state_dict()
+    finally:
+        of_base.update(kept)
+
+
 def check_form(base: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Raise a ValueError where a state lacks that of a base which has a form of its own."""
-    if BASE not in state and not is_plain(base.state_dict()):
+    parameters = {p for group in base.param_groups for p in group["params"]}
+    if BASE not in state and not is_plain(state_of(base, parameters)):
         raise ValueError(
             f"the state of {type(base).__name__}, whose state dict has a form of its own, is not "
             "in this state: torch.distributed.checkpoint leaves it out, and a state of another "

@@ -170,9 +170,10 @@ def test_the_optimizer_resolves_in_one_call(monkeypatch):
     monkeypatch.setattr(cuda, "resolve", lambda *given: calls.append(1) or resolve(*given))
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = GCondFused(torch.optim.SGD([p], lr=1.0), {"a": 1.0, "b": 1.0}, backend="cuda")
-    optimizer.backward({"a": p.sum(), "b": -0.9 * p.sum()})
-    optimizer.step()
-    assert calls == [1]
+    for windows in (0, 1):  # the first shows that the tasks share all there is
+        optimizer.backward({"a": p.sum(), "b": -0.9 * p.sum()})
+        assert len(calls) == windows
+        optimizer.step()
     assert optimizer.report().zone == "critical"
 
 

@@ -1173,3 +1173,114 @@ def test_what_is_set_after_a_call_that_was_refused_holds_at_once():
     optimizer.accumulation_steps = 1
     assert optimizer.backward(losses_of(model, x[0]))
     assert off(gradients(model), plain(model, x, {"a": 1.0, "b": 2.0})) < ROUNDING
+
+
+# What came out when others read it.
+
+
+@pytest.mark.parametrize("end", ["resolve", "step"])
+def test_a_short_window_does_not_replace_the_gradient_of_another_loss(end):
+    model, x = Net(), inputs(1)
+    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=4, method=Sum())
+    optimizer.backward(losses_of(model, x[0]))
+    model.body.weight.sum().backward()
+    with pytest.raises(RuntimeError, match=r"from another backward pass.*resolve\(\) first"):
+        getattr(optimizer, end)()
+    optimizer.zero_grad()
+    optimizer.resolve()
+    model.body.weight.sum().backward()
+    wanted = plain(model, x)
+    wanted[0] = wanted[0] + 1.0
+    assert off(gradients(model), wanted) < ROUNDING
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("exact", 1), ("exact", 2), ("stochastic", 2)])
+def test_the_usual_loop_goes_on_after_a_window_that_was_not_finite(mode, steps):
+    model, x = Net(), inputs(3 * steps)
+    optimizer = GCondFused(
+        sgd(model, 0.0), TASKS, accumulation_steps=steps, mode=mode, on_nonfinite="raise"
+    )
+    seen = []
+    for number, batch in enumerate(x):
+        losses = losses_of(model, batch * (math.nan if number == steps - 1 else 1.0))
+        losses = {task: losses[task] for task in optimizer.active_tasks}
+        assert losses
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                full = optimizer.backward(losses)
+        except FloatingPointError:
+            seen.append("raised")
+        else:
+            if full:
+                seen.append(all(p.grad is not None for p in model.parameters()))
+                optimizer.step()
+    assert seen == ["raised", True, True]
+
+
+def test_a_method_that_raises_voids_the_window():
+    model, x = Net(), inputs(2)
+    broken = [True]
+
+    def method(S):
+        if broken[0]:
+            raise ArithmeticError("no weights")
+        return S.new_ones(len(S))
+
+    optimizer = GCondFused(sgd(model), TASKS, method=method)
+    with pytest.warns(UserWarning, match="its window is dropped"), pytest.raises(ArithmeticError):
+        optimizer.backward(losses_of(model, x[0]))
+    assert optimizer.active_tasks == ("a", "b")
+    broken[0] = False
+    optimizer.backward(losses_of(model, x[1]))
+    assert off(gradients(model), plain(model, x[1:])) < ROUNDING
+
+
+def test_a_head_whose_task_has_not_come_yet_stays_where_it_is():
+    model, x = Net(), inputs(1)
+    adam = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    optimizer = GCondFused(adam, TASKS)
+    before = flat(model.heads["a"].parameters()).clone()
+    stacked = torch.stack(list(losses_of(model, x[0]).values()))
+    optimizer.backward({"b": stacked[1]})
+    assert all(p.grad is None for p in model.heads["a"].parameters())
+    optimizer.step()
+    assert torch.equal(before, flat(model.heads["a"].parameters()))
+
+
+def test_an_attribute_of_the_base_is_assigned_to_the_base():
+    model = Net()
+    optimizer = GCondFused(WithModes(model.parameters(), lr=0.1), TASKS)
+    optimizer.warmup = 3
+    assert optimizer.base.warmup == optimizer.warmup == 3
+    optimizer.note = "mine"
+    assert optimizer.note == "mine"
+    assert not hasattr(optimizer.base, "note")
+
+
+@pytest.mark.parametrize("when", ["another subset", "a later window"])
+def test_a_fused_loss_that_comes_later_is_refused_too(when):
+    torch.manual_seed(0)
+    model, x, target = nn.Linear(8, 4), torch.randn(8, 8), torch.randint(0, 4, (8,))
+    tasks, steps = {"a": 1.0, "b": 0.5, "c": 1.0}, 2 if when == "another subset" else 1
+    optimizer = GCondFused(sgd(model, 0.0), tasks, accumulation_steps=steps, method=Sum())
+    y = model(x)
+    if optimizer.backward({"a": y.square().mean(), "c": y.mean()}):
+        optimizer.step()
+    ce = OverwritesWhatItSaved.apply(model(x), target)
+    with pytest.raises(RuntimeError, match="of OverwritesWhatItSaved overwrites"), pytest.warns():
+        optimizer.backward({"a": 3 * ce, "b": 0.5 * ce + model(x).square().mean()})
+
+
+def test_a_state_after_a_group_with_a_state_was_removed():
+    model, x = Net(), inputs(2)
+    groups = [{"params": model.body.parameters()}, {"params": model.heads.parameters()}]
+    optimizer = GCondFused(torch.optim.AdamW(groups, lr=0.1), TASKS)
+    optimizer.backward(losses_of(model, x[0]))
+    optimizer.step()
+    del optimizer.param_groups[1]
+    state = optimizer.state_dict()
+    assert set(state["state"]) == {0, 1}
+    optimizer.load_state_dict(state)
+    model.zero_grad()
+    optimizer.backward(losses_of(model, x[1]))
