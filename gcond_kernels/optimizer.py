@@ -938,7 +938,7 @@ class GCondFused(torch.optim.Optimizer):
         means = self._mean_losses(losses, counts)
         before = self._snapshot() if self._may_not_fit() else None
         scope = self._scope(products, counts)
-        self._leave_out_absent(work, counts)
+        self._leave_out_absent(work, counts, products.total)
         decision = self._decide(work, products, scale, scope, means)
         if now.on_nonfinite == "raise" and before is not None and not bool(decision.finite):
             self._restore(before)
@@ -1035,7 +1035,7 @@ class GCondFused(torch.optim.Optimizer):
         for value, old in changed:
             value.copy_(old if where is None else torch.where(where, old, value))
 
-    def _leave_out_absent(self, work: Work, counts: Sequence[int]) -> None:
+    def _leave_out_absent(self, work: Work, counts: Sequence[int], total: Tensor) -> None:
         """Leave `.grad` None where no task of this window has ever used a tensor.
 
         Autograd gives zeros for it then where it cannot tell, from a compiled model with several
@@ -1052,8 +1052,9 @@ class GCondFused(torch.optim.Optimizer):
             return
         rows = acc.owners.tolist()
         now.known_owners = [sum(1 << k for k, owned in enumerate(row) if owned) for row in rows]
+        finite = all(now.known_owners) or bool(total.isfinite().all())  # else nothing is known
         for t, owned in enumerate(now.known_owners):
-            if not owned & bits:
+            if not owned & bits and (owned or (finite and acc.sizes[t])):
                 work.outputs[t] = None
 
     def _scope(self, products: ops.Gramians, counts: Sequence[int]) -> Scope:

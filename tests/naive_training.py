@@ -179,19 +179,30 @@ class NaiveTraining:
             if outcome.skipped:
                 self.__dict__.update(before)
         else:
-            outcome = self._skipped([], False)
+            outcome = self._skipped([], False, finite=False)
         self.skipped_steps += outcome.skipped
         self.start_window()
         return outcome
 
-    def _skipped(self, going: list[int], undecided: bool) -> Outcome:
-        zeros, nothing = self._of_parameters(np.zeros(self.N), self._written()), np.zeros(self.K)
+    def _skipped(self, going: list[int], undecided: bool, finite: bool = True) -> Outcome:
+        written = self._written(finite)
+        zeros, nothing = self._of_parameters(np.zeros(self.N), written), np.zeros(self.K)
         return Outcome(True, going, zeros, zeros, [], nothing, nothing, undecided)
 
-    def _written(self) -> list[int]:
-        """The parameters that get a gradient: not those whose tasks all had no micro-batch."""
+    def _written(self, finite: bool = True) -> list[int]:
+        """The parameters that get a gradient: not those that no task with a micro-batch ever used.
+
+        Where a gradient is not finite nobody knows who uses what was not used before.
+        """
         active = {k for k, count in enumerate(self.counts) if count}
-        return sorted(i for i in self.touched if not self.owners[i] or self.owners[i] & active)
+        if len(active) == self.K:
+            return sorted(self.touched)
+
+        def is_used(i: int) -> bool:
+            empty = self.segments[i].stop == self.segments[i].start
+            return bool(self.owners[i] & active) or (not self.owners[i] and (empty or not finite))
+
+        return sorted(i for i in self.touched if is_used(i))
 
     def _resolved(self, going, parameter_norms) -> Outcome:
         shares = np.array(self.shares())[:, None]
