@@ -93,7 +93,6 @@ class Accumulator:
         end: where the last segment ends. A row may be longer, so that it can be cut evenly.
         cuts: into how many parts history and momentum are cut, of which this process keeps one:
             then they are [K, N' / cuts] and [N' / cuts], and are laid out anew by `Sharded` alone.
-        part: which part that is.
         kept: of history and momentum that are cut, the segments and the length of a row when that
             was done.
         spread: whether the parameters may be DTensors.
@@ -107,14 +106,12 @@ class Accumulator:
         dtype: torch.dtype,
         *,
         cuts: int = 1,
-        part: int = 0,
         spread: bool = False,
         masked: dict[Tensor, Tensor] | None = None,
     ) -> None:
         self.dtype = dtype
         self.end = 0
         self.cuts = cuts
-        self.part = part
         self.spread = spread
         self.alone = False
         self.segments: list[Segment] = []

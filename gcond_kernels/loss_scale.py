@@ -59,12 +59,3 @@ class LossScale:
                 "the GradScaler was not updated since the last step: call scaler.update() after "
                 "each step, then step() again"
             ) from error
-
-    def was_unscaled(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the user has called `unscale_` on the optimizer since the last `update`.
-
-        The scaler has no public way to say so; without the private one the answer is no.
-        """
-        states = getattr(self.scaler, "_per_optimizer_states", {})
-        state = states.get(id(optimizer), {})  # not states[...]: that would make an entry
-        return getattr(state.get("stage"), "name", "") == "UNSCALED"

@@ -311,7 +311,6 @@ class GCondFused(torch.optim.Optimizer):
             K,
             accumulator_dtype,
             cuts=peers.size if peers is not None and sharded else 1,
-            part=peers.rank if peers is not None and sharded else 0,
             spread=way == "mesh",
             masked=masked,
         )
