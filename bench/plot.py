@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError:
     sys.exit('bench/plot.py needs matplotlib: pip install "gcond-kernels[plot]"')
 
-from gcond_kernels.plot import BLACK, BLUE, GREY, VERMILION
+from gcond_kernels.diagnostics.plots import BLACK, BLUE, GREY, VERMILION
 
 Figure = dict[str, Any]
 

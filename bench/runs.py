@@ -38,7 +38,7 @@ from gcond_kernels.demo.digits import Digits
 from gcond_kernels.demo.photos import Photos, bundled_files, read_images
 from gcond_kernels.demo.scenes import Scene
 from gcond_kernels.demo.summary import finite
-from gcond_kernels.plot import BLACK, BLUE, GREY, VERMILION
+from gcond_kernels.diagnostics.plots import BLACK, BLUE, GREY, VERMILION
 
 SCENES = {"photos": Photos, "digits": Digits}
 PROCESSES = 2

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gcond_kernels import _cuda, tables
+from gcond_kernels import _cuda
 from gcond_kernels.cuda.launch import cut, parts, place_of
+from gcond_kernels.ops import launch_tables as tables
 
 
 def accumulate(

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcond_kernels import _cuda, tables
+from gcond_kernels import _cuda
 from gcond_kernels.cuda.launch import place_of
+from gcond_kernels.ops import launch_tables as tables
 
 Decision = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gcond_kernels import _cuda, tables
+from gcond_kernels import _cuda
 from gcond_kernels.cuda.combine import factors_of
 from gcond_kernels.cuda.launch import cut, parts, place_of
+from gcond_kernels.ops import launch_tables as tables
 
 # What the kernel counts with.
 UNSIGNED = 1 << 64

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gcond_kernels import _cuda, tables
+from gcond_kernels import _cuda
 from gcond_kernels.cuda.launch import Cut, cut, parts, place_of
+from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.python.gramian import gramian as gramian_by_matrix_products
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gcond_kernels import _cuda, tables
+from gcond_kernels import _cuda
+from gcond_kernels.ops import launch_tables as tables
 
 Place = tuple[int, int]
 ON_HOST: Place = (-1, 0)

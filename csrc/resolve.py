@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcond_kernels import _cuda, tables
+from gcond_kernels import _cuda
 from gcond_kernels.cuda.arbitrate import Decision, new_decision
 from gcond_kernels.cuda.gramian import new_sums
 from gcond_kernels.cuda.launch import cut, place_of
+from gcond_kernels.ops import launch_tables as tables
 
 
 @functools.cache

@@ -1,7 +1,9 @@
 """Gradient conflict resolution for multi-task training, in two passes over memory."""
 
-from gcond_kernels.batchnorm import frozen_batchnorm
-from gcond_kernels.checkpoint import TrainingState
+from gcond_kernels.diagnostics.plots import plot_conflicts, plot_layer_conflicts
+from gcond_kernels.diagnostics.recorder import Recorder
+from gcond_kernels.diagnostics.report import Report
+from gcond_kernels.distributed.checkpoint import TrainingState
 from gcond_kernels.methods import (
     IMTLG,
     MGDA,
@@ -17,11 +19,9 @@ from gcond_kernels.methods import (
     UPGrad,
 )
 from gcond_kernels.optimizer import GCondFused
-from gcond_kernels.plot import plot_conflicts, plot_layer_conflicts
-from gcond_kernels.recon import conflict_table, split_conflicting_layers
-from gcond_kernels.recorder import Recorder
-from gcond_kernels.report import Report
-from gcond_kernels.sparse import neuron_mask
+from gcond_kernels.precision.batchnorm import frozen_batchnorm
+from gcond_kernels.recipes.recon import conflict_table, split_conflicting_layers
+from gcond_kernels.recipes.sparse import neuron_mask
 
 __version__ = "0.1.0"
 __all__ = [

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcond_kernels.contracts import ACCUMULATOR_DTYPES
 from gcond_kernels.methods import GradDrop, Method
-from gcond_kernels.scope import is_among
+from gcond_kernels.ops.checks import ACCUMULATOR_DTYPES
+from gcond_kernels.storage.shared_parameters import is_among
 
 NOTHING_FOR_TASK = "Where a micro-batch has nothing for a task, leave the task out, or give None"
 

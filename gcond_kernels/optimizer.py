@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from gcond_kernels import graphs, ops, overflow, saving, tables
-from gcond_kernels.accumulator import Accumulator, is_distributed
-from gcond_kernels.base_step import step_if, step_of_zeros
+from gcond_kernels import ops
 from gcond_kernels.checks import (
     check_base,
     check_chosen,
@@ -32,20 +30,26 @@ from gcond_kernels.checks import (
     plain_name,
     warn_of_double_smoothing,
 )
-from gcond_kernels.contexts import fixed_precision
-from gcond_kernels.data_parallel import DataParallel
-from gcond_kernels.distributed import WAYS, Sharded, Sync, Work, peers_of, way_of
-from gcond_kernels.dtensor import check_materialized, local_part
-from gcond_kernels.loss_scale import LossScale
-from gcond_kernels.mask import check_mask
+from gcond_kernels.diagnostics.recorder import Recorder
+from gcond_kernels.diagnostics.report import Report, Resolution
+from gcond_kernels.distributed.data_parallel import DataParallel
+from gcond_kernels.distributed.dtensor import check_materialized, local_part
+from gcond_kernels.distributed.strategies import WAYS, Sharded, Sync, Work, peers_of, way_of
 from gcond_kernels.methods import GCond, GradDrop, Method
 from gcond_kernels.methods.method import Known, fresh_state
-from gcond_kernels.names import labels_of
-from gcond_kernels.nonfinite import describe, nonfinite_tasks, without_tasks
+from gcond_kernels.ops import launch_tables as tables
+from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.options import Assignable, Fixed, Options, TaskWeights, schedule
-from gcond_kernels.recorder import Recorder
-from gcond_kernels.report import Report, Resolution
-from gcond_kernels.scope import Scope, flags, is_among, shared_among
+from gcond_kernels.precision import overflow
+from gcond_kernels.precision.guarded_step import step_if, step_of_zeros
+from gcond_kernels.precision.loss_scale import LossScale
+from gcond_kernels.precision.nonfinite import describe, nonfinite_tasks, without_tasks
+from gcond_kernels.storage import graphs
+from gcond_kernels.storage import state as saving
+from gcond_kernels.storage.accumulator import Accumulator, is_distributed
+from gcond_kernels.storage.names import labels_of
+from gcond_kernels.storage.shared_parameters import Scope, flags, is_among, shared_among
+from gcond_kernels.storage.trainable_mask import check_mask
 
 Loss: TypeAlias = "Tensor | Callable[[], Tensor]"
 
@@ -201,7 +205,7 @@ class GCondFused(torch.optim.Optimizer):
         backend: "auto", "python", "triton" or "cuda"; see `gcond_kernels.ops.choose_backend`.
 
     Attributes:
-        recorder: what happened in the latest steps; see `gcond_kernels.recorder.Recorder`.
+        recorder: what happened in the latest steps; see `gcond_kernels.diagnostics.recorder.Recorder`.
 
     Options may be assigned in training and take effect from the next window on, with what they
     need made anew; those that cannot be assigned say so.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gcond_kernels.contexts import full_float32
+from gcond_kernels.ops.contexts import full_float32
 from gcond_kernels.python.blocks import PARTIAL, batches, block_length, trained, whole_partials
 
 # Elements between two rows of scratch memory: rows a multiple of 4 KB apart fall on the same lines

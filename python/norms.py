@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gcond_kernels.contexts import full_float32
+from gcond_kernels.ops.contexts import full_float32
 from gcond_kernels.python.blocks import blocks, in_memory_order
 from gcond_kernels.python.gramian import block_products
 

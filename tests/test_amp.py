@@ -20,7 +20,8 @@ from test_optimizer import (
 )
 from torch import nn
 
-from gcond_kernels import GCondFused, accumulator
+from gcond_kernels import GCondFused
+from gcond_kernels.storage import accumulator
 
 # A power of two: products with it are exact, so that unscaled gradients keep their bits.
 SCALE = 2.0**12

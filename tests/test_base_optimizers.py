@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from gcond_kernels import GCondFused
-from gcond_kernels.saving import without_own
+from gcond_kernels.storage.state import without_own
 
 
 def others():

@@ -8,7 +8,8 @@ from host_reads import HostReads
 from test_optimizer import TASKS, batches, flat_parameters, losses_of, model_of, same
 from torch import nn
 
-from gcond_kernels import GCondFused, base_step, ops
+from gcond_kernels import GCondFused, ops
+from gcond_kernels.precision import guarded_step as base_step
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 

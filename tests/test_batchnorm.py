@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gcond_kernels import GCondFused
-from gcond_kernels.batchnorm import frozen_batchnorm
+from gcond_kernels.precision.batchnorm import frozen_batchnorm
 
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)) * 3 + 1
 

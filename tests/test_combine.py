@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
 
-from gcond_kernels import contracts, ops
+from gcond_kernels import ops
+from gcond_kernels.ops import checks as contracts
 from gcond_kernels.python import blocks
 
 TRUE = torch.tensor(True)

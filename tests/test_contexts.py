@@ -21,13 +21,13 @@ from gcond_kernels import (
     Sum,
     UPGrad,
     ops,
-    tables,
 )
-from gcond_kernels.contexts import fixed_precision, operation
-from gcond_kernels.loss_scale import LossScale
+from gcond_kernels.diagnostics.recorder import Recorder
 from gcond_kernels.methods import GradDrop
 from gcond_kernels.methods.method import Function, Known, Method, fresh_state
-from gcond_kernels.recorder import Recorder
+from gcond_kernels.ops import launch_tables as tables
+from gcond_kernels.ops.contexts import fixed_precision, operation
+from gcond_kernels.precision.loss_scale import LossScale
 
 CPU = torch.device("cpu")
 

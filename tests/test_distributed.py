@@ -16,7 +16,8 @@ from conftest import slow
 from ranks import Ranks, start
 from test_optimizer import same
 
-from gcond_kernels import alike, distributed
+from gcond_kernels.distributed.strategies import consistency as alike
+from gcond_kernels.distributed.strategies import strategies as distributed
 from gcond_kernels.methods import CAGrad, GradNorm, PCGrad
 
 pytestmark = [

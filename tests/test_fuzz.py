@@ -6,7 +6,7 @@ import pytest
 from conftest import INTERPRETED, MISSING, parameter
 from fuzz import Driver, draw
 
-from gcond_kernels import accumulator
+from gcond_kernels.storage import accumulator
 
 CHUNK = 100
 # So many chunks, or a part of one where kernels are interpreted.

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sizes import SIZES_AT_BOUNDARIES
 
-from gcond_kernels import contracts, ops
+from gcond_kernels import ops
+from gcond_kernels.ops import checks as contracts
 from gcond_kernels.python import random
 
 TRUE = torch.tensor(True)

@@ -11,7 +11,8 @@ from torch import nn
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
-from gcond_kernels import GCondFused, accumulator
+from gcond_kernels import GCondFused
+from gcond_kernels.storage import accumulator
 
 # Bytes of a bucket: all gradients are taken when the pass is over, or one fills a bucket.
 KINDS = {"whole": 32 << 20, "bucketed": 8}

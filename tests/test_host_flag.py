@@ -8,8 +8,8 @@ import torch
 from as_on_gpu import late_flags
 from host_reads import HostReads
 
-from gcond_kernels import tables
-from gcond_kernels.tables import HostFlag
+from gcond_kernels.ops import launch_tables as tables
+from gcond_kernels.ops.launch_tables import HostFlag
 
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from gcond_kernels import GCondFused, accumulator
+from gcond_kernels import GCondFused
 from gcond_kernels.python import blocks
+from gcond_kernels.storage import accumulator
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 from memory import peak_bytes

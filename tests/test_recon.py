@@ -14,10 +14,16 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from gcond_kernels import GCondFused, plot
-from gcond_kernels.checkpoint import TrainingState
-from gcond_kernels.plot import plot_layer_conflicts
-from gcond_kernels.recon import SplitModel, conflict_table, shortened, split_conflicting_layers
+from gcond_kernels import GCondFused
+from gcond_kernels.diagnostics import plots as plot
+from gcond_kernels.diagnostics.plots import plot_layer_conflicts
+from gcond_kernels.distributed.checkpoint import TrainingState
+from gcond_kernels.recipes.recon import (
+    SplitModel,
+    conflict_table,
+    shortened,
+    split_conflicting_layers,
+)
 
 TASKS = ("a", "b.c", "", "$d/e")
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
@@ -753,7 +759,7 @@ def test_without_matplotlib_its_extra_is_named():
     script = """
 import sys
 sys.modules["matplotlib"] = None
-from gcond_kernels.plot import plot_layer_conflicts
+from gcond_kernels.diagnostics.plots import plot_layer_conflicts
 try:
     plot_layer_conflicts(None, "picture.png")
 except ImportError as error:

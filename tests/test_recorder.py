@@ -16,10 +16,12 @@ from host_reads import HostReads
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gcond_kernels import GCond, GCondFused, ops, plot, recorder
-from gcond_kernels.plot import plot_conflicts, plot_layer_conflicts
-from gcond_kernels.recon import conflict_table, split_conflicting_layers
-from gcond_kernels.recorder import ALL_ZONES, Recorder, row_key, zone_of
+from gcond_kernels import GCond, GCondFused, ops
+from gcond_kernels.diagnostics import plots as plot
+from gcond_kernels.diagnostics import recorder
+from gcond_kernels.diagnostics.plots import plot_conflicts, plot_layer_conflicts
+from gcond_kernels.diagnostics.recorder import ALL_ZONES, Recorder, row_key, zone_of
+from gcond_kernels.recipes.recon import conflict_table, split_conflicting_layers
 
 THRESHOLDS = (-0.8, -0.5, 0.0)
 NAMES = ("first.weight", "first.bias", "last.weight")
@@ -799,8 +801,8 @@ def test_without_matplotlib_its_extra_is_named():
     program = """
 import sys
 sys.modules["matplotlib"] = None
-from gcond_kernels.plot import plot_conflicts, plot_layer_conflicts
-from gcond_kernels.recon import conflict_table, split_conflicting_layers
+from gcond_kernels.diagnostics.plots import plot_conflicts, plot_layer_conflicts
+from gcond_kernels.recipes.recon import conflict_table, split_conflicting_layers
 try:
     plot_conflicts(None, "picture.png")
 except ImportError as error:

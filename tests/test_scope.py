@@ -25,7 +25,7 @@ from gcond_kernels import (
     ops,
 )
 from gcond_kernels.methods.method import Known, Method, fresh_state
-from gcond_kernels.scope import Scope, shared_among
+from gcond_kernels.storage.shared_parameters import Scope, shared_among
 
 TASKS = {"a": 1.0, "b": 0.5, "c": 2.0}
 WEIGHING = [

@@ -10,8 +10,9 @@ from ranks import Ranks
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from gcond_kernels import GCondFused, sparse
-from gcond_kernels.sparse import neuron_mask
+from gcond_kernels import GCondFused
+from gcond_kernels.recipes import sparse
+from gcond_kernels.recipes.sparse import neuron_mask
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

@@ -11,7 +11,7 @@ from gcond_kernels import ops
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 triton_kernels = pytest.importorskip("gcond_kernels.triton_kernels")
-from gcond_kernels import tables  # noqa: E402
+from gcond_kernels.ops import launch_tables as tables
 
 accumulating = importlib.import_module("gcond_kernels.triton_kernels.accumulate")
 

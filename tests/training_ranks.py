@@ -595,7 +595,9 @@ def assigned_wrongly(kind):
             optimizer.backward(losses_of(wrapped, 0))
         if kind == "cannot be called off":
             wrapped = nn.parallel.DistributedDataParallel(model)
-            with mock.patch("gcond_kernels.data_parallel.can_call_off", return_value=False):
+            with mock.patch(
+                "gcond_kernels.distributed.data_parallel.can_call_off", return_value=False
+            ):
                 optimizer.backward(losses_of(wrapped, 0))
     except (RuntimeError, ValueError, TypeError) as error:
         return f"{type(error).__name__}: {error}", optimizer._accumulator.counts
@@ -929,7 +931,7 @@ def fully_shard_apart(model):
 
 def not_the_wrapped_model():
     """The model inside is given, and the gradients come in more than one bucket."""
-    from gcond_kernels import accumulator
+    from gcond_kernels.storage import accumulator
 
     model = new_model()
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
@@ -1054,7 +1056,7 @@ def torch_prints_all():
 
 def saved_by_one_rank(way, caller):
     """What a rank is told that saves alone, where all ranks are to call."""
-    from gcond_kernels import peers
+    from gcond_kernels.distributed.strategies import process_group as peers
 
     model, optimizer = used(way)
     rank = dist.get_rank()
@@ -1432,7 +1434,7 @@ def buffers_that_are_views():
 
 def writes_at_once():
     """As `tasks_in_all_numbers`, with a reduce-scatter that writes before it is waited for."""
-    from gcond_kernels.peers import Peers
+    from gcond_kernels.distributed.process_group import Peers
 
     original = Peers.scatter_sum
 
@@ -1501,7 +1503,7 @@ def signs_of_parts(way):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    from gcond_kernels.dtensor import local_part
+    from gcond_kernels.distributed.dtensor import local_part
 
     mesh = init_device_mesh(device().type, (dist.get_world_size(),))
     model = Uneven()

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gcond_kernels import tables
+from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.python.arbitrate import RESIDUE as REFERENCE_RESIDUE
 from gcond_kernels.triton_kernels.memory import throughout
 

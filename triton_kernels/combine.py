@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gcond_kernels import tables
+from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.python.combine import TRUST_RATIO_EPS as REFERENCE_EPS
 from gcond_kernels.triton_kernels.memory import (
     ALIGNED,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gcond_kernels import tables
+from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.python.gramian import gramian as gramian_by_matrix_products
 from gcond_kernels.triton_kernels.memory import ALIGNED, at_element, locate, plan_of, read, trained
 

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gcond_kernels.plot import BLACK, BLUE, GREEN, GREY, VERMILION
+from gcond_kernels.diagnostics.plots import BLACK, BLUE, GREEN, GREY, VERMILION
 
 NAME = "a_stability"
 STEPS = {"photos": 50, "digits": 200}

@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from gcond_kernels import GCond
-from gcond_kernels.plot import BLUE, GREY, SKY, VERMILION
-from gcond_kernels.recorder import ALL_ZONES
-from gcond_kernels.report import zone_of
+from gcond_kernels.diagnostics.plots import BLUE, GREY, SKY, VERMILION
+from gcond_kernels.diagnostics.recorder import ALL_ZONES
+from gcond_kernels.diagnostics.report import zone_of
 
 NAME = "b_thresholds"
 STEPS = {"photos": 120, "digits": 100}

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from gcond_kernels import GCond, ops
-from gcond_kernels.plot import BLUE, GREY, VERMILION
+from gcond_kernels.diagnostics.plots import BLUE, GREY, VERMILION
 
 NAME = "c_precision"
 WINDOWS = (4, 24, 192)

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gcond_kernels import GCond
-from gcond_kernels.plot import BLUE, GREY, SKY
+from gcond_kernels.diagnostics.plots import BLUE, GREY, SKY
 
 NAME = "f_dominance"
 WINDOWS = (0, 1, 3, 5)

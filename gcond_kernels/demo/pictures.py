@@ -22,7 +22,16 @@ from gcond_kernels.demo.digits import Digits
 from gcond_kernels.demo.photos import Photos
 from gcond_kernels.demo.summary import cosines, percent_in_conflict, scores
 from gcond_kernels.demo.training import Run, Step, device_of
-from gcond_kernels.plot import BLACK, BLUE, GREEN, GREY, PURPLE, SKY, VERMILION, shade_zones
+from gcond_kernels.diagnostics.plots import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    PURPLE,
+    SKY,
+    VERMILION,
+    shade_zones,
+)
 
 Draw: TypeAlias = "Callable[[Sequence[Run]], Figure]"
 

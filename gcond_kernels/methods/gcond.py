@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
-from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.methods.method import Known, Method, State
+from gcond_kernels.ops.contexts import fixed_precision
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.methods.method import Known, Method, State, check_number, check_seed
+from gcond_kernels.ops.contexts import fixed_precision
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.methods.method import (
     Known,
     Method,
@@ -18,6 +17,7 @@ from gcond_kernels.methods.method import (
     check_number,
     norms,
 )
+from gcond_kernels.ops.contexts import fixed_precision
 
 # Of Adam, by which the weights learn.
 BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gcond_kernels.contexts import fixed_precision
 from gcond_kernels.methods.method import (
     Known,
     Method,
@@ -20,6 +19,7 @@ from gcond_kernels.methods.method import (
     per_length,
 )
 from gcond_kernels.methods.pcgrad import random_orders
+from gcond_kernels.ops.contexts import fixed_precision
 
 
 @dataclass(frozen=True)

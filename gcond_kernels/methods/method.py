@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
-from gcond_kernels.contexts import fixed_precision, users_code
 from gcond_kernels.methods.solvers import FLOAT32_ROUNDING, FLOAT64_ROUNDING, identity
-from gcond_kernels.tables import HostFlag
+from gcond_kernels.ops.contexts import fixed_precision, users_code
+from gcond_kernels.ops.launch_tables import HostFlag
 
 State: TypeAlias = dict[str, Tensor]
 

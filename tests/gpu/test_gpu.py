@@ -5,7 +5,7 @@ import torch
 from flat import layout_of
 
 from gcond_kernels import GCond, GCondFused, ops
-from gcond_kernels.tables import HostFlag
+from gcond_kernels.ops.launch_tables import HostFlag
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,8 @@ import torch
 from test_optimizer import TASKS, same, without_counters
 from torch import nn
 
-from gcond_kernels import GCondFused, accumulator, ops
+from gcond_kernels import GCondFused, ops
+from gcond_kernels.storage import accumulator
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from gcond_kernels.optimizer import GCondFused
-from gcond_kernels.saving import is_plain
+from gcond_kernels.storage.state import is_plain
 
 
 class TrainingState:

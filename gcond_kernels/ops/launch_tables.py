@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gcond_kernels.contexts import fixed_precision
+from gcond_kernels.ops.contexts import fixed_precision
 
 # What a program has to know of a tensor, in one int64: its type, or NO_TENSOR, plus ALIGNED
 # where all its vectors may be read and written 16 bytes at a time.

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gcond_kernels import ops, tables
-from gcond_kernels.names import without_wrappers
+from gcond_kernels import ops
+from gcond_kernels.ops import launch_tables as tables
+from gcond_kernels.storage.names import without_wrappers
 
 
 class Scope(NamedTuple):

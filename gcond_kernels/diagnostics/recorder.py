@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
-from gcond_kernels.contexts import fixed_precision
-from gcond_kernels.names import without_wrappers
-from gcond_kernels.report import ZONES, incidence_of, pair_cosines, zone_of
-from gcond_kernels.tables import is_capturing, keep_if_captured
+from gcond_kernels.diagnostics.report import ZONES, incidence_of, pair_cosines, zone_of
+from gcond_kernels.ops.contexts import fixed_precision
+from gcond_kernels.ops.launch_tables import is_capturing, keep_if_captured
+from gcond_kernels.storage.names import without_wrappers
 
 Row: TypeAlias = "dict[str, Any]"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
-from gcond_kernels.scope import Scope
+from gcond_kernels.storage.shared_parameters import Scope
 
 ZONES = ("mild", "moderate", "critical")
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gcond_kernels.names import without_wrappers
-from gcond_kernels.recorder import Recorder
+from gcond_kernels.diagnostics.recorder import Recorder
+from gcond_kernels.storage.names import without_wrappers
 
 MOST_COLUMNS = 80
 

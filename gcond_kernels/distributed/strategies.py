@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gcond_kernels import ops
-from gcond_kernels.accumulator import Accumulator, Segment, aligned, moved, rows_of
-from gcond_kernels.alike import (
+from gcond_kernels.distributed.consistency import (
     description,
     difference,
     digest,
@@ -34,11 +33,12 @@ from gcond_kernels.alike import (
     holders_of,
     kinds_of,
 )
-from gcond_kernels.data_parallel import data_parallel_modules
-from gcond_kernels.dtensor import is_dtensor, local_part
-from gcond_kernels.fsdp import FullySharded
-from gcond_kernels.peers import Peers
+from gcond_kernels.distributed.data_parallel import data_parallel_modules
+from gcond_kernels.distributed.dtensor import is_dtensor, local_part
+from gcond_kernels.distributed.fsdp import FullySharded
+from gcond_kernels.distributed.process_group import Peers
 from gcond_kernels.python.blocks import WORD_BITS
+from gcond_kernels.storage.accumulator import Accumulator, Segment, aligned, moved, rows_of
 
 Pieces: TypeAlias = list[tuple[int, int]]
 Describe: TypeAlias = Callable[[], dict[str, str]]

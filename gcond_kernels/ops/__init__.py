@@ -32,8 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gcond_kernels.contexts import fixed_precision, operation
-from gcond_kernels.contracts import (
+from gcond_kernels.ops.checks import (
     FLOAT64,
     GRADIENT_DTYPES,
     check_combine,
@@ -45,6 +44,7 @@ from gcond_kernels.contracts import (
     check_state,
     is_dense,
 )
+from gcond_kernels.ops.contexts import fixed_precision, operation
 
 BACKENDS = ("cuda", "triton", "python")
 OPERATIONS = ("accumulate", "gramian", "arbitrate", "combine", "graddrop", "resolve")

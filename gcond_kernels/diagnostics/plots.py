@@ -10,8 +10,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gcond_kernels.recon import shortened
-from gcond_kernels.recorder import ALL_ZONES, Recorder, Row, row_key
+from gcond_kernels.diagnostics.recorder import ALL_ZONES, Recorder, Row, row_key
+from gcond_kernels.recipes.recon import shortened
 
 if TYPE_CHECKING:  # an import at run time would ask for matplotlib where no picture is drawn
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gcond_kernels import tables
-from gcond_kernels.dtensor import local_part
+from gcond_kernels.distributed.dtensor import local_part
+from gcond_kernels.ops import launch_tables as tables
 
 
 def step_if(wanted: Tensor, base: torch.optim.Optimizer) -> None:

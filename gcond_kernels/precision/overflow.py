@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
-from gcond_kernels.contexts import full_float32
+from gcond_kernels.ops.contexts import full_float32
 
 LARGEST_HALF = torch.finfo(torch.float16).max
 LARGEST_FLOAT = torch.finfo(torch.float32).max

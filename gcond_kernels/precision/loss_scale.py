@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gcond_kernels.contexts import fixed_precision
+from gcond_kernels.ops.contexts import fixed_precision
 
 
 class LossScale:

@@ -1,0 +1,1 @@
+"""Low precision: loss scale, values that are not finite, guarded steps, BatchNorm."""

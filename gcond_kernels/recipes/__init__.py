@@ -1,0 +1,1 @@
+"""Ways to train that build on the recorder or on a mask: Recon, sparse training."""

@@ -1,0 +1,1 @@
+"""Where task gradients live: their layout, the accumulators, and what is saved of them."""
