@@ -49,13 +49,10 @@ cuda: $(VENV)/.torch
 	@touch $(VENV)/.dev $(VENV)/.demo
 	@$(BIN)/python -c 'from gcond_kernels import _cuda; print("built for", _cuda.ARCHITECTURES)'
 
-# mypy is shown the package as it is installed, where python/ is gcond_kernels.python.
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	rm -rf build/lint
-	$(BIN)/python setup.py --quiet build --build-base build/lint --build-lib build/lint/lib
-	$(BIN)/mypy build/lint/lib/gcond_kernels
+	$(BIN)/mypy gcond_kernels
 
 info: $(VENV)/.demo
 	$(BIN)/python -m gcond_kernels info

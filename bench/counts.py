@@ -81,8 +81,8 @@ def quicken_interpreter() -> None:
     """As for the tests; what the kernels load and store stays the same."""
     if ops.unavailable("triton", CPU):
         return
-    sys.path.append(str(Path(__file__).parent.parent / "tests"))
-    import interpreter
+    sys.path.append(str(Path(__file__).parent.parent))
+    from tests.helpers import interpreter
 
     interpreter.patch()
     if problem := interpreter_problem():

@@ -212,7 +212,7 @@ if "$python" -c 'import hypothesis' 2>/dev/null; then
     # Most of the time goes into compiling, on the CPU.
     if "$python" -c 'import xdist' 2>/dev/null; then processes=(-n 8); fi
     pytest tests_kernels "${processes[@]}" -m "slow or not slow" \
-        "$root"/tests/test_{accumulate,gramian,arbitrate,combine,traces,nonfinite,harvest,amp}.py || true
+        "$root"/tests/ops/test_{accumulate,gramian,arbitrate,combine}.py "$root"/tests/test_traces.py "$root"/tests/precision/test_{nonfinite,amp}.py "$root"/tests/storage/test_collect.py || true
 else
     echo "hypothesis is not installed for $python: of the tests only tests/gpu was run"
     note tests_kernels "failed: no hypothesis" 0

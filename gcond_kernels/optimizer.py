@@ -205,7 +205,7 @@ class GCondFused(torch.optim.Optimizer):
         backend: "auto", "python", "triton" or "cuda"; see `gcond_kernels.ops.choose_backend`.
 
     Attributes:
-        recorder: what happened in the latest steps; see `gcond_kernels.diagnostics.recorder.Recorder`.
+        recorder: what happened in the latest steps; see `Recorder`.
 
     Options may be assigned in training and take effect from the next window on, with what they
     need made anew; those that cannot be assigned say so.

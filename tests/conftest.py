@@ -13,10 +13,10 @@ if not torch.cuda.is_available():
 # What cuBLAS needs to be told before torch lets it run where memory is to be NaN at first.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import offload
 import pytest
 
 from gcond_kernels import ops
+from tests.helpers import offload
 
 try:
     from hypothesis import HealthCheck, Phase, settings
@@ -25,7 +25,7 @@ except ImportError:  # tests/gpu alone runs without it; the others say what they
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED and not ops.unavailable("triton", torch.device("cpu")):
-    import interpreter
+    from tests.helpers import interpreter
 
     interpreter.patch()
 

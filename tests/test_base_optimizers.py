@@ -6,7 +6,13 @@ import warnings
 
 import pytest
 import torch
-from test_optimizer import (
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from gcond_kernels import GCondFused
+from gcond_kernels.storage.state import without_own
+from tests.storage.test_state import through_a_file
+from tests.test_optimizer import (
     TASKS,
     batches,
     flat_parameters,
@@ -15,12 +21,6 @@ from test_optimizer import (
     same,
     without_counters,
 )
-from test_state import through_a_file
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-
-from gcond_kernels import GCondFused
-from gcond_kernels.storage.state import without_own
 
 
 def others():

@@ -3,10 +3,10 @@
 from collections import Counter
 
 import pytest
-from conftest import INTERPRETED, MISSING, parameter
-from fuzz import Driver, draw
 
 from gcond_kernels.storage import accumulator
+from tests.conftest import INTERPRETED, MISSING, parameter
+from tests.helpers.fuzz import Driver, draw
 
 CHUNK = 100
 # So many chunks, or a part of one where kernels are interpreted.

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from naive import NaiveGCond
 from torch import nn
 
 from gcond_kernels import GCond, GCondFused
+from tests.helpers.naive import NaiveGCond
 
 SHAPES = st.lists(
     st.sampled_from([(), (1,), (3,), (2, 3), (0,), (4, 1, 2), (33,), (2, 3, 2, 2)]),

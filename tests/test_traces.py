@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from traces import RUNS, optimizer_of, replay_step
+
+from tests.helpers.traces import RUNS, optimizer_of, replay_step
 
 # Recorded in float64; ours is float32 storage and partial sums: a few 1e-7 at these sizes.
 TOLERANCE = 1e-5

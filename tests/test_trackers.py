@@ -10,7 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from pytorch_optimizer import Lookahead, OrthoGrad, ScheduleFreeWrapper
-from test_training_loops import (
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.optim import lr_scheduler, swa_utils
+
+from gcond_kernels import GCond, GCondFused, GradNorm, PCGrad, Sum, TrainingState
+from tests.test_training_loops import (
     ROUNDING,
     TASKS,
     Net,
@@ -22,11 +27,6 @@ from test_training_loops import (
     plain,
     sgd,
 )
-from torch import nn
-from torch.nn.utils import parametrizations, prune
-from torch.optim import lr_scheduler, swa_utils
-
-from gcond_kernels import GCond, GCondFused, GradNorm, PCGrad, Sum, TrainingState
 
 
 def step_plainly(model, optimizer, batch):

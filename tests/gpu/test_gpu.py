@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from flat import layout_of
 
 from gcond_kernels import GCond, GCondFused, ops
 from gcond_kernels.ops.launch_tables import HostFlag
+from tests.helpers.flat import layout_of
 
 pytestmark = [
     pytest.mark.gpu,

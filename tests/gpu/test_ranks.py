@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import training_ranks as t
-from ranks import Ranks
 
 from gcond_kernels import ops
+from tests.helpers import training_ranks as t
+from tests.helpers.ranks import Ranks
 
 GPUS = min(4, torch.cuda.device_count()) if torch.cuda.is_available() else 0
 

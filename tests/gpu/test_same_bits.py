@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from flat import layout_of, misaligned, rows, unwritten
 
 from gcond_kernels import GCond, ops
+from tests.helpers.flat import layout_of, misaligned, rows, unwritten
 
 REASON = ops.unavailable("cuda", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 pytestmark = [

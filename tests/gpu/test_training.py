@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from test_optimizer import TASKS, same, without_counters
 from torch import nn
 
 from gcond_kernels import GCondFused, ops
 from gcond_kernels.storage import accumulator
+from tests.test_optimizer import TASKS, same, without_counters
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,0 +1,1 @@
+"""What several tests use: references, models, ranks, counters of what is launched and read."""

@@ -1,0 +1,609 @@
+"""Nothing that the caller has entered or set changes a bit: autocast, inference mode, defaults."""
+
+import functools
+import gc
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+
+from gcond_kernels import (
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    GCond,
+    GradNorm,
+    GradVac,
+    NashMTL,
+    PCGrad,
+    Sum,
+    UPGrad,
+    ops,
+)
+from gcond_kernels.diagnostics.recorder import Recorder
+from gcond_kernels.methods import GradDrop
+from gcond_kernels.methods.method import Function, Known, Method, fresh_state
+from gcond_kernels.ops import launch_tables as tables
+from gcond_kernels.ops.contexts import fixed_precision, operation
+from gcond_kernels.precision.loss_scale import LossScale
+from tests.helpers.flat import DTYPES, layout_of, random_mask, rows, unwritten
+
+CPU = torch.device("cpu")
+
+
+# ---- The contexts.
+
+
+@contextmanager
+def autocast(device, dtype):
+    """As `torch.autocast`, which without a GPU does not turn on what is meant for one."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def matmul_precision(precision):
+    """By the older interface of torch."""
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for unit in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            unit.fp32_precision = "none"
+
+
+@contextmanager
+def fp32_precision(unit, precision):
+    """By the newer one."""
+    units = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    unit.fp32_precision = precision
+    before = [other.fp32_precision for other in units]
+    try:
+        yield
+        assert [other.fp32_precision for other in units] == before
+    finally:
+        unit.fp32_precision = "none"
+        # What is set for all backends goes for each of them, before and after.
+        assert not {other.fp32_precision for other in units} & {"tf32", "bf16"}
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+CONTEXTS = {
+    **{
+        f"autocast {device} {str(dtype)[6:]}": lambda device=device, dtype=dtype: autocast(
+            device, dtype
+        )
+        for device in ("cpu", "cuda")
+        for dtype in (torch.float16, torch.bfloat16)
+    },
+    "torch.autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "precision high": lambda: matmul_precision("high"),
+    "precision medium": lambda: matmul_precision("medium"),
+    "cuda tf32": lambda: fp32_precision(torch.backends.cuda.matmul, "tf32"),
+    "mkldnn bf16": lambda: fp32_precision(torch.backends.mkldnn.matmul, "bf16"),
+    "all bf16": lambda: fp32_precision(torch.backends, "bf16"),
+    "all tf32": lambda: fp32_precision(torch.backends, "tf32"),
+    "float64": lambda: default_dtype(torch.float64),
+    "float16": lambda: default_dtype(torch.float16),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "default meta": lambda: default_device("meta"),
+    "with meta": lambda: torch.device("meta"),
+}
+in_every_context = pytest.mark.parametrize("context", CONTEXTS)
+
+
+def bits_of(found):
+    """The bytes of every tensor, however they are nested; NaN is equal to itself."""
+    if isinstance(found, torch.Tensor):
+        assert found.device == CPU
+        flat = found.detach().clone(memory_format=torch.contiguous_format).flatten()
+        return found.dtype, list(found.shape), flat.view(torch.uint8).numpy().tobytes()
+    if isinstance(found, dict):
+        return {name: bits_of(value) for name, value in found.items()}
+    if isinstance(found, (tuple, list)):
+        return [bits_of(value) for value in found]
+    return repr(found)
+
+
+def inference_tensors():
+    gc.collect()
+    return [
+        value
+        for value in gc.get_objects()
+        if issubclass(type(value), torch.Tensor) and value.is_inference()
+    ]
+
+
+def check(context, prepare, expected=None):
+    """What is made ready outside and run inside gives the same bits, to be kept and changed."""
+    if expected is None:
+        expected = bits_of(prepare()())
+    run, earlier, made = prepare(), [], []
+    looked_for = context == "inference_mode"  # which takes a while
+    with CONTEXTS[context]():
+        if looked_for:
+            earlier = inference_tensors()
+        found = run()
+        if looked_for:
+            made = inference_tensors()
+    assert bits_of(found) == expected
+    assert {id(tensor) for tensor in made} <= {id(tensor) for tensor in earlier}
+
+
+# ---- The operations: each is made ready, and then gives all that it returns and writes.
+
+# More than a partial sum, less than one, none, and one element alone.
+LAYOUT = layout_of([5000, 33, 0, 1])
+WHERE = (LAYOUT.offsets, LAYOUT.sizes)
+SCALE = torch.tensor([0.5, 3.0, 0.7], dtype=torch.float64)
+K, T = len(SCALE), len(LAYOUT.sizes)
+METHOD = GCond(norm_cap=100.0)
+
+
+def small(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def gradients(dtypes=DTYPES, seed=5):
+    parts = LAYOUT.split(rows(LAYOUT, 1, seed)[0])
+    each = zip(parts, dtypes, strict=True)
+    return [part.to(dtype).view(1, -1).requires_grad_() for part, dtype in each]
+
+
+def accumulate(backend):
+    total, half = rows(LAYOUT, 1, 1)[0], rows(LAYOUT, 1, 1, torch.bfloat16)[0]
+    mixed, plain, scale = gradients(), gradients(DTYPES[:1] * T), torch.tensor(0.3)
+
+    def run():
+        for row, factor in ((total, 1.0), (total, 0.3), (total, scale), (half, 1.0)):
+            ops.accumulate(row, mixed, *WHERE, scale=factor, backend=backend)
+        ops.accumulate(half, [None, *mixed[1:]], *WHERE, overwrite=True, backend=backend)
+        ops.accumulate(total, plain, *WHERE, backend=backend)
+        return total, half
+
+    return run
+
+
+def gramian(backend):
+    accumulators, history = rows(LAYOUT, K, 0), rows(LAYOUT, K, 3, torch.bfloat16)
+    mask, momentum = random_mask(LAYOUT.length, 2)[1], rows(LAYOUT, 1, 4)[0]
+    more = {"history": history, "history_scale": SCALE, "momentum": momentum, "mask": mask}
+
+    def run():
+        return [
+            ops.gramian(accumulators, *WHERE, scale=SCALE, backend=backend, **options)
+            for options in ({}, more)
+        ]
+
+    return run
+
+
+def gramian_of_many_tasks(backend):
+    """More than a kernel has registers for: by matrix products in every backend."""
+    many, scale = rows(layout_of([300]), 9, 1), torch.ones(9, dtype=torch.float64)
+    return lambda: ops.gramian(many, [0], [300], scale=scale, backend=backend)
+
+
+def gramian_read_in_place(backend):
+    """Of a tensor so large that the reference reads it where it lies."""
+    layout = layout_of([(1 << 18) + 4097, 5])
+    accumulators = rows(layout, K, 0)
+    if backend == "triton":  # interpreted it takes long
+        return lambda: None
+    return lambda: ops.gramian(
+        accumulators, layout.offsets, layout.sizes, scale=SCALE, backend=backend
+    )
+
+
+def arbitrate(backend):
+    S, X = small(K, K), small(K, K, seed=1)
+    S, both = S @ S.mT, torch.stack([S @ S.mT, X @ X.mT])
+    state, states = fresh_state(METHOD, K, (), CPU), fresh_state(METHOD, K, (2,), CPU)
+    options = {**METHOD.settings(K), "backend": backend}
+
+    def run():
+        steps = [ops.arbitrate(S, X, SCALE, **state, **options) for _ in range(3)]
+        return steps, state, ops.arbitrate(both, None, SCALE, **states, **options), states
+
+    return run
+
+
+def outputs_of(dtypes=DTYPES):
+    return [unwritten(size, dtype=dtype) for size, dtype in zip(LAYOUT.sizes, dtypes, strict=True)]
+
+
+def momentum_and_mask():
+    return {
+        "momentum": rows(LAYOUT, 1, 2)[0],
+        "momentum_steps": torch.arange(T, dtype=torch.int64),
+        "beta": 0.9,
+        "mask": random_mask(LAYOUT.length, 2)[1],
+    }
+
+
+def combine(backend):
+    accumulators, finite = rows(LAYOUT, K, 0), torch.tensor(True)
+    calls = []
+    for options, weights in (
+        ({**momentum_and_mask(), "max_norm": 0.1}, small(K)),
+        ({**momentum_and_mask(), "parameter_norms": small(T).abs()}, small(K)),
+        ({"history": rows(LAYOUT, K, 3, torch.float16)}, small(T, K)),
+    ):
+        momentum = options.get("momentum")
+        options["per_tensor"] = ops.gramian(
+            accumulators, *WHERE, scale=SCALE, momentum=momentum, backend="python"
+        ).per_tensor
+        calls.append((outputs_of(), {**options, "weights": weights, "scale": SCALE}))
+    plain = outputs_of(DTYPES[:1] * T)
+    calls.append((plain, {key: calls[0][1][key] for key in ("weights", "scale")}))
+    calls[-1][1]["per_tensor"] = calls[2][1]["per_tensor"]
+
+    def run():
+        for outputs, options in calls:
+            ops.combine(accumulators, outputs, *WHERE, finite=finite, backend=backend, **options)
+        return calls
+
+    return run
+
+
+def graddrop(backend):
+    accumulators, outputs, options = rows(LAYOUT, K, 0), outputs_of(), momentum_and_mask()
+    options |= {"finite": torch.tensor(True), "draws": torch.tensor(4), "scale": SCALE}
+
+    def run():
+        ops.graddrop(accumulators, outputs, *WHERE, seed=3, leak=0.3, backend=backend, **options)
+        return outputs, options
+
+    return run
+
+
+def resolve(backend):
+    accumulators, outputs = rows(LAYOUT, K, 0), outputs_of()
+    state, settings = fresh_state(METHOD, K, (), CPU), METHOD.settings(K)
+    options = {"history": rows(LAYOUT, K, 3, torch.bfloat16), **momentum_and_mask()}
+
+    def run():
+        found = [
+            ops.resolve(
+                accumulators, outputs, *WHERE, scale=SCALE, state=state, settings=settings,
+                max_norm=0.5, backend=backend, **options,
+            )
+            for _ in range(1 if backend == "triton" else 2)
+        ]  # fmt: skip
+        return found, outputs, state, options
+
+    return run
+
+
+def multi_tensor_norm(backend):
+    tensors = gradients()
+    return lambda: (
+        ops.multi_tensor_norm(tensors, backend=backend),
+        ops.multi_tensor_norm(tensors, per_tensor=True, backend=backend),
+        ops.multi_tensor_norm([], backend=backend),
+    )
+
+
+def multi_tensor_cosine_similarity(backend):
+    a, b = gradients(DTYPES[:1] * T), gradients(seed=8)
+    return lambda: ops.multi_tensor_cosine_similarity(a, b, backend=backend)
+
+
+OPERATIONS = (
+    accumulate,
+    gramian,
+    gramian_of_many_tasks,
+    gramian_read_in_place,
+    arbitrate,
+    combine,
+    graddrop,
+    resolve,
+    multi_tensor_norm,
+    multi_tensor_cosine_similarity,
+)
+every_operation = pytest.mark.parametrize("prepare", OPERATIONS, ids=lambda case: case.__name__)
+
+
+@functools.cache  # interpreted it takes seconds
+def expected_of(prepare, backend):
+    return bits_of(prepare(backend)())
+
+
+@in_every_context
+@every_operation
+def test_an_operation_computes_the_same_bits(backend, prepare, context):
+    check(context, lambda: prepare(backend), expected_of(prepare, backend))
+
+
+@every_operation
+def test_an_operation_on_what_was_made_in_inference_mode(backend, prepare):
+    expected = expected_of(prepare, backend)
+    with torch.inference_mode():
+        run = prepare(backend)
+        assert bits_of(run()) == expected
+
+
+def test_what_operations_return_can_be_changed_outside_of_inference_mode(backend):
+    with torch.inference_mode():
+        products = [tensor for each in gramian(backend)() for tensor in each if tensor is not None]
+        decisions, _, of_batch, _ = arbitrate(backend)()
+        resolved, *_ = resolve(backend)()
+        norms = multi_tensor_norm(backend)()
+    returned = [*products, *of_batch, *norms]
+    returned += [tensor for decision in decisions for tensor in decision]
+    returned += [tensor for both in resolved for each in both for tensor in each]
+    for tensor in returned:
+        tensor.zero_()
+
+
+@pytest.mark.parametrize("context", ["autocast cpu bfloat16", "inference_mode", "with meta"])
+def test_an_operator_of_the_library_computes_the_same_bits(backend, context):
+    def prepare():
+        accumulators = rows(LAYOUT, K, 0)
+        arguments = (accumulators, *WHERE, SCALE, None, None, None, None, backend)
+        return lambda: torch.ops.gcond_kernels.gramian(*arguments)
+
+    check(context, prepare)
+
+
+# ---- The methods.
+
+
+class Kept(Method):
+    """A method with a state that is learned by autograd, as a user may write it."""
+
+    def new_state(self, tasks, device):
+        return {"learned": torch.ones(tasks, dtype=torch.float64, device=device)}
+
+    def weights(self, gramian, state, known):
+        learned = state["learned"].clone().requires_grad_()
+        torch.einsum("...i,...ij,...j->", learned, gramian, learned).backward()
+        state["learned"] -= 0.01 * learned.grad
+        return learned
+
+
+def by_matrix_products(S):
+    """In the precision that the caller allows, were it not for what is under test."""
+    wide = S.float().repeat(64, 64)  # so large that torch makes use of a precision it is allowed
+    return (wide @ wide)[: len(S), : len(S)].sum(0) + torch.ones(len(S), dtype=S.dtype)
+
+
+METHODS = [
+    Sum(), PCGrad(seed=2), GradVac(beta=0.3), GradNorm(lr=0.1), CAGrad(), MGDA(), UPGrad(),
+    AlignedMTL(), IMTLG(), NashMTL(), GCond(), Kept(), Function(by_matrix_products),
+]  # fmt: skip
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+
+
+@in_every_context
+@every_method
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_a_method_computes_the_same_bits(method, context, batch):
+    def prepare():
+        J = small(*batch, 4, 6)
+        S, scale = J @ J.mT, torch.ones(4, dtype=torch.float64)
+        losses = torch.arange(1.0, 5.0, dtype=torch.float64)
+        state = fresh_state(method, 4, batch, CPU)
+
+        def run():
+            steps = [
+                method.resolve(S, None, scale, state, "python", Known(losses=losses / step))
+                for step in (1, 2, 3)
+            ]
+            given = losses if method.needs_losses else None
+            return steps, state, method(S, given), method(S.float(), given)
+
+        return run
+
+    check(context, prepare)
+
+
+@in_every_context
+@every_method
+def test_a_state_that_is_made_in_a_context_is_as_any(method, context):
+    expected = bits_of([method.new_state(3, CPU), fresh_state(method, 3, (2,), CPU)])
+    with CONTEXTS[context]():
+        found = [method.new_state(3, CPU), fresh_state(method, 3, (2,), CPU)]
+    assert bits_of(found) == expected
+    for state in found[isinstance(method, Kept) :]:  # new_state of Kept is the user's own
+        for value in state.values():
+            value += 1
+
+
+def test_the_state_of_graddrop_is_no_inference_tensor():
+    with torch.inference_mode():
+        state = GradDrop().new_state(2, CPU)
+    state["draws"] += 1
+
+
+def test_a_default_device_of_the_users_own_tensors_stays():
+    seen = []
+
+    def function(S):
+        seen.append(torch.ones(()).device.type)
+        return torch.ones(len(S))
+
+    S = torch.eye(2, dtype=torch.float64)
+    with torch.device("meta"):
+        Function(function)(S)
+        Function(function).resolve(S.to("meta"), None, S[0].to("meta"), {})
+    assert seen == ["cpu", "meta"]
+
+
+# ---- What is recorded, and other things that are kept.
+
+
+@in_every_context
+def test_a_recorder_holds_the_same_numbers(context):
+    names = ("a.weight", "b", "a.bias")
+
+    def prepare():
+        J = small(3, 2, 5)
+        per_tensor, kept = J @ J.mT, Recorder(["x", "y"], (-0.8, -0.5, 0.0), 2)
+        S, scale, number = per_tensor.sum(0), torch.ones(2, dtype=torch.float64), torch.tensor(1)
+        decision = METHOD.resolve(S, None, scale, fresh_state(METHOD, 2, (), CPU), "python")
+        dropped = torch.tensor([False, False])
+
+        def run():
+            before = kept.rows(), kept.layers(), len(kept)
+            for _ in range(3):
+                kept.record(number, names, S, per_tensor, decision, dropped)
+            return before, kept.rows(), kept.layers(-0.1), kept.advise(), list(vars(kept).values())
+
+        return run
+
+    check(context, prepare)
+
+
+def test_a_recorder_goes_on_outside_of_inference_mode():
+    kept, S = Recorder(["x", "y"], (-0.8, -0.5, 0.0), 2), torch.eye(2, dtype=torch.float64)
+    decision = Sum().resolve(S, None, S[0], {})
+    for context in (torch.inference_mode, nullcontext):
+        with context():
+            kept.record(torch.tensor(1), ["a"], S, S[None], decision, torch.tensor([False] * 2))
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize("context", ["inference_mode", "with meta", "float16"])
+def test_a_loss_scale_can_be_used_after_a_context(context):
+    def scales(context):
+        scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+        with context():
+            scale = LossScale(scaler)
+            inverse = scale.inverse(CPU)
+            scale.tell(overflow)
+            scaler.update()
+        scale.tell(overflow)
+        scaler.update()
+        return inverse, scaler.get_scale()
+
+    overflow = torch.tensor(True)
+    assert bits_of(scales(CONTEXTS[context])) == bits_of(scales(nullcontext))
+
+
+def test_tables_are_no_inference_tensors():
+    with torch.inference_mode():
+        table = tables.settings_tensor((1.0, 2.5, 123.75), CPU)
+        chunks = tables.chunk_table((5, 77_777), 4096, CPU)
+    assert not any(tensor.is_inference() for tensor in (table, chunks.table, chunks.first))
+
+
+# ---- The tools.
+
+
+def state_of_torch():
+    return (
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+    )
+
+
+FIXED = (False, False, False, False)
+
+
+@in_every_context
+def test_the_context_is_left_and_entered_again(context):
+    with CONTEXTS[context]():
+        before = state_of_torch()
+        with fixed_precision():
+            assert state_of_torch() == FIXED
+            with fixed_precision():
+                assert state_of_torch() == FIXED
+                assert fixed_precision(state_of_torch)() == FIXED
+            with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+                assert state_of_torch() == (True, False, True, False)
+            assert state_of_torch() == FIXED
+        assert state_of_torch() == before
+        with pytest.raises(ZeroDivisionError), fixed_precision():
+            1 / 0  # noqa: B018
+        assert state_of_torch() == before
+
+
+def test_the_decorator_keeps_name_arguments_and_result():
+    @fixed_precision
+    def function(a, *, b=2):
+        """Says."""
+        return a, b, state_of_torch()
+
+    assert (function.__name__, function.__doc__) == ("function", "Says.")
+    with torch.inference_mode():
+        assert function(1, b=3) == (1, 3, FIXED)
+        assert state_of_torch()[-1]
+
+
+def test_an_operation_may_change_what_was_made_in_inference_mode():
+    @operation
+    def add_one(tensor):
+        tensor += 1
+        return [tensor * 2][0], (tensor * 3, None)
+
+    with torch.inference_mode():
+        tensor = torch.ones(2)
+        doubled, (tripled, nothing) = add_one(tensor)
+    assert tensor.tolist() == [2.0, 2.0]
+    assert nothing is None
+    assert not doubled.is_inference()
+    assert not tripled.is_inference()
+    assert (doubled.tolist(), tripled.tolist()) == ([4.0, 4.0], [6.0, 6.0])
+
+
+@pytest.mark.parametrize("context", ["autocast cpu bfloat16", "autocast cuda float16", "no_grad"])
+def test_a_compiled_function_computes_the_same_bits(context):
+    wide = [torch.randn(5000, generator=torch.Generator().manual_seed(n)) for n in (0, 1)]
+
+    def function(tensors):
+        return ops.multi_tensor_cosine_similarity(tensors[:1], tensors[1:]) + 0.0
+
+    def prepare():
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend="eager")
+        return lambda: compiled(wide)
+
+    check(context, prepare)
+    assert bits_of(prepare()()) == bits_of(function(wide))
+
+
+def test_a_compiled_function_may_hold_it():
+    @fixed_precision
+    def double(x):
+        return 2 * x
+
+    def function(x):
+        with fixed_precision():
+            return double(x) + 1
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [3.0, 3.0]

@@ -1,0 +1,138 @@
+"""The operations as torch library operators: schemas, tracing, and the direct path."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from gcond_kernels import GCond, ops
+from tests.helpers.flat import layout_of, rows
+
+LAYOUT = layout_of([5, 40, 0])
+ONES = torch.ones(2, dtype=torch.float64)
+MASK = torch.full((-(-rows(LAYOUT, 1, 0).shape[1] // 32),), 0x55555555, dtype=torch.int32)
+operators = torch.ops.gcond_kernels
+
+
+def gradients():
+    return [torch.randn(5), None, torch.randn(0, dtype=torch.bfloat16)]
+
+
+def gramian_arguments(history: bool = True, momentum: bool = True):
+    return (
+        rows(LAYOUT, 2, 0), LAYOUT.offsets, LAYOUT.sizes, ONES,
+        rows(LAYOUT, 2, 1, torch.bfloat16) if history else None,
+        ONES.clone() if history else None,
+        rows(LAYOUT, 1, 2)[0] if momentum else None,
+        MASK if momentum else None,
+    )  # fmt: skip
+
+
+def arbitrate_arguments():
+    state = GCond().new_state(2, torch.device("cpu"))
+    g = torch.tensor([[1.0, 0.0], [-0.9, 0.5]], dtype=torch.float64)
+    return (
+        g @ g.T, torch.eye(2).double(), ONES.clone(), *state.values(),
+        [-0.8, -0.5, 0.0], 2.0, True, 1, 1e-6, 0.8, 0.2, 0.95, 0.0, None, False, 1e-8,
+    )  # fmt: skip
+
+
+def combine_arguments():
+    accumulators = rows(LAYOUT, 2, 0)
+    return (
+        accumulators, [torch.empty(5), torch.empty(0)], [0, 2], LAYOUT.offsets, LAYOUT.sizes,
+        ONES, ONES.clone(), torch.tensor(True), torch.zeros(3, 3, 3).double(),
+        rows(LAYOUT, 2, 1, torch.bfloat16), rows(LAYOUT, 1, 2)[0],
+        torch.zeros(3, dtype=torch.int64), 0.9, 1.0, None, 1e-4, 100.0, MASK,
+    )  # fmt: skip
+
+
+def graddrop_arguments():
+    return (
+        rows(LAYOUT, 2, 0), [torch.empty(5), torch.empty(0)], [0, 2], LAYOUT.offsets, LAYOUT.sizes,
+        ONES, torch.tensor(True), 7, torch.tensor(3), 0.1, rows(LAYOUT, 1, 2)[0],
+        torch.zeros(3, dtype=torch.int64), 0.9, MASK, 64,
+    )  # fmt: skip
+
+
+def check(operator, arguments):
+    opcheck(operator.default, arguments)
+
+
+def test_opcheck_passes(backend):
+    for scale, overwrite in ((None, True), (torch.tensor(0.5), False)):
+        arguments = (rows(LAYOUT, 1, 0)[0], gradients(), LAYOUT.offsets, LAYOUT.sizes, 2.0)
+        check(operators.accumulate, (*arguments, scale, overwrite, backend))
+    for history in (True, False):
+        check(operators.gramian, (*gramian_arguments(history, momentum=history), backend))
+    # One conflict for one iteration: no NaN among the events, which would compare as different.
+    check(operators.arbitrate, (*arbitrate_arguments(), backend))
+    check(operators.combine, (*combine_arguments(), backend))
+    check(operators.graddrop, (*graddrop_arguments(), backend))
+
+
+def test_compiled_code_holds_the_operators_and_gives_the_same(backend):
+    def resolve(accumulators, gradient, output):
+        ops.accumulate(
+            accumulators[0], [gradient, None, None], LAYOUT.offsets, LAYOUT.sizes, backend=backend
+        )
+        products = ops.gramian(
+            accumulators, LAYOUT.offsets, LAYOUT.sizes, scale=ONES, backend=backend
+        )
+        ops.combine(
+            accumulators, [output, None, None], LAYOUT.offsets, LAYOUT.sizes, weights=ONES,
+            scale=ONES, finite=products.total[0, 0] > 0, per_tensor=products.per_tensor,
+            backend=backend,
+        )  # fmt: skip
+        return products.total * 2
+
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    accumulators, gradient = rows(LAYOUT, 2, 0), torch.randn(5)
+    eager, traced = torch.empty(5), torch.empty(5)
+    expected = resolve(accumulators.clone(), gradient, eager)
+    compiled = torch.compile(resolve, backend=keep, fullgraph=True)
+    got = compiled(accumulators.clone(), gradient, traced)
+    assert torch.equal(got, expected)
+    assert torch.equal(traced, eager)
+    called = {str(node.target) for node in graphs[0].graph.nodes}
+    assert {f"gcond_kernels.{name}" for name in ("accumulate", "gramian", "combine")} <= {
+        name.removesuffix(".default") for name in called
+    }
+
+
+def test_eager_calls_do_not_go_through_the_dispatcher(backend):
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    with Recorder():
+        ops.gramian(*gramian_arguments()[:3], scale=ONES, backend=backend)
+        operators.gramian(*gramian_arguments(), backend)
+    assert sum(name.startswith("gcond_kernels.gramian") for name in seen) == 1
+
+
+def test_a_subclass_of_tensor_reaches_the_operation(backend):
+    class Marked(torch.Tensor):
+        pass
+
+    accumulators = rows(LAYOUT, 2, 0)
+    plain = ops.gramian(accumulators, LAYOUT.offsets, LAYOUT.sizes, scale=ONES, backend=backend)
+    marked = ops.gramian(
+        accumulators.as_subclass(Marked), LAYOUT.offsets, LAYOUT.sizes, scale=ONES, backend=backend
+    )
+    assert torch.equal(plain.total, marked.total.as_subclass(torch.Tensor))
+
+
+def test_tensors_on_several_devices_are_refused(backend):
+    meta = {"device": "meta", "dtype": torch.float64}
+    for options in ({"scale": torch.ones(2, **meta)},):
+        with pytest.raises(ValueError, match="scale is on meta, not on cpu"):
+            ops.gramian(
+                rows(LAYOUT, 2, 0), LAYOUT.offsets, LAYOUT.sizes, backend=backend, **options
+            )

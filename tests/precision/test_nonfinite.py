@@ -1,0 +1,298 @@
+"""Gradients that hold a NaN or an infinity: skipped, dropped, or named."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gcond_kernels import GCond, GCondFused
+from tests.test_optimizer import (
+    TASKS,
+    batches,
+    flat_parameters,
+    losses_of,
+    model_of,
+    same,
+    sgd,
+    without_counters,
+)
+
+BAD = [math.nan, -math.inf]
+SIZE = 5
+PLACES = [0, 2, SIZE - 1]
+# Every two of a value, a place and the tasks that are hit go together once.
+HITS = [
+    (bad, place, ["b", "abc"][(i + j) % 2])
+    for i, bad in enumerate(BAD)
+    for j, place in enumerate(PLACES)
+]
+HISTORIES = [("a", "raw"), ("b", "resolved"), ("c", "raw")]
+
+
+class Run:
+    """Two parameters and three tasks; a step gives every task the gradients that it is told."""
+
+    def __init__(self, backend, **options):
+        self.p, self.q = nn.Parameter(torch.ones(SIZE)), nn.Parameter(torch.ones(SIZE))
+        named = [("p", self.p), ("q", self.q)]
+        base = torch.optim.AdamW(named, lr=0.1, betas=(0.0, 0.9), weight_decay=0.1)
+        tasks = dict.fromkeys("abc", 1.0)
+        options = {"accumulation_steps": 2, "momentum": 0.9} | options
+        self.optimizer = GCondFused(base, tasks, backend=backend, **options)
+
+    def window(self, gradients):
+        """Per task a gradient of p, the same in both micro-batches; the last one resolves."""
+        for _ in range(2):
+            losses = {
+                task: self.p @ gradient + (self.q * 0.5 @ gradient.nan_to_num(0.0, 0.0, 0.0))
+                for task, gradient in gradients.items()
+            }
+            self.optimizer.backward(losses)
+
+    def step(self, gradients):
+        self.window(gradients)
+        self.optimizer.step()
+
+    def kept(self):
+        """All that a step leaves to the next, but for the counts of what happened."""
+        state = without_counters(copy.deepcopy(self.optimizer.state_dict()))
+        return state, self.p.detach().clone(), self.q.detach().clone()
+
+
+def gradients(seed=0, **replaced):
+    generator = torch.Generator().manual_seed(seed)
+    made = {task: torch.randn(SIZE, generator=generator) for task in "abc"}
+    for task, (place, value) in replaced.items():
+        made[task][place] = value
+    return made
+
+
+@pytest.mark.parametrize(("bad", "place", "tasks"), HITS)
+def test_skip_leaves_everything_as_it_was(backend, bad, place, tasks):
+    run = Run(backend)
+    run.step(gradients(1))
+    before = run.kept()
+    run.step(gradients(2, **dict.fromkeys(tasks, (place, bad))))
+    assert same(before, run.kept())
+    report = run.optimizer.report()
+    assert report.skipped
+    assert report.skipped_steps == 1
+    assert report.nonfinite_tasks == list(tasks)
+    assert report.nonfinite_steps == {task: int(task in tasks) for task in "abc"}
+    assert report.step == 2
+    for p in (run.p, run.q):
+        assert torch.equal(p.grad, torch.zeros(SIZE))
+    run.step(gradients(3))
+    assert not same(before, run.kept())
+    assert run.optimizer.report().skipped_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "place", "task", "history"),
+    [
+        (BAD[(i + j) % 2], place, *task)
+        for i, place in enumerate(PLACES)
+        for j, task in enumerate(HISTORIES)
+    ],
+)
+def test_drop_task_goes_on_as_without_that_task(backend, bad, place, task, history):
+    """The bits are those of a window in which the task had no micro-batch."""
+    options = {"on_nonfinite": "drop_task", "method": GCond(history=history)}
+    run, other = Run(backend, **options), Run(backend, **options)
+    for each in (run, other):
+        each.step(gradients(1))
+    run.step(gradients(2, **{task: (place, bad)}))
+    without = gradients(2)
+    del without[task]
+    other.step(without)
+    assert same(run.kept(), other.kept())
+    report = run.optimizer.report()
+    assert not report.skipped
+    assert report.skipped_steps == 0
+    assert report.nonfinite_tasks == [task]
+    assert report.weights[task] == 0.0
+    assert not any(task in pair for pair in report.cosines)
+    assert math.isfinite(report.gradient_norm)
+    # And it is back in the next window.
+    for each in (run, other):
+        each.step(gradients(3))
+    assert same(run.kept(), other.kept())
+    assert run.optimizer.report().nonfinite_tasks == []
+    assert run.optimizer.report().nonfinite_steps[task] == 1
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 0.1}, {"update": "lion_lars"}])
+def test_drop_task_where_norms_are_asked_for(backend, options):
+    run = Run(backend, on_nonfinite="drop_task", **options)
+    other = Run(backend, **options)
+    for each in (run, other):
+        each.step(gradients(1))
+    run.step(gradients(2, b=(1, math.nan)))
+    without = gradients(2)
+    del without["b"]
+    other.step(without)
+    assert same(run.kept(), other.kept())
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("place", PLACES)
+def test_drop_task_skips_the_step_where_none_is_left(backend, bad, place):
+    run = Run(backend, on_nonfinite="drop_task")
+    run.step(gradients(1))
+    before = run.kept()
+    run.step(gradients(2, **dict.fromkeys("abc", (place, bad))))
+    assert same(before, run.kept())
+    assert run.optimizer.report().skipped
+    assert run.optimizer.report().nonfinite_tasks == ["a", "b", "c"]
+
+
+def test_drop_task_with_a_task_of_weight_zero_alone_left(backend):
+    p = nn.Parameter(torch.ones(2))
+    base = torch.optim.SGD([p], lr=1.0)
+    optimizer = GCondFused(base, {"a": 1.0, "b": 0.0}, on_nonfinite="drop_task", backend=backend)
+    optimizer.backward({"a": p.sum() * math.nan, "b": p.sum()})
+    optimizer.step()
+    assert optimizer.report().skipped  # b has no share in a step: none is left
+    assert torch.equal(p, torch.ones(2))
+
+
+@pytest.mark.parametrize(("bad", "place", "tasks"), HITS)
+def test_raise_names_task_and_parameter_and_changes_nothing(backend, bad, place, tasks):
+    run = Run(backend, on_nonfinite="raise")
+    run.step(gradients(1))
+    now, acc = run.optimizer._now, run.optimizer._accumulator
+
+    def kept():
+        small = [acc.owners, acc.compared, acc.momentum_steps, now.counters]
+        state = [*small, acc.history, acc.momentum, *now.method_state.values()]
+        return copy.deepcopy([state, run.p, run.q, run.optimizer.base.state_dict()])
+
+    before = kept()
+    bad_gradients = gradients(2, **dict.fromkeys(tasks, (place, bad)))
+    for again in range(3):
+        with pytest.raises(FloatingPointError, match=rf"task '{tasks[0]}': p[;.]"):
+            run.optimizer.step() if again else run.window(bad_gradients)
+        assert same(before, kept())
+        assert run.p.grad is None
+    run.optimizer.on_nonfinite = "drop_task"
+    run.optimizer.step()
+    assert run.optimizer.report().nonfinite_tasks == list(tasks)
+    other = Run(backend, on_nonfinite="drop_task")
+    other.step(gradients(1))
+    other.step(bad_gradients)
+    assert same(run.kept(), other.kept())
+
+
+def test_a_window_that_raised_is_dropped_by_the_next_one(backend):
+    run, other = Run(backend, on_nonfinite="raise"), Run(backend)
+    for each in (run, other):
+        each.step(gradients(1))
+    with pytest.raises(FloatingPointError):
+        run.window(gradients(2, b=(1, math.nan)))
+    with pytest.warns(UserWarning, match="of 2 micro-batches could not be resolved, and is droppe"):
+        run.window(gradients(3))
+    run.optimizer.step()
+    other.step(gradients(3))
+    assert same(run.kept(), other.kept())
+
+
+def test_raise_counts_the_parameters(backend):
+    model = model_of()
+    named = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    optimizer = GCondFused(named, TASKS, on_nonfinite="raise", backend=backend)
+    losses = losses_of(model, batches(1)[0])
+    with pytest.raises(FloatingPointError, match=r"task 'b': 0\.weight and 3 more\. Nothing"):
+        optimizer.backward({"a": losses["a"], "b": losses["b"] * math.inf})
+
+
+def test_raise_is_silent_where_all_is_finite(backend):
+    results = []
+    for mode in ("raise", "skip", "drop_task"):
+        model = model_of()
+        optimizer = GCondFused(sgd(model), TASKS, momentum=0.5, on_nonfinite=mode, backend=backend)
+        for batch in batches(4):
+            optimizer.backward(losses_of(model, batch))
+            optimizer.step()
+        results.append(flat_parameters(model))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_value_whose_square_leaves_float32_counts_as_not_finite(backend):
+    p = nn.Parameter(torch.ones(2))
+    optimizer = GCondFused(
+        torch.optim.SGD([p], lr=0.1), TASKS, on_nonfinite="raise", backend=backend
+    )
+    with pytest.raises(FloatingPointError, match="task 'a': parameter 0"):
+        optimizer.backward({"a": p @ torch.tensor([3e19, 0.0]), "b": p.sum()})
+
+
+def test_the_count_survives_a_checkpoint(backend):
+    run = Run(backend, on_nonfinite="drop_task")
+    run.step(gradients(1))
+    run.step(gradients(2, b=(0, math.nan)))
+    run.step(gradients(2, a=(0, math.nan), b=(0, math.nan), c=(0, math.nan)))
+    other = Run(backend, on_nonfinite="drop_task")
+    other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    for each in (run, other):
+        each.step(gradients(3))
+        report = each.optimizer.report()
+        assert (report.step, report.skipped_steps) == (4, 1)
+        assert report.nonfinite_steps == {"a": 1, "b": 2, "c": 1}
+
+
+@pytest.mark.parametrize("history", ["raw", "resolved"])
+def test_drop_task_leaves_the_others_their_history(backend, history):
+    """The winner is the more stable task, though the other is the stronger one now."""
+    stable, other = torch.eye(SIZE)[0], torch.eye(SIZE)[1]
+    run = Run(backend, on_nonfinite="drop_task", method=GCond(history=history))
+    run.step({"a": stable, "b": stable, "c": other})
+    run.step({"a": stable, "b": stable * math.nan, "c": other - 5 * stable})
+    (conflict,) = run.optimizer.report().conflicts
+    assert conflict.tasks == ("a", "c")
+    assert conflict.winner == "a"
+
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "drop_task", "raise"])
+@pytest.mark.parametrize("granularity", ["model", "tensor"])
+def test_a_sum_that_leaves_float16_leaves_no_trace(backend, on_nonfinite, granularity):
+    """Each gradient fits; the step shares a parameter that was one task's own until then."""
+    d = torch.tensor([1.0, 0.2, 0.0, 0.0])
+
+    def run(beyond):
+        p, q = nn.Parameter(torch.ones(4, dtype=torch.float16)), nn.Parameter(torch.ones(4))
+        optimizer = GCondFused(
+            torch.optim.SGD([p, q], lr=0.0), TASKS, on_nonfinite=on_nonfinite,
+            granularity=granularity, momentum=0.5, method=GCond(dominance_window=2),
+            backend=backend,
+        )  # fmt: skip
+
+        def losses(a, b, b_of_q):
+            of_p = (p * d.half()).float().sum()
+            return {"a": a * of_p + 5 * q.sum(), "b": b * of_p + b_of_q * (q * d).sum()}
+
+        for step in range(5):
+            if step != 2:
+                optimizer.backward(losses(1.0, -2.0, 0.0))
+                optimizer.step()
+                continue
+            if not beyond:
+                continue
+            if on_nonfinite == "raise":
+                with pytest.raises(FloatingPointError, match="the resolved gradient is not fin"):
+                    optimizer.backward(losses(4e4, 6e4, -1.0))
+                optimizer.on_nonfinite = "skip"
+            else:
+                optimizer.backward(losses(4e4, 6e4, -1.0))
+            optimizer.step()
+            report = optimizer.report()
+            assert (report.skipped, report.nonfinite_tasks, report.conflicts) == (True, [], [])
+            assert torch.equal(p.grad, torch.zeros_like(p))
+            optimizer.on_nonfinite = on_nonfinite
+        assert optimizer.report().conflicts
+        assert optimizer._accumulator.owners.tolist() == [[True, True], [True, False]]
+        return without_counters(optimizer.state_dict()), p.grad, q.grad
+
+    assert same(run(True), run(False))
