@@ -33,7 +33,6 @@ from gcond_kernels.checks import (
 from gcond_kernels.diagnostics.recorder import Recorder
 from gcond_kernels.diagnostics.report import Report, Resolution
 from gcond_kernels.distributed.data_parallel import DataParallel
-from gcond_kernels.distributed.dtensor import check_materialized, local_part
 from gcond_kernels.distributed.strategies import WAYS, Sharded, Sync, Work, peers_of, way_of
 from gcond_kernels.methods import GCond, GradDrop, Method
 from gcond_kernels.methods.method import Known, fresh_state
@@ -47,6 +46,7 @@ from gcond_kernels.precision.nonfinite import describe, nonfinite_tasks, without
 from gcond_kernels.storage import graphs
 from gcond_kernels.storage import state as saving
 from gcond_kernels.storage.accumulator import Accumulator, is_distributed
+from gcond_kernels.storage.dtensor import check_materialized, local_part
 from gcond_kernels.storage.names import labels_of
 from gcond_kernels.storage.shared_parameters import Scope, flags, is_among, shared_among
 from gcond_kernels.storage.trainable_mask import check_mask

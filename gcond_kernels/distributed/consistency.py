@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcond_kernels.distributed.dtensor import is_dtensor, shard_coordinate
 from gcond_kernels.storage.accumulator import Segment
+from gcond_kernels.storage.dtensor import is_dtensor, shard_coordinate
 
 
 def digest(what: object) -> int:

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gcond_kernels.distributed.dtensor import is_dtensor
 from gcond_kernels.distributed.process_group import Peers, ranks_of
+from gcond_kernels.storage.dtensor import is_dtensor
 
 T = TypeVar("T")
 

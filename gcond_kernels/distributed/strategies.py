@@ -34,11 +34,11 @@ from gcond_kernels.distributed.consistency import (
     kinds_of,
 )
 from gcond_kernels.distributed.data_parallel import data_parallel_modules
-from gcond_kernels.distributed.dtensor import is_dtensor, local_part
 from gcond_kernels.distributed.fsdp import FullySharded
 from gcond_kernels.distributed.process_group import Peers
 from gcond_kernels.python.blocks import WORD_BITS
 from gcond_kernels.storage.accumulator import Accumulator, Segment, aligned, moved, rows_of
+from gcond_kernels.storage.dtensor import is_dtensor, local_part
 
 Pieces: TypeAlias = list[tuple[int, int]]
 Describe: TypeAlias = Callable[[], dict[str, str]]

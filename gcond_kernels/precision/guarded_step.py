@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gcond_kernels.distributed.dtensor import local_part
 from gcond_kernels.ops import launch_tables as tables
+from gcond_kernels.storage.dtensor import local_part
 
 
 def step_if(wanted: Tensor, base: torch.optim.Optimizer) -> None:

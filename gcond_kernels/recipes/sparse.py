@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from gcond_kernels.distributed.dtensor import is_dtensor
+from gcond_kernels.storage.dtensor import is_dtensor
 
 # How a weight becomes rows [neurons, fan-in], and how such rows get the weight's shape again.
 Layout: TypeAlias = "tuple[Callable[[Tensor], Tensor], Callable[[Tensor, torch.Size], Tensor]]"

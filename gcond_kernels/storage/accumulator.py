@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gcond_kernels import ops
-from gcond_kernels.distributed.dtensor import (
+from gcond_kernels.ops.checks import GRADIENT_DTYPES
+from gcond_kernels.python.blocks import WORD_BITS, trained
+from gcond_kernels.storage.dtensor import (
     is_dtensor,
     is_unfinished,
     local_gradient,
     local_part,
     placed_like,
 )
-from gcond_kernels.ops.checks import GRADIENT_DTYPES
-from gcond_kernels.python.blocks import WORD_BITS, trained
 from gcond_kernels.storage.trainable_mask import packed
 
 # Segments start at multiples of this many elements: 128 bytes of float32, 64 of bfloat16.

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcond_kernels.distributed.dtensor import from_its_start, is_dtensor, local_part, placed_like
 from gcond_kernels.storage.accumulator import Accumulator, Segment, rows_of, set_mask
+from gcond_kernels.storage.dtensor import from_its_start, is_dtensor, local_part, placed_like
 from gcond_kernels.storage.names import without_wrappers
 
 VERSION = 4

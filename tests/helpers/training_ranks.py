@@ -1503,7 +1503,7 @@ def signs_of_parts(way):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    from gcond_kernels.distributed.dtensor import local_part
+    from gcond_kernels.storage.dtensor import local_part
 
     mesh = init_device_mesh(device().type, (dist.get_world_size(),))
     model = Uneven()
