@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test test-all cuda lint info bench bench-quick bench-counts bench-experiments bench-host bench-memory bench-methods bench-overlap bench-traffic bench-weighing gpu-check clean
+.PHONY: help demo test test-all cuda lint info bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,20 +19,13 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make info       versions, device, and which backend serves which operation"
 	@echo "make bench      what operations and a training step cost here, beside others: figures, pictures"
-	@echo "make bench-quick the same in about a minute, of small models"
-	@echo "make bench-counts bytes, launches and host reads of each operation, counted and compared"
-	@echo "make bench-experiments the paper's open questions, three seeds; most of an hour"
-	@echo "make bench-host what a launch over 300 tensors costs the host; needs no GPU"
-	@echo "make bench-memory what a window and its step keep, in bytes per parameter"
-	@echo "make bench-methods the demo's scenes by every method, three seeds; 10 to 30 minutes"
-	@echo "make bench-overlap what exchanging gradients early gains, with two processes"
-	@echo "make bench-traffic bytes sent and kept by many GPUs, on paper"
+	@echo "make bench WHAT=...  operations, training, quick, counts, host, weighting, overlap, experiments"
 	@echo "make gpu-check  tests, figures and sanitizers on an NVIDIA GPU; results in gpu_check_output/"
 	@echo "make clean      remove the environment and what was built"
 	@echo 'Options go in ARGS, for example: make demo ARGS="--images ~/photos"'
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m gcond_kernels demo $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
 # On all cores, of which more than four gain little; what a process has not begun another takes over.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
@@ -57,40 +50,11 @@ lint: $(VENV)/.dev
 info: $(VENV)/.demo
 	$(BIN)/python -m gcond_kernels info
 
-# TorchJD, which stands beside, comes with the development tools.
+# What is measured: make bench WHAT=host; one that is unknown prints the list.
+WHAT ?= all
+
 bench: $(VENV)/.dev
-	mkdir -p bench_output
-	$(BIN)/python -m gcond_kernels bench --output bench_output/bench.json $(ARGS)
-	$(BIN)/python bench/plot.py bench_output/bench.json
-
-bench-quick:
-	$(MAKE) bench ARGS="--models mobilenetv3_small --millions 1 --tasks 2 4 --seconds 0.2 $(ARGS)"
-
-bench-counts: $(VENV)/.dev
-	mkdir -p bench_output
-	$(BIN)/python bench/counts.py --output bench_output/counts.json $(ARGS)
-	$(BIN)/python bench/compare.py bench/results/counts.json bench_output/counts.json
-
-bench-experiments: $(VENV)/.dev
-	$(BIN)/python bench/experiments/all.py $(ARGS)
-
-bench-weighing: $(VENV)/.demo
-	$(BIN)/python bench/weighing.py $(ARGS)
-
-bench-host: $(VENV)/.demo
-	GCOND_CUDA_HOST=1 TRITON_INTERPRET=1 $(BIN)/python bench/host_time.py $(ARGS)
-
-bench-memory: $(VENV)/.demo
-	$(BIN)/python bench/memory.py $(ARGS)
-
-bench-methods: $(VENV)/.demo
-	$(BIN)/python bench/methods.py $(ARGS)
-
-bench-overlap: $(VENV)/.demo
-	$(BIN)/python bench/overlap.py $(ARGS)
-
-bench-traffic:
-	$(PYTHON) bench/traffic.py $(ARGS)
+	$(BIN)/python -m bench $(WHAT) $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	PYTHON=$(BIN)/python bench/gpu_check.sh gpu_check_output

@@ -18,15 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Read when Triton is imported, and by the choice of a backend.
-if __name__ == "__main__":
-    os.environ.update(TRITON_INTERPRET="1", GCOND_CUDA_HOST="1")
-
 import torch
 
 import gcond_kernels
+from bench.counting import Counts, count, interpreter_problem
 from gcond_kernels import GCond, ops
-from gcond_kernels.bench.counts import Counts, count, interpreter_problem
 
 Run = Callable[[], object]
 Figure = dict[str, Any]
@@ -60,10 +56,10 @@ ABOUT = {
 }
 
 
-def main() -> None:
+def main(given=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="write the counts as JSON to this file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     quicken_interpreter()
     counted = []
     for backend in ops.BACKENDS:
@@ -81,7 +77,6 @@ def quicken_interpreter() -> None:
     """As for the tests; what the kernels load and store stays the same."""
     if ops.unavailable("triton", CPU):
         return
-    sys.path.append(str(Path(__file__).parent.parent))
     from tests.helpers import interpreter
 
     interpreter.patch()

@@ -164,12 +164,12 @@ allow 200
 published=()
 if [ -n "${PUBLISHED_CODE:-}" ]; then published=(--published-code "$PUBLISHED_CODE"); fi
 part benchmark env GIT_DIR="$root/.git" GIT_WORK_TREE="$root" \
-    "$python" -m gcond_kernels bench --output "$figures" --tasks 2 4 8 --seconds 0.3 \
+    "$python" -m bench --output "$figures" --tasks 2 4 8 --seconds 0.3 \
     --models mobilenetv3_small convnext_base --millions 16 1000 "${published[@]}" || true
 # Stopped is not failed: the figures until then are kept.
 sed -i -E '/^benchmark /s/failed: (stopped after)/\1/' "$notes"
 if "$python" -c 'import matplotlib' 2>/dev/null; then
-    "$python" "$root/bench/plot.py" "$figures" || note pictures "failed" 0
+    "$python" -m bench plot "$figures" || note pictures "failed" 0
 fi
 
 # Bytes that really move, and the share of the memory's peak that the GPU itself counts.
@@ -180,7 +180,7 @@ if command -v ncu >/dev/null; then
     for backend in "${backends[@]}"; do
         part "ncu_$backend" ncu --csv --metrics "$metrics" --launch-skip 2 --launch-count 40 \
             --kernel-name 'regex:accumulate|products|gramian|combine|sum_kernel' \
-            "$python" "$root/bench/profiled.py" --backend "$backend" || true
+            "$python" -m bench profiled --backend "$backend" || true
     done
 else
     note ncu "left out: not on PATH or in /usr/local/cuda/bin" 0

@@ -20,14 +20,14 @@ from rich.table import Table
 from torch import nn
 
 import gcond_kernels
+from bench.record import cpu_name
+from bench.training import peak_bytes
 from gcond_kernels import GCondFused
-from gcond_kernels.bench.machine import cpu_name
-from gcond_kernels.bench.training import peak_bytes
 
 MICRO_BATCHES = 2
 
 
-def main() -> None:
+def main(given=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--tasks", type=int, nargs="+", default=[2, 4, 8], help="numbers of tasks K"
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048, help="of each layer")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = arguments.width, arguments.layers, device
 

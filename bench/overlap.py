@@ -72,7 +72,7 @@ class Way(NamedTuple):
     rows: str = ""
 
 
-def main() -> None:
+def main(given=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2, help="processes; torchrun has its own")
     parser.add_argument("--tasks", type=int, default=2, help="number of tasks K")
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=16, help="steps of every way")
     parser.add_argument("--link", default="as it is", help="between the ranks; noted as it is said")
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     arguments.ranks = int(os.environ.get("WORLD_SIZE", arguments.ranks))
     if arguments.ranks < 2 or arguments.rounds < 2:
         parser.error("it takes two ranks, and two rounds")
@@ -450,7 +450,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        from gcond_kernels.bench.machine import cpu_name
+        from bench.record import cpu_name
     except ImportError:  # which draws its tables with rich
         return platform.machine()
     return cpu_name()

@@ -46,13 +46,13 @@ COPY = "copy of the bytes that this\npackage must move"
 DIM = "#666666"
 
 
-def main() -> int:
+def main(given=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("record", type=Path, help="JSON file that the bench wrote")
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="default: the folder of the record"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     try:
         record = json.loads(arguments.record.read_text())
         figures = [f for f in record["figures"] if "seconds" in f and "operation" in f]

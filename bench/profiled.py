@@ -9,21 +9,21 @@ import argparse
 
 import torch
 
-from gcond_kernels.bench.models import shapes_of
-from gcond_kernels.bench.operations import count_of
-from gcond_kernels.bench.storage import Gradients, Storage, layout_of
+from bench.inputs import Gradients, Storage, layout_of
+from bench.models import shapes_of
+from bench.operations import count_of
 
 # The first call compiles and makes tables; a profiler skips it.
 CALLS = 3
 
 
-def main() -> None:
+def main(given=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=("triton", "cuda", "python"), required=True)
     parser.add_argument("--model", default="convnext_base", help="whose tensors")
     parser.add_argument("--tasks", type=int, default=2, metavar="K")
     parser.add_argument("--device", default="cuda")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     device, tasks = torch.device(arguments.device), arguments.tasks
     layout = layout_of([count_of(shape) for shape in shapes_of(arguments.model)])
     gradients = Gradients(layout, torch.float32, device)

@@ -141,11 +141,11 @@ FSDP_EXACT = Way(
 WAYS = (PLAIN, SHARD, REPLICATE, FSDP_PLAIN, FSDP_STOCHASTIC, FSDP_EXACT)
 
 
-def main() -> None:
+def main(given=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--micro-batches", type=int, default=8, help="of a rank in a window, A")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="Markdown; %(default)s")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if arguments.micro_batches < max(TASKS):
         parser.error(
             f"--micro-batches: stochastic mode needs one for each of the {max(TASKS)} tasks"

@@ -13,13 +13,13 @@ import os
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from demo.digits import Digits
+from demo.scenes import Batch
 from rich.progress import track
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gcond_kernels import GCondFused, TrainingState
-from gcond_kernels.demo.digits import Digits
-from gcond_kernels.demo.scenes import Batch
 
 
 def options() -> argparse.Namespace:

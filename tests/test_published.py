@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gcond_kernels.bench.published import PublishedResolution, PublishedTraining, load
+from bench.published import PublishedResolution, PublishedTraining, load
 
 # Momentum and the number of steps are its state, the history is last step's sum in every task.
 STAND_IN = """

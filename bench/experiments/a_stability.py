@@ -16,14 +16,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import common
-import runs
 import torch
-from common import SCENES, Record, cosine, percent
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from bench.experiments import common, runs
+from bench.experiments.common import SCENES, Record, cosine, percent
 from gcond_kernels.diagnostics.plots import BLACK, BLUE, GREEN, GREY, VERMILION
 
 NAME = "a_stability"

@@ -12,14 +12,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import common
-import runs
 import torch
-from common import PLAIN_SUM, Record, Training, Variant
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from bench.experiments import common, runs
+from bench.experiments.common import PLAIN_SUM, Record, Training, Variant
 from gcond_kernels import GCond
 from gcond_kernels.diagnostics.plots import BLUE, GREY, SKY, VERMILION
 from gcond_kernels.diagnostics.recorder import ALL_ZONES

@@ -12,14 +12,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import common
-import runs
 import torch
-from common import SCENES, Record, Training, Variant, cosine
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from bench.experiments import common, runs
+from bench.experiments.common import SCENES, Record, Training, Variant, cosine
 from gcond_kernels import GCond, ops
 from gcond_kernels.diagnostics.plots import BLUE, GREY, VERMILION
 

@@ -16,17 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parents[1]))
-import runs
-from runs import SCENES, Record
-
+from bench.experiments import runs
+from bench.experiments.runs import SCENES, Record
+from examples.demo import training
+from examples.demo.methods import PLAIN
+from examples.demo.methods import Method as DemoMethod
+from examples.demo.scenes import Batch, Scene
+from examples.demo.summary import cosines, incidence, means, zone_shares
+from examples.demo.training import new_run, train, warmup_then_cosine
 from gcond_kernels import GCondFused
-from gcond_kernels.demo import training
-from gcond_kernels.demo.methods import PLAIN
-from gcond_kernels.demo.methods import Method as DemoMethod
-from gcond_kernels.demo.scenes import Batch, Scene
-from gcond_kernels.demo.summary import cosines, incidence, means, zone_shares
-from gcond_kernels.demo.training import new_run, train, warmup_then_cosine
 from gcond_kernels.methods import Method
 
 RESULTS = Path(__file__).parents[1] / "results" / "experiments"

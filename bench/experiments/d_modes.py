@@ -11,10 +11,10 @@ what comes of the mode alone.
 import sys
 from collections.abc import Sequence
 
-import common
-from common import PLAIN_SUM, Record, Variant
 from matplotlib.figure import Figure
 
+from bench.experiments import common
+from bench.experiments.common import PLAIN_SUM, Record, Variant
 from gcond_kernels import GCond
 from gcond_kernels.methods import Sum
 

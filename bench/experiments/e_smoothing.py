@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 
-import common
-from common import SCENES, Record, Variant
 from matplotlib.figure import Figure
 
+from bench.experiments import common
+from bench.experiments.common import SCENES, Record, Variant
 from gcond_kernels import GCond
 from gcond_kernels.methods import Method, Sum
 

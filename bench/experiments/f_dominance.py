@@ -13,12 +13,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import common
-import runs
-from common import SCENES, Record, Training, Variant
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.experiments import common, runs
+from bench.experiments.common import SCENES, Record, Training, Variant
 from gcond_kernels import GCond
 from gcond_kernels.diagnostics.plots import BLUE, GREY, SKY
 

@@ -14,11 +14,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import common
-import runs
-from common import Record, Training, Variant
 from matplotlib.figure import Figure
 
+from bench.experiments import common, runs
+from bench.experiments.common import Record, Training, Variant
 from gcond_kernels import GCond
 from gcond_kernels.methods import Sum
 

@@ -60,7 +60,7 @@ MEASURED = {
     "resolve": "cuda 164 µs, triton 202 µs with all checks; cuda is one launch in the L2 cache",
 }
 MEASURED_HOW = (
-    "host time of a call on 300 tensors, without the launch (make bench-host); "
+    "host time of a call on 300 tensors, without the launch (make bench WHAT=host); "
     "neither has been timed on a GPU yet"
 )
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gcond_kernels import __main__, ops
-from gcond_kernels.bench import add_arguments as bench_options
-from gcond_kernels.bench import machine, operations, others, table
-from gcond_kernels.bench.clock import Clock, Way, copies, laps_of, quartiles
-from gcond_kernels.bench.operations import Bench, Case, Target, even_sizes, gramians_of
-from gcond_kernels.bench.storage import TOLERANCE, Gradients, Storage, layout_of
+from bench import __main__, operations, others, table
+from bench import add_arguments as bench_options
+from bench import record as machine
+from bench.clock import Clock, Way, copies, laps_of, quartiles
+from bench.inputs import TOLERANCE, Gradients, Storage, layout_of
+from bench.operations import Bench, Case, Target, even_sizes, gramians_of
+from gcond_kernels import ops
 
 CPU = torch.device("cpu")
 BENCH = Path(__file__).parents[2] / "bench"
@@ -51,7 +52,7 @@ def test_the_ways_take_turns_and_each_lap_goes_over_all_memory():
 
 def test_what_prepares_a_call_is_not_timed(monkeypatch):
     now = iter(range(1000))
-    monkeypatch.setattr("gcond_kernels.bench.clock.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("bench.clock.time.perf_counter", lambda: next(now))
     way = Way([lambda: None] * 3, prepare=[lambda: next(now)] * 3)
     assert Clock(CPU, 1.0).prepared_seconds(way, repetitions=2) == 3.0
 
@@ -90,7 +91,7 @@ def test_on_a_gpu_a_lap_is_a_graph_unless_it_waits(monkeypatch):
 
 @pytest.mark.parametrize("moved", [2, 1000, 4_000_000])
 def test_a_copy_moves_half_of_the_bytes_each_way(moved, monkeypatch):
-    monkeypatch.setattr("gcond_kernels.bench.clock.MOST_BYTES_OF_COPY", 1_000_000)
+    monkeypatch.setattr("bench.clock.MOST_BYTES_OF_COPY", 1_000_000)
     written = []
     copy = torch.Tensor.copy_
     monkeypatch.setattr(
@@ -125,7 +126,7 @@ def test_the_storage_conflicts_and_its_padding_is_zero():
 
 
 def test_products_in_pieces_are_those_of_whole_rows(monkeypatch):
-    monkeypatch.setattr("gcond_kernels.bench.storage.CHECKED_AT_ONCE", 64)
+    monkeypatch.setattr("bench.inputs.CHECKED_AT_ONCE", 64)
     storage = Storage(2, LAYOUT, CPU)
     rows, history = storage.rows.double(), storage.history.double()
     torch.testing.assert_close(storage.products_in_float64().total, rows @ rows.T)
@@ -370,7 +371,7 @@ def test_an_operation_that_is_wrong_is_not_timed(monkeypatch):
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_said(monkeypatch):
-    monkeypatch.setattr("gcond_kernels.bench.operations.free_bytes", lambda device: 2_100_000_000)
+    monkeypatch.setattr("bench.operations.free_bytes", lambda device: 2_100_000_000)
     figures = list(tiny_bench(sizes=[2_000_000_000]).figures())
     reasons = {f["skipped"] for f in figures if "skipped" in f}
     assert len(reasons) == 3  # of two types of gradients, and of the resolution
@@ -396,7 +397,7 @@ def test_times_are_shown_in_a_unit_that_suits_them(seconds, text):
 def run_main(tmp_path, capsys, *options):
     output = tmp_path / "figures.json"
     code = __main__.main(
-        ["bench", "--sections", "operations", "--models", "--millions", "1", "--tasks", "2",
+        ["--sections", "operations", "--models", "--millions", "1", "--tasks", "2",
          "--seconds", "1e-6", "--device", "cpu", "--output", str(output), *options]
     )  # fmt: skip
     return code, output, capsys.readouterr()
@@ -405,7 +406,7 @@ def run_main(tmp_path, capsys, *options):
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    command = ["bench", "--output", str(folder / "figures.json"), "--sections", "operations"]
+    command = ["--output", str(folder / "figures.json"), "--sections", "operations"]
     command += ["--models", "mobilenetv3_small", "--millions", "1", "--tasks", "3", "2"]
     command += ["--seconds", "0.001", "--device", "cpu"]
     with redirect_stdout(io.StringIO()) as printed:
@@ -420,14 +421,14 @@ def record(tmp_path_factory):
 def test_the_command_writes_figures_with_machine_and_commit(record):
     written = json.loads(record.read_text())
     assert {"device", "torch", "python", "commit", "gcond_kernels"} <= set(written["machine"])
-    assert written["command"].startswith("python -m gcond_kernels")
+    assert written["command"].startswith("python -m bench")
     assert {f["model"] for f in written["figures"]} == {"even", "mobilenetv3_small"}
 
 
 @pytest.mark.slow
 def test_the_pictures_of_a_record(record):
-    command = [sys.executable, str(BENCH / "plot.py"), str(record)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench", "plot", str(record)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCH.parent)
     assert done.returncode == 0, done.stderr
     for name in ("roofline", "cost_by_size", "cost_by_tasks"):
         assert (record.parent / f"{name}.png").stat().st_size > 10_000
@@ -435,8 +436,8 @@ def test_the_pictures_of_a_record(record):
 
 def test_no_record_no_pictures(tmp_path):
     (tmp_path / "other.json").write_text("[1]")
-    command = [sys.executable, str(BENCH / "plot.py"), str(tmp_path / "other.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench", "plot", str(tmp_path / "other.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCH.parent)
     assert done.returncode == 2
     assert "other.json is no record of the bench" in done.stderr
 
@@ -484,10 +485,10 @@ def test_an_error_is_a_figure_and_an_exit_code(tmp_path, capsys, monkeypatch):
     assert "ZeroDivisionError" in output.read_text()
 
 
-@pytest.mark.parametrize("path", ["Makefile", "bench/gpu_check.sh"])
+@pytest.mark.parametrize("path", ["bench/gpu_check.sh"])
 def test_options_of_the_bench_that_others_pass_exist(path):
     text = (BENCH.parent / path).read_text()
-    passed = re.findall(r"(?:gcond_kernels bench |bench ARGS=)(?:[^\n]*\\\n)*[^\n]*", text)
+    passed = re.findall(r"(?:-m bench --)(?:[^\n]*\\\n)*[^\n]*", text)
     assert passed
     options = set(re.findall(r" (--[a-z-]+)", " ".join(passed).replace('"', " ")))
     parser = argparse.ArgumentParser()

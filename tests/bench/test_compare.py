@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "bench"))
-compare = importlib.import_module("compare")
+compare = importlib.import_module("bench.compare")
 
 MACHINE = {"device": "A", "cpu": "B", "threads": 2, "torch": "2.13.0"}
 COMBINE = {

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from bench import counting as counts
+from bench.counting import Counts, count
 from gcond_kernels import ops
-from gcond_kernels.bench import counts
-from gcond_kernels.bench.counts import Counts, count
 
-sys.path.append(str(Path(__file__).parents[2] / "bench"))
-recording = importlib.import_module("counts")
+recording = importlib.import_module("bench.counts")
 
 RECORD = json.loads(recording.RECORD.read_text(encoding="utf-8"))
 COUNTED = Counts._fields

@@ -11,23 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import slow
-
-sys.path.append(str(Path(__file__).parents[2] / "bench"))
-sys.path.append(str(Path(__file__).parents[2] / "bench" / "experiments"))
-import a_stability
-import b_thresholds
-import c_precision
-import common
-import d_modes
-import e_smoothing
-import f_dominance
-import g_optimizers
-import runs
-
+from bench import experiments
+from bench.experiments import (
+    a_stability,
+    b_thresholds,
+    c_precision,
+    common,
+    d_modes,
+    e_smoothing,
+    f_dominance,
+    g_optimizers,
+    runs,
+)
+from examples.demo import training
 from gcond_kernels import GCond, GCondFused
-from gcond_kernels.demo import training
 from gcond_kernels.methods import Sum
+from tests.conftest import slow
 
 SCRIPTS = (
     a_stability,
@@ -78,10 +77,10 @@ def test_every_experiment_writes_figures_tables_and_a_picture(script, small, tmp
 
 
 def test_an_experiment_by_the_command_line():
-    command = [sys.executable, d_modes.__file__, "--seeds", "0"]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench", "experiments", "d", "--seeds", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert ended.returncode == 2
-    assert "d_modes.py: error: --seeds and --steps must be 1 or more" in ended.stderr
+    assert "error: --seeds and --steps must be 1 or more" in ended.stderr
 
 
 def test_jobs_go_to_other_processes_whole(tmp_path):
@@ -97,15 +96,17 @@ def test_jobs_go_to_other_processes_whole(tmp_path):
 def test_all_of_them_one_after_another(monkeypatch):
     started = []
 
-    def start(command):
-        started.append(command)
-        return subprocess.CompletedProcess(command, 0 if len(started) < 7 else 130)
+    class Script:
+        def __init__(self, name):
+            self.name = name.rpartition(".")[2]
 
-    monkeypatch.setattr(subprocess, "run", start)
-    monkeypatch.setattr(sys, "argv", ["all.py", "--seeds", "1"])
-    assert importlib.import_module("all").main() == 130
-    assert [command[1].stem for command in started] == [script.NAME for script in SCRIPTS]
-    assert all(command[2:] == ["--seeds", "1"] for command in started)
+        def main(self, given):
+            started.append((self.name, given))
+            return 130 if len(started) == 7 else 0
+
+    monkeypatch.setattr(importlib, "import_module", Script)
+    assert experiments.main(["--seeds", "1"]) == 130
+    assert started == [(script.NAME, ["--seeds", "1"]) for script in SCRIPTS]
 
 
 def test_only_whole_seeds_are_compared():

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "bench"))
-import traffic
-from traffic import FSDP_EXACT, FSDP_PLAIN, FSDP_STOCHASTIC, PLAIN, REPLICATE, SHARD, Run
+from bench import traffic
+from bench.traffic import FSDP_EXACT, FSDP_PLAIN, FSDP_STOCHASTIC, PLAIN, REPLICATE, SHARD, Run
 
 SMALL = Run(N=1000, K=2, P=8, A=8)  # s = 7/8
 RUNS = [Run(10**9, K, P, A) for K in (2, 3, 8) for P in (2, 8, 1024) for A in (8, 20)]

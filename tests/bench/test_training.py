@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from bench import models, published, training
+from bench.models import ConvNeXtSize, TransformerSize, new_model, shapes_of
+from bench.training import Training
 from gcond_kernels import GCondFused
-from gcond_kernels.bench import models, published, training
-from gcond_kernels.bench.models import ConvNeXtSize, TransformerSize, new_model, shapes_of
-from gcond_kernels.bench.training import Training
 
 TOTALS = {
     "mobilenetv3_small": (2_542_856, 142),

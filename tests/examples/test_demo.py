@@ -17,14 +17,15 @@ from skimage.io import imsave
 from skimage.metrics import structural_similarity
 
 import gcond_kernels.methods
+from examples.demo import add_arguments, app, digits, main, photos, pictures, summary, training
+from examples.demo.digits import Digits
+from examples.demo.methods import DEFAULT, METHODS, methods_of
+from examples.demo.photos import CROP, SPLIT, WIDTH, Photos
 from gcond_kernels import GCondFused
-from gcond_kernels.demo import add_arguments, app, digits, main, photos, pictures, summary, training
-from gcond_kernels.demo.digits import Digits
-from gcond_kernels.demo.methods import DEFAULT, METHODS, methods_of
-from gcond_kernels.demo.photos import CROP, SPLIT, WIDTH, Photos
 from tests.conftest import slow
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 PLAIN, EXACT, STOCHASTIC = methods_of(DEFAULT)
 PICTURES = {
     "photos": {"photos_losses.png", "photos_cosine.png", "photos_reconstructions.png"},
@@ -417,11 +418,10 @@ def test_pictures_of_all_methods_at_once(scene, tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_of_methods_writes_figures_tables_and_a_picture(tmp_path):
-    script = Path(__file__).parents[2] / "bench" / "methods.py"
     output = tmp_path / "methods.json"
     options = ["--steps", "2", "--seeds", "1", "--scene", "digits", "--methods", "mgda", "--output"]
-    command = [sys.executable, script, *options, output]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench", "experiments", "h", *options, output]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     results = json.loads(output.read_text(encoding="utf-8"))
     assert [run["method"] for run in results["runs"]] == ["plain", "mgda"]
@@ -543,12 +543,14 @@ def test_a_missing_library_is_named_with_the_way_to_install_it():
     program = """
 import argparse, sys
 sys.modules |= dict.fromkeys(["matplotlib", "rich", "skimage", "sklearn"])
-from gcond_kernels.demo import add_arguments, main
+from examples.demo import add_arguments, main
 parser = argparse.ArgumentParser()
 add_arguments(parser)
 sys.exit(main(parser.parse_args([])))
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
     assert ended.returncode == 1
     assert ended.stderr == (
         'The demo needs rich, which is missing: pip install "gcond-kernels[demo]"\n'

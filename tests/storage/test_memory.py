@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from bench.memory import peak_bytes
 from gcond_kernels import GCondFused
 from gcond_kernels.python import blocks
 from gcond_kernels.storage import accumulator
-
-sys.path.append(str(Path(__file__).parents[2] / "bench"))
-from memory import peak_bytes
 
 WIDTH = 256
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from gcond_kernels import GCondFused
-from gcond_kernels.demo.methods import Method
-from gcond_kernels.demo.scenes import Batch, Scene
+
+from .methods import Method
+from .scenes import Batch, Scene
 
 WARMUP_STEPS = 20
 EVALUATIONS = 8

@@ -18,10 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gcond_kernels import GCond
-from gcond_kernels.demo.digits import Digits
-from gcond_kernels.demo.photos import Photos
-from gcond_kernels.demo.summary import cosines, percent_in_conflict, scores
-from gcond_kernels.demo.training import Run, Step, device_of
 from gcond_kernels.diagnostics.plots import (
     BLACK,
     BLUE,
@@ -32,6 +28,11 @@ from gcond_kernels.diagnostics.plots import (
     VERMILION,
     shade_zones,
 )
+
+from .digits import Digits
+from .photos import Photos
+from .summary import cosines, percent_in_conflict, scores
+from .training import Run, Step, device_of
 
 Draw: TypeAlias = "Callable[[Sequence[Run]], Figure]"
 

@@ -13,9 +13,10 @@ from rich.table import Table
 from torch import Tensor
 
 import gcond_kernels
-from gcond_kernels.demo.scenes import Scene
-from gcond_kernels.demo.training import Evaluation, Run
 from gcond_kernels.diagnostics.recorder import ALL_ZONES
+
+from .scenes import Scene
+from .training import Evaluation, Run
 
 RARE, FREQUENT = 0.1, 0.3  # shares of steps with a conflict
 WEAK = -0.1  # cosine; gradients above it are close to orthogonal

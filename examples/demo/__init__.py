@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from gcond_kernels.demo.methods import ALL, DEFAULT, KEYS
+from .methods import ALL, DEFAULT, KEYS
 
 INSTALL = 'pip install "gcond-kernels[demo]"'
 
@@ -64,7 +64,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     try:
         # Only here: the package itself works without the demo's libraries.
-        from gcond_kernels.demo.app import run
+        from .app import run
     except ModuleNotFoundError as error:
         library = (error.name or "gcond_kernels").partition(".")[0]
         if library == "gcond_kernels":  # a fault of ours, no missing library

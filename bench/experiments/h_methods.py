@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from runs import (
+
+from bench.experiments.runs import (
     INTERRUPTED,
     SCENES,
     Record,
@@ -43,12 +44,11 @@ from runs import (
     told,
     write_json,
 )
+from examples.demo.methods import METHODS, PLAIN, methods_of
+from examples.demo.summary import cosines, incidence, means
+from examples.demo.training import new_run, train
 
-from gcond_kernels.demo.methods import METHODS, PLAIN, methods_of
-from gcond_kernels.demo.summary import cosines, incidence, means
-from gcond_kernels.demo.training import new_run, train
-
-RESULTS = Path(__file__).parent / "results" / "methods.json"
+RESULTS = Path(__file__).parents[1] / "results" / "experiments" / "h_methods.json"
 METHOD_OF = {method.key: method for method in METHODS}
 # Relative times that spread by more than this over the seeds stay out of the tables.
 STEADY = 0.2
@@ -63,8 +63,8 @@ class Job(NamedTuple):
     steps: int
 
 
-def main() -> int:
-    arguments = parse()
+def main(given=None) -> int:
+    arguments = parse(given)
     jobs = [
         Job(seed, scene, method.key, arguments.steps or SCENES[scene].steps)
         for seed in range(arguments.seeds)
@@ -88,7 +88,7 @@ def main() -> int:
     return 0 if len(records) == len(jobs) else INTERRUPTED
 
 
-def parse() -> argparse.Namespace:
+def parse(given) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
     parser.add_argument("--steps", type=int, metavar="N", help="default: those of the scene")
@@ -99,7 +99,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=RESULTS, metavar="FILE.json", help=f"default: {RESULTS.name}"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if arguments.seeds < 1 or (arguments.steps is not None and arguments.steps < 1):
         parser.error("--seeds and --steps must be 1 or more")
     try:

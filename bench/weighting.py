@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 import gcond_kernels
-from gcond_kernels.bench.machine import cpu_name
+from bench.record import cpu_name
 from gcond_kernels.methods import (
     IMTLG,
     MGDA,
@@ -41,10 +41,10 @@ CASES = ((1, 2), (1, 4), (1, 8), (300, 2), (300, 4), (300, 8))  # Gramians, task
 ROUNDS = 7
 
 
-def main() -> None:
+def main(given=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     torch.set_num_threads(1)
     machine = {
         "cpu": cpu_name(),

@@ -14,7 +14,7 @@ SECTIONS = ("operations", "training")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the bench's options."""
-    from gcond_kernels.bench import training
+    from bench import training
 
     parser.add_argument(
         "--sections",
@@ -64,25 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path("bench.json"),
+        default=Path("bench_output/bench.json"),
         metavar="FILE",
-        help="where the figures go (default: bench.json); what was there is replaced",
+        help="where the figures go (default: bench_output/bench.json); what was there is replaced",
     )
     training.add_arguments(parser)
-
-
-def main(arguments: argparse.Namespace) -> int:
-    """Runs the bench.
-
-    Returns:
-        The exit code: 0, 1 where something could not be measured for a fault, 2 after bad input,
-        130 after Ctrl-C.
-    """
-    from gcond_kernels.bench.app import run
-    from gcond_kernels.bench.machine import InputError
-
-    try:
-        return run(arguments)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
+from bench.clock import LEAST_ROUNDS, MOST_ROUNDS, Run, quartiles
+from bench.models import CLASSES, CONVNEXT, MODELS, TRANSFORMER, new_model
+from bench.others import torchjd_missing
+from bench.record import InputError
 from gcond_kernels import GCondFused, Sum, ops
-from gcond_kernels.bench.clock import LEAST_ROUNDS, MOST_ROUNDS, Run, quartiles
-from gcond_kernels.bench.machine import InputError
-from gcond_kernels.bench.models import CLASSES, CONVNEXT, MODELS, TRANSFORMER, new_model
-from gcond_kernels.bench.others import torchjd_missing
 from gcond_kernels.methods import Method
 
 Figure = dict[str, Any]
@@ -219,7 +219,7 @@ def published_code(
     mode: Mode,
 ) -> Window:
     """The same with the code that the authors of the method published."""
-    from gcond_kernels.bench.published import PublishedTraining
+    from bench.published import PublishedTraining
 
     losses = {name: task.loss for name, task in training.tasks.items()}
     steps = training.accumulation_steps

@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench import others
+from bench.clock import Clock, Run, Way, copies, laps_of, quartiles
+from bench.counting import count
+from bench.inputs import BETA, TOLERANCE, Gradients, Layout, Storage, layout_of
+from bench.models import shapes_of
+from bench.record import cache_bytes, free_bytes
 from gcond_kernels import ops
-from gcond_kernels.bench import others
-from gcond_kernels.bench.clock import Clock, Run, Way, copies, laps_of, quartiles
-from gcond_kernels.bench.counts import count
-from gcond_kernels.bench.machine import cache_bytes, free_bytes
-from gcond_kernels.bench.models import shapes_of
-from gcond_kernels.bench.storage import BETA, TOLERANCE, Gradients, Layout, Storage, layout_of
 
 Figure = dict[str, Any]
 
@@ -474,7 +474,7 @@ class Bench:
         self, published: ModuleType, case: Case, pool: Sequence[Storage]
     ) -> tuple[dict[str, Way], list[Figure]]:
         """The published implementation's, of the same gradients; or a figure that says why not."""
-        from gcond_kernels.bench.published import PublishedResolution
+        from bench.published import PublishedResolution
 
         layout, by = case.layout, others.PUBLISHED
         if layout.parameters * case.tasks**2 > MOST_OF_PUBLISHED:

@@ -33,11 +33,11 @@ from rich.progress import (
 from scipy.special import stdtr
 
 import gcond_kernels
-from gcond_kernels.bench.machine import cpu_name
-from gcond_kernels.demo.digits import Digits
-from gcond_kernels.demo.photos import Photos, bundled_files, read_images
-from gcond_kernels.demo.scenes import Scene
-from gcond_kernels.demo.summary import finite
+from bench.record import cpu_name
+from examples.demo.digits import Digits
+from examples.demo.photos import Photos, bundled_files, read_images
+from examples.demo.scenes import Scene
+from examples.demo.summary import finite
 from gcond_kernels.diagnostics.plots import BLACK, BLUE, GREY, VERMILION
 
 SCENES = {"photos": Photos, "digits": Digits}

@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from gcond_kernels import ops
-from gcond_kernels.demo.digits import Digits
-from gcond_kernels.demo.methods import Method, methods_of
-from gcond_kernels.demo.photos import Photos, bundled_files, files_in, read_images
-from gcond_kernels.demo.pictures import write_pictures
-from gcond_kernels.demo.scenes import InputError, Scene
-from gcond_kernels.demo.summary import results, sentences, table
-from gcond_kernels.demo.training import Run, evaluate, new_run, train
+
+from .digits import Digits
+from .methods import Method, methods_of
+from .photos import Photos, bundled_files, files_in, read_images
+from .pictures import write_pictures
+from .scenes import InputError, Scene
+from .summary import results, sentences, table
+from .training import Run, evaluate, new_run, train
 
 INTERRUPTED = 130
 

@@ -16,11 +16,28 @@ from typing import Any
 
 import torch
 
-from gcond_kernels.bench import machine, table, training
-from gcond_kernels.bench.machine import InputError
-from gcond_kernels.bench.operations import Bench, Figure
+from bench import add_arguments, table, training
+from bench import record as machine
+from bench.operations import Bench, Figure
+from bench.record import InputError
 
 INTERRUPTED = 130
+
+
+def main(given: list[str] | None = None) -> int:
+    """Run the bench.
+
+    Returns:
+        The exit code: 0, 1 where something could not be measured for a fault, 2 after bad input,
+        130 after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(given))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         torch.cuda.set_device(device)  # graphs and events are made on the current one
     torch.manual_seed(0)
     record: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "gcond_kernels", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": machine.describe(device),
         "figures": [],
@@ -47,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"Interrupted: {arguments.output} holds what was measured until then.")
         return INTERRUPTED
     print(table.foot(record["figures"]))
-    print(f"figures: {arguments.output}; pictures: python bench/plot.py {arguments.output}")
+    print(f"figures: {arguments.output}; pictures: python -m bench plot {arguments.output}")
     return int(any("error" in figure for figure in record["figures"]))
 
 
@@ -67,6 +84,8 @@ def check(arguments: argparse.Namespace) -> tuple[torch.device, ModuleType | Non
         raise InputError("--seconds must be above 0, --millions 1 or more")
     training.check_options(arguments)
     folder = arguments.output.absolute().parent
+    if arguments.output == Path("bench_output/bench.json"):
+        folder.mkdir(exist_ok=True)
     if not folder.is_dir() or not os.access(folder, os.W_OK) or arguments.output.is_dir():
         raise InputError(
             f"--output {arguments.output} cannot be written: a file in a folder that is there is "
@@ -74,7 +93,7 @@ def check(arguments: argparse.Namespace) -> tuple[torch.device, ModuleType | Non
         )
     if arguments.published_code is None:
         return device, None
-    from gcond_kernels.bench import published
+    from bench import published
 
     try:
         return device, published.load(arguments.published_code)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.clock import Run
+from bench.inputs import BETA, Gradients, Storage
 from gcond_kernels import methods
-from gcond_kernels.bench.clock import Run
-from gcond_kernels.bench.storage import BETA, Gradients, Storage
 
 FOREACH, LOOP = "torch foreach", "torch loop"
 PUBLISHED = "published code"

@@ -19,7 +19,7 @@ from skimage.util import img_as_float32
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pixel_shuffle, pixel_unshuffle
 
-from gcond_kernels.demo.scenes import Batch, InputError, Scene
+from .scenes import Batch, InputError, Scene
 
 Item = TypeVar("Item")
 

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 import gcond_kernels
+from bench.record import cpu_name
 from gcond_kernels import GCond, _cuda, ops
-from gcond_kernels.bench.machine import cpu_name
 
 TENSORS, TASKS = 300, 2
 ROUNDS, CALLS = 15, 200
@@ -42,10 +42,10 @@ KERNELS = {
 }
 
 
-def main() -> None:
+def main(given=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     without_launches()
     figures = {name: seconds(call) for name, call in calls().items()}
     figures["cuda: gramian, sums on the host"] = sums_on_host()

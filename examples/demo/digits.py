@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gcond_kernels.demo.scenes import Batch, Scene
+from .scenes import Batch, Scene
 
 CANVAS = 12
 SIDE = 8

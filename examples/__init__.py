@@ -1,0 +1,1 @@
+"""Examples: trainers, several ranks, and the demo."""
