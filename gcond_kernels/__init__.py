@@ -4,6 +4,7 @@ from gcond_kernels.diagnostics.plots import plot_conflicts, plot_layer_conflicts
 from gcond_kernels.diagnostics.recorder import Recorder
 from gcond_kernels.diagnostics.report import Report
 from gcond_kernels.distributed.checkpoint import TrainingState
+from gcond_kernels.lion_lars import LionLars
 from gcond_kernels.methods import (
     IMTLG,
     MGDA,
@@ -34,6 +35,7 @@ __all__ = [
     "GradDrop",
     "GradNorm",
     "GradVac",
+    "LionLars",
     "NashMTL",
     "PCGrad",
     "Recorder",

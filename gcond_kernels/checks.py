@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcond_kernels.lion_lars import LionLars
 from gcond_kernels.methods import GradDrop, Method
 from gcond_kernels.ops.checks import ACCUMULATOR_DTYPES
 from gcond_kernels.storage.shared_parameters import is_among
@@ -143,17 +144,18 @@ def check_base(base: object) -> None:
 
 def check_update(update: object, max_norm: float | None) -> None:
     """The form of the written gradient."""
-    check_choice("update", update, ("momentum", "lion_lars"))
+    if update is not None and not isinstance(update, LionLars):
+        raise TypeError(f"update must be None or LionLars(...), not {update!r}")
     if max_norm is not None:
         check_range("max_norm", max_norm, 0.0, math.inf, open_low=True)
-        if update == "lion_lars":
+        if update is not None:
             raise ValueError(
-                "max_norm does not go with update='lion_lars': the size of that update is set "
-                "by trust_ratio_coef and trust_ratio_clip"
+                "max_norm does not go with update=LionLars(...): the size of that update is set "
+                "by its coefficient and clip"
             )
 
 
-def check_method(method: Method, granularity: str, update: str, max_norm: float | None) -> None:
+def check_method(method: Method, granularity: str, update: object, max_norm: float | None) -> None:
     """What does not go with a method."""
     if granularity == "tensor" and method.parameters is not None:
         raise ValueError(
@@ -164,8 +166,8 @@ def check_method(method: Method, granularity: str, update: str, max_norm: float 
         return
     if granularity == "tensor":
         raise ValueError("granularity='tensor' says nothing of GradDrop, which goes by elements")
-    if update == "lion_lars" or max_norm is not None:
-        what = "update='lion_lars'" if update == "lion_lars" else "max_norm"
+    if update is not None or max_norm is not None:
+        what = "max_norm" if update is None else "update=LionLars(...)"
         raise ValueError(
             f"{what} asks for the length of a gradient before it is written, which the Gramian "
             "does not tell of GradDrop's: clip between backward() and step(), e.g. with "

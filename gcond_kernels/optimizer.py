@@ -34,10 +34,12 @@ from gcond_kernels.diagnostics.recorder import Recorder
 from gcond_kernels.diagnostics.report import Report, Resolution
 from gcond_kernels.distributed.data_parallel import DataParallel
 from gcond_kernels.distributed.strategies import WAYS, Sharded, Sync, Work, peers_of, way_of
+from gcond_kernels.lion_lars import LionLars, averaged_norms
 from gcond_kernels.methods import GCond, GradDrop, Method
 from gcond_kernels.methods.method import Known, fresh_state
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.contexts import fixed_precision
+from gcond_kernels.ops.types import Momentum
 from gcond_kernels.options import Assignable, Fixed, Options, TaskWeights, schedule
 from gcond_kernels.precision import overflow
 from gcond_kernels.precision.guarded_step import step_if, step_of_zeros
@@ -169,11 +171,8 @@ class GCondFused(torch.optim.Optimizer):
             exactly 0 there. Parameters that are not in it are trained whole.
         momentum: β of a moving average of the resolved gradient, 0 ≤ β < 1; 0 leaves smoothing
             to the base optimizer.
-        update: "momentum" writes the (averaged) gradient; "lion_lars" writes its sign, times a
-            trust ratio per parameter tensor.
-        trust_ratio_coef: factor of "lion_lars".
-        trust_ratio_clip: bound of the ratio ‖p‖ / ‖m̂‖ of "lion_lars"; with a mask ‖p‖ is still that
-            of the whole parameter.
+        update: None writes the (averaged) gradient; `LionLars()` its sign, times a trust ratio per
+            parameter tensor.
         max_norm: what is written to `.grad` is shortened to this norm; costs no pass over memory.
         accumulator_dtype: torch.float32, or torch.bfloat16 for half the memory; bfloat16 loses
             small gradients beside large sums.
@@ -221,8 +220,6 @@ class GCondFused(torch.optim.Optimizer):
     granularity = Assignable()
     momentum = Assignable()
     update = Assignable()
-    trust_ratio_coef = Assignable()
-    trust_ratio_clip = Assignable()
     max_norm = Assignable()
     history_dtype = Assignable()
     backend = Assignable()
@@ -244,9 +241,7 @@ class GCondFused(torch.optim.Optimizer):
         granularity: Literal["model", "tensor"] = "model",
         mask: Mapping[Tensor, Tensor] | None = None,
         momentum: float = 0.0,
-        update: Literal["momentum", "lion_lars"] = "momentum",
-        trust_ratio_coef: float = 1e-4,
-        trust_ratio_clip: float = 100.0,
+        update: LionLars | None = None,
         max_norm: float | None = None,
         accumulator_dtype: torch.dtype = torch.float32,
         history_dtype: torch.dtype = torch.bfloat16,
@@ -272,8 +267,6 @@ class GCondFused(torch.optim.Optimizer):
             granularity=granularity,
             momentum=momentum,
             update=update,
-            trust_ratio_coef=trust_ratio_coef,
-            trust_ratio_clip=trust_ratio_clip,
             max_norm=max_norm,
             history_dtype=history_dtype,
             backend=backend,
@@ -900,8 +893,7 @@ class GCondFused(torch.optim.Optimizer):
         self, work: Work, scale: Tensor, counts: Sequence[int]
     ) -> tuple[ops.Gramians, ops.Arbitration, Scope]:
         now, o = self._now, self._now.options
-        signs = o.update == "lion_lars"
-        squares = self._sync.squared_norms() if signs else None  # [T]
+        squares = None if o.update is None else self._sync.squared_norms()  # [T]
         state = now.method_state
         writing: dict[str, Any] = {
             "scale": scale,
@@ -910,19 +902,14 @@ class GCondFused(torch.optim.Optimizer):
             "momentum_steps": self._accumulator.momentum_steps,
             "beta": o.momentum,
             "max_norm": o.max_norm,
-            "trust_ratio_coef": o.trust_ratio_coef,
-            "trust_ratio_clip": o.trust_ratio_clip,
             "mask": work.mask,
             "backend": o.backend,
         }
         where = (work.rows, work.outputs, work.offsets, work.sizes)
         if self._may_resolve_at_once(counts):
             assert isinstance(o.method, GCond)
-            norms = None if squares is None else squares.sqrt()
             settings = o.method.settings(len(self._weights))
-            products, decision = ops.resolve(
-                *where, state=state, settings=settings, parameter_norms=norms, **writing
-            )
+            products, decision = ops.resolve(*where, state=state, settings=settings, **writing)
             return products, decision, self._scope(products, counts)
         products = ops.gramian(
             work.rows,
@@ -930,7 +917,7 @@ class GCondFused(torch.optim.Optimizer):
             scale=scale,
             history=work.history,
             history_scale=state.get("history_scale"),
-            momentum=work.momentum if signs or o.max_norm is not None else None,
+            momentum=None if o.update is None and o.max_norm is None else work.momentum,
             mask=work.mask,
             backend=o.backend,
         )
@@ -954,20 +941,28 @@ class GCondFused(torch.optim.Optimizer):
             self._restore(before, ~decision.finite)
         if isinstance(o.method, GradDrop):
             return products, self._drop_signs(work, decision, scale), scope
+        weights = scope.weights(decision.weights)
         ops.combine(
             *where,
-            weights=scope.weights(decision.weights),
+            weights=weights,
             finite=decision.finite,
             per_tensor=products.per_tensor,
-            parameter_norms=None if squares is None else squares.sqrt(),
             **{**writing, "scale": scale},
         )
+        if o.update is not None and squares is not None:
+            momentum, steps = work.momentum, self._accumulator.momentum_steps
+            average = None
+            if momentum is not None and steps is not None:
+                average = Momentum(momentum, steps, o.momentum)
+            norms = averaged_norms(products.per_tensor, weights, average)
+            o.update.apply(work.outputs, norms, squares.sqrt(), decision.finite)
         return products, decision, scope
 
     def _may_resolve_at_once(self, counts: Sequence[int]) -> bool:
         """Whether nothing is to be done between the operations of a resolution."""
         now, o = self._now, self._now.options
         alone = self._sync.size == 1 and now.on_nonfinite == "skip" and all(counts)
+        alone = alone and o.update is None
         return alone and self._compares_all() and isinstance(o.method, GCond) and not self._halves()
 
     def _may_not_fit(self) -> bool:
@@ -1008,7 +1003,7 @@ class GCondFused(torch.optim.Optimizer):
             finite = finite & overflow.norms_fit(products, weights)
         halves = self._halves()
         clipped = o.max_norm is not None and o.max_norm <= overflow.LARGEST_HALF
-        if halves and not clipped and o.update != "lion_lars":
+        if halves and not clipped and o.update is None:
             rows = work.rows.abs() if isinstance(o.method, GradDrop) else work.rows
             fit = overflow.halves_fit(
                 rows,

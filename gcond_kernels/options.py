@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from gcond_kernels.checks import (
     checked_weight,
     plain_name,
 )
+from gcond_kernels.lion_lars import LionLars
 from gcond_kernels.methods import GCond, Method
 from gcond_kernels.methods.method import Function
 
@@ -33,9 +33,7 @@ class Options:
     method: Method
     granularity: Literal["model", "tensor"]
     momentum: float
-    update: Literal["momentum", "lion_lars"]
-    trust_ratio_coef: float
-    trust_ratio_clip: float
+    update: LionLars | None
     max_norm: float | None
     history_dtype: torch.dtype
     backend: str
@@ -53,16 +51,12 @@ class Options:
         check_range("momentum", o.momentum, 0.0, 1.0, open_low=False)
         check_update(o.update, o.max_norm)
         check_method(o.method, o.granularity, o.update, o.max_norm)
-        check_range("trust_ratio_coef", o.trust_ratio_coef, 0.0, math.inf, open_low=True)
-        check_range("trust_ratio_clip", o.trust_ratio_clip, 0.0, math.inf, open_low=True)
         check_storage(torch.float32, o.history_dtype)
         return replace(
             o,
             accumulation_steps=int(o.accumulation_steps),
             momentum=float(o.momentum),
             max_norm=None if o.max_norm is None else float(o.max_norm),
-            trust_ratio_coef=float(o.trust_ratio_coef),
-            trust_ratio_clip=float(o.trust_ratio_clip),
         )
 
     @property

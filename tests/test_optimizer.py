@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from gcond_kernels import GCond, GCondFused, PCGrad, ops
+from gcond_kernels import GCond, GCondFused, LionLars, PCGrad, ops
 
 TASKS = {"a": 1.0, "b": 0.5}
 
@@ -238,8 +238,7 @@ def test_max_norm_bounds_what_is_written(backend, momentum):
 def test_lion_lars_writes_signs_with_a_trust_ratio_per_tensor(backend):
     model = model_of()
     optimizer = GCondFused(
-        sgd(model, 0.0), {"a": 1.0}, update="lion_lars", momentum=0.5, trust_ratio_coef=0.01,
-        trust_ratio_clip=3.0, backend=backend,
+        sgd(model, 0.0), {"a": 1.0}, update=LionLars(0.01, 3.0), momentum=0.5, backend=backend,
     )  # fmt: skip
     average = 0.0
     for step, batch in enumerate(batches(3), start=1):
@@ -250,6 +249,13 @@ def test_lion_lars_writes_signs_with_a_trust_ratio_per_tensor(backend):
         for p, hat in zip(model.parameters(), hats, strict=True):
             ratio = min(p.detach().double().norm() / hat.norm(), 3.0) if p.norm() > 0 else 1.0
             assert torch.allclose(p.grad.double().flatten(), hat.sign() * ratio * 0.01, rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [0.0, -1.0, math.inf, math.nan, True, "1"])
+@pytest.mark.parametrize("name", ["coefficient", "clip"])
+def test_lion_lars_names_a_number_out_of_its_range(name, number):
+    with pytest.raises(ValueError, match=f"LionLars: {name} must be a number above 0"):
+        LionLars(**{name: number})
 
 
 # Parameters of all kinds.
@@ -463,8 +469,7 @@ def test_a_group_added_later_leaves_the_momentum_of_the_others(backend):
 def test_a_trust_ratio_is_one_where_the_parameter_is_zero(backend):
     p = nn.Parameter(torch.zeros(3))
     optimizer = GCondFused(
-        torch.optim.SGD([p], lr=0.0), {"a": 1.0}, update="lion_lars", trust_ratio_coef=0.01,
-        backend=backend,
+        torch.optim.SGD([p], lr=0.0), {"a": 1.0}, update=LionLars(0.01), backend=backend,
     )  # fmt: skip
     optimizer.backward({"a": p @ torch.tensor([5.0, -3.0, 0.0])})
     optimizer.step()
@@ -710,7 +715,7 @@ def test_in_exact_mode_tasks_may_be_left_out(backend):
         {"method": PCGrad()},
         {"granularity": "tensor"},
         {"momentum": 0.9},
-        {"update": "lion_lars", "trust_ratio_coef": 0.01, "trust_ratio_clip": 3.0},
+        {"update": LionLars(0.01, 3.0)},
         {"max_norm": 0.05},
         {"history_dtype": torch.float32},
         {"backend": "python"},
@@ -955,11 +960,9 @@ def test_task_that_is_not_active_is_refused(backend):
         ({"method": "gcond"}, TypeError, "method must be"),
         ({"momentum": 1.0}, ValueError, "momentum must be"),
         ({"momentum": math.nan}, ValueError, "momentum must be"),
-        ({"update": "adam"}, ValueError, "update must be"),
         ({"max_norm": 0.0}, ValueError, "max_norm must be"),
-        ({"max_norm": 1.0, "update": "lion_lars"}, ValueError, "max_norm does not go with"),
-        ({"trust_ratio_coef": 0.0}, ValueError, "trust_ratio_coef must be"),
-        ({"trust_ratio_clip": math.inf}, ValueError, "trust_ratio_clip must be"),
+        ({"max_norm": 1.0, "update": LionLars()}, ValueError, "max_norm does not go with"),
+        ({"update": "lion_lars"}, TypeError, r"update must be None or LionLars\(\.\.\.\)"),
         ({"accumulator_dtype": torch.float16}, ValueError, "accumulator_dtype must be"),
         ({"history_dtype": torch.int8}, ValueError, "history_dtype must be"),
         ({"backend": "jax"}, RuntimeError, "backend='jax' cannot be used on cpu"),

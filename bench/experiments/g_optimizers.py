@@ -2,7 +2,7 @@
 
     python bench/experiments/g_optimizers.py [--seeds 3] [--steps N] [--output FOLDER]
 
-Lion/LARS is update="lion_lars" with momentum 0.9 over SGD without momentum; its plain sum is the
+Lion/LARS is update=LionLars() with momentum 0.9 over SGD without momentum; its plain sum is the
 method Sum. For each optimizer the learning rate is chosen from three, for the plain sum and for
 GCond alike by the same rule: the smallest validation loss (weighted sum of the tasks) after
 training with a seed that is none of the others. The others compare at the chosen rates.
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from bench.experiments import common, runs
 from bench.experiments.common import Record, Training, Variant
-from gcond_kernels import GCond
+from gcond_kernels import GCond, LionLars
 from gcond_kernels.methods import Sum
 
 NAME = "g_optimizers"
@@ -34,7 +34,7 @@ class Optimizer(NamedTuple):
     rates: Sequence[float]
 
 
-LION_LARS = {"update": "lion_lars", "momentum": 0.9}
+LION_LARS = {"update": LionLars(), "momentum": 0.9}
 OPTIMIZERS = (
     Optimizer("AdamW", "adamw", {}, (2e-3, 6e-3, 2e-2)),
     # Here the rate is a factor of the trust ratio, whose coefficient is 1e-4.
@@ -132,7 +132,7 @@ def loss_of(record: Record) -> float:
 def report(records: Sequence[Record], tried: Sequence[Record]) -> list[str]:
     said = [
         "# GCond with three optimizers",
-        'AdamW: betas (0.9, 0.95). Lion/LARS: update="lion_lars" and momentum=0.9 over SGD. SGD: '
+        "AdamW: betas (0.9, 0.95). Lion/LARS: update=LionLars() and momentum=0.9 over SGD. SGD: "
         "momentum 0.9. Differences are to the plain sum of the same optimizer. Learning rates are "
         f"those of the smallest validation loss with seed {GRID_SEED}, chosen apart for the plain "
         "sum and for GCond, of as many rates each.",

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gcond_kernels import LionLars
 from gcond_kernels.distributed import consistency as alike
 from gcond_kernels.distributed import strategies as distributed
 from gcond_kernels.methods import CAGrad, GradNorm, PCGrad
@@ -91,9 +92,7 @@ OPTIONS = {
     "momentum": {},
     "clipped": {"max_norm": 0.5},
     "signs": {
-        "update": "lion_lars",
-        "trust_ratio_coef": 1e-3,
-        "trust_ratio_clip": 3.0,
+        "update": LionLars(1e-3, 3.0),
         "base": torch.optim.SGD,
         "lr": 1.0,
     },
@@ -717,7 +716,7 @@ def test_shards_of_any_number_of_tasks_add_up(ranks, size, K, dtype):
     assert ranks(size)(t.tasks_in_all_numbers, K, dtype) == [None] * size
 
 
-@pytest.mark.parametrize("options", [{}, {"update": "lion_lars", "trust_ratio_clip": 3.0}])
+@pytest.mark.parametrize("options", [{}, {"update": LionLars(clip=3.0)}])
 @pytest.mark.parametrize("way", ["shard", "replicate"])
 def test_all_sorts_of_parameters(ranks2, way, options):
     ours, others = ranks2(t.mixed, way, options)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gcond_kernels import GCondFused, ops
+from gcond_kernels import GCondFused, LionLars, ops
 from gcond_kernels.storage import accumulator
 from tests.test_optimizer import TASKS, same, without_counters
 
@@ -88,7 +88,7 @@ class Training:
         {"mode": "stochastic"},
         {"on_nonfinite": "drop_task"},
         {"max_norm": 1.0},
-        {"update": "lion_lars"},
+        {"update": LionLars()},
         {"grad_scaler": True},
     ],
     ids=str,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gcond_kernels import GCond
+from gcond_kernels import GCond, LionLars
 from tests.helpers.naive import NaiveGCond
 
 # Of a sum of up to six float32 gradients, times a few factors: eight roundings.
@@ -36,9 +36,7 @@ class Options:
     mode: str
     method: GCond
     momentum: float
-    update: str
-    trust_ratio_coef: float
-    trust_ratio_clip: float
+    update: LionLars | None
     max_norm: float | None
 
 
@@ -224,7 +222,7 @@ class NaiveTraining:
             return self._skipped(going, beyond is None)
         g, slack = self._averaged(g, slack, written)
         terms = self._norms_of_terms(weights)
-        if self.o.update == "lion_lars":
+        if self.o.update is not None:
             g, slack = self._signs(g, slack, written, terms, parameter_norms)
         elif self.o.max_norm is not None:
             g, slack = self._clipped(g, slack, written, terms)
@@ -244,7 +242,7 @@ class NaiveTraining:
         clipped = self.o.max_norm is not None and self.o.max_norm <= LARGEST_HALF
         half = np.isin(np.repeat(range(len(self.segments)), self.o.sizes), sorted(self.touched))
         half &= np.repeat(self.o.halves, self.o.sizes)
-        if clipped or self.o.update == "lion_lars" or not half.any():
+        if clipped or self.o.update is not None or not half.any():
             return False
         size, off = np.abs(g[half]), slack[half] + 1e-6 * np.abs(g[half])
         beyond = bool((size - off > LARGEST_HALF).any())
@@ -355,7 +353,7 @@ class NaiveTraining:
             low, high = self._between(norm, slack[s], terms[i])
             edge = [TRUST_RATIO_EPS] if low < TRUST_RATIO_EPS <= high else []
             ratios = [self._ratio(p, n) for n in (norm, low, high, *edge)]
-            coef = self.o.trust_ratio_coef
+            coef = self.o.update.coefficient
             signs[s] = np.sign(g[s]) * ratios[0] * coef
             # Where rounding may have turned a number around, any sign will do.
             unsure = (np.abs(g[s]) <= slack[s]) & (slack[s] > 0.0)
@@ -366,4 +364,4 @@ class NaiveTraining:
     def _ratio(self, parameter_norm: float, norm: float) -> float:
         if norm < TRUST_RATIO_EPS or parameter_norm < TRUST_RATIO_EPS:
             return 1.0
-        return min(parameter_norm / norm, self.o.trust_ratio_clip)
+        return min(parameter_norm / norm, self.o.update.clip)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gcond_kernels import GCond, GCondFused, Report
+from gcond_kernels import GCond, GCondFused, LionLars, Report
 
 RUNS: list[dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "data/gcond_traces.json").read_text()
@@ -39,9 +39,7 @@ def optimizer_of(run: dict[str, Any], backend: str = "auto", **overrides: Any) -
         "accumulation_steps": run["micro_batches"],
         "method": method_of(run),
         "momentum": 0.0 if s["write_raw"] else s["momentum"],
-        "update": "lion_lars" if s["lion"] else "momentum",
-        "trust_ratio_coef": s["trust_ratio_coef"],
-        "trust_ratio_clip": s["trust_ratio_clip"],
+        "update": LionLars(s["trust_ratio_coef"], s["trust_ratio_clip"]) if s["lion"] else None,
         "history_dtype": torch.float32,
         "backend": backend,
     } | overrides

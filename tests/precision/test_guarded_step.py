@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gcond_kernels import GCondFused, ops
+from gcond_kernels import GCondFused, LionLars, ops
 from gcond_kernels.precision import guarded_step as base_step
 from tests.helpers.host_reads import HostReads
 from tests.test_optimizer import TASKS, batches, flat_parameters, losses_of, model_of, same
@@ -143,7 +143,7 @@ def reads_of_a_run(backend, base_of, **options):
         {"mode": "stochastic"},
         {"on_nonfinite": "drop_task"},
         {"max_norm": 1.0},
-        {"update": "lion_lars"},
+        {"update": LionLars()},
         {"grad_scaler": torch.amp.GradScaler("cpu")},
         {"record_steps": 0},
     ],

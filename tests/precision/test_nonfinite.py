@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gcond_kernels import GCond, GCondFused
+from gcond_kernels import GCond, GCondFused, LionLars
 from tests.test_optimizer import (
     TASKS,
     batches,
@@ -123,7 +123,7 @@ def test_drop_task_goes_on_as_without_that_task(backend, bad, place, task, histo
     assert run.optimizer.report().nonfinite_steps[task] == 1
 
 
-@pytest.mark.parametrize("options", [{"max_norm": 0.1}, {"update": "lion_lars"}])
+@pytest.mark.parametrize("options", [{"max_norm": 0.1}, {"update": LionLars()}])
 def test_drop_task_where_norms_are_asked_for(backend, options):
     run = Run(backend, on_nonfinite="drop_task", **options)
     other = Run(backend, **options)

@@ -18,6 +18,7 @@ from gcond_kernels import (
     GradDrop,
     GradNorm,
     GradVac,
+    LionLars,
     NashMTL,
     PCGrad,
     Sum,
@@ -354,7 +355,7 @@ def test_each_tensor_is_resolved_as_if_it_were_the_only_one(backend):
 
 def test_max_norm_and_signs_go_by_the_weights_of_each_tensor(backend):
     x = inputs(2)
-    for options in ({"max_norm": 0.1}, {"update": "lion_lars", "momentum": 0.9}):
+    for options in ({"max_norm": 0.1}, {"update": LionLars(), "momentum": 0.9}):
         written = []
         for backend_ in {backend, "python"}:
             model = net()
@@ -619,7 +620,7 @@ def test_what_is_no_method_is_refused():
         optimizer_of(model, granularity="layer")
     with pytest.raises(ValueError, match="granularity='tensor' says nothing of GradDrop"):
         optimizer_of(model, method=GradDrop(), granularity="tensor")
-    for options in ({"max_norm": 1.0}, {"update": "lion_lars"}):
+    for options in ({"max_norm": 1.0}, {"update": LionLars()}):
         with pytest.raises(ValueError, match="before it is written"):
             optimizer_of(model, method=GradDrop(), **options)
     with pytest.raises(ValueError, match=r"parameters=\('body',\) of GradNorm"):
