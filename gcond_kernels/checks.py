@@ -16,7 +16,7 @@ from torch import Tensor
 from gcond_kernels.lion_lars import LionLars
 from gcond_kernels.methods import GradDrop, Method
 from gcond_kernels.ops.checks import ACCUMULATOR_DTYPES
-from gcond_kernels.storage.shared_parameters import is_among
+from gcond_kernels.storage.shared_parameters import is_selected
 
 NOTHING_FOR_TASK = "Where a micro-batch has nothing for a task, leave the task out, or give None"
 
@@ -178,7 +178,7 @@ def check_method(method: Method, granularity: str, update: object, max_norm: flo
 def check_chosen(method: Method, names: Sequence[str]) -> None:
     """That the parameters whose gradients a method looks at are there."""
     for one in method.parameters or ():
-        if not any(is_among(name, [one]) for name in names):
+        if not any(is_selected(name, [one]) for name in names):
             raise ValueError(
                 f"{type(method).__name__}: parameters has {one!r}, which is no parameter or module "
                 "of base. It must be made of model.named_parameters() for its names, which start "

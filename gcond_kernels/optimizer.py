@@ -47,10 +47,15 @@ from gcond_kernels.precision.loss_scale import LossScale
 from gcond_kernels.precision.nonfinite import describe, nonfinite_tasks, without_tasks
 from gcond_kernels.storage import graphs
 from gcond_kernels.storage import state as saving
-from gcond_kernels.storage.accumulator import Accumulator, is_distributed
+from gcond_kernels.storage.accumulator import GradientStorage, is_distributed
 from gcond_kernels.storage.dtensor import check_materialized, local_part
 from gcond_kernels.storage.names import labels_of
-from gcond_kernels.storage.shared_parameters import Scope, flags, is_among, shared_among
+from gcond_kernels.storage.shared_parameters import (
+    SharedParameters,
+    bool_tensor,
+    is_selected,
+    shared_among,
+)
 from gcond_kernels.storage.trainable_mask import check_mask
 
 Loss: TypeAlias = "Tensor | Callable[[], Tensor]"
@@ -304,19 +309,19 @@ class GCondFused(torch.optim.Optimizer):
             "process_group": process_group,
         }
         sharded = peers is not None and way == "shard"
-        self._accumulator = Accumulator(
+        self._storage = GradientStorage(
             K,
             accumulator_dtype,
-            cuts=peers.size if peers is not None and sharded else 1,
-            spread=way == "mesh",
+            shards=peers.size if peers is not None and sharded else 1,
+            has_dtensors=way == "mesh",
             masked=masked,
         )
-        self._accumulator.alone = module is not None
-        self._accumulator.keep(options.history, options.momentum > 0.0)
+        self._storage.wrapper_known = module is not None
+        self._storage.configure(options.history, options.momentum > 0.0)
         self._knows_ranks = peers is not None
-        self._sync = Sync(self._accumulator, backend)
+        self._sync = Sync(self._storage, backend)
         if way is not None and peers is not None:
-            self._sync = WAYS[way](self._accumulator, backend, peers)
+            self._sync = WAYS[way](self._storage, backend, peers)
         self._loss_scale: LossScale | None = None
         if grad_scaler is not None and grad_scaler.is_enabled():
             self._loss_scale = LossScale(grad_scaler)
@@ -389,9 +394,9 @@ class GCondFused(torch.optim.Optimizer):
         self.base.state = state
 
     def _kept_of(self, parameter: Tensor) -> dict[str, Any]:
-        if not self._accumulator.knows(parameter):
+        if parameter not in self._storage:
             return {}
-        place = [s.parameter is parameter for s in self._accumulator.segments].index(True)
+        place = [s.parameter is parameter for s in self._storage.segments].index(True)
         return saving.of_parameter(self._saved(alone=True), place)
 
     @property
@@ -450,12 +455,12 @@ class GCondFused(torch.optim.Optimizer):
                 mode `accumulation_steps` are too few for one more.
             RuntimeError: in the middle of a window.
         """
-        now, acc = self._now, self._accumulator
-        if now.position or now.resolved or any(acc.counts):
+        now, storage = self._now, self._storage
+        if now.position or now.resolved or any(storage.counts):
             raise RuntimeError("a task is added between two windows: after step() or drop_window()")
         options = Options.checked(len(self._weights) + 1, **vars(now.assigned))
         self._weights.add(name, weight)
-        acc.add_task()
+        storage.add_task()
         self.recorder.add_task(plain_name(name))
         now.nonfinite = torch.cat([now.nonfinite, torch.zeros_like(now.nonfinite[:1])])
         now.counters = torch.cat([now.counters, torch.zeros_like(now.counters[:1])])
@@ -483,7 +488,7 @@ class GCondFused(torch.optim.Optimizer):
         if module is None or module is self.module:
             return
         self._data_parallel.take(module, [parameter for parameter, _ in self._parameters()])
-        self._accumulator.alone = True
+        self._storage.wrapper_known = True
 
     @property
     def thresholds(self) -> tuple[float, float, float]:
@@ -509,11 +514,11 @@ class GCondFused(torch.optim.Optimizer):
 
     def _renew(self, options: Options) -> None:
         """Let options take effect: what they need is made, what they still need is kept."""
-        now, acc, K = self._now, self._accumulator, len(self._weights)
+        now, storage, K = self._now, self._storage, len(self._weights)
         before, device = now.options, now.counters.device
         now.options = now.assigned = options
-        acc.keep(options.history, options.momentum > 0.0)
-        state = new_method_state(options, K, len(acc.segments), device)
+        storage.configure(options.history, options.momentum > 0.0)
+        state = new_method_state(options, K, len(storage.segments), device)
         if (
             type(options.method) is type(before.method)
             and options.granularity == before.granularity
@@ -597,7 +602,7 @@ class GCondFused(torch.optim.Optimizer):
         `zero_grad` of those.) Where a rank has sent a part of the window by then, that part stays,
         and `step` is due.
         """
-        now, acc = self._now, self._accumulator
+        now, storage = self._now, self._storage
         self._check_not_within("backward")
         self._check_window_open()
         self._check_ranks()
@@ -618,7 +623,7 @@ class GCondFused(torch.optim.Optimizer):
             self._back_propagate(given)
             self._check_reached()
         except BaseException as error:
-            acc.drop_gradients()
+            storage.clear_gradients()
             self._void_window(error)
             raise
         finally:
@@ -712,7 +717,7 @@ class GCondFused(torch.optim.Optimizer):
         """Call a loss function, which is to leave the gradients alone."""
         loss = function()
         self._sync.check_wrapper()  # the function may have changed it
-        name = self._accumulator.foreign_gradient()
+        name = self._storage.name_with_gradient()
         if name is not None:
             raise RuntimeError(
                 f"the loss function of task {task!r} ran a backward pass of its own, which left a "
@@ -732,7 +737,7 @@ class GCondFused(torch.optim.Optimizer):
             unscale = self._loss_scale.inverse(self._device()) * unscale
             loss = self._loss_scale.scaled(loss)
         gradient = None if factor == 1.0 else torch.full_like(loss, factor, requires_grad=False)
-        with self._accumulator.harvesting(task, unscale, now.options.backend):
+        with self._storage.collect(task, unscale, now.options.backend):
             try:
                 # Outside of autocast, as torch recommends for backward passes.
                 with fixed_precision():
@@ -754,11 +759,11 @@ class GCondFused(torch.optim.Optimizer):
 
     def _check_reached(self) -> None:
         """Raise where the optimizer holds other parameters than those that the losses train."""
-        now, acc = self._now, self._accumulator
-        if now.reached or not any(acc.counts):
+        now, storage = self._now, self._storage
+        if now.reached or not any(storage.counts):
             return
-        now.reached = any(acc.touched)
-        if not now.reached and any(s.parameter.requires_grad for s in acc.segments):
+        now.reached = any(storage.window_tasks)
+        if not now.reached and any(s.parameter.requires_grad for s in storage.segments):
             raise RuntimeError(NOT_REACHED)
 
     def drop_window(self) -> None:
@@ -776,14 +781,14 @@ class GCondFused(torch.optim.Optimizer):
             raise RuntimeError(
                 "a part of this window is on its way to the other ranks: call step() instead"
             )
-        self._accumulator.drop_gradients()
+        self._storage.clear_gradients()
         self._start_window()
 
     def _void_window(self, error: BaseException) -> None:
         """Drop the window of a call that has failed, and say so."""
-        now, acc, names = self._now, self._accumulator, tuple(self._weights)
+        now, storage, names = self._now, self._storage, tuple(self._weights)
         self._sync.take_back()
-        sent = [names[k] for k in range(self._sync.started) if acc.counts[k]]
+        sent = [names[k] for k in range(self._sync.started) if storage.counts[k]]
         if not self._sync.started:
             lost = f"the {now.position} micro-batches before it are lost" if now.position else ""
             self._start_window()
@@ -796,7 +801,7 @@ class GCondFused(torch.optim.Optimizer):
             )
             return
         for k in range(self._sync.started, len(names)):
-            acc.forget_task(k)
+            storage.drop_task(k)
         now.position = now.options.accumulation_steps
         warnings.warn(
             f"backward() failed ({type(error).__name__}) after the gradients of {sent} were sent "
@@ -828,7 +833,7 @@ class GCondFused(torch.optim.Optimizer):
         self._check_not_within("resolve")
         if self._now.resolved:
             return
-        name = self._accumulator.foreign_gradient() if self._now.position else None
+        name = self._storage.name_with_gradient() if self._now.position else None
         if name is not None:
             raise RuntimeError(
                 f"{name} has a .grad from another backward pass, which the window's would replace: "
@@ -839,7 +844,7 @@ class GCondFused(torch.optim.Optimizer):
             self._resolve()
 
     def _resolve(self) -> None:
-        now, acc = self._now, self._accumulator
+        now, storage = self._now, self._storage
         if self._sync.size > 1:
             if tables.is_capturing(self._device()):
                 raise RuntimeError(
@@ -853,7 +858,7 @@ class GCondFused(torch.optim.Optimizer):
         finally:
             if self._sync.started:  # what the ranks have exchanged cannot be added to
                 now.position = now.options.accumulation_steps
-        if not any(acc.touched):
+        if not any(storage.window_tasks):
             self._resolve_nothing(counts)
             return
         # What may fail for want of memory comes before what changes state.
@@ -862,7 +867,7 @@ class GCondFused(torch.optim.Optimizer):
         self._move_to(scale.device)
         self._fit_method_state(scale.device)
         try:
-            products, decision, scope = self._resolve_into(work, scale, counts)
+            products, decision, shared = self._resolve_into(work, scale, counts)
             gradients = self._sync.gradients(work)
         except KeyboardInterrupt:
             # Nobody knows what was written: a gradient that lies in a row has taken its place.
@@ -871,19 +876,19 @@ class GCondFused(torch.optim.Optimizer):
                 "interrupted in resolve(): what this window accumulated is lost", stacklevel=2
             )
             raise
-        given = acc.give(gradients)
+        given = storage.assign_gradients(gradients)
         now.written = list(map(reference_to, given))
         now.resolved, now.finite = True, decision.finite
         if now.on_nonfinite == "skip":
             now.nonfinite = nonfinite_tasks(products.total)
-        self._note(products, decision, counts, scope)
+        self._note(products, decision, counts, shared)
 
     def _resolve_nothing(self, counts: Sequence[int]) -> None:
         """End a window in which no parameter was given a gradient."""
-        now, acc = self._now, self._accumulator
-        if any(counts) and any(s.parameter.requires_grad for s in acc.segments):
+        now, storage = self._now, self._storage
+        if any(counts) and any(s.parameter.requires_grad for s in storage.segments):
             raise RuntimeError(NOT_REACHED)
-        acc.drop_gradients()
+        storage.clear_gradients()
         now.written = []
         now.resolved = True
         now.finite = torch.ones((), dtype=torch.bool, device=now.counters.device)
@@ -891,7 +896,7 @@ class GCondFused(torch.optim.Optimizer):
 
     def _resolve_into(
         self, work: Work, scale: Tensor, counts: Sequence[int]
-    ) -> tuple[ops.Gramians, ops.Arbitration, Scope]:
+    ) -> tuple[ops.Gramians, ops.Arbitration, SharedParameters]:
         now, o = self._now, self._now.options
         squares = None if o.update is None else self._sync.squared_norms()  # [T]
         state = now.method_state
@@ -899,7 +904,7 @@ class GCondFused(torch.optim.Optimizer):
             "scale": scale,
             "history": work.history,
             "momentum": work.momentum,
-            "momentum_steps": self._accumulator.momentum_steps,
+            "momentum_steps": self._storage.momentum_steps,
             "beta": o.momentum,
             "max_norm": o.max_norm,
             "mask": work.mask,
@@ -910,7 +915,7 @@ class GCondFused(torch.optim.Optimizer):
             assert isinstance(o.method, GCond)
             settings = o.method.settings(len(self._weights))
             products, decision = ops.resolve(*where, state=state, settings=settings, **writing)
-            return products, decision, self._scope(products, counts)
+            return products, decision, self._shared_parameters(products, counts)
         products = ops.gramian(
             work.rows,
             *work.counted,
@@ -927,9 +932,9 @@ class GCondFused(torch.optim.Optimizer):
         products, scale = self._between(products, scale)
         means = self._mean_losses(losses, counts)
         before = self._snapshot() if self._may_not_fit() else None
-        scope = self._scope(products, counts)
+        shared = self._shared_parameters(products, counts)
         self._leave_out_absent(work, counts, products.total)
-        decision = self._decide(work, products, scale, scope, means)
+        decision = self._decide(work, products, scale, shared, means)
         if now.on_nonfinite == "raise" and before is not None and not bool(decision.finite):
             self._restore(before)
             raise FloatingPointError(
@@ -940,8 +945,8 @@ class GCondFused(torch.optim.Optimizer):
         if before is not None:
             self._restore(before, ~decision.finite)
         if isinstance(o.method, GradDrop):
-            return products, self._drop_signs(work, decision, scale), scope
-        weights = scope.weights(decision.weights)
+            return products, self._drop_signs(work, decision, scale), shared
+        weights = shared.weights(decision.weights)
         ops.combine(
             *where,
             weights=weights,
@@ -950,13 +955,13 @@ class GCondFused(torch.optim.Optimizer):
             **{**writing, "scale": scale},
         )
         if o.update is not None and squares is not None:
-            momentum, steps = work.momentum, self._accumulator.momentum_steps
+            momentum, steps = work.momentum, self._storage.momentum_steps
             average = None
             if momentum is not None and steps is not None:
                 average = Momentum(momentum, steps, o.momentum)
             norms = averaged_norms(products.per_tensor, weights, average)
             o.update.apply(work.outputs, norms, squares.sqrt(), decision.finite)
-        return products, decision, scope
+        return products, decision, shared
 
     def _may_resolve_at_once(self, counts: Sequence[int]) -> bool:
         """Whether nothing is to be done between the operations of a resolution."""
@@ -975,12 +980,17 @@ class GCondFused(torch.optim.Optimizer):
 
     def _halves(self) -> list[int]:
         """The places of tensors whose `.grad` is float16."""
-        acc = self._accumulator
-        pairs = enumerate(zip(acc.segments, acc.touched, strict=True))
+        storage = self._storage
+        pairs = enumerate(zip(storage.segments, storage.window_tasks, strict=True))
         return [t for t, (s, hit) in pairs if hit and s.gradient_dtype == torch.float16]
 
     def _decide(
-        self, work: Work, products: ops.Gramians, scale: Tensor, scope: Scope, means: Tensor | None
+        self,
+        work: Work,
+        products: ops.Gramians,
+        scale: Tensor,
+        shared: SharedParameters,
+        means: Tensor | None,
     ) -> ops.Arbitration:
         """Weigh the tasks; where the result is not finite in its type, it is no step."""
         now, o, K = self._now, self._now.options, len(self._weights)
@@ -992,13 +1002,13 @@ class GCondFused(torch.optim.Optimizer):
                 torch.ones_like(scale), none.view(0, 0), none.view(0, 5), finite
             )
         else:
-            S, X = scope.gramians(products, K)
+            S, X = shared.gramians(products, K)
             known = Known(losses=means, tasks=tuple(self._weights))
-            chosen = scope.chosen_gramian(products, K)
+            chosen = shared.selected_gramian(products, K)
             decision = o.method.resolve(S, X, scale, now.method_state, o.backend, known, chosen)
         # One flag, or the same of each tensor.
         finite = decision.finite.all()
-        weights = scope.weights(decision.weights)
+        weights = shared.weights(decision.weights)
         if not isinstance(o.method, GCond):  # whose weights are bounded
             finite = finite & overflow.norms_fit(products, weights)
         halves = self._halves()
@@ -1018,18 +1028,21 @@ class GCondFused(torch.optim.Optimizer):
 
     def _snapshot(self) -> dict[str, Any]:
         """What a decision changes before it is known to be one."""
-        acc, state = self._accumulator, self._now.method_state
+        storage, state = self._storage, self._now.method_state
         return {
             "state": {name: value.clone() for name, value in state.items()},
-            "owners": acc.owners.clone(),
-            "compared": acc.compared.clone(),
+            "owners": storage.parameter_tasks.clone(),
+            "compared": storage.was_shared.clone(),
         }
 
     def _restore(self, before: dict[str, Any], where: Tensor | None = None) -> None:
         """Put a snapshot back, where a flag on the device says so; None is always."""
-        acc, state = self._accumulator, self._now.method_state
+        storage, state = self._storage, self._now.method_state
         changed = [(value, before["state"][name]) for name, value in state.items()]
-        changed += [(acc.owners, before["owners"]), (acc.compared, before["compared"])]
+        changed += [
+            (storage.parameter_tasks, before["owners"]),
+            (storage.was_shared, before["compared"]),
+        ]
         for value, old in changed:
             value.copy_(old if where is None else torch.where(where, old, value))
 
@@ -1040,36 +1053,40 @@ class GCondFused(torch.optim.Optimizer):
         heads, say; a step with those would follow stale momentum. Only a window in which a task had
         nothing, and gradients came from tasks that are not known to use a tensor, asks the device.
         """
-        now, acc = self._now, self._accumulator
+        now, storage = self._now, self._storage
         active = [k for k, count in enumerate(counts) if count]
-        if len(active) == len(counts) or tables.is_capturing(acc.owners.device):
+        if len(active) == len(counts) or tables.is_capturing(storage.parameter_tasks.device):
             return
         bits = sum(1 << k for k in active)
-        known = now.known_owners + [0] * (len(acc.segments) - len(now.known_owners))
-        if not any(hit and not owned & bits for hit, owned in zip(acc.touched, known, strict=True)):
+        known = now.known_owners + [0] * (len(storage.segments) - len(now.known_owners))
+        if not any(
+            hit and not owned & bits for hit, owned in zip(storage.window_tasks, known, strict=True)
+        ):
             return
-        rows = acc.owners.tolist()
+        rows = storage.parameter_tasks.tolist()
         now.known_owners = [sum(1 << k for k, owned in enumerate(row) if owned) for row in rows]
         finite = all(now.known_owners) or bool(total.isfinite().all())  # else nothing is known
         for t, owned in enumerate(now.known_owners):
-            if not owned & bits and (owned or (finite and acc.sizes[t])):
+            if not owned & bits and (owned or (finite and storage.layout.sizes[t])):
                 work.outputs[t] = None
 
-    def _scope(self, products: ops.Gramians, counts: Sequence[int]) -> Scope:
+    def _shared_parameters(self, products: ops.Gramians, counts: Sequence[int]) -> SharedParameters:
         """Which tensors are compared in this resolution; what it shows of them is remembered."""
-        now, acc, o, K = self._now, self._accumulator, self._now.options, len(self._weights)
+        now, storage, o, K = self._now, self._storage, self._now.options, len(self._weights)
         finite = products.total.isfinite().all()
         seen = products.per_tensor.diagonal(dim1=1, dim2=2)[:, :K] > 0.0
         active = sum(count > 0 for count in counts)
         # GCond keeps an average of each task's norm, also of one that comes alone.
-        shared, changed = acc.note_owners(
+        shared, changed = storage.update_parameter_tasks(
             seen, finite, shared_among(active, isinstance(o.method, GCond))
         )
         if o.granularity == "model" and "history_gramian" in now.method_state:
             # Norms of the history are known of the tensors alone that were compared before.
             history = now.method_state["history_gramian"]
             history.copy_(torch.where(changed, 0.0, history))
-        return Scope(o.granularity == "tensor", shared, now.all_shared.known, self._chosen(shared))
+        return SharedParameters(
+            o.granularity == "tensor", shared, now.all_shared.known, self._chosen(shared)
+        )
 
     def _chosen(self, shared: Tensor) -> Tensor | None:
         """Which shared tensors the method looks at.
@@ -1080,8 +1097,10 @@ class GCondFused(torch.optim.Optimizer):
         chosen = self._now.options.method.parameters
         if chosen is None:
             return None
-        names = [segment.name for segment in self._accumulator.segments]
-        looked_at = flags([is_among(name, chosen) for name in names], shared.device) & shared
+        names = [segment.name for segment in self._storage.segments]
+        looked_at = (
+            bool_tensor([is_selected(name, chosen) for name in names], shared.device) & shared
+        )
         # Where nothing is shared at all, it looks at nothing, and that is fine.
         if not self._now.chosen_shared and not tables.is_capturing(shared.device):
             if bool(shared.any()) and not bool(looked_at.any()):
@@ -1109,7 +1128,7 @@ class GCondFused(torch.optim.Optimizer):
             draws=draws,
             leak=o.method.leak,
             momentum=work.momentum,
-            momentum_steps=self._accumulator.momentum_steps,
+            momentum_steps=self._storage.momentum_steps,
             beta=o.momentum,
             mask=work.mask,
             first=work.first,
@@ -1130,7 +1149,7 @@ class GCondFused(torch.optim.Optimizer):
 
     def _fit_method_state(self, device: torch.device) -> None:
         """A state for each tensor, also for those that are new."""
-        state, tensors = self._now.method_state, len(self._accumulator.segments)
+        state, tensors = self._now.method_state, len(self._storage.segments)
         own = [name for name in state if name not in self._now.options.method.shared_state]
         if self._now.options.granularity == "model" or not own or len(state[own[0]]) == tensors:
             return
@@ -1154,14 +1173,14 @@ class GCondFused(torch.optim.Optimizer):
         products: ops.Gramians,
         decision: ops.Arbitration,
         counts: Sequence[int],
-        scope: Scope,
+        shared: SharedParameters,
     ) -> None:
         """Counts and records a resolution; all of it stays on the device."""
-        now, acc = self._now, self._accumulator
+        now, storage = self._now, self._storage
         skipped = (~decision.finite).view(1)
         now.counters += torch.cat([torch.ones_like(skipped), skipped, now.nonfinite])
-        now.all_shared.note((acc.owners.sum(1) > 1).all())
-        names = [segment.name for segment in acc.segments]
+        now.all_shared.note((storage.parameter_tasks.sum(1) > 1).all())
+        names = [segment.name for segment in storage.segments]
         K = len(self._weights)
         now.last = Resolution(
             counters=now.counters,
@@ -1170,14 +1189,14 @@ class GCondFused(torch.optim.Optimizer):
             parameter_names=names,
             per_tensor=products.per_tensor[:, :K, :K],
             squares=products.total.diagonal(),
-            gramian=scope.shared_gramian(products, K),
+            gramian=shared.shared_gramian(products, K),
             decision=decision,
-            scope=scope,
+            shared=shared,
             norm_ema=now.method_state.get("norm_ema"),
             winners=now.method_state.get("winners"),
             thresholds=now.options.method.thresholds,
         )
-        weights = scope.mean_weights(decision, now.last.squares)
+        weights = shared.mean_weights(decision, now.last.squares)
         shown = decision._replace(weights=weights)
         self.recorder.record(
             now.counters[0], names, now.last.gramian, now.last.per_tensor, shown, now.nonfinite,
@@ -1196,7 +1215,7 @@ class GCondFused(torch.optim.Optimizer):
                 "on_nonfinite='raise' asks the device in every step, which a CUDA graph cannot: "
                 "use 'skip' or 'drop_task'"
             )
-        names = [segment.name for segment in self._accumulator.segments]
+        names = [segment.name for segment in self._storage.segments]
         where = describe(products.per_tensor, tuple(self._weights), names)
         if where is None and bool(self._now.nonfinite.any()):
             where = "a task on another rank"
@@ -1246,7 +1265,7 @@ class GCondFused(torch.optim.Optimizer):
         step_if(now.finite, self.base)
         self._data_parallel.broadcast_buffers()
         # Who clipped them may have put others in their place.
-        left = [s.parameter.grad for s in self._accumulator.segments]
+        left = [s.parameter.grad for s in self._storage.segments]
         now.written = [reference_to(gradient) for gradient in left if gradient is not None]
         self._start_window()
 
@@ -1280,7 +1299,7 @@ class GCondFused(torch.optim.Optimizer):
     def _start_window(self) -> None:
         now = self._now
         self._sync.end_window()
-        self._accumulator.start_window()
+        self._storage.start_window()
         if now.losses is not None:
             now.losses.zero_()
         now.window, now.position = None, 0
@@ -1290,10 +1309,10 @@ class GCondFused(torch.optim.Optimizer):
 
     def _call(self, closure: Callable[[], object]) -> None:
         result = closure()
-        computed = not self._now.resolved and self._accumulator.foreign_gradient() is not None
+        computed = not self._now.resolved and self._storage.name_with_gradient() is not None
         if result is not None or computed:
             if not self._now.resolved:
-                self._accumulator.drop_gradients()
+                self._storage.clear_gradients()
             raise TypeError(
                 "GCondFused.step takes no closure that computes a loss: call backward(losses) for "
                 "each micro-batch, then step(). (In Lightning: set self.automatic_optimization = "
@@ -1364,13 +1383,13 @@ class GCondFused(torch.optim.Optimizer):
 
     def _follow_parameters(self) -> None:
         """Lay out the parameters that the base has now."""
-        now, acc, groups = self._now, self._accumulator, self.base.param_groups
-        before = acc.rows.device
-        places = acc.follow(groups, lambda: labels_of(groups), self._sync.started > 0)
+        now, storage, groups = self._now, self._storage, self.base.param_groups
+        before = storage.accumulators.device
+        places = storage.update_layout(groups, lambda: labels_of(groups), self._sync.started > 0)
         if not places:
             return
-        if acc.rows.device != before:
-            self._move_to(acc.rows.device)
+        if storage.accumulators.device != before:
+            self._move_to(storage.accumulators.device)
         self._follow_with_state(places, now.counters.device)
         now.all_shared = tables.HostFlag()
         now.known_owners, now.chosen_shared = [], False
@@ -1378,7 +1397,7 @@ class GCondFused(torch.optim.Optimizer):
     def _find_wrapper(self) -> None:
         """Look once for a DistributedDataParallel that this optimizer was not told of."""
         if self._data_parallel.look(self._parameters()):
-            self._accumulator.alone = True
+            self._storage.wrapper_known = True
 
     def _clear_gradients(self) -> None:
         """Makes way for one task's gradients; what others computed is not thrown away.
@@ -1386,7 +1405,7 @@ class GCondFused(torch.optim.Optimizer):
         What `step` left is its own, whatever was added to it since; and zeros are nobody's.
         """
         own = {id(gradient()) for gradient in self._now.written}
-        for segment in self._accumulator.segments:
+        for segment in self._storage.segments:
             gradient = segment.parameter.grad
             if gradient is not None and id(gradient) not in own and not is_empty(gradient):
                 raise RuntimeError(
@@ -1395,12 +1414,12 @@ class GCondFused(torch.optim.Optimizer):
                     "its own, back-propagate it between the last backward() of a window and "
                     "step(), or drop it with zero_grad()"
                 )
-        self._accumulator.drop_gradients()
+        self._storage.clear_gradients()
         self._now.written = []
 
     def _alike(self) -> dict[str, str]:
         """What all ranks must have alike, by name. On a GPU this waits for the device."""
-        acc, now = self._accumulator, self._now
+        storage, now = self._storage, self._now
         state = {key: value.tolist() for key, value in now.method_state.items()}
         # Other things may show their address, which differs from rank to rank.
         plain = (int, float, str, type(None), Tensor)
@@ -1415,8 +1434,8 @@ class GCondFused(torch.optim.Optimizer):
         return {
             "tasks": f"{list(self._weights)}, with weights {weights!r}",
             **options,
-            "mask": repr(acc.mask is not None),
-            "accumulator_dtype": repr(acc.dtype),
+            "mask": repr(storage.mask is not None),
+            "accumulator_dtype": repr(storage.dtype),
             "sync": self._sync.way,
             "options of base": repr(groups),
             "resolutions so far": repr(now.counters.tolist()[0]),
@@ -1437,7 +1456,7 @@ class GCondFused(torch.optim.Optimizer):
             planned / count if count and weight else 0.0
             for weight, planned, count in zip(window.weights, window.planned, counts, strict=True)
         ]
-        scale = tables.settings_tensor(tuple(shares), self._accumulator.rows.device)
+        scale = tables.settings_tensor(tuple(shares), self._storage.accumulators.device)
         tables.keep_if_captured(scale)
         return scale
 
@@ -1445,23 +1464,25 @@ class GCondFused(torch.optim.Optimizer):
 
     def _saved(self, alone: bool = False) -> saving.Saved:
         """What is saved beside the state of the base; `alone` without what other ranks keep too."""
-        now, acc, o = self._now, self._accumulator, self._now.options
-        history, momentum = acc.history, acc.momentum
+        now, storage, o = self._now, self._storage, self._now.options
+        history, momentum = storage.history, storage.momentum
         if isinstance(self._sync, Sharded) and alone:
             history = momentum = None
         elif isinstance(self._sync, Sharded):
             self._sync.fit_kept()
-            history = None if acc.history is None else self._sync.all_kept(acc.history)
-            momentum = None if acc.momentum is None else self._sync.all_kept(acc.momentum)[0]
+            history = None if storage.history is None else self._sync.all_kept(storage.history)
+            momentum = (
+                None if storage.momentum is None else self._sync.all_kept(storage.momentum)[0]
+            )
         base, made = self.base.state, set(now.initialized)
         without_state = {p for p, _ in self._parameters() if p in made or not base.get(p)}
         by_tensor = o.granularity == "tensor"
         state, shared = now.method_state, o.method.shared_state
-        kept = {"history": history, "momentum": momentum, "mask": acc.mask}
+        kept = {"history": history, "momentum": momentum, "mask": storage.mask}
         # As long whether a window has begun or not: torch may ask for each number by its place.
         window = now.window or Window(tuple(self._weights.values()), (0,) * len(self._weights))
         return saving.Saved(
-            acc,
+            storage,
             history,
             momentum,
             {name: v for name, v in state.items() if by_tensor and name not in shared},
@@ -1479,7 +1500,7 @@ class GCondFused(torch.optim.Optimizer):
                     "mode": o.mode,
                     "accumulation_steps": o.accumulation_steps,
                     "position": now.position,
-                    "counts": list(acc.counts),
+                    "counts": list(storage.counts),
                     "losses": None if now.losses is None else now.losses.tolist(),
                     "weights": list(window.weights),
                     "planned": list(window.planned),
@@ -1509,7 +1530,7 @@ class GCondFused(torch.optim.Optimizer):
         now = self._now
         if now.resolved:
             raise RuntimeError("there is a resolved gradient in .grad: call step() before saving")
-        in_window = any(self._accumulator.counts)
+        in_window = any(self._storage.counts)
         if isinstance(self._sync, Sharded):
             self._sync.peers.rendezvous(
                 "state_dict()", 'use sync="replicate", where any rank alone may'
@@ -1559,7 +1580,7 @@ class GCondFused(torch.optim.Optimizer):
         saving.check_form(self.base, state_dict)
         self._follow_parameters()
         restored = saving.Restored(entries, list(self._parameters()), common)
-        restored.check(self._accumulator)
+        restored.check(self._storage)
         with fixed_precision():
             self._load_own(restored, saving.without_own(state_dict))
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -1578,24 +1599,24 @@ class GCondFused(torch.optim.Optimizer):
         saving.check_window(common["window"], o.mode, o.accumulation_steps)
 
     def _load_own(self, restored: saving.Restored, of_base: dict[str, Any]) -> None:
-        now, acc, common = self._now, self._accumulator, restored.common
+        now, storage, common = self._now, self._storage, restored.common
         o = now.assigned
         shared = None if o.granularity == "model" else o.method.shared_state
         # Before anything is changed: a state with other settings is refused.
-        here = new_method_state(o, len(self._weights), len(acc.segments), self._device())
-        restored.method_state(acc, here, shared)
+        here = new_method_state(o, len(self._weights), len(storage.segments), self._device())
+        restored.method_state(storage, here, shared)
         self.base.load_state_dict(of_base)
         for p in restored.without_state:
             self.base.state.pop(p, None)
         self._start_window()
-        new = [(p, name) for p, name in restored.parameters if not acc.knows(p)]
+        new = [(p, name) for p, name in restored.parameters if p not in storage]
         if new:  # frozen here
-            acc.grow(new)
+            storage.append(new)
         cut = self._sync.own_part if isinstance(self._sync, Sharded) else None
-        restored.fill(acc, cut)
+        restored.fill(storage, cut)
         window = common["window"]
-        fresh = new_method_state(o, len(self._weights), len(acc.segments), self._device())
-        now.method_state = restored.method_state(acc, fresh, shared)
+        fresh = new_method_state(o, len(self._weights), len(storage.segments), self._device())
+        now.method_state = restored.method_state(storage, fresh, shared)
         counters = torch.tensor(common["counters"], dtype=torch.int64, device="cpu")
         now.counters = counters.to(self._device())
         if now.losses is not None and window["losses"] is not None:

@@ -110,7 +110,7 @@ def test_short_stochastic_window_leaves_out_tasks_without_micro_batch(backend):
         optimizer.backward({t: losses_of(model, batch)[t] for t in optimizer.active_tasks})
     optimizer.step()
     averages = optimizer.report().norm_ema
-    history = optimizer._accumulator.history.clone()
+    history = optimizer._storage.history.clone()
     optimizer.backward({"a": losses_of(model, x[4])["a"]})
     optimizer.step()
     report = optimizer.report()
@@ -118,8 +118,8 @@ def test_short_stochastic_window_leaves_out_tasks_without_micro_batch(backend):
     assert report.weights == {"a": 1.0, "b": 0.0}
     assert report.cosines == {}
     assert report.norm_ema["b"] == averages["b"]
-    assert torch.equal(optimizer._accumulator.history[1], history[1])
-    assert not torch.equal(optimizer._accumulator.history[0], history[0])
+    assert torch.equal(optimizer._storage.history[1], history[1])
+    assert not torch.equal(optimizer._storage.history[0], history[0])
     assert torch.allclose(
         flat_gradients(model).double(), task_gradient(model, x[4:5], "a"), rtol=1e-5, atol=1e-7
     )
@@ -307,7 +307,7 @@ def test_frozen_parameters_cost_nothing_and_may_thaw_in_the_middle_of_a_window(b
     )
     x = batches(4)
     optimizer.backward(losses_of(model, x[0]))
-    assert len(optimizer._accumulator.segments) == 2
+    assert len(optimizer._storage.segments) == 2
     for p in model[0].parameters():
         p.requires_grad_(True)
     optimizer.backward(losses_of(model, x[1]))

@@ -398,7 +398,7 @@ def test_a_task_that_is_away_for_a_while(way):
         optimizer.backward(losses_of(model, batch))
         optimizer.step()
     average = optimizer.report().norm_ema["c"]
-    history = optimizer._accumulator.history[2].clone()
+    history = optimizer._storage.history[2].clone()
     before = flat(model.heads["c"].parameters()).clone()
     for batch in x[4:]:
         losses = losses_of(model, batch)
@@ -409,7 +409,7 @@ def test_a_task_that_is_away_for_a_while(way):
         optimizer.step()
     assert torch.equal(before, flat(model.heads["c"].parameters()))
     assert optimizer.report().norm_ema["c"] == average
-    assert torch.equal(history, optimizer._accumulator.history[2])
+    assert torch.equal(history, optimizer._storage.history[2])
     optimizer.backward(losses_of(model, x[0]))
     assert optimizer.report().micro_batches == {"a": 1, "b": 1, "c": 1}
 
@@ -638,8 +638,8 @@ def test_a_parameter_that_is_replaced(method):
             p, q = densified(adam), densified(optimizer)
     assert off([q], [p]) < ROUNDING
     optimizer.backward({"a": q.square().mean(), "b": (q + 0.1).square().mean()})
-    assert optimizer._accumulator.sizes == (q.numel(),)
-    assert optimizer._accumulator.rows.shape[1] < 2 * q.numel()
+    assert optimizer._storage.layout.sizes == (q.numel(),)
+    assert optimizer._storage.accumulators.shape[1] < 2 * q.numel()
     optimizer.step()
     again = GCondFused(torch.optim.Adam([q], lr=0.01), {"a": 1.0, "b": 1.0}, method=method)
     again.load_state_dict(optimizer.state_dict())
@@ -668,7 +668,7 @@ def test_a_group_that_is_removed_leaves_what_others_have():
             flat(model.heads[name].parameters()), flat(twin.heads[name].parameters())
         )
     assert torch.equal(flat(model.body.parameters()), flat(twin.body.parameters()))
-    assert len(optimizer._accumulator.segments) == 6
+    assert len(optimizer._storage.segments) == 6
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
@@ -758,7 +758,7 @@ def test_a_method_assigned_is_that_of_an_optimizer_made_with_it():
             other.backward(losses_of(twin, batch))
             other.step()
             assert all(map(torch.equal, gradients(model), gradients(twin)))
-    assert optimizer._accumulator.momentum is None
+    assert optimizer._storage.momentum is None
     # Of the same method the state stays where it fits.
     average = optimizer.report().norm_ema
     optimizer.thresholds = (-0.9, -0.6, -0.1)
@@ -915,7 +915,7 @@ def test_a_sum_that_leaves_float16_is_no_step(choice, method, momentum):
     optimizer.backward({"a": (p * 100).sum(), "b": (p * 200).sum()})
     optimizer.step()
     state = {k: v.clone() for k, v in optimizer._now.method_state.items()}
-    momentum_before = copy.deepcopy(optimizer._accumulator.momentum)
+    momentum_before = copy.deepcopy(optimizer._storage.momentum)
     before = p.detach().clone()
     losses = {"a": (p * 40000).sum(), "b": (p * 40000).sum()}
     if choice == "raise":
@@ -930,7 +930,7 @@ def test_a_sum_that_leaves_float16_is_no_step(choice, method, momentum):
     for name, value in state.items():
         assert torch.equal(value, optimizer._now.method_state[name]), name
     if momentum:
-        assert torch.equal(momentum_before, optimizer._accumulator.momentum)
+        assert torch.equal(momentum_before, optimizer._storage.momentum)
 
 
 def test_a_long_gradient_of_small_elements_fits_into_float16():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
-from gcond_kernels.storage.shared_parameters import Scope
+from gcond_kernels.storage.shared_parameters import SharedParameters
 
 ZONES = ("mild", "moderate", "critical")
 
@@ -107,14 +107,14 @@ class Resolution:
     squares: Tensor  # [K], squared norms over all parameters
     gramian: Tensor  # [K, K] over the parameters that tasks share
     decision: ops.Arbitration
-    scope: Scope
+    shared: SharedParameters
     norm_ema: Tensor | None  # [K], or [T, K] by tensor
     winners: Tensor | None  # [W], or [T, W] by tensor
     thresholds: tuple[float, float, float]
 
     def report(self, tasks: Sequence[str]) -> Report:
         """Reads everything back; on a GPU this waits for the device."""
-        by_tensor = self.scope.by_tensor
+        by_tensor = self.shared.by_tensor
         cosines = pair_cosines(self.gramian.cpu())
         winners = [] if self.winners is None or by_tensor else self.winners.tolist()
         averages = [] if self.norm_ema is None or by_tensor else self.norm_ema.tolist()
@@ -139,7 +139,7 @@ class Resolution:
             incidence=incidence_of(cosines.values()),
             zone=zone_of(min(cosines.values(), default=1.0), self.thresholds),
             conflicts=self._conflicts(tasks),
-            weights=named(self.scope.mean_weights(self.decision, self.squares).tolist()),
+            weights=named(self.shared.mean_weights(self.decision, self.squares).tolist()),
             tensor_weights=self._tensor_weights(tasks),
             gradient_norm=math.nan if skipped else self._gradient_norm(),
             winners=[tasks[index] for index in winners if index >= 0],
@@ -150,7 +150,7 @@ class Resolution:
         events = self.decision.events
         if events.dim() == 2:
             return conflicts_of(events, tasks, None)
-        by_tensor = zip(self.parameter_names, events.cpu(), self.scope.shared.tolist(), strict=True)
+        by_tensor = zip(self.parameter_names, events.cpu(), self.shared.flags.tolist(), strict=True)
         return [
             conflict
             for name, of_tensor, shared in by_tensor
@@ -159,13 +159,13 @@ class Resolution:
         ]
 
     def _tensor_weights(self, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
-        if not self.scope.by_tensor:
+        if not self.shared.by_tensor:
             return {}
         weights = self.decision.weights.tolist()
         return {
             name: dict(zip(tasks, of_tensor, strict=True))
             for name, of_tensor, shared in zip(
-                self.parameter_names, weights, self.scope.shared.tolist(), strict=True
+                self.parameter_names, weights, self.shared.flags.tolist(), strict=True
             )
             if shared
         }
@@ -173,7 +173,7 @@ class Resolution:
     def _gradient_norm(self) -> float:
         """‖g‖² is the sum of wᵀ G w over the tensors."""
         G = self.per_tensor.cpu()
-        w = self.scope.weights(self.decision.weights).cpu().expand(len(G), -1)
+        w = self.shared.weights(self.decision.weights).cpu().expand(len(G), -1)
         return float(torch.einsum("ti,tij,tj->", w, G, w).clamp(min=0.0).sqrt())
 
     def _tensor_cosines(self) -> dict[str, float]:

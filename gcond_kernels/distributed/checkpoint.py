@@ -58,7 +58,7 @@ class TrainingState:
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
         optimizer = self.optimizer
-        in_window = optimizer._now.resolved or any(optimizer._accumulator.counts)
+        in_window = optimizer._now.resolved or any(optimizer._storage.counts)
         if optimizer._sync.any_rank(in_window):
             raise RuntimeError("a TrainingState is saved and loaded between windows: call step()")
         optimizer._initialize_base()

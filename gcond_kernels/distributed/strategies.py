@@ -37,7 +37,7 @@ from gcond_kernels.distributed.data_parallel import data_parallel_modules
 from gcond_kernels.distributed.fsdp import FullySharded
 from gcond_kernels.distributed.process_group import Peers
 from gcond_kernels.python.blocks import WORD_BITS
-from gcond_kernels.storage.accumulator import Accumulator, Segment, aligned, moved, rows_of
+from gcond_kernels.storage.accumulator import GradientStorage, Segment, aligned, moved, rows_of
 from gcond_kernels.storage.dtensor import is_dtensor, local_part
 
 Pieces: TypeAlias = list[tuple[int, int]]
@@ -83,7 +83,7 @@ class Sync:
     """One process, whose accumulators hold all there is. What several do beside is in subclasses.
 
     Args:
-        accumulator: the rows, and what goes with them.
+        storage: the accumulators, and what goes with them.
         backend: of the operations.
     """
 
@@ -92,8 +92,8 @@ class Sync:
     # Of how many ranks the losses of one micro-batch are summed.
     losses_per_micro_batch = 1
 
-    def __init__(self, accumulator: Accumulator, backend: str) -> None:
-        self.accumulator = accumulator
+    def __init__(self, storage: GradientStorage, backend: str) -> None:
+        self.storage = storage
         self.backend = backend
 
     @property
@@ -137,24 +137,24 @@ class Sync:
             RuntimeError: nothing was accumulated, or the ranks differ; all of them raise it.
         """
         self.check_begun(begun)
-        return self.accumulator.counts
+        return self.storage.counts
 
     def work(self) -> Work:
         """What is to be resolved here."""
-        acc = self.accumulator
+        storage = self.storage
         return Work(
-            acc.rows, acc.history, acc.momentum, acc.offsets, acc.sizes, self._pieces(),
-            acc.new_gradients(), mask=acc.mask,
+            storage.accumulators, storage.history, storage.momentum, *storage.layout,
+            self._pieces(), storage.new_gradients(), mask=storage.mask,
         )  # fmt: skip
 
     def _pieces(self) -> Pieces:
-        return [(0, size) for size in self.accumulator.sizes]
+        return [(0, size) for size in self.storage.layout.sizes]
 
     def squared_norms(self) -> Tensor:
         """[T] float64, of every parameter tensor; of several ranks the part that is here."""
         pieces = [
             piece_of(segment, *piece)
-            for segment, piece in zip(self.accumulator.segments, self._pieces(), strict=True)
+            for segment, piece in zip(self.storage.segments, self._pieces(), strict=True)
         ]
         return ops.multi_tensor_norm(pieces, per_tensor=True, backend=self.backend).square()
 
@@ -187,8 +187,8 @@ class Ranks(Sync):
 
     way = "mesh"
 
-    def __init__(self, accumulator: Accumulator, backend: str, peers: Peers) -> None:
-        super().__init__(accumulator, backend)
+    def __init__(self, storage: GradientStorage, backend: str, peers: Peers) -> None:
+        super().__init__(storage, backend)
         peers.connect()
         self.peers = peers
         self.size = peers.size
@@ -203,7 +203,7 @@ class Ranks(Sync):
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; all of them ask."""
-        return any(flag for (flag,) in self.peers.numbers([flag], self.accumulator.rows.device))
+        return any(flag for (flag,) in self.peers.numbers([flag], self.storage.accumulators.device))
 
     def on_all_ranks(self, flag: Tensor) -> Tensor:
         """Whether a flag on the device, [] bool, is set on all ranks; all of them ask."""
@@ -211,8 +211,8 @@ class Ranks(Sync):
 
     def check_wrapper(self) -> None:
         """Raises a RuntimeError where FSDP is told to keep gradients of any module for itself."""
-        if self.accumulator.spread:
-            self._fsdp.check(self.accumulator.segments)
+        if self.storage.has_dtensors:
+            self._fsdp.check(self.storage.segments)
 
     def check_begun(self, begun: bool) -> None:
         """Another rank may have begun where this one has not: `meet` tells."""
@@ -222,7 +222,7 @@ class Ranks(Sync):
         self._meet_alike(describe)
         any_begun, table = self._tell(on_nonfinite, begun)
         if not any_begun:
-            self.accumulator.start_window()
+            self.storage.start_window()
             self.end_window()
             raise RuntimeError(
                 f"nothing was accumulated on any of the {self.size} ranks: call backward(losses) "
@@ -248,18 +248,18 @@ class Ranks(Sync):
         """
         if self._open:
             return
-        acc = self.accumulator
-        if self.any_rank(self._agreed != len(acc.segments)):
+        storage = self.storage
+        if self.any_rank(self._agreed != len(storage.segments)):
             self._agree(describe())
             self._fresh = True
         self._open = True
 
     def _tell(self, on_nonfinite: str, begun: bool) -> tuple[bool, list[list[int]]]:
         """Whether any rank has begun, and how many micro-batches of each task every rank had."""
-        acc = self.accumulator
+        storage = self.storage
         choice = ("skip", "drop_task", "raise").index(on_nonfinite)
-        own = [choice, digest(acc.touched), int(begun), *acc.counts]
-        table = self.peers.numbers(own, acc.rows.device)
+        own = [choice, digest(storage.window_tasks), int(begun), *storage.counts]
+        table = self.peers.numbers(own, storage.accumulators.device)
         if len({row[0] for row in table}) > 1:
             raise RuntimeError("the ranks differ in on_nonfinite: set it alike on all of them")
         if len({row[1] for row in table}) > 1:
@@ -278,20 +278,24 @@ class Ranks(Sync):
 
     def _unite_touched(self) -> None:
         """A tensor that has a gradient on any rank has one on all."""
-        acc = self.accumulator
-        tasks = range(len(acc.counts))
-        bits = [[touched >> task & 1 for touched in acc.touched] for task in tasks]
-        flags = torch.tensor(bits, dtype=torch.bool, device=self.peers.device(acc.rows.device))
+        storage = self.storage
+        tasks = range(len(storage.counts))
+        bits = [[touched >> task & 1 for touched in storage.window_tasks] for task in tasks]
+        flags = torch.tensor(
+            bits, dtype=torch.bool, device=self.peers.device(storage.accumulators.device)
+        )
         of_tensors = self.peers.any_of(flags).T.tolist()
-        acc.touched = [sum(bit << task for task, bit in enumerate(row)) for row in of_tensors]
+        storage.window_tasks = [
+            sum(bit << task for task, bit in enumerate(row)) for row in of_tensors
+        ]
 
     def _agree(self, settings: dict[str, str]) -> None:
         """Makes sure that all ranks have the same settings, parameters and state."""
-        acc = self.accumulator
-        layout = [description(segment) for segment in acc.segments]
-        kinds, kind_of = kinds_of(acc.segments)
-        prints = fingerprints([local_part(segment.parameter) for segment in acc.segments])
-        said = self.peers.objects((digest([settings, layout]), kinds, prints, mask_prints(acc)))
+        storage = self.storage
+        layout = [description(segment) for segment in storage.segments]
+        kinds, kind_of = kinds_of(storage.segments)
+        prints = fingerprints([local_part(segment.parameter) for segment in storage.segments])
+        said = self.peers.objects((digest([settings, layout]), kinds, prints, mask_prints(storage)))
         if len({one[0] for one in said}) > 1:
             raise RuntimeError(difference(self.peers.objects((settings, layout))))
         holders = [holders_of([one[1][kind] for one in said]) for kind in range(len(kinds))]
@@ -299,16 +303,16 @@ class Ranks(Sync):
         if unlike is not None:
             tensor, rank, other = unlike
             raise RuntimeError(
-                f"{acc.segments[tensor].name} of rank {rank} is not that of rank {other}: start "
-                "from the same parameters (DistributedDataParallel sees to it; or load, or "
+                f"{storage.segments[tensor].name} of rank {rank} is not that of rank {other}: "
+                "start from the same parameters (DistributedDataParallel sees to it; or load, or "
                 "broadcast them)"
             )
-        if acc.mask is not None:
+        if storage.mask is not None:
             unlike = first_unlike([one[3] for one in said], holders, kind_of, rel_tol=0.0)
             if unlike is not None:
                 tensor, rank, other = unlike
                 raise RuntimeError(
-                    f"mask of {acc.segments[tensor].name} of rank {rank} is not that of rank "
+                    f"mask of {storage.segments[tensor].name} of rank {rank} is not that of rank "
                     f"{other}: make masks from the same weights, or broadcast them"
                 )
         own = [held[kind] for held, kind in zip(holders, kinds, strict=True)]
@@ -317,14 +321,16 @@ class Ranks(Sync):
         coordinate: Any = kinds[0] if len(kinds) == 1 else ((), ())
         self._part = number_of(*coordinate)
         self._holders = holders, kind_of
-        self._agreed = len(acc.segments)
+        self._agreed = len(storage.segments)
 
     def work(self) -> Work:
         """What is to be resolved here."""
-        return super().work()._replace(first=self._part * self.accumulator.rows.shape[1])
+        return super().work()._replace(first=self._part * self.storage.accumulators.shape[1])
 
     def _pieces(self) -> Pieces:
-        return [slice_of(n, *r) for n, r in zip(self.accumulator.sizes, self._replica, strict=True)]
+        return [
+            slice_of(n, *r) for n, r in zip(self.storage.layout.sizes, self._replica, strict=True)
+        ]
 
     def total(
         self, products: ops.Gramians, squared_norms: Tensor | None, losses: Tensor | None
@@ -350,11 +356,11 @@ class Ranks(Sync):
 
         Compared once, in the first window: as lengths, of which rounding takes a little.
         """
-        acc = self.accumulator
-        tasks = [task for task, count in enumerate(acc.counts) if count > 0]
+        storage = self.storage
+        tasks = [task for task, count in enumerate(storage.counts) if count > 0]
         lengths = [
-            [float(segment.view(acc.rows[task]).norm()) for task in tasks]
-            for segment in acc.segments
+            [float(segment.view(storage.accumulators[task]).norm()) for task in tasks]
+            for segment in storage.segments
         ]
         said = self.peers.objects(lengths)
         # Beside large gradients one that is nothing but rounding may be another on every rank.
@@ -363,8 +369,8 @@ class Ranks(Sync):
         if unlike is not None:
             tensor, rank, other = unlike
             raise RuntimeError(
-                f"rank {rank} and rank {other} hold the same part of {acc.segments[tensor].name}, "
-                "and have other gradients of it: nothing has reduced them. Shard it with the rest "
+                f"rank {rank} and rank {other} hold the same part of "
+                f"{storage.segments[tensor].name}, and have other gradients of it: nothing has reduced them. Shard it with the rest "
                 "(fully_shard around the whole model, no ignored_params); give ranks of one tensor "
                 "parallel group the same data; and ranks that train another model a process_group "
                 "of their own"
@@ -381,8 +387,8 @@ class Reduced(Ranks):
 
     one_by_one = False
 
-    def __init__(self, accumulator: Accumulator, backend: str, peers: Peers) -> None:
-        super().__init__(accumulator, backend, peers)
+    def __init__(self, storage: GradientStorage, backend: str, peers: Peers) -> None:
+        super().__init__(storage, backend, peers)
         self.losses_per_micro_batch = 1  # the micro-batches of all ranks are counted
         self._final: set[int] = set()
         self._started = 0
@@ -403,14 +409,14 @@ class Reduced(Ranks):
         """Sends off what is final, in the order of the tasks: all ranks must have the same."""
         self._final.add(task)
         # Rows of other sizes would end in a deadlock; and to ask now would wait for other ranks.
-        if self._agreed == len(self.accumulator.segments):
+        if self._agreed == len(self.storage.segments):
             while self._started in self._final and not self._would_block():
                 self._start()
 
     def _would_block(self) -> bool:
         """Whether the host would wait for a rank that may wait for this one, at its `meet`."""
         # On a GPU a stream waits instead. gloo's reduce-scatter cannot be asked whether it is done.
-        on_host = not self.accumulator.rows.is_cuda
+        on_host = not self.storage.accumulators.is_cuda
         return self.one_by_one and on_host and bool(self._under_way)
 
     def take_back(self) -> None:
@@ -418,19 +424,19 @@ class Reduced(Ranks):
         self._final &= set(range(self._started))
 
     def _start(self) -> None:
-        task, acc = self._started, self.accumulator
+        task, storage = self._started, self.storage
         with self._beside():
             if self.one_by_one:
                 self._wait()
-            if acc.counts[task] == 0:
-                acc.rows[task].zero_()  # it may hold anything: nothing is ever cleared
+            if storage.counts[task] == 0:
+                storage.accumulators[task].zero_()  # it may hold anything: nothing is ever cleared
             self._under_way.append((task, self._reduce(task)))
         self._started += 1
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
         """On the stream of the exchange, after what was launched so far."""
-        device = self.accumulator.rows.device
+        device = self.storage.accumulators.device
         if device.type != "cuda":
             yield
             return
@@ -464,7 +470,7 @@ class Reduced(Ranks):
     def meet(self, describe: Describe, on_nonfinite: str, begun: bool) -> list[int]:
         """Brings the ranks together, with the sums of their rows."""
         self._meet_alike(describe)
-        while self._started < len(self.accumulator.counts):
+        while self._started < len(self.storage.counts):
             self._start()
         self._finish()
         return super().meet(describe, on_nonfinite, begun)
@@ -490,7 +496,7 @@ class Replicated(Reduced):
     way = "replicate"
 
     def _reduce(self, task: int) -> Any:
-        return self.peers.sum_of_row(self.accumulator.rows[task])
+        return self.peers.sum_of_row(self.storage.accumulators[task])
 
 
 class Sharded(Reduced):
@@ -507,7 +513,7 @@ class Sharded(Reduced):
 
     @property
     def _length(self) -> int:
-        return self.accumulator.rows.shape[1] // self.size
+        return self.storage.accumulators.shape[1] // self.size
 
     def _own_shard(self, row: Tensor) -> Tensor:
         start = self.peers.rank * self._length
@@ -515,44 +521,44 @@ class Sharded(Reduced):
 
     def _shards(self) -> Tensor:
         """[K, n], this rank's shard of every row."""
-        rows = self.accumulator.rows
+        rows = self.storage.accumulators
         if len(rows) == 1:
             return self._own_shard(rows[0])[None]
         return rows.view(-1)[: len(rows) * self._length].view(len(rows), self._length)
 
     def _reduce(self, task: int) -> Any:
-        row = self.accumulator.rows[task]
+        row = self.storage.accumulators[task]
         # In place where nothing was sent before it; elsewhere in that row would be read meanwhile.
         shard = self._own_shard(row) if task == 0 else self._shards()[task]
         return self.peers.scatter_sum(shard, row)
 
     def _arrived(self, task: int) -> None:
-        if task == 0 and len(self.accumulator.rows) > 1 and self.peers.rank > 0:
-            self._shards()[0].copy_(self._own_shard(self.accumulator.rows[0]))
+        if task == 0 and len(self.storage.accumulators) > 1 and self.peers.rank > 0:
+            self._shards()[0].copy_(self._own_shard(self.storage.accumulators[0]))
 
     def work(self) -> Work:
         """The shards, and where in them the tensors lie."""
-        acc, n = self.accumulator, self._length
+        storage, n = self.storage, self._length
         self.fit_kept()
         first = self.peers.rank * n
         result = self._new_result()
         spans = [
             (min(max(offset, first), first + n), min(max(offset + size, first), first + n))
-            for offset, size in zip(acc.offsets, acc.sizes, strict=True)
+            for offset, size in zip(storage.layout.offsets, storage.layout.sizes, strict=True)
         ]
         outputs = [
             result[a:b] if touched else None
-            for (a, b), touched in zip(spans, acc.touched, strict=True)
+            for (a, b), touched in zip(spans, storage.window_tasks, strict=True)
         ]
         sizes = [b - a for a, b in spans]
         return Work(
-            self._shards(), acc.history, acc.momentum, [a - first for a, _ in spans], sizes,
+            self._shards(), storage.history, storage.momentum, [a - first for a, _ in spans], sizes,
             [(0, size) for size in sizes], outputs, result, self._own_words(), first,
         )  # fmt: skip
 
     def _own_words(self) -> Tensor | None:
         """The part of the mask that says of the shards; a copy, for kernels take whole vectors."""
-        mask, words = self.accumulator.mask, self._length // WORD_BITS
+        mask, words = self.storage.mask, self._length // WORD_BITS
         first = self.peers.rank * words
         return None if mask is None else mask[first : first + words].clone()
 
@@ -561,22 +567,26 @@ class Sharded(Reduced):
         first, last = self.peers.rank * self._length, (self.peers.rank + 1) * self._length
         return [
             (min(max(first - offset, 0), size), min(max(last - offset, 0), size))
-            for offset, size in zip(self.accumulator.offsets, self.accumulator.sizes, strict=True)
+            for offset, size in zip(
+                self.storage.layout.offsets, self.storage.layout.sizes, strict=True
+            )
         ]
 
     def fit_kept(self) -> None:
         """Cuts history and momentum anew where the layout has changed, or there was none yet."""
-        acc = self.accumulator
-        if acc.history is not None:
-            acc.history = self._cut_anew(acc.history)
-        if acc.momentum is not None:
-            acc.momentum = self._cut_anew(acc.momentum)
-        acc.kept = acc.segments, acc.rows.shape[1]
+        storage = self.storage
+        if storage.history is not None:
+            storage.history = self._cut_anew(storage.history)
+        if storage.momentum is not None:
+            storage.momentum = self._cut_anew(storage.momentum)
+        storage.sharded_layout = storage.segments, storage.accumulators.shape[1]
 
     def _cut_anew(self, kept: Tensor) -> Tensor:
-        acc, device = self.accumulator, self.accumulator.rows.device
-        segments, length = acc.kept
-        same = length == acc.rows.shape[1] and layout_of(segments) == layout_of(acc.segments)
+        storage, device = self.storage, self.storage.accumulators.device
+        segments, length = storage.sharded_layout
+        same = length == storage.accumulators.shape[1] and layout_of(segments) == layout_of(
+            storage.segments
+        )
         if same and kept.shape[-1] == self._length:
             return kept.to(device)
         cut = kept.new_zeros((*kept.shape[:-1], self._length), device=device)
@@ -585,11 +595,15 @@ class Sharded(Reduced):
         place = {segment.parameter: segment for segment in segments}
         pairs = [
             (place[s.parameter], s)
-            for s in acc.segments
+            for s in storage.segments
             if s.parameter in place and place[s.parameter].shape == s.shape
         ]
         for old, new in zip(rows_of(kept), rows_of(cut), strict=True):
-            new.copy_(self._own_shard(moved(self.whole(old), acc.rows.shape[1], pairs, device)))
+            new.copy_(
+                self._own_shard(
+                    moved(self.whole(old), storage.accumulators.shape[1], pairs, device)
+                )
+            )
         return cut
 
     def own_part(self, row: Tensor) -> Tensor:
@@ -608,21 +622,21 @@ class Sharded(Reduced):
 
     def _new_result(self) -> Tensor:
         """[N'] memory for the result, of the type of the gradients where that is one."""
-        acc = self.accumulator
-        dtypes = {segment.gradient_dtype for segment in acc.segments}
+        storage = self.storage
+        dtypes = {segment.gradient_dtype for segment in storage.segments}
         dtype = functools.reduce(torch.promote_types, dtypes)  # of mixed ones none loses digits
-        K, length = acc.rows.shape
-        if dtype.itemsize <= acc.dtype.itemsize and K > 1:
-            return acc.rows[-1].view(dtype)[:length]
-        if dtype == acc.dtype:
-            return acc.rows[0]
-        return torch.empty(length, dtype=dtype, device=acc.rows.device)
+        K, length = storage.accumulators.shape
+        if dtype.itemsize <= storage.dtype.itemsize and K > 1:
+            return storage.accumulators[-1].view(dtype)[:length]
+        if dtype == storage.dtype:
+            return storage.accumulators[0]
+        return torch.empty(length, dtype=dtype, device=storage.accumulators.device)
 
     def gradients(self, work: Work) -> list[Tensor | None]:
         """All-gather of the shards of the result."""
         assert work.result is not None
         self.peers.gather(work.result, self._own_shard(work.result))
-        return gradients_from(work.result, self.accumulator, work.outputs)
+        return gradients_from(work.result, self.storage, work.outputs)
 
 
 WAYS: dict[str, type[Ranks]] = {way.way: way for way in (Ranks, Sharded, Replicated)}
@@ -663,11 +677,11 @@ def way_of(
 
 
 def gradients_from(
-    result: Tensor, accumulator: Accumulator, outputs: Sequence[Tensor | None]
+    result: Tensor, storage: GradientStorage, outputs: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Every `.grad` from a row [N']: a view of it, or a copy where the type is another."""
     gradients: list[Tensor | None] = []
-    for segment, output in zip(accumulator.segments, outputs, strict=True):
+    for segment, output in zip(storage.segments, outputs, strict=True):
         view = segment.view(result)
         gradient = None if output is None else segment.new_gradient(view)
         if gradient is not None and gradient is not view:
@@ -681,13 +695,13 @@ def layout_of(segments: Sequence[Segment]) -> list[tuple[int, int, tuple[int, ..
     return [(id(s.parameter), s.offset, s.stride) for s in segments]
 
 
-def mask_prints(accumulator: Accumulator) -> list[list[float]]:
+def mask_prints(storage: GradientStorage) -> list[list[float]]:
     """A number of each tensor's mask that tells it from others; nothing without one."""
-    if accumulator.mask is None:
+    if storage.mask is None:
         return []
-    words = accumulator.mask.cpu().numpy()
+    words = storage.mask.cpu().numpy()
     prints = []
-    for offset, size in zip(accumulator.offsets, accumulator.sizes, strict=True):
+    for offset, size in zip(storage.layout.offsets, storage.layout.sizes, strict=True):
         of_tensor = words[offset // WORD_BITS : -(-(offset + size) // WORD_BITS)].tobytes()
         # 48 bits, which a float holds.
         hashed = hashlib.blake2b(of_tensor, digest_size=6).digest()

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gcond_kernels import ops
 from gcond_kernels.ops.checks import GRADIENT_DTYPES
+from gcond_kernels.ops.types import Layout
 from gcond_kernels.python.blocks import WORD_BITS, trained
 from gcond_kernels.storage.dtensor import (
     is_dtensor,
@@ -72,31 +73,31 @@ class Segment(NamedTuple):
         return torch.empty_strided(self.shape, self.stride, dtype=dtype, device=view.device)
 
 
-class Accumulator:
+class GradientStorage:
     """Flat storage of the task gradients, and what goes with it: history, momentum, counts.
 
     Nothing is allocated before the first gradient, and the first micro-batch of a window
     overwrites what there is.
 
     Attributes:
-        rows: [K, N'] of `dtype`, the sums of this window's gradients.
-        history: [K, N'] of the type given to `keep`, last window's sums; None where not kept.
+        accumulators: [K, N'] of `dtype`, the sums of this window's gradients.
+        history: [K, N'] of the type given to `configure`, last window's sums; None where not kept.
         momentum: [N'] float32; None where not kept.
         momentum_steps: [T] int64, how often each tensor's momentum was updated.
         segments: T segments, in the order in which their parameters were first seen.
         counts: micro-batches of each task in this window.
-        touched: of each tensor, which tasks were given a gradient for it in this window, if only
+        window_tasks: of each tensor, which tasks were given a gradient for it in this window, if only
             of zeros: a bit per task. Without any the parameter's `.grad` stays None.
-        owners: [T, K] bool, which tasks ever had a gradient other than zero for the tensor.
-        compared: [T] int8, whether the tensor was compared in the last window; -1 before its first.
+        parameter_tasks: [T, K] bool, which tasks ever had a gradient other than zero for the tensor.
+        was_shared: [T] int8, whether the tensor was compared in the last window; -1 before its first.
         mask: [N' / 32] int32, a bit for each element of a row that is trained; None for all.
         end: where the last segment ends. A row may be longer, so that it can be cut evenly.
-        cuts: into how many parts history and momentum are cut, of which this process keeps one:
-            then they are [K, N' / cuts] and [N' / cuts], and are laid out anew by `Sharded` alone.
-        kept: of history and momentum that are cut, the segments and the length of a row when that
+        shards: into how many parts history and momentum are cut, of which this process keeps one:
+            then they are [K, N' / shards] and [N' / shards], and are laid out anew by `Sharded` alone.
+        sharded_layout: of history and momentum that are cut, the segments and the length of a row when that
             was done.
-        spread: whether the parameters may be DTensors.
-        alone: whether nobody else puts gradients in place after a backward pass; where that is not
+        has_dtensors: whether the parameters may be DTensors.
+        wrapper_known: whether nobody else puts gradients in place after a backward pass; where that is not
             known, they are taken after the pass if there are other ranks.
     """
 
@@ -105,30 +106,29 @@ class Accumulator:
         tasks: int,
         dtype: torch.dtype,
         *,
-        cuts: int = 1,
-        spread: bool = False,
+        shards: int = 1,
+        has_dtensors: bool = False,
         masked: dict[Tensor, Tensor] | None = None,
     ) -> None:
         self.dtype = dtype
         self.end = 0
-        self.cuts = cuts
-        self.spread = spread
-        self.alone = False
+        self.shards = shards
+        self.has_dtensors = has_dtensors
+        self.wrapper_known = False
         self.segments: list[Segment] = []
-        self.offsets: tuple[int, ...] = ()
-        self.sizes: tuple[int, ...] = ()
-        self.touched: list[int] = []
-        self.owners = torch.zeros((0, tasks), dtype=torch.bool, device="cpu")
-        self.compared = torch.zeros(0, dtype=torch.int8, device="cpu")
+        self.layout = Layout((), ())
+        self.window_tasks: list[int] = []
+        self.parameter_tasks = torch.zeros((0, tasks), dtype=torch.bool, device="cpu")
+        self.was_shared = torch.zeros(0, dtype=torch.int8, device="cpu")
         # Of parameters without a segment yet, which elements are trained: as bool, in their shape.
         self._masked = dict(masked or {})
         self.mask = None if masked is None else torch.empty(0, dtype=torch.int32, device="cpu")
         self.counts = [0] * tasks
-        self.rows = torch.empty((tasks, 0), dtype=dtype, device="cpu")
+        self.accumulators = torch.empty((tasks, 0), dtype=dtype, device="cpu")
         self.history: Tensor | None = None
         self.momentum: Tensor | None = None
         self.momentum_steps: Tensor | None = None
-        self.kept: tuple[list[Segment], int] = ([], 0)
+        self.sharded_layout: tuple[list[Segment], int] = ([], 0)
         self._place: dict[Tensor, int] = {}
         # What the layout was made of: parameters by their ids, those without a segment, strides.
         self._listed: list[int] = []
@@ -139,11 +139,11 @@ class Accumulator:
         # Views of the first row, one per segment, and the rows that they are of.
         self._views: tuple[Tensor, list[Tensor]] | None = None
 
-    def keep(self, history_dtype: torch.dtype | None, momentum: bool) -> None:
+    def configure(self, history_dtype: torch.dtype | None, momentum: bool) -> None:
         """Start or stop to keep history and momentum; what is kept already stays as it is."""
-        tasks, length = self.rows.shape
-        length = length if self.cuts == 1 else 0
-        device = self.rows.device
+        tasks, length = self.accumulators.shape
+        length = length if self.shards == 1 else 0
+        device = self.accumulators.device
         if history_dtype is None:
             self.history = None
         elif self.history is None or self.history.dtype != history_dtype:
@@ -157,17 +157,21 @@ class Accumulator:
 
     def add_task(self) -> None:
         """Add a task, the last one, that has had no gradient yet; between two windows."""
-        self.rows = self.rows.new_zeros((len(self.rows) + 1, self.rows.shape[1]))
+        self.accumulators = self.accumulators.new_zeros(
+            (len(self.accumulators) + 1, self.accumulators.shape[1])
+        )
         if self.history is not None:
             self.history = torch.cat([self.history, torch.zeros_like(self.history[:1])])
-        self.owners = torch.cat([self.owners, torch.zeros_like(self.owners[:, :1])], 1)
+        self.parameter_tasks = torch.cat(
+            [self.parameter_tasks, torch.zeros_like(self.parameter_tasks[:, :1])], 1
+        )
         self.counts.append(0)
 
-    def knows(self, parameter: Tensor) -> bool:
+    def __contains__(self, parameter: Tensor) -> bool:
         """Return whether the parameter has a segment."""
         return parameter in self._place
 
-    def follow(
+    def update_layout(
         self, groups: Sequence[dict[str, Any]], names: Callable[[], list[str]], sent: bool
     ) -> list[int]:
         """Lay out the parameters that there are now: new, gone, thawed or converted ones.
@@ -204,13 +208,13 @@ class Accumulator:
             places = self._arrange(parameters)
         elif new:
             places = [*range(len(old)), *[-1] * len(new)]
-            self.grow(parameters[len(old) :])
+            self.append(parameters[len(old) :])
         self._listed = ids
         self._unknown = [p for p in listed if p not in self._place]
         self._shapes = shapes_of(self.segments)
         return places
 
-    def grow(self, parameters: Sequence[tuple[Tensor, str]]) -> None:
+    def append(self, parameters: Sequence[tuple[Tensor, str]]) -> None:
         """Append segments for new parameters; what is there keeps its place and content.
 
         Raises:
@@ -218,44 +222,46 @@ class Accumulator:
         """
         device = self.segments[0].parameter.device if self.segments else parameters[0][0].device
         for parameter, name in parameters:
-            check_parameter(parameter, name, device, self.spread)
+            check_parameter(parameter, name, device, self.has_dtensors)
         segments, end = lay_out(parameters, self.end)
         length = self._length_of(end)
-        self.rows = widened(self.rows, length, device)
-        if self.cuts == 1:
+        self.accumulators = widened(self.accumulators, length, device)
+        if self.shards == 1:
             if self.history is not None:
                 self.history = widened(self.history, length, device)
             if self.momentum is not None:
                 self.momentum = widened(self.momentum, length, device)
         self._set_segments([*self.segments, *segments], end)
-        self.touched += [0] * len(segments)
-        self._pick([*range(len(self.compared)), *[-1] * len(segments)], device)
+        self.window_tasks += [0] * len(segments)
+        self._pick([*range(len(self.was_shared)), *[-1] * len(segments)], device)
         self._grow_mask(segments, device)
 
     def _length_of(self, end: int) -> int:
         """Return the length of a row whose last segment ends there."""
-        return aligned(-(-end // self.cuts)) * self.cuts
+        return aligned(-(-end // self.shards)) * self.shards
 
     def _set_segments(self, segments: list[Segment], end: int) -> None:
         self.segments = segments
         self.end = end
-        self.offsets = tuple(segment.offset for segment in segments)
-        self.sizes = tuple(segment.shape.numel() for segment in segments)
+        self.layout = Layout.of(
+            [segment.offset for segment in segments],
+            [segment.shape.numel() for segment in segments],
+        )
         self._place = {segment.parameter: t for t, segment in enumerate(segments)}
         self._views = None
 
     def _pick(self, places: Sequence[int], device: torch.device) -> None:
         """Take over what is kept of each tensor from its place before; -1 is a new one."""
-        self.owners = picked(self.owners, places, 0, device)
-        self.compared = picked(self.compared, places, -1, device)
+        self.parameter_tasks = picked(self.parameter_tasks, places, 0, device)
+        self.was_shared = picked(self.was_shared, places, -1, device)
         if self.momentum_steps is not None:
             self.momentum_steps = picked(self.momentum_steps, places, 0, device)
 
     def _arrange(self, parameters: Sequence[tuple[Tensor, str]]) -> list[int]:
         """Lay out these parameters anew; what is kept of them moves along. Return their places."""
-        device = parameters[0][0].device if parameters else self.rows.device
+        device = parameters[0][0].device if parameters else self.accumulators.device
         for parameter, name in parameters:
-            check_parameter(parameter, name, device, self.spread)
+            check_parameter(parameter, name, device, self.has_dtensors)
         self.remove_hooks()
         before, masks = self.segments, [self.mask_of(segment) for segment in self.segments]
         segments, end = lay_out(parameters, 0)
@@ -269,13 +275,13 @@ class Accumulator:
         pairs = [(before[t], s) for t, s in zip(places, segments, strict=True) if t >= 0]
         # Nothing reads the rows between two windows.
         moving = pairs if any(self.counts) else []
-        self.rows = moved(self.rows, length, moving, device)
-        if self.cuts == 1:
+        self.accumulators = moved(self.accumulators, length, moving, device)
+        if self.shards == 1:
             if self.history is not None:
                 self.history = moved(self.history, length, pairs, device)
             if self.momentum is not None:
                 self.momentum = moved(self.momentum, length, pairs, device)
-        self.touched = [self.touched[t] if t >= 0 else 0 for t in places]
+        self.window_tasks = [self.window_tasks[t] if t >= 0 else 0 for t in places]
         self._pick(places, device)
         self._set_segments(segments, end)
         if self.mask is not None:
@@ -291,7 +297,9 @@ class Accumulator:
         """Words for new segments; without a mask of its own a parameter is trained whole."""
         if self.mask is None:
             return
-        words = torch.full((self.rows.shape[1] // WORD_BITS,), -1, dtype=torch.int32, device=device)
+        words = torch.full(
+            (self.accumulators.shape[1] // WORD_BITS,), -1, dtype=torch.int32, device=device
+        )
         words[: len(self.mask)] = self.mask
         for segment in segments:
             bits = self._masked.pop(segment.parameter, None)
@@ -307,7 +315,7 @@ class Accumulator:
         return segment._replace(offset=0).view(bits)
 
     @contextmanager
-    def harvesting(self, task: int, scale: float | Tensor, backend: str) -> Iterator[None]:
+    def collect(self, task: int, scale: float | Tensor, backend: str) -> Iterator[None]:
         """Adds `scale` times every `.grad` that a backward pass within leaves, and frees it.
 
         Where the pass fails a part of it may have been added: the window is lost.
@@ -317,8 +325,8 @@ class Accumulator:
         """
         # Gradients that all fit in one bucket are added when the pass is over: then a pass needs
         # no calls within.
-        several = self.rows.shape[1] * self.rows.element_size() > BUCKET_BYTES
-        if several and not self.spread and (self.alone or not is_distributed()):
+        several = self.accumulators.shape[1] * self.accumulators.element_size() > BUCKET_BYTES
+        if several and not self.has_dtensors and (self.wrapper_known or not is_distributed()):
             self._hook_parameters()
         else:
             self.remove_hooks()
@@ -333,7 +341,7 @@ class Accumulator:
 
     def _check_reduced(self) -> None:
         """FSDP may be told to keep gradients for itself: added up over tasks they are of no use."""
-        if not self.spread:  # every backward pass comes here
+        if not self.has_dtensors:  # every backward pass comes here
             return
         sharded = [s.parameter for s in self.segments if is_dtensor(s.parameter)]
         wanted = [parameter for parameter in sharded if parameter.requires_grad]
@@ -368,12 +376,12 @@ class Accumulator:
         # Without the ids of the parameters: those of a copy are others.
         return {**self.__dict__, "_hooks": {}, "_harvest": None, "_views": None, "_listed": []}
 
-    def drop_gradients(self) -> None:
+    def clear_gradients(self) -> None:
         """Forgets every `.grad`."""
         for segment in self.segments:
             segment.parameter.grad = None
 
-    def foreign_gradient(self) -> str | None:
+    def name_with_gradient(self) -> str | None:
         """Return the name of the first parameter with a `.grad`; None where there is none."""
         return next((s.name for s in self.segments if s.parameter.grad is not None), None)
 
@@ -384,27 +392,30 @@ class Accumulator:
         read when the gradient is written, and is overwritten before it is read again. Every window
         has tensors of its own: what becomes of those that were handed out does not matter.
         """
-        if self._views is None or self._views[0] is not self.rows:
-            self._views = self.rows, [segment.view(self.rows[0]) for segment in self.segments]
+        if self._views is None or self._views[0] is not self.accumulators:
+            self._views = (
+                self.accumulators,
+                [segment.view(self.accumulators[0]) for segment in self.segments],
+            )
         views = map(Tensor.detach, self._views[1])
         return [
             s.new_gradient(view) if touched else None
-            for s, view, touched in zip(self.segments, views, self.touched, strict=True)
+            for s, view, touched in zip(self.segments, views, self.window_tasks, strict=True)
         ]
 
-    def give(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    def assign_gradients(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Puts local gradients in place as `.grad`; returns what is there now."""
         given = []
         for segment, gradient in zip(self.segments, gradients, strict=True):
             p = segment.parameter
-            if gradient is not None and self.spread:
+            if gradient is not None and self.has_dtensors:
                 gradient = placed_like(p, gradient)
             p.grad = gradient
             if gradient is not None:
                 given.append(gradient)
         return given
 
-    def note_owners(
+    def update_parameter_tasks(
         self, seen: Tensor, finite: Tensor, shared: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Remember which tasks had a gradient for which tensor; none of this waits for the device.
@@ -418,24 +429,24 @@ class Accumulator:
             Which tensors are compared, [T], and whether those are others than last time, [].
         """
         # In place: a CUDA graph repeats it.
-        self.owners |= seen & finite
-        compared = shared(self.owners)
-        was = self.compared
+        self.parameter_tasks |= seen & finite
+        compared = shared(self.parameter_tasks)
+        was = self.was_shared
         changed = finite & ((was >= 0) & (was != compared.to(torch.int8))).any()
         # What no task had a gradient for was compared in no way: its history is zero.
-        known = self.owners.any(1)
+        known = self.parameter_tasks.any(1)
         was.copy_(torch.where(known & finite, compared.to(torch.int8), was))
         return compared, changed
 
     def start_window(self) -> None:
         """Forgets what this window accumulated."""
         self.counts = [0] * len(self.counts)
-        self.touched = [0] * len(self.segments)
+        self.window_tasks = [0] * len(self.segments)
 
-    def forget_task(self, task: int) -> None:
+    def drop_task(self, task: int) -> None:
         """Forgets what this window accumulated of one task."""
         self.counts[task] = 0
-        self.touched = [tasks & ~(1 << task) for tasks in self.touched]
+        self.window_tasks = [tasks & ~(1 << task) for tasks in self.window_tasks]
 
 
 class Harvest:
@@ -448,7 +459,9 @@ class Harvest:
         taken: places of the segments that have been added.
     """
 
-    def __init__(self, target: Accumulator, task: int, scale: float | Tensor, backend: str) -> None:
+    def __init__(
+        self, target: GradientStorage, task: int, scale: float | Tensor, backend: str
+    ) -> None:
         self.target = target
         self.task = task
         self.scale = scale
@@ -458,7 +471,7 @@ class Harvest:
         self.bucket: dict[int, None] = {}
         self.bytes = 0
         self.stream: torch.cuda.Stream | None = None
-        row_bytes = target.rows.shape[1] * target.rows.element_size()
+        row_bytes = target.accumulators.shape[1] * target.accumulators.element_size()
         self.limit = max(BUCKET_BYTES, row_bytes // MOST_BUCKETS)
 
     def gradient_is_there(self, place: int, gradient: Tensor) -> None:
@@ -502,25 +515,25 @@ class Harvest:
     def _launch(self, places: Sequence[int], overwrite: bool) -> None:
         target = self.target
         segments = [target.segments[t] for t in places]
-        sizes = [target.sizes[t] for t in places]
-        read = local_gradient if target.spread else attrgetter("grad")
+        sizes = [target.layout.sizes[t] for t in places]
+        read = local_gradient if target.has_dtensors else attrgetter("grad")
         gradients = [read(segment.parameter) for segment in segments]
-        gradients = gradients_in_order(segments, sizes, gradients, target.rows.device)
+        gradients = gradients_in_order(segments, sizes, gradients, target.accumulators.device)
         if not overwrite and all(gradient is None for gradient in gradients):
             return
         self.taken.update(places)
         # Autograd and `gradients_in_order` have checked all that `ops.accumulate` would check.
-        ops.backend_module(self.backend, target.rows.device, "accumulate").accumulate(
-            target.rows[self.task],
+        ops.backend_module(self.backend, target.accumulators.device, "accumulate").accumulate(
+            target.accumulators[self.task],
             gradients,
-            [target.offsets[t] for t in places],
+            [target.layout.offsets[t] for t in places],
             sizes,
             self.scale,
             overwrite,
         )
         for t, segment, gradient in zip(places, segments, gradients, strict=True):
             if gradient is not None:
-                target.touched[t] |= 1 << self.task
+                target.window_tasks[t] |= 1 << self.task
                 segment.parameter.grad = None
 
 
@@ -565,14 +578,14 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def tell_harvest_of(accumulator: weakref.ref[Accumulator]) -> Callable[[Tensor], None]:
+def tell_harvest_of(storage: weakref.ref[GradientStorage]) -> Callable[[Tensor], None]:
     """A hook for parameters, which says that a gradient is there to the harvest that runs, if any.
 
     Backward passes of others find none, and keep their gradients.
     """
 
     def tell(parameter: Tensor) -> None:
-        owner = accumulator()
+        owner = storage()
         harvest = None if owner is None else owner._harvest
         if harvest is not None and parameter.grad is not None:
             harvest.gradient_is_there(harvest.target._place[parameter], parameter.grad)

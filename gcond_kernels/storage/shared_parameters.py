@@ -14,7 +14,7 @@ from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.storage.names import without_wrappers
 
 
-class Scope(NamedTuple):
+class SharedParameters(NamedTuple):
     """Which tensors one resolution compares.
 
     A parameter that only one task ever had a gradient for is that task's own: there is nothing to
@@ -24,20 +24,20 @@ class Scope(NamedTuple):
 
     Attributes:
         by_tensor: whether each tensor's conflicts are resolved by themselves.
-        shared: [T] bool, whether tasks share a tensor: whether it is compared and resolved.
-        everything: whether the host knows that all tensors are shared; False where it does not.
-        chosen: [T] bool, which of the shared tensors the method looks at; None where at all.
+        flags: [T] bool, whether tasks share a tensor: whether it is compared and resolved.
+        all_shared: whether the host knows that all tensors are shared; False where it does not.
+        selected: [T] bool, which of the shared tensors the method looks at; None where at all.
     """
 
     by_tensor: bool
-    shared: Tensor
-    everything: bool
-    chosen: Tensor | None = None
+    flags: Tensor
+    all_shared: bool
+    selected: Tensor | None = None
 
     @property
     def is_total(self) -> bool:
         """Whether what is resolved is known to be the Gramian of all tensors together."""
-        return not self.by_tensor and self.everything
+        return not self.by_tensor and self.all_shared
 
     def gramians(self, products: ops.Gramians, tasks: int) -> tuple[Tensor, Tensor | None]:
         """Return what the method is given: S and X, [K, K] or [T, K, K].
@@ -55,27 +55,27 @@ class Scope(NamedTuple):
                 X = self._summed(products.cross_per_tensor, X)
         return torch.where(finite, S, math.nan).contiguous(), X
 
-    def chosen_gramian(self, products: ops.Gramians, tasks: int) -> Tensor | None:
+    def selected_gramian(self, products: ops.Gramians, tasks: int) -> Tensor | None:
         """Return [K, K] over the tensors that the method looks at; None where at all shared."""
-        if self.chosen is None:
+        if self.selected is None:
             return None
-        return summed(products.per_tensor[:, :tasks, :tasks], self.chosen)
+        return summed(products.per_tensor[:, :tasks, :tasks], self.selected)
 
     def shared_gramian(self, products: ops.Gramians, tasks: int) -> Tensor:
         """Return [K, K] over the tensors that are shared: what cosines are reported of."""
-        if self.everything:
+        if self.all_shared:
             return products.total
         return self._summed(products.per_tensor[:, :tasks, :tasks], products.total)
 
     def _summed(self, per_tensor: Tensor, total: Tensor) -> Tensor:
         """The sum over the shared tensors; of all of them `total`, to the same bits."""
-        return torch.where(self.shared.all(), total, summed(per_tensor, self.shared))
+        return torch.where(self.flags.all(), total, summed(per_tensor, self.flags))
 
     def weights(self, weights: Tensor) -> Tensor:
         """Return what `combine` takes: [K], or [T, K] with 1 for what is a task's own."""
-        if self.everything:
+        if self.all_shared:
             return weights
-        return torch.where(self.shared[:, None], weights, 1.0)
+        return torch.where(self.flags[:, None], weights, 1.0)
 
     def mean_weights(self, decision: ops.Arbitration, squares: Tensor) -> Tensor:
         """Return [K] for reports: of weights per tensor [T, K] the mean over the shared ones.
@@ -86,16 +86,16 @@ class Scope(NamedTuple):
         """
         weights = decision.weights
         if self.by_tensor:
-            kept = torch.where(self.shared[:, None], weights, 0.0)
-            mean = kept.sum(0) / self.shared.sum().clamp(min=1)
+            kept = torch.where(self.flags[:, None], weights, 0.0)
+            mean = kept.sum(0) / self.flags.sum().clamp(min=1)
         else:
             mean = weights
-        if self.everything:
+        if self.all_shared:
             return mean
         # Where nothing is shared every gradient is written as it is.
         each = mean if not self.by_tensor else torch.zeros_like(mean)
         alone = torch.where(each > 0.0, each, (decision.finite & (squares > 0.0)).to(mean))
-        return torch.where(self.shared.any(), mean, alone)
+        return torch.where(self.flags.any(), mean, alone)
 
 
 def summed(per_tensor: Tensor, chosen: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def summed(per_tensor: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen[:, None, None], per_tensor, 0.0).sum(0)
 
 
-def flags(values: Sequence[bool], device: torch.device) -> Tensor:
+def bool_tensor(values: Sequence[bool], device: torch.device) -> Tensor:
     """Return [T] bool on the device; kept, for a copy to a GPU makes it wait."""
     tensor = tables.settings_tensor(tuple(map(float, values)), device)
     tables.keep_if_captured(tensor)
@@ -127,7 +127,7 @@ def shared_among(active: int, alone: bool) -> Callable[[Tensor], Tensor]:
     return shared
 
 
-def is_among(name: str, chosen: Sequence[str]) -> bool:
+def is_selected(name: str, chosen: Sequence[str]) -> bool:
     """Return whether a parameter is one of these, or belongs to a module of that name.
 
     What wrappers of a model add to names does not count.

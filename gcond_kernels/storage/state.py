@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcond_kernels.storage.accumulator import Accumulator, Segment, rows_of, set_mask
+from gcond_kernels.storage.accumulator import GradientStorage, Segment, rows_of, set_mask
 from gcond_kernels.storage.dtensor import from_its_start, is_dtensor, local_part, placed_like
 from gcond_kernels.storage.names import without_wrappers
 
@@ -51,7 +51,7 @@ class Saved:
             torch.distributed.checkpoint, which loads only what has a place.
     """
 
-    accumulator: Accumulator
+    storage: GradientStorage
     history: Tensor | None
     momentum: Tensor | None
     by_tensor: Mapping[str, Tensor]
@@ -65,7 +65,7 @@ def with_own(base: torch.optim.Optimizer, saved: Saved) -> dict[str, Any]:
     state = state_of(base, set(parameters))
     if not is_plain(state):
         state = {"state": {}, "param_groups": packed_groups(base), BASE: state}
-    place = {s.parameter: t for t, s in enumerate(saved.accumulator.segments)}
+    place = {s.parameter: t for t, s in enumerate(saved.storage.segments)}
     of_base = state["state"]
     states = {
         i: {**of_base.get(i, {}), KEY: of_parameter(saved, place[p])} if p in place else of_base[i]
@@ -116,8 +116,8 @@ def packed_groups(base: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 def of_parameter(saved: Saved, t: int) -> dict[str, Any]:
     """Return what is saved of one parameter."""
-    acc = saved.accumulator
-    segment = acc.segments[t]
+    storage = saved.storage
+    segment = storage.segments[t]
 
     def shaped(row: Tensor) -> Tensor:
         part = segment.view(row)
@@ -125,22 +125,22 @@ def of_parameter(saved: Saved, t: int) -> dict[str, Any]:
             part = from_its_start(part)
         return placed_like(segment.parameter, part)
 
-    own: dict[str, Any] = {"tasks": acc.owners[t], "compared": acc.compared[t]}
+    own: dict[str, Any] = {"tasks": storage.parameter_tasks[t], "compared": storage.was_shared[t]}
     own["base_has_state"] = int(segment.parameter not in saved.without_state)
-    own["touched"] = acc.touched[t]
+    own["touched"] = storage.window_tasks[t]
     if saved.history is not None:
         own["history"] = {str(k): shaped(row) for k, row in enumerate(saved.history)}
-    if saved.momentum is not None and acc.momentum_steps is not None:
+    if saved.momentum is not None and storage.momentum_steps is not None:
         own["momentum"] = shaped(saved.momentum)
-        own["momentum_steps"] = acc.momentum_steps[t]
-    bits = acc.mask_of(segment)
+        own["momentum_steps"] = storage.momentum_steps[t]
+    bits = storage.mask_of(segment)
     if bits is not None:
         own["mask"] = placed_like(segment.parameter, bits)
     if saved.by_tensor:
         own["method"] = {name: value[t] for name, value in saved.by_tensor.items()}
-    if any(acc.counts):  # between windows nothing reads the sums
-        counted = [k for k, count in enumerate(acc.counts) if count]
-        own["sums"] = {str(k): shaped(acc.rows[k]) for k in counted}
+    if any(storage.counts):  # between windows nothing reads the sums
+        counted = [k for k, count in enumerate(storage.counts) if count]
+        own["sums"] = {str(k): shaped(storage.accumulators[k]) for k in counted}
     return own
 
 
@@ -195,9 +195,13 @@ class Restored:
         """The parameters of which the base kept nothing."""
         return [p for p, entry in self.entries.items() if not entry["base_has_state"]]
 
-    def check(self, acc: Accumulator) -> None:
+    def check(self, storage: GradientStorage) -> None:
         """Raise a ValueError that names the difference if this is of other parameters."""
-        kept = (("history", acc.history), ("momentum", acc.momentum), ("mask", acc.mask))
+        kept = (
+            ("history", storage.history),
+            ("momentum", storage.momentum),
+            ("mask", storage.mask),
+        )
         for name, own in kept:
             if self.common["kept"][name] != (own is not None):
                 there, here = ("no ", "") if own is not None else ("", "no ")
@@ -223,44 +227,48 @@ class Restored:
                         f"{list(tensor.shape)}"
                     )
 
-    def fill(self, acc: Accumulator, cut: Callable[[Tensor], Tensor] | None) -> None:
+    def fill(self, storage: GradientStorage, cut: Callable[[Tensor], Tensor] | None) -> None:
         """Put all of it into an accumulator, in new memory: the state may hold what is here.
 
         Args:
-            acc: laid out for these parameters.
+            storage: laid out for these parameters.
             cut: of a row [N'] the part that this process keeps of history and momentum; None is
                 all.
         """
         counts = list(self.common["window"]["counts"])
-        acc.rows = self._flat(acc, acc.rows, "sums", None)
-        if acc.history is not None:
-            acc.history = self._flat(acc, acc.history, "history", cut)
-        if acc.momentum is not None:
-            acc.momentum = self._flat(acc, acc.momentum, "momentum", cut)
-        acc.kept = acc.segments, acc.rows.shape[1]
-        entries = [self.entries.get(segment.parameter) for segment in acc.segments]
-        acc.counts = counts
-        acc.touched = [0 if e is None else int(e.get("touched", 0)) for e in entries]
-        acc.owners = stacked(entries_of(entries, "tasks"), acc.owners, 0)
-        acc.compared = stacked(entries_of(entries, "compared"), acc.compared, -1)
-        if acc.momentum_steps is not None:
+        storage.accumulators = self._flat(storage, storage.accumulators, "sums", None)
+        if storage.history is not None:
+            storage.history = self._flat(storage, storage.history, "history", cut)
+        if storage.momentum is not None:
+            storage.momentum = self._flat(storage, storage.momentum, "momentum", cut)
+        storage.sharded_layout = storage.segments, storage.accumulators.shape[1]
+        entries = [self.entries.get(segment.parameter) for segment in storage.segments]
+        storage.counts = counts
+        storage.window_tasks = [0 if e is None else int(e.get("touched", 0)) for e in entries]
+        storage.parameter_tasks = stacked(entries_of(entries, "tasks"), storage.parameter_tasks, 0)
+        storage.was_shared = stacked(entries_of(entries, "compared"), storage.was_shared, -1)
+        if storage.momentum_steps is not None:
             steps = entries_of(entries, "momentum_steps")
-            acc.momentum_steps = stacked(steps, acc.momentum_steps, 0)
-        if acc.mask is not None:
-            acc.mask = acc.mask.clone()
-            for segment, entry in zip(acc.segments, entries, strict=True):
+            storage.momentum_steps = stacked(steps, storage.momentum_steps, 0)
+        if storage.mask is not None:
+            storage.mask = storage.mask.clone()
+            for segment, entry in zip(storage.segments, entries, strict=True):
                 if entry is not None and "mask" in entry:
-                    set_mask(acc.mask, segment, local_like(segment, entry["mask"]))
+                    set_mask(storage.mask, segment, local_like(segment, entry["mask"]))
 
     def _flat(
-        self, acc: Accumulator, own: Tensor, name: str, cut: Callable[[Tensor], Tensor] | None
+        self,
+        storage: GradientStorage,
+        own: Tensor,
+        name: str,
+        cut: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         """Rows like `own` with what the state has of that name."""
-        length, device = acc.rows.shape[1], acc.rows.device
+        length, device = storage.accumulators.shape[1], storage.accumulators.device
         rows = []
         for k in range(len(rows_of(own))):
             row = torch.zeros(length, dtype=own.dtype, device=device)
-            for segment in acc.segments:
+            for segment in storage.segments:
                 value = self.entries.get(segment.parameter, {}).get(name)
                 if isinstance(value, Mapping):
                     value = value.get(str(k))
@@ -270,12 +278,12 @@ class Restored:
         return torch.stack(rows) if own.dim() == 2 else rows[0]
 
     def method_state(
-        self, acc: Accumulator, fresh: dict[str, Tensor], common: frozenset[str] | None
+        self, storage: GradientStorage, fresh: dict[str, Tensor], common: frozenset[str] | None
     ) -> dict[str, Tensor]:
         """Return the method's state, from one that is fresh.
 
         Args:
-            acc: with the tensors that are here.
+            storage: with the tensors that are here.
             fresh: by name, of the tensors that are here where it is by tensor.
             common: the entries that all tensors have in common; None where all are.
 
@@ -293,7 +301,7 @@ class Restored:
                 state[name] = fitting(name, there, value)
                 continue
             state[name] = value.clone()
-            for t, segment in enumerate(acc.segments):
+            for t, segment in enumerate(storage.segments):
                 entry = self.entries.get(segment.parameter)
                 if entry is not None and "method" in entry:
                     state[name][t] = fitting(name, entry["method"].get(name), value[t])

@@ -39,9 +39,16 @@ def all_of(model, optimizer):
     groups = [dict(group, params=None) for group in optimizer.param_groups]
     parts = [p.detach() for p in model.parameters()], [p.grad for p in model.parameters()]
     state = [dict(optimizer.base.state.get(p, {})) for p in model.parameters()]
-    acc = optimizer._accumulator
-    kept = acc.rows, acc.history, acc.momentum, acc.counts, acc.touched, optimizer._now.method_state
-    begun = optimizer.report().step if optimizer._now.last else any(acc.counts)
+    storage = optimizer._storage
+    kept = (
+        storage.accumulators,
+        storage.history,
+        storage.momentum,
+        storage.counts,
+        storage.window_tasks,
+        optimizer._now.method_state,
+    )
+    begun = optimizer.report().step if optimizer._now.last else any(storage.counts)
     return copy.deepcopy((parts, state, groups, kept if begun else None))
 
 
@@ -203,7 +210,7 @@ def test_state_of_each_parameter_as_torch_shows_it():
     assert set(optimizer.state) == set(model.parameters())
     assert set(optimizer.state[weight]) == {"step", "exp_avg", "exp_avg_sq", "gcond"}
     kept = optimizer.state[weight]["gcond"]["history"]
-    assert torch.equal(kept["1"], optimizer._accumulator.segments[0].view(kept["1"]))
+    assert torch.equal(kept["1"], optimizer._storage.segments[0].view(kept["1"]))
     # As trainers move a state to a device, and as others replace a parameter.
     for p, state in optimizer.state.items():
         optimizer.state[p] = dict(state)

@@ -1063,17 +1063,17 @@ def test_where_a_checkpoint_lacks_what_is_kept_torch_names_it(tmp_path, saved, h
 
 def by_name(optimizer):
     """What is kept of each parameter: state of the method, mask, who had a gradient of it."""
-    acc, shared = optimizer._accumulator, optimizer.method.shared_state
+    storage, shared = optimizer._storage, optimizer.method.shared_state
     state = {k: v for k, v in optimizer._now.method_state.items() if k not in shared}
     return {
         segment.name: (
             {key: value[i] for key, value in state.items()},
-            acc.mask_of(segment),
-            acc.owners[i],
-            acc.compared[i],
-            acc.momentum_steps[i],
+            storage.mask_of(segment),
+            storage.parameter_tasks[i],
+            storage.was_shared[i],
+            storage.momentum_steps[i],
         )
-        for i, segment in enumerate(acc.segments)
+        for i, segment in enumerate(storage.segments)
     }
 
 

@@ -406,9 +406,15 @@ def traffic_of(way, options):
         window(optimizer, model, [number_of(step, rank, i) for i in range(MICRO_BATCHES)])
     with counted_traffic() as sent:
         window(optimizer, model, [number_of(2, rank, i) for i in range(MICRO_BATCHES)])
-    acc = optimizer._accumulator
-    kept = [None if kept is None else list(kept.shape) for kept in (acc.history, acc.momentum)]
-    return {name: sorted(moved) for name, moved in sent.items()}, acc.rows.shape[1], kept
+    storage = optimizer._storage
+    kept = [
+        None if kept is None else list(kept.shape) for kept in (storage.history, storage.momentum)
+    ]
+    return (
+        {name: sorted(moved) for name, moved in sent.items()},
+        storage.accumulators.shape[1],
+        kept,
+    )
 
 
 def when_rows_are_sent(way, mode):
@@ -600,7 +606,7 @@ def assigned_wrongly(kind):
             ):
                 optimizer.backward(losses_of(wrapped, 0))
     except (RuntimeError, ValueError, TypeError) as error:
-        return f"{type(error).__name__}: {error}", optimizer._accumulator.counts
+        return f"{type(error).__name__}: {error}", optimizer._storage.counts
     return None
 
 
@@ -673,7 +679,7 @@ def without_sync(kind, told):
             number = number_of(step, rank, position)
             losses = losses_of(model, number)
             if position == 1:
-                rows = optimizer._accumulator.rows.clone()
+                rows = optimizer._storage.accumulators.clone()
                 call = "all_reduce" if kind == "all_reduce" else "gradient_sync"
                 switch = getattr(model.second, f"set_requires_{call}")
 
@@ -688,8 +694,8 @@ def without_sync(kind, told):
                     optimizer.backward(of_function if kind == "in a function" else losses)
                 except RuntimeError as error:
                     said.append(str(error))
-                unchanged = torch.equal(rows, optimizer._accumulator.rows)
-                said.append((unchanged, list(optimizer._accumulator.counts)))
+                unchanged = torch.equal(rows, optimizer._storage.accumulators)
+                said.append((unchanged, list(optimizer._storage.counts)))
                 switch(True)
                 if kind == "in a function":  # the window began anew
                     optimizer.backward(losses_of(model, number_of(step, rank, 0)))
@@ -1036,9 +1042,13 @@ def used(way):
 
 def of_all_kinds(model, optimizer):
     """Parameters, rate, states of the base and of the optimizer itself, to the bit, as text."""
-    base, acc, now = optimizer.base, optimizer._accumulator, optimizer._now
+    base, storage, now = optimizer.base, optimizer._storage, optimizer._now
     state = [dict(base.state.get(p, {})) for p in model.parameters()]
-    kept = [] if not acc.segments else [acc.history, acc.momentum, acc.momentum_steps, acc.owners]
+    kept = (
+        []
+        if not storage.segments
+        else [storage.history, storage.momentum, storage.momentum_steps, storage.parameter_tasks]
+    )
     if not now.counters[0]:
         kept = []
     parts = list(parameters_of(model).values()), state, base.param_groups[0]["lr"], kept
@@ -1162,7 +1172,7 @@ def where_things_lie(dtype):
         optimizer.backward({task: (y - int(task)).pow(2).mean() for task in tasks})
         shards = optimizer._sync._shards()
         optimizer.step()
-        rows = optimizer._accumulator.rows.untyped_storage().data_ptr()
+        rows = optimizer._storage.accumulators.untyped_storage().data_ptr()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         in_rows = {gradient.untyped_storage().data_ptr() == rows for gradient in gradients}
         said.append((shards.untyped_storage().data_ptr() == rows, in_rows))

@@ -49,7 +49,7 @@ def test_bfloat16_parameters_lose_no_small_gradients(backend, bucket, monkeypatc
         optimizer.backward({"a": (p * 2.0**-9).sum()})
     optimizer.step()
     assert p.grad.dtype == torch.bfloat16
-    assert optimizer._accumulator.rows.dtype == torch.float32
+    assert optimizer._storage.accumulators.dtype == torch.float32
     assert torch.equal(p.grad.float(), torch.full((3,), 2.0))
 
 

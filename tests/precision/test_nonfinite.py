@@ -162,11 +162,11 @@ def test_drop_task_with_a_task_of_weight_zero_alone_left(backend):
 def test_raise_names_task_and_parameter_and_changes_nothing(backend, bad, place, tasks):
     run = Run(backend, on_nonfinite="raise")
     run.step(gradients(1))
-    now, acc = run.optimizer._now, run.optimizer._accumulator
+    now, storage = run.optimizer._now, run.optimizer._storage
 
     def kept():
-        small = [acc.owners, acc.compared, acc.momentum_steps, now.counters]
-        state = [*small, acc.history, acc.momentum, *now.method_state.values()]
+        small = [storage.parameter_tasks, storage.was_shared, storage.momentum_steps, now.counters]
+        state = [*small, storage.history, storage.momentum, *now.method_state.values()]
         return copy.deepcopy([state, run.p, run.q, run.optimizer.base.state_dict()])
 
     before = kept()
@@ -292,7 +292,7 @@ def test_a_sum_that_leaves_float16_leaves_no_trace(backend, on_nonfinite, granul
             assert torch.equal(p.grad, torch.zeros_like(p))
             optimizer.on_nonfinite = on_nonfinite
         assert optimizer.report().conflicts
-        assert optimizer._accumulator.owners.tolist() == [[True, True], [True, False]]
+        assert optimizer._storage.parameter_tasks.tolist() == [[True, True], [True, False]]
         return without_counters(optimizer.state_dict()), p.grad, q.grad
 
     assert same(run(True), run(False))

@@ -287,7 +287,7 @@ def test_a_pass_that_fails_leaves_nothing_of_its_window(backend, fail, monkeypat
         optimizer.backward(functions(model, x[3]))
     fail(False)
     assert launches.sizes == ([1] if kind == "bucketed" else [])
-    assert optimizer._accumulator.counts == [0, 0]
+    assert optimizer._storage.counts == [0, 0]
     assert all(p.grad is None for p in model.parameters())
     for m, o in ((model, optimizer), (twin, calm)):
         for batch in x[4:]:
@@ -323,7 +323,7 @@ def test_optimizers_that_are_gone_leave_no_hooks():
         optimizer = GCondFused(sgd(model), TASKS)
         optimizer.backward(losses_of(model, batches(1)[0]))
         optimizer.step()
-        gone = weakref.ref(optimizer._accumulator)
+        gone = weakref.ref(optimizer._storage)
         del optimizer
         gc.collect()
         assert gone() is None

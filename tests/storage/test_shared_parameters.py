@@ -26,7 +26,7 @@ from gcond_kernels import (
     ops,
 )
 from gcond_kernels.methods.method import Known, Method, fresh_state
-from gcond_kernels.storage.shared_parameters import Scope, shared_among
+from gcond_kernels.storage.shared_parameters import SharedParameters, shared_among
 
 TASKS = {"a": 1.0, "b": 0.5, "c": 2.0}
 WEIGHING = [
@@ -225,7 +225,7 @@ def test_what_a_task_once_had_a_gradient_for_stays_shared():
         optimizer.backward(losses)
         torch.testing.assert_close(p.grad, expected)
         optimizer.step()
-    assert optimizer._accumulator.owners.tolist() == [[True, True]]
+    assert optimizer._storage.parameter_tasks.tolist() == [[True, True]]
 
 
 def test_history_starts_anew_where_tasks_come_to_share_more():
@@ -240,7 +240,7 @@ def test_history_starts_anew_where_tasks_come_to_share_more():
         seen.append(optimizer._now.method_state["history_gramian"].clone())
         optimizer.step()
     assert [float(S[0, 0]) for S in seen] == [1.0, 1.0, 51.0, 51.0]
-    assert optimizer._accumulator.compared.tolist() == [1, 1]
+    assert optimizer._storage.was_shared.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -273,29 +273,29 @@ def test_a_gradient_of_zeros_makes_nobody_an_owner():
     train(twin, plain, x)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
-    names = [segment.name for segment in optimizer._accumulator.segments]
-    owners = dict(zip(names, optimizer._accumulator.owners.tolist(), strict=True))
+    names = [segment.name for segment in optimizer._storage.segments]
+    owners = dict(zip(names, optimizer._storage.parameter_tasks.tolist(), strict=True))
     assert owners["body.0.weight"] == [True] * 3
     assert owners["heads.b.weight"] == [False, True, False]
-    assert torch.equal(optimizer._accumulator.owners, plain._accumulator.owners)
+    assert torch.equal(optimizer._storage.parameter_tasks, plain._storage.parameter_tasks)
     assert optimizer.report().tensor_cosines.keys() == set(SHARED)
 
 
 @pytest.mark.parametrize("by_tensor", [False, True])
 def test_what_is_compared_does_not_depend_on_what_the_host_knows(by_tensor):
-    """`everything` saves work where all is shared; the numbers are those of the device."""
+    """`all_shared` saves work where all is shared; the numbers are those of the device."""
     G = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     per_tensor = G @ G.mT
     total = per_tensor.sum(0)
     products = ops.Gramians(total, total, per_tensor, per_tensor)
-    known = Scope(by_tensor, torch.ones(4, dtype=torch.bool), True)
-    unknown = known._replace(everything=False)
+    known = SharedParameters(by_tensor, torch.ones(4, dtype=torch.bool), True)
+    unknown = known._replace(all_shared=False)
     for one, other in zip(known.gramians(products, 3), unknown.gramians(products, 3), strict=True):
         assert torch.equal(one, other)
     assert torch.equal(known.shared_gramian(products, 3), unknown.shared_gramian(products, 3))
     weights = torch.rand((4, 3) if by_tensor else (3,), dtype=torch.float64)
     assert torch.equal(known.weights(weights).expand(4, 3), unknown.weights(weights))
-    some = unknown._replace(shared=torch.tensor([True, False, True, False]))
+    some = unknown._replace(flags=torch.tensor([True, False, True, False]))
     assert torch.equal(some.weights(weights)[[1, 3]], torch.ones(2, 3, dtype=torch.float64))
     assert torch.allclose(some.shared_gramian(products, 3), per_tensor[[0, 2]].sum(0))
 
@@ -398,8 +398,8 @@ def test_training_goes_on_to_the_same_bits(method, granularity, at):
         assert torch.equal(p, q)
     for key, value in optimizer._now.method_state.items():
         assert torch.equal(value, other._now.method_state[key]), key
-    assert torch.equal(optimizer._accumulator.owners, other._accumulator.owners)
-    assert torch.equal(optimizer._accumulator.compared, other._accumulator.compared)
+    assert torch.equal(optimizer._storage.parameter_tasks, other._storage.parameter_tasks)
+    assert torch.equal(optimizer._storage.was_shared, other._storage.was_shared)
 
 
 def test_a_state_of_another_method_is_refused_by_name():
@@ -433,7 +433,7 @@ def test_a_gradient_that_is_not_finite_leaves_all_as_it_was(method, granularity,
     optimizer = optimizer_of(model, method=method, granularity=granularity, momentum=0.9)
     train(model, optimizer, inputs(4))
     before = through_a_file([model.state_dict(), optimizer._now.method_state])
-    momentum = optimizer._accumulator.momentum.clone()
+    momentum = optimizer._storage.momentum.clone()
     for batch in inputs(2, seed=9):
         losses = losses_of(model, batch)
         parameter = dict(model.named_parameters())[where]
@@ -446,7 +446,7 @@ def test_a_gradient_that_is_not_finite_leaves_all_as_it_was(method, granularity,
     for was, now in zip(before, after, strict=True):
         for key, value in was.items():
             assert torch.equal(value, now[key]), key
-    assert torch.equal(momentum, optimizer._accumulator.momentum)
+    assert torch.equal(momentum, optimizer._storage.momentum)
 
 
 @pytest.mark.parametrize(("method", "granularity"), EVERY)
@@ -549,7 +549,7 @@ def test_a_mask_follows_the_memory_of_its_parameter(backend):
     optimizer.backward({"a": y.square().sum(), "b": y.sum()})
     optimizer.step()
     assert torch.equal(conv.weight.grad != 0.0, mask[conv.weight])
-    assert torch.equal(optimizer._accumulator.mask_of(optimizer._accumulator.segments[0]),
+    assert torch.equal(optimizer._storage.mask_of(optimizer._storage.segments[0]),
                        mask[conv.weight])  # fmt: skip
 
 
@@ -567,7 +567,7 @@ def test_a_mask_is_in_the_state_and_comes_back():
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
     twin = copy.deepcopy(other)
-    assert torch.equal(twin._accumulator.mask, other._accumulator.mask)
+    assert torch.equal(twin._storage.mask, other._storage.mask)
 
 
 def test_parameters_that_come_later_have_their_mask_or_none():

@@ -121,7 +121,7 @@ def test_into_a_process_that_saw_its_parameters_in_another_order(backend):
     train(twin, other, x[:1])  # here they come first
     twin.load_state_dict(model.state_dict())
     other.load_state_dict(through_a_file(optimizer.state_dict()))
-    assert optimizer._accumulator.sizes != other._accumulator.sizes
+    assert optimizer._storage.layout.sizes != other._storage.layout.sizes
     train(model, optimizer, x[5:])
     train(twin, other, x[5:])
     assert torch.allclose(flat_parameters(model), flat_parameters(twin), rtol=1e-6, atol=1e-7)
@@ -161,11 +161,11 @@ def test_a_parameter_that_the_state_does_not_know_starts_afresh(backend):
     other = optimizer_of(model, backend=backend)
     train(model, other, x)
     other.load_state_dict(state)
-    acc = other._accumulator
-    assert acc.momentum_steps.tolist() == [0, 0, 1, 1]
-    assert (acc.momentum[: acc.offsets[2]] == 0).all()
-    assert (acc.history[:, : acc.offsets[2]] == 0).all()
-    assert (acc.rows[:, : acc.offsets[2]] == 0).all()
+    storage = other._storage
+    assert storage.momentum_steps.tolist() == [0, 0, 1, 1]
+    assert (storage.momentum[: storage.layout.offsets[2]] == 0).all()
+    assert (storage.history[:, : storage.layout.offsets[2]] == 0).all()
+    assert (storage.accumulators[:, : storage.layout.offsets[2]] == 0).all()
 
 
 def test_between_windows_the_accumulators_are_not_saved(backend):
@@ -361,16 +361,16 @@ def test_parameters_in_another_order_are_matched_by_their_names(backend, at, spl
 
 def kept_by_name(optimizer):
     """What is kept of each parameter: state of the method, mask, who had a gradient of it."""
-    acc, shared = optimizer._accumulator, optimizer.method.shared_state
+    storage, shared = optimizer._storage, optimizer.method.shared_state
     state = {k: v for k, v in optimizer._now.method_state.items() if k not in shared}
     return {
         segment.name: (
             {key: value[t].clone() for key, value in state.items()},
-            acc.mask_of(segment),
-            acc.owners[t],
-            acc.compared[t],
+            storage.mask_of(segment),
+            storage.parameter_tasks[t],
+            storage.was_shared[t],
         )
-        for t, segment in enumerate(acc.segments)
+        for t, segment in enumerate(storage.segments)
     }
 
 
