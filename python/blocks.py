@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from gcond_kernels.ops.types import WORD_BITS
+
 # Elements of scratch memory that one block may fill, over all rows: 2^21 float32 are
 # 8 MB, a share of the last-level cache; smaller blocks pay more per call than they gain.
 SCRATCH_ELEMENTS = 1 << 21
@@ -64,11 +66,6 @@ def block_length(rows: int, device: torch.device) -> int:
 def whole_partials(elements: int) -> int:
     """The next multiple of PARTIAL."""
     return -(-elements // PARTIAL) * PARTIAL
-
-
-# Elements that one word of a mask says of: bit e % 32 of word e // 32 is 1 where element e of a row
-# is trained.
-WORD_BITS = 32
 
 
 def trained(mask: Tensor, start: int, stop: int) -> Tensor:

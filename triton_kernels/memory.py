@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gcond_kernels.ops import launch_tables as tables
-from gcond_kernels.python.blocks import WORD_BITS as REFERENCE_BITS
+from gcond_kernels.ops.types import WORD_BITS as REFERENCE_BITS
 
 NO_TENSOR = tl.constexpr(tables.NO_TENSOR)
 ALIGNED = tl.constexpr(tables.ALIGNED)

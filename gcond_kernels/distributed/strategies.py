@@ -36,7 +36,7 @@ from gcond_kernels.distributed.consistency import (
 from gcond_kernels.distributed.data_parallel import data_parallel_modules
 from gcond_kernels.distributed.fsdp import FullySharded
 from gcond_kernels.distributed.process_group import Peers
-from gcond_kernels.python.blocks import WORD_BITS
+from gcond_kernels.ops.types import WORD_BITS
 from gcond_kernels.storage.accumulator import GradientStorage, Segment, aligned, moved, rows_of
 from gcond_kernels.storage.dtensor import is_dtensor, local_part
 

@@ -9,7 +9,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from gcond_kernels.python.blocks import WORD_BITS
+from gcond_kernels.ops.types import WORD_BITS
 
 ACCUMULATOR_DTYPES = (torch.float32, torch.bfloat16)
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

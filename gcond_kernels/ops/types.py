@@ -10,6 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+# Elements per word of a mask: bit e % 32 of word e // 32 is 1 where element e is trained.
+WORD_BITS = 32
+
 
 class Layout(NamedTuple):
     """Where each parameter tensor's segment lies in flat storage.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcond_kernels.python.blocks import WORD_BITS
+from gcond_kernels.ops.types import WORD_BITS
 from gcond_kernels.storage.dtensor import is_dtensor, local_part, shard_coordinate
 
 
