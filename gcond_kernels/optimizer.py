@@ -1180,28 +1180,23 @@ class GCondFused(torch.optim.Optimizer):
         skipped = (~decision.finite).view(1)
         now.counters += torch.cat([torch.ones_like(skipped), skipped, now.nonfinite])
         now.all_shared.note((storage.parameter_tasks.sum(1) > 1).all())
-        names = [segment.name for segment in storage.segments]
-        K = len(self._weights)
+        K, squares = len(self._weights), products.total.diagonal()
         now.last = Resolution(
             counters=now.counters,
             nonfinite=now.nonfinite,
             counts=list(counts),
-            parameter_names=names,
+            parameter_names=[segment.name for segment in storage.segments],
             per_tensor=products.per_tensor[:, :K, :K],
-            squares=products.total.diagonal(),
+            squares=squares,
             gramian=shared.shared_gramian(products, K),
             decision=decision,
+            weights=shared.mean_weights(decision, squares),
             shared=shared,
             norm_ema=now.method_state.get("norm_ema"),
             winners=now.method_state.get("winners"),
             thresholds=now.options.method.thresholds,
         )
-        weights = shared.mean_weights(decision, now.last.squares)
-        shown = decision._replace(weights=weights)
-        self.recorder.record(
-            now.counters[0], names, now.last.gramian, now.last.per_tensor, shown, now.nonfinite,
-            now.last.squares,
-        )  # fmt: skip
+        self.recorder.record(now.last)
 
     def _between(self, products: ops.Gramians, scale: Tensor) -> tuple[ops.Gramians, Tensor]:
         """What on_nonfinite other than "skip" does between the two passes."""

@@ -21,8 +21,7 @@ from bench.experiments import common, runs
 from bench.experiments.common import PLAIN_SUM, Record, Training, Variant
 from gcond_kernels import GCond
 from gcond_kernels.diagnostics.plots import BLUE, GREY, SKY, VERMILION
-from gcond_kernels.diagnostics.recorder import ALL_ZONES
-from gcond_kernels.diagnostics.report import zone_of
+from gcond_kernels.diagnostics.records import ALL_ZONES, zone_of
 
 NAME = "b_thresholds"
 STEPS = {"photos": 120, "digits": 100}

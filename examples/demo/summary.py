@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 import gcond_kernels
-from gcond_kernels.diagnostics.recorder import ALL_ZONES
+from gcond_kernels.diagnostics.records import ALL_ZONES
 
 from .scenes import Scene
 from .training import Evaluation, Run

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gcond_kernels.diagnostics.recorder import Recorder
+from gcond_kernels.diagnostics.records import shortened
 from gcond_kernels.storage.names import without_wrappers
 
 MOST_COLUMNS = 80
@@ -174,16 +175,6 @@ def conflict_table(recorder: Recorder, threshold: float = 0.0, most: int | None 
     if more := len(layers) - len(names) + 1:
         lines.append(f"and {more} more layer{'' if more == 1 else 's'}")
     return "\n".join([title, *lines])
-
-
-def shortened(layer: str, length: int) -> str:
-    """The name of a layer in so many characters: of a long one the middle is left out."""
-    if layer == "":
-        layer = "(the model itself)"
-    if len(layer) <= length:
-        return layer
-    end = 2 * (length - 1) // 3  # the end tells more layers apart
-    return f"{layer[: length - 1 - end]}…{layer[len(layer) - end :]}"
 
 
 def _names(what: str, names: object) -> list[str]:

@@ -28,6 +28,7 @@ from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.contexts import fixed_precision, operation
 from gcond_kernels.precision.loss_scale import LossScale
 from tests.helpers.flat import DTYPES, layout_of, random_mask, rows, unwritten
+from tests.helpers.recorded import resolution_of
 
 CPU = torch.device("cpu")
 
@@ -478,7 +479,7 @@ def test_a_recorder_holds_the_same_numbers(context):
         def run():
             before = kept.rows(), kept.layers(), len(kept)
             for _ in range(3):
-                kept.record(number, names, S, per_tensor, decision, dropped)
+                kept.record(resolution_of(number, names, S, per_tensor, decision, dropped))
             return before, kept.rows(), kept.layers(-0.1), kept.advise(), list(vars(kept).values())
 
         return run
@@ -491,7 +492,7 @@ def test_a_recorder_goes_on_outside_of_inference_mode():
     decision = Sum().resolve(S, None, S[0], {})
     for context in (torch.inference_mode, nullcontext):
         with context():
-            kept.record(torch.tensor(1), ["a"], S, S[None], decision, torch.tensor([False] * 2))
+            kept.record(resolution_of(1, ["a"], S, S[None], decision, torch.tensor([False] * 2)))
     assert len(kept) == 2
 
 

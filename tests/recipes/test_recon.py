@@ -1,8 +1,6 @@
 """Models in which tasks have layers of their own, and the table and picture by which to choose."""
 
 import copy
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -15,15 +13,10 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from gcond_kernels import GCondFused
-from gcond_kernels.diagnostics import plots as plot
-from gcond_kernels.diagnostics.plots import plot_layer_conflicts
+from gcond_kernels.diagnostics.records import shortened
 from gcond_kernels.distributed.checkpoint import TrainingState
-from gcond_kernels.recipes.recon import (
-    SplitModel,
-    conflict_table,
-    shortened,
-    split_conflicting_layers,
-)
+from gcond_kernels.recipes.recon import SplitModel, conflict_table, split_conflicting_layers
+from tests.helpers.recorded import LAYERS, RecordedLayers
 
 TASKS = ("a", "b.c", "", "$d/e")
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
@@ -602,27 +595,8 @@ def test_a_shared_module_that_goes_past_the_choice():
 # The table.
 
 
-class Recorded:
-    """Stands in for a recorder."""
-
-    def __init__(self, rows):
-        self._rows = rows
-        self.threshold = None
-
-    def layers(self, *, threshold):
-        self.threshold = threshold
-        rows = [
-            {"layer": name, "compared": seen, "conflicts": below, "share": below / seen}
-            for name, below, seen in self._rows
-        ]
-        return sorted(rows, key=lambda row: -row["conflicts"])
-
-
-ROWS = [("head", 3, 40), ("body.2.0", 30, 40), ("", 0, 20), ("x" * 100 + "." + "y" * 100, 29, 30)]
-
-
 def test_the_table_as_it_is():
-    recorder = Recorded(ROWS)
+    recorder = RecordedLayers(LAYERS)
     assert conflict_table(recorder, threshold=-0.02).splitlines() == [
         "Conflicts by layer: pairs of tasks with a cosine below -0.02",
         "rank  conflicts  compared   share  layer",
@@ -638,15 +612,15 @@ def test_the_table_as_it_is():
     ]
     assert recorder.threshold == 0.0
     assert "more" not in conflict_table(recorder, most=4)
-    assert conflict_table(Recorded([])).splitlines()[1] == "no layer had a gradient of two tasks"
+    assert (
+        conflict_table(RecordedLayers([])).splitlines()[1] == "no layer had a gradient of two tasks"
+    )
 
 
 @pytest.mark.parametrize("most", [0, -1, 1.0, True, "3"])
-def test_a_number_of_layers_that_is_none(most, tmp_path):
+def test_a_table_has_at_least_one_layer(most):
     with pytest.raises(ValueError, match="most must be a whole number, 1 or more"):
-        conflict_table(Recorded(ROWS), most=most)
-    with pytest.raises(ValueError, match="most must be a whole number, 1 or more"):
-        plot_layer_conflicts(Recorded(ROWS), tmp_path / "p.png", most=most)
+        conflict_table(RecordedLayers(LAYERS), most=most)
 
 
 NAMES = st.text("abc._", max_size=200)
@@ -655,7 +629,7 @@ COUNTS = st.integers(1, 10**12).flatmap(lambda n: st.tuples(st.integers(0, n), s
 
 @given(st.lists(st.tuples(NAMES, COUNTS), min_size=1, max_size=12), st.integers(1, 15))
 def test_the_table_has_a_line_per_layer_in_80_columns(rows, most):
-    recorder = Recorded([(name, *counts) for name, counts in rows])
+    recorder = RecordedLayers([(name, *counts) for name, counts in rows])
     lines = conflict_table(recorder, most=most).splitlines()
     assert all(len(line) <= 80 for line in lines)
     left_out = max(0, len(rows) - most)
@@ -675,97 +649,3 @@ def test_a_name_keeps_both_its_ends(name, length):
         assert whole.endswith(end)
     else:
         assert short == whole
-
-
-# The picture.
-
-
-def drawn(rows, threshold=-0.02, most=25):
-    from matplotlib.figure import Figure
-
-    layers = Recorded(rows).layers(threshold=threshold)
-    figure = plot._draw_ranking(Figure, layers, threshold, most)
-    figure.canvas.draw()
-    return figure, figure.axes[0]
-
-
-@pytest.mark.parametrize("layers", [1, 2, 30])
-def test_the_picture_has_room_for_all_that_is_in_it(layers):
-    pytest.importorskip("matplotlib")
-    rows = [
-        (f"{place}.$W$_" + "W" * (60 * (layers - 1 - place)), 1000 * place, 100000)
-        for place in range(layers)
-    ]
-    figure, axes = drawn(rows)
-    assert figure.dpi == plot.DPI  # letters of a size are not as wide at another resolution
-    inside = axes.get_window_extent()
-    boxes = [text.get_window_extent() for text in axes.texts]
-    assert len(boxes) == 2 * min(layers, 25)
-    for box in boxes:
-        assert inside.x0 <= box.x0
-        assert box.x1 <= inside.x1
-        assert inside.y0 <= box.y0
-        assert box.y1 <= inside.y1
-    for place, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[place + 1 :])
-    for bar in axes.patches:
-        # A name's letters stand above its bar, the numbers beside.
-        assert not any(bar.get_window_extent().shrunk(0.99, 0.99).overlaps(b) for b in boxes)
-    assert all(text.get_fontsize() >= 8.0 for text in axes.texts)
-    whole = figure.bbox
-    for part in (axes.title, axes.xaxis.label, *axes.get_yticklabels()):
-        box = part.get_window_extent()
-        assert whole.x0 <= box.x0
-        assert box.x1 <= whole.x1
-        assert whole.y0 <= box.y0
-        assert box.y1 <= whole.y1
-
-
-def test_the_picture_says_what_the_table_says():
-    pytest.importorskip("matplotlib")
-    _, axes = drawn(ROWS, most=3)
-    assert [bar.get_width() for bar in axes.patches] == [30, 29, 3]
-    heights = [bar.get_window_extent().y0 for bar in axes.patches]
-    assert heights == sorted(heights, reverse=True)
-    texts = [text.get_text() for text in axes.texts]
-    assert texts[::2][0] == "body.2.0"
-    assert texts[::2][2] == "head"
-    assert texts[1::2] == ["30 of 40 (75 %)", "29 of 30 (97 %)", "3 of 40 (8 %)"]
-    title = "Layers by conflicts: pairs of tasks with a cosine below −0.02 (the first 3 of 4)"
-    assert axes.get_title() == title
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["1.", "2.", "3."]
-    _, none = drawn([("head", 0, 3)], threshold=0.0)
-    assert none.get_title().endswith("a cosine below 0")
-    assert none.get_xlim()[1] >= 1.0
-
-
-def test_a_picture_in_a_new_folder(tmp_path):
-    pytest.importorskip("matplotlib")
-    from matplotlib.image import imread
-
-    recorder = Recorded(ROWS)
-    path = plot_layer_conflicts(recorder, str(tmp_path / "new" / "layers"), threshold=-0.1)
-    assert path == tmp_path / "new" / "layers.png"
-    assert recorder.threshold == -0.1
-    assert imread(path).std() > 0.05
-    with pytest.raises(ValueError, match="is a folder"):
-        plot_layer_conflicts(recorder, tmp_path)
-    with pytest.raises(ValueError, match="nothing to draw"):
-        plot_layer_conflicts(Recorded([]), tmp_path / "other" / "picture.png")
-    assert not (tmp_path / "other").exists()
-
-
-def test_without_matplotlib_its_extra_is_named():
-    script = """
-import sys
-sys.modules["matplotlib"] = None
-from gcond_kernels.diagnostics.plots import plot_layer_conflicts
-try:
-    plot_layer_conflicts(None, "picture.png")
-except ImportError as error:
-    print(error)
-"""
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("plot_layer_conflicts needs matplotlib")
-    assert 'pip install "gcond-kernels[plot]"' in ended.stdout

@@ -1,0 +1,79 @@
+"""Figures and names that the report, the recorder, the advice and the plots share."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Sequence
+from itertools import combinations
+from numbers import Integral
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Record: TypeAlias = "dict[str, Any]"
+
+ZONES = ("mild", "moderate", "critical")
+ALL_ZONES = ("none", *ZONES)
+
+
+def pair_cosines(gramian: Tensor) -> dict[tuple[int, int], float]:
+    """Return the cosine of each pair of tasks whose norms are above zero and finite.
+
+    Args:
+        gramian: [K, K] float64 on the CPU.
+    """
+    norms = gramian.diagonal().sqrt()
+    cosines = (gramian / torch.outer(norms, norms)).clamp(-1.0, 1.0).tolist()
+    usable = ((norms > 0.0) & norms.isfinite()).tolist()
+    pairs = combinations(range(len(usable)), 2)
+    return {(i, j): cosines[i][j] for i, j in pairs if usable[i] and usable[j]}
+
+
+def zone_of(cosine: float, thresholds: tuple[float, float, float]) -> str:
+    """Return the zone of a cosine: "none" from θ_weak on, "critical" at θ_crit and below."""
+    critical, main, weak = thresholds
+    if not cosine < weak:
+        return "none"
+    if cosine <= critical:
+        return "critical"
+    return "moderate" if cosine < main else "mild"
+
+
+def incidence_of(cosines: Collection[float]) -> float | None:
+    """Return the share of pairs with a cosine below 0 (Zhang et al. 2024, arXiv 2411.18615)."""
+    return sum(cosine < 0.0 for cosine in cosines) / len(cosines) if cosines else None
+
+
+def mean_incidence(records: Sequence[Record]) -> float | None:
+    """Return the mean incidence of the steps that compared tasks; None where none did."""
+    shares = [record["incidence"] for record in records if record["incidence"] is not None]
+    return statistics.fmean(shares) if shares else None
+
+
+def record_key(kind: str, *tasks: str) -> str:
+    """Return the key of a value in a record: "cosine/a/b" for the cosine of tasks "a" and "b".
+
+    A slash within a name is written "%2F", and "%2" as "%252", so that different names never share
+    a key.
+    """
+    return "/".join([kind, *(task.replace("%2", "%252").replace("/", "%2F") for task in tasks)])
+
+
+def shortened(layer: str, length: int) -> str:
+    """Return a layer's name in at most `length` characters, without the middle of a long one."""
+    layer = layer or "(the model itself)"
+    if len(layer) <= length:
+        return layer
+    end = 2 * (length - 1) // 3  # the ends of names differ more often than their starts
+    return f"{layer[: length - 1 - end]}…{layer[len(layer) - end :]}"
+
+
+def check_count(option: str, value: object, least: int) -> None:
+    """Check that an option is an integer of at least `least`; a bool is none.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+        raise ValueError(f"{option} must be a whole number, {least} or more, not {value!r}")
