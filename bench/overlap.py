@@ -151,27 +151,27 @@ class Training:
         """What the last `backward` of a window calls, by the clock; then `step`, for nothing."""
         if self.optimizer._now.resolved:
             return
-        self.sent = self.optimizer._sync.started
+        self.sent = self.optimizer._strategy.sent
         self._full = self.micro_batches.now()
         GCondFused.resolve(self.optimizer)
         self._resolved = self.micro_batches.now()
 
     def exchange(self) -> Times:
         """The collectives of a window by themselves; what is in the rows is of no use then."""
-        sync: Any = self.optimizer._sync
+        strategy: Any = self.optimizer._strategy
         now = self.micro_batches.now
         start = now()
         for task in range(len(self.micro_batches.targets)):
-            sync._reduce(task).wait()
-            sync._arrived(task)
+            strategy._start_reduction(task).wait()
+            strategy._finish_reduction(task)
         there = now()
-        sync.gradients(sync.work())
+        strategy.gather(strategy.local_gradients(torch.ones(()), 0.0))
         return {"rows": there - start, "gather": now() - there}
 
     def _sending(self, rows: str) -> AbstractContextManager[object]:
         if rows == AT_ONCE:
             return nullcontext()
-        return mock.patch.object(self.optimizer._sync, "row_is_final", return_value=None)
+        return mock.patch.object(self.optimizer._strategy, "mark_complete", return_value=None)
 
 
 class MicroBatches:

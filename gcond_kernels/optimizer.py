@@ -33,13 +33,13 @@ from gcond_kernels.checks import (
 from gcond_kernels.diagnostics.recorder import Recorder
 from gcond_kernels.diagnostics.report import Report, Resolution
 from gcond_kernels.distributed.data_parallel import DataParallel
-from gcond_kernels.distributed.strategies import WAYS, Sharded, Sync, Work, peers_of, way_of
+from gcond_kernels.distributed.options import Distributed
+from gcond_kernels.distributed.strategy import LocalGradients
 from gcond_kernels.lion_lars import LionLars, averaged_norms
 from gcond_kernels.methods import GCond, GradDrop, Method
 from gcond_kernels.methods.method import Known, fresh_state
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.contexts import fixed_precision
-from gcond_kernels.ops.types import Momentum
 from gcond_kernels.options import Assignable, Fixed, Options, TaskWeights, schedule
 from gcond_kernels.precision import overflow
 from gcond_kernels.precision.guarded_step import step_if, step_of_zeros
@@ -290,9 +290,10 @@ class GCondFused(torch.optim.Optimizer):
         # Without any yet, those that are added later say where they are.
         device = parameters[0].device if parameters else torch.device("cpu")
         check_backend(options.backend, device)
-        peers = peers_of(process_group, module)
-        way = way_of(sync, parameters, peers)
-        self._data_parallel = DataParallel(peers, process_group is not None)
+        distributed = Distributed(sync, module, process_group)
+        group = distributed.connect()
+        strategy = distributed.choose_strategy(parameters, group)
+        self._data_parallel = DataParallel(group, process_group is not None)
         if module is not None:
             self._data_parallel.take(module, parameters)
 
@@ -308,24 +309,21 @@ class GCondFused(torch.optim.Optimizer):
             "sync": sync,
             "process_group": process_group,
         }
-        sharded = peers is not None and way == "shard"
         self._storage = GradientStorage(
             K,
             accumulator_dtype,
-            shards=peers.size if peers is not None and sharded else 1,
-            has_dtensors=way == "mesh",
+            shards=group.size if group is not None and strategy.shards_state else 1,
+            has_dtensors=strategy.name == "mesh",
             masked=masked,
         )
         self._storage.wrapper_known = module is not None
         self._storage.configure(options.history, options.momentum > 0.0)
-        self._knows_ranks = peers is not None
-        self._sync = Sync(self._storage, backend)
-        if way is not None and peers is not None:
-            self._sync = WAYS[way](self._storage, backend, peers)
+        self._knows_ranks = group is not None
+        self._strategy = strategy(self._storage, group)
         self._loss_scale: LossScale | None = None
         if grad_scaler is not None and grad_scaler.is_enabled():
             self._loss_scale = LossScale(grad_scaler)
-            if self._sync.size > 1:
+            if self._strategy.size > 1:
                 # Now: GradScaler.step asks for a scale also where a rank had no loss to scale.
                 self._loss_scale.inverse(device)
         self._now = Progress(
@@ -466,7 +464,7 @@ class GCondFused(torch.optim.Optimizer):
         now.counters = torch.cat([now.counters, torch.zeros_like(now.counters[:1])])
         now.last = None
         self._renew(options)
-        self._sync.forget_agreement()
+        self._strategy.require_check()
 
     @property
     def on_nonfinite(self) -> str:
@@ -531,8 +529,7 @@ class GCondFused(torch.optim.Optimizer):
             now.losses = new_losses(options, K, device)
         now.chosen_shared = False
         self.recorder.thresholds = options.method.thresholds
-        self._sync.backend = options.backend
-        self._sync.forget_agreement()
+        self._strategy.require_check()
 
     # One window: backward … backward, step.
 
@@ -541,7 +538,7 @@ class GCondFused(torch.optim.Optimizer):
         """The tasks whose losses the next `backward` takes; none once the window is full."""
         now = self._now
         options, position = (now.options, now.position) if now.position else (now.assigned, 0)
-        if now.resolved or (position >= options.accumulation_steps and self._sync.started):
+        if now.resolved or (position >= options.accumulation_steps and self._strategy.sent):
             return ()
         if position >= options.accumulation_steps:  # could not be resolved: the next drops it
             options, position = now.assigned, 0
@@ -612,7 +609,7 @@ class GCondFused(torch.optim.Optimizer):
                 check_loss(task, loss)
         self._find_wrapper()
         self._follow_parameters()
-        self._sync.check_wrapper()
+        self._strategy.check_gradient_sync()
         self._clear_gradients()
         self._begin_window()
         now.running = True
@@ -635,7 +632,7 @@ class GCondFused(torch.optim.Optimizer):
             self.resolve()
         except Exception as error:
             # Of several ranks all have raised it, and of what is not finite the user is asked.
-            if self._sync.size == 1 and not isinstance(error, FloatingPointError):
+            if self._strategy.size == 1 and not isinstance(error, FloatingPointError):
                 self._void_window(error)
             raise
         return True
@@ -663,7 +660,7 @@ class GCondFused(torch.optim.Optimizer):
             )
         if now.window is None or now.position < now.options.accumulation_steps:
             return
-        if self._sync.started:
+        if self._strategy.sent:
             raise RuntimeError(
                 "a part of this window is on its way to the other ranks: call step() before "
                 "backward()"
@@ -716,7 +713,7 @@ class GCondFused(torch.optim.Optimizer):
     def _loss_of(self, task: str, function: Callable[[], Tensor]) -> Tensor:
         """Call a loss function, which is to leave the gradients alone."""
         loss = function()
-        self._sync.check_wrapper()  # the function may have changed it
+        self._strategy.check_gradient_sync()  # the function may have changed it
         name = self._storage.name_with_gradient()
         if name is not None:
             raise RuntimeError(
@@ -751,11 +748,11 @@ class GCondFused(torch.optim.Optimizer):
     def _send_if_final(self, task: int) -> None:
         """Lets the other ranks have what nothing will be added to."""
         now = self._now
-        if self._sync.size == 1:
+        if self._strategy.size == 1:
             return
         turns = schedule(len(self._weights), now.options.accumulation_steps, now.options.mode)
         if not any(task in tasks for tasks in turns[now.position + 1 :]):
-            self._sync.row_is_final(task)
+            self._strategy.mark_complete(task)
 
     def _check_reached(self) -> None:
         """Raise where the optimizer holds other parameters than those that the losses train."""
@@ -777,7 +774,7 @@ class GCondFused(torch.optim.Optimizer):
             RuntimeError: a part of the window is on its way to other ranks.
         """
         self._check_not_within("drop_window")
-        if self._sync.is_sending:
+        if self._strategy.is_sending:
             raise RuntimeError(
                 "a part of this window is on its way to the other ranks: call step() instead"
             )
@@ -787,9 +784,9 @@ class GCondFused(torch.optim.Optimizer):
     def _void_window(self, error: BaseException) -> None:
         """Drop the window of a call that has failed, and say so."""
         now, storage, names = self._now, self._storage, tuple(self._weights)
-        self._sync.take_back()
-        sent = [names[k] for k in range(self._sync.started) if storage.counts[k]]
-        if not self._sync.started:
+        self._strategy.roll_back()
+        sent = [names[k] for k in range(self._strategy.sent) if storage.counts[k]]
+        if not self._strategy.sent:
             lost = f"the {now.position} micro-batches before it are lost" if now.position else ""
             self._start_window()
             warnings.warn(
@@ -800,7 +797,7 @@ class GCondFused(torch.optim.Optimizer):
                 stacklevel=3,
             )
             return
-        for k in range(self._sync.started, len(names)):
+        for k in range(self._strategy.sent, len(names)):
             storage.drop_task(k)
         now.position = now.options.accumulation_steps
         warnings.warn(
@@ -845,7 +842,7 @@ class GCondFused(torch.optim.Optimizer):
 
     def _resolve(self) -> None:
         now, storage = self._now, self._storage
-        if self._sync.size > 1:
+        if self._strategy.size > 1:
             if tables.is_capturing(self._device()):
                 raise RuntimeError(
                     "a CUDA graph cannot hold what several ranks tell each other in a step: "
@@ -854,21 +851,21 @@ class GCondFused(torch.optim.Optimizer):
             self._find_wrapper()
             self._follow_parameters()  # the others may have had a micro-batch, and this not
         try:
-            counts = self._sync.meet(self._alike, now.on_nonfinite, now.position > 0)
+            counts = self._strategy.synchronize(self._alike, now.on_nonfinite, now.position > 0)
         finally:
-            if self._sync.started:  # what the ranks have exchanged cannot be added to
+            if self._strategy.sent:  # what the ranks have exchanged cannot be added to
                 now.position = now.options.accumulation_steps
         if not any(storage.window_tasks):
             self._resolve_nothing(counts)
             return
         # What may fail for want of memory comes before what changes state.
-        work = self._sync.work()
         scale = self._scale(counts)
+        local = self._strategy.local_gradients(scale, now.options.momentum)
         self._move_to(scale.device)
         self._fit_method_state(scale.device)
         try:
-            products, decision, shared = self._resolve_into(work, scale, counts)
-            gradients = self._sync.gradients(work)
+            products, decision, shared = self._resolve_into(local, scale, counts)
+            gradients = self._strategy.gather(local)
         except KeyboardInterrupt:
             # Nobody knows what was written: a gradient that lies in a row has taken its place.
             self._start_window()
@@ -895,40 +892,40 @@ class GCondFused(torch.optim.Optimizer):
         now.nonfinite = torch.zeros_like(now.nonfinite)
 
     def _resolve_into(
-        self, work: Work, scale: Tensor, counts: Sequence[int]
+        self, work: LocalGradients, scale: Tensor, counts: Sequence[int]
     ) -> tuple[ops.Gramians, ops.Arbitration, SharedParameters]:
         now, o = self._now, self._now.options
-        squares = None if o.update is None else self._sync.squared_norms()  # [T]
+        squares = None if o.update is None else self._strategy.squared_norms(o.backend)  # [T]
         state = now.method_state
         writing: dict[str, Any] = {
             "scale": scale,
-            "history": work.history,
-            "momentum": work.momentum,
+            "history": work.gradients.history,
+            "momentum": None if work.momentum is None else work.momentum.buffer,
             "momentum_steps": self._storage.momentum_steps,
             "beta": o.momentum,
             "max_norm": o.max_norm,
-            "mask": work.mask,
+            "mask": work.gradients.mask,
             "backend": o.backend,
         }
-        where = (work.rows, work.outputs, work.offsets, work.sizes)
+        where = (work.gradients.accumulators, work.outputs, *work.gradients.layout)
         if self._may_resolve_at_once(counts):
             assert isinstance(o.method, GCond)
             settings = o.method.settings(len(self._weights))
             products, decision = ops.resolve(*where, state=state, settings=settings, **writing)
             return products, decision, self._shared_parameters(products, counts)
         products = ops.gramian(
-            work.rows,
+            work.gradients.accumulators,
             *work.counted,
             scale=scale,
-            history=work.history,
+            history=work.gradients.history,
             history_scale=state.get("history_scale"),
-            momentum=None if o.update is None and o.max_norm is None else work.momentum,
-            mask=work.mask,
+            momentum=None if o.update is None and o.max_norm is None else writing["momentum"],
+            mask=work.gradients.mask,
             backend=o.backend,
         )
         if self._compares_all():
             products = products._replace(cross_per_tensor=None)  # so it need not be sent to others
-        products, squares, losses = self._sync.total(products, squares, now.losses)
+        products, squares, losses = self._strategy.sum_over_ranks(products, squares, now.losses)
         products, scale = self._between(products, scale)
         means = self._mean_losses(losses, counts)
         before = self._snapshot() if self._may_not_fit() else None
@@ -955,18 +952,14 @@ class GCondFused(torch.optim.Optimizer):
             **{**writing, "scale": scale},
         )
         if o.update is not None and squares is not None:
-            momentum, steps = work.momentum, self._storage.momentum_steps
-            average = None
-            if momentum is not None and steps is not None:
-                average = Momentum(momentum, steps, o.momentum)
-            norms = averaged_norms(products.per_tensor, weights, average)
+            norms = averaged_norms(products.per_tensor, weights, work.momentum)
             o.update.apply(work.outputs, norms, squares.sqrt(), decision.finite)
         return products, decision, shared
 
     def _may_resolve_at_once(self, counts: Sequence[int]) -> bool:
         """Whether nothing is to be done between the operations of a resolution."""
         now, o = self._now, self._now.options
-        alone = self._sync.size == 1 and now.on_nonfinite == "skip" and all(counts)
+        alone = self._strategy.size == 1 and now.on_nonfinite == "skip" and all(counts)
         alone = alone and o.update is None
         return alone and self._compares_all() and isinstance(o.method, GCond) and not self._halves()
 
@@ -986,7 +979,7 @@ class GCondFused(torch.optim.Optimizer):
 
     def _decide(
         self,
-        work: Work,
+        work: LocalGradients,
         products: ops.Gramians,
         scale: Tensor,
         shared: SharedParameters,
@@ -1014,14 +1007,16 @@ class GCondFused(torch.optim.Optimizer):
         halves = self._halves()
         clipped = o.max_norm is not None and o.max_norm <= overflow.LARGEST_HALF
         if halves and not clipped and o.update is None:
-            rows = work.rows.abs() if isinstance(o.method, GradDrop) else work.rows
+            layout = work.gradients.layout
+            rows = work.gradients.accumulators
+            rows = rows.abs() if isinstance(o.method, GradDrop) else rows
             fit = overflow.halves_fit(
                 rows,
-                [(work.offsets[t], work.sizes[t]) for t in halves],
-                (weights.expand(len(work.sizes), K) * scale)[halves],
+                [(layout.offsets[t], layout.sizes[t]) for t in halves],
+                (weights.expand(len(layout.sizes), K) * scale)[halves],
                 overflow.norms(products, weights)[halves],
             )
-            finite = finite & self._sync.on_all_ranks(fit)
+            finite = finite & self._strategy.on_all_ranks(fit)
         kept = torch.where(finite, decision.weights, 0.0)
         events = torch.where(finite, decision.events, float("nan"))
         return decision._replace(weights=kept, events=events, finite=finite)
@@ -1046,7 +1041,7 @@ class GCondFused(torch.optim.Optimizer):
         for value, old in changed:
             value.copy_(old if where is None else torch.where(where, old, value))
 
-    def _leave_out_absent(self, work: Work, counts: Sequence[int], total: Tensor) -> None:
+    def _leave_out_absent(self, work: LocalGradients, counts: Sequence[int], total: Tensor) -> None:
         """Leave `.grad` None where no task of this window has ever used a tensor.
 
         Autograd gives zeros for it then where it cannot tell, from a compiled model with several
@@ -1112,25 +1107,26 @@ class GCondFused(torch.optim.Optimizer):
             self._now.chosen_shared = bool(looked_at.any())
         return looked_at
 
-    def _drop_signs(self, work: Work, decision: ops.Arbitration, scale: Tensor) -> ops.Arbitration:
+    def _drop_signs(
+        self, work: LocalGradients, decision: ops.Arbitration, scale: Tensor
+    ) -> ops.Arbitration:
         """What GradDrop writes; it has no weights to tell of."""
         o = self._now.options
         assert isinstance(o.method, GradDrop)
         draws = self._now.method_state["draws"]
         ops.graddrop(
-            work.rows,
+            work.gradients.accumulators,
             work.outputs,
-            work.offsets,
-            work.sizes,
+            *work.gradients.layout,
             scale=scale,
             finite=decision.finite,
             seed=o.method.seed,
             draws=draws,
             leak=o.method.leak,
-            momentum=work.momentum,
+            momentum=None if work.momentum is None else work.momentum.buffer,
             momentum_steps=self._storage.momentum_steps,
             beta=o.momentum,
-            mask=work.mask,
+            mask=work.gradients.mask,
             first=work.first,
             backend=o.backend,
         )
@@ -1141,7 +1137,7 @@ class GCondFused(torch.optim.Optimizer):
         """[K] mean loss of each task in this window; NaN of a task without a micro-batch."""
         if sums is None:
             return None
-        holders = self._sync.losses_per_micro_batch
+        holders = self._strategy.losses_per_micro_batch
         shares = tuple(1.0 / (count * holders) if count else float("nan") for count in counts)
         share = tables.settings_tensor(shares, sums.device)
         tables.keep_if_captured(share)
@@ -1247,11 +1243,11 @@ class GCondFused(torch.optim.Optimizer):
             return
         self._forget_initialized()
         if not now.resolved and closure is None:
-            self._sync.check_begun(now.position > 0)
+            self._strategy.check_begun(now.position > 0)
         if closure is not None:
             self._call(closure)
             if not now.resolved:
-                self._sync.check_begun(now.position > 0)
+                self._strategy.check_begun(now.position > 0)
         self.resolve()
         assert now.finite is not None
         if self._loss_scale is not None and not now.told:
@@ -1293,7 +1289,7 @@ class GCondFused(torch.optim.Optimizer):
 
     def _start_window(self) -> None:
         now = self._now
-        self._sync.end_window()
+        self._strategy.end_window()
         self._storage.start_window()
         if now.losses is not None:
             now.losses.zero_()
@@ -1380,7 +1376,7 @@ class GCondFused(torch.optim.Optimizer):
         """Lay out the parameters that the base has now."""
         now, storage, groups = self._now, self._storage, self.base.param_groups
         before = storage.accumulators.device
-        places = storage.update_layout(groups, lambda: labels_of(groups), self._sync.started > 0)
+        places = storage.update_layout(groups, lambda: labels_of(groups), self._strategy.sent > 0)
         if not places:
             return
         if storage.accumulators.device != before:
@@ -1431,7 +1427,7 @@ class GCondFused(torch.optim.Optimizer):
             **options,
             "mask": repr(storage.mask is not None),
             "accumulator_dtype": repr(storage.dtype),
-            "sync": self._sync.way,
+            "strategy": self._strategy.name,
             "options of base": repr(groups),
             "resolutions so far": repr(now.counters.tolist()[0]),
             "state of the method": repr(state),
@@ -1460,15 +1456,8 @@ class GCondFused(torch.optim.Optimizer):
     def _saved(self, alone: bool = False) -> saving.Saved:
         """What is saved beside the state of the base; `alone` without what other ranks keep too."""
         now, storage, o = self._now, self._storage, self._now.options
-        history, momentum = storage.history, storage.momentum
-        if isinstance(self._sync, Sharded) and alone:
-            history = momentum = None
-        elif isinstance(self._sync, Sharded):
-            self._sync.fit_kept()
-            history = None if storage.history is None else self._sync.all_kept(storage.history)
-            momentum = (
-                None if storage.momentum is None else self._sync.all_kept(storage.momentum)[0]
-            )
+        left_out = alone and self._strategy.shards_state
+        history, momentum = (None, None) if left_out else self._strategy.full_state()
         base, made = self.base.state, set(now.initialized)
         without_state = {p for p, _ in self._parameters() if p in made or not base.get(p)}
         by_tensor = o.granularity == "tensor"
@@ -1525,13 +1514,8 @@ class GCondFused(torch.optim.Optimizer):
         now = self._now
         if now.resolved:
             raise RuntimeError("there is a resolved gradient in .grad: call step() before saving")
-        in_window = any(self._storage.counts)
-        if isinstance(self._sync, Sharded):
-            self._sync.peers.rendezvous(
-                "state_dict()", 'use sync="replicate", where any rank alone may'
-            )
-            in_window = self._sync.any_rank(in_window)
-        if self._sync.size > 1 and in_window:
+        in_window = self._strategy.begin_saving(any(self._storage.counts))
+        if self._strategy.size > 1 and in_window:
             raise RuntimeError(
                 "with several ranks a state is saved between windows: call step() before saving"
             )
@@ -1564,7 +1548,7 @@ class GCondFused(torch.optim.Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self._check_not_within("load_state_dict")
-        if self._sync.is_sending:
+        if self._strategy.is_sending:
             raise RuntimeError(
                 "a part of this window is on its way to the other ranks: load a state between "
                 "step() and backward()"
@@ -1607,8 +1591,8 @@ class GCondFused(torch.optim.Optimizer):
         new = [(p, name) for p, name in restored.parameters if p not in storage]
         if new:  # frozen here
             storage.append(new)
-        cut = self._sync.own_part if isinstance(self._sync, Sharded) else None
-        restored.fill(storage, cut)
+        shard_of = self._strategy.local_shard if self._strategy.shards_state else None
+        restored.fill(storage, shard_of)
         window = common["window"]
         fresh = new_method_state(o, len(self._weights), len(storage.segments), self._device())
         now.method_state = restored.method_state(storage, fresh, shared)
@@ -1620,12 +1604,12 @@ class GCondFused(torch.optim.Optimizer):
         now.position = window["position"]
         if now.position:
             now.window = Window(tuple(window["weights"]), tuple(window["planned"]))
-        self._sync.forget_agreement()
+        self._strategy.require_check()
         now.all_shared, now.known_owners, now.last = tables.HostFlag(), [], None
         now.initialized, now.chosen_shared = [], False
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._sync.size > 1:
+        if self._strategy.size > 1:
             raise RuntimeError("an optimizer that is one of several ranks cannot be copied")
         # As torch's optimizers do: hooks, and the step that a scheduler has put in place of ours,
         # are those of the original.

@@ -59,7 +59,7 @@ class TrainingState:
 
         optimizer = self.optimizer
         in_window = optimizer._now.resolved or any(optimizer._storage.counts)
-        if optimizer._sync.any_rank(in_window):
+        if optimizer._strategy.any_rank(in_window):
             raise RuntimeError("a TrainingState is saved and loaded between windows: call step()")
         optimizer._initialize_base()
         model_state, state = get_state_dict(self.model, optimizer)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gcond_kernels.distributed.process_group import Peers, ranks_of
+from gcond_kernels.distributed.process_group import ProcessGroup, ranks_of
 from gcond_kernels.storage.dtensor import is_dtensor
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ class DataParallel:
     They are in the model that is given, at the start or later, or else are found by `look`.
 
     Args:
-        peers: the ranks that train together; None is one process.
+        group: the ranks that train together; None is one process.
         is_chosen: whether the user has named the process group.
 
     Attributes:
@@ -31,9 +31,9 @@ class DataParallel:
         left_alone: what an error may add of one that was found, and cannot be taken; or nothing.
     """
 
-    def __init__(self, peers: Peers | None, is_chosen: bool) -> None:
+    def __init__(self, group: ProcessGroup | None, is_chosen: bool) -> None:
         # One rank alone has nothing to send, and may be copied.
-        self._peers = peers if peers is not None and peers.size > 1 else None
+        self._group = group if group is not None and group.size > 1 else None
         self._is_chosen = is_chosen
         self._given: weakref.ref[nn.Module] | None = None
         self._looked = False
@@ -87,7 +87,7 @@ class DataParallel:
             RuntimeError: one reduces over other ranks; or the forward pass that was made in it
                 cannot be told that its gradients are not to be reduced.
         """
-        if self._looked or self._peers is None or self._given is not None:
+        if self._looked or self._group is None or self._given is not None:
             return False
         known = {parameter for parameter, _ in named}
         self._looked = any(map(is_dtensor, known))
@@ -119,11 +119,11 @@ class DataParallel:
 
     def _other_ranks(self, wrapped: Any) -> str | None:
         """Say so where a module reduces over other ranks than those that train together."""
-        if self._peers is None or self._is_chosen or self._peers.is_group(wrapped.process_group):
+        if self._group is None or self._is_chosen or self._group.is_same(wrapped.process_group):
             return None
         return (
             f"the model's DistributedDataParallel has ranks {ranks_of(wrapped.process_group)}, and "
-            f"this GCondFused {self._peers.ranks}: give it process_group=, or module= when it is "
+            f"this GCondFused {self._group.ranks}: give it process_group=, or module= when it is "
             "made"
         )
 
@@ -143,8 +143,8 @@ class DataParallel:
                 buffer.copy_(copy)
 
     def _broadcast(self, tensor: Tensor, group: Any) -> Any:
-        if self._peers is not None and self._peers.is_group(group):
-            return self._peers.broadcast(tensor)
+        if self._group is not None and self._group.is_same(group):
+            return self._group.start_broadcast(tensor)
         import torch.distributed as dist
 
         return dist.broadcast(tensor, group_src=0, group=group, async_op=True)

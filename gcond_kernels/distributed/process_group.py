@@ -1,4 +1,4 @@
-"""The ranks that train together, and what they tell each other in process groups of their own."""
+"""The ranks that train together, and the collectives among them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# How long a rank waits for the others before it says which of them are missing.
+# How long a rank waits for the others before it raises an error that names the missing ones.
 PATIENCE = timedelta(minutes=2)
 
 
-class Peers:
+class ProcessGroup:
     """The ranks of a process group, which `connect` joins in two groups more.
 
-    Nothing of GCondFused travels in the group of the user: there, in threads of their own, others
-    may send at any time (`dcp.async_save` does), and what is sent at once in one group gets mixed
-    up. Small things and rows have a group each, for rows are sent in the middle of a backward pass,
-    which on another rank may be later than what it tells by then.
+    This package sends nothing in the user's group: other threads may send there at any time
+    (`dcp.async_save` does), and collectives of two threads in one group get mixed up. Metadata and
+    accumulators have a group each, since accumulators are sent in the middle of a backward pass,
+    which on another rank may be later than its metadata.
 
     Args:
         group: the process group of the user; None is all ranks.
 
     Attributes:
-        ranks: in the whole job, in the order of the group.
+        ranks: the ranks in the whole job, in the order of the group.
         rank: the place of this process among them.
         size: how many they are.
     """
@@ -36,32 +36,31 @@ class Peers:
 
         self.dist = dist
         # Not the default group itself: one that is still held when Python ends may abort it.
-        self._users: Any = None if group is dist.group.WORLD else group
+        self._of_user: Any = None if group is dist.group.WORLD else group
         self.ranks = ranks_of(group)
-        self.rank = dist.get_rank(self._users)
+        self.rank = dist.get_rank(self._of_user)
         self.size = len(self.ranks)
-        self._config = dist.get_backend_config(self._users)
-        self._small: Any = None
-        self._large: Any = None
+        self._config = dist.get_backend_config(self._of_user)
+        self._metadata_group: Any = None
+        self._gradient_group: Any = None
         self._on_host = False
-        self._meetings = 0
+        self._waits = 0
 
     def connect(self) -> None:
-        """Makes the two groups; all ranks call this at the same point of the program.
+        """Make the two groups; all ranks call this at the same point of the program.
 
         Raises:
             RuntimeError: a group cannot be made.
         """
         # Between hosts, so that no GPU has to wait. A dry run with a fake group stays one.
         hosts = self.dist.is_gloo_available() and "fake" not in self._config
-        small = "gloo" if hosts else self._config
         self._on_host = hosts or "cpu:" in self._config
-        self._small = self._new_group(small, "small numbers")
-        self._large = self._new_group(self._config, "gradients")
+        self._metadata_group = self._new_group("gloo" if hosts else self._config, "metadata")
+        self._gradient_group = self._new_group(self._config, "gradients")
 
     def _new_group(self, backend: str, purpose: str) -> Any:
-        users: Any = self._users or self.dist.group.WORLD
-        options: dict[str, Any] = {"backend": backend, "timeout": timeout_of(users)}
+        of_user: Any = self._of_user or self.dist.group.WORLD
+        options: dict[str, Any] = {"backend": backend, "timeout": timeout_of(of_user)}
         options["group_desc"] = f"gcond_kernels: {purpose}"
         if self.ranks != sorted(self.ranks):  # older versions of torch cannot make such a group
             options["sort_ranks"] = False
@@ -77,125 +76,115 @@ class Peers:
                 "other hosts, set GLOO_SOCKET_IFNAME to the name of the network interface"
             ) from error
 
-    def is_group(self, group: Any) -> bool:
-        """Whether a process group has the same ranks in the same order."""
+    def is_same(self, group: Any) -> bool:
+        """Return whether a process group has the same ranks in the same order."""
         return ranks_of(group) == self.ranks
 
+    # Metadata.
+
     def device(self, tensors: torch.device) -> torch.device:
-        """Where small things travel: between hosts if possible, then no GPU has to wait."""
+        """Return where metadata travels: between hosts if possible, so that no GPU has to wait."""
         return torch.device("cpu") if self._on_host else tensors
 
-    # Small things.
-
-    def rendezvous(self, call: str, otherwise: str) -> None:
+    def wait_for_all(self, call: str, alternative: str) -> None:
         """Wait for all ranks to make the same call, for two minutes at most.
 
-        In the store of the group: a barrier would keep all but one rank for the time after which
-        the group gives up, and not say who is missing.
+        In the store of the group: a barrier would keep all but one rank until the timeout of the
+        group, and not name the missing ones.
 
         Args:
             call: what all of them are to call.
-            otherwise: what else may be done.
+            alternative: what else may be done.
 
         Raises:
             RuntimeError: some have not called by then; the message names them.
         """
-        store = store_of(self._small)
+        store = store_of(self._metadata_group)
         if store is None:
             return
-        wait = min(PATIENCE, timeout_of(self._small) or PATIENCE).total_seconds()
+        wait = min(PATIENCE, timeout_of(self._metadata_group) or PATIENCE).total_seconds()
         end, pause = time.monotonic() + wait, 0.001
-        arrived, here = f"arrived {self._meetings}", f"{self._meetings} has {{}}"
-        store.set(here.format(self.rank), "")
+        arrived, of_rank = f"arrived {self._waits}", f"{self._waits} has {{}}"
+        store.set(of_rank.format(self.rank), "")
         store.add(arrived, 1)
         while store.add(arrived, 0) < self.size:
             if time.monotonic() > end:
                 names = enumerate(self.ranks)
-                missing = [str(name) for r, name in names if not store.check([here.format(r)])]
+                missing = [str(name) for r, name in names if not store.check([of_rank.format(r)])]
                 # So that nobody who comes later takes this one for present.
-                store.delete_key(here.format(self.rank))
+                store.delete_key(of_rank.format(self.rank))
                 store.add(arrived, -1)
                 raise RuntimeError(
                     f"rank {', '.join(missing)} did not call {call} within {wait:g} s after rank "
-                    f"{self.ranks[self.rank]}: call it on all ranks, or {otherwise}"
+                    f"{self.ranks[self.rank]}: call it on all ranks, or {alternative}"
                 )
             time.sleep(pause)
             pause = min(2 * pause, 0.2)
-        self._meetings += 1
+        self._waits += 1
 
-    def numbers(self, own: Sequence[int], tensors: torch.device) -> list[list[int]]:
-        """The whole numbers of every rank, by rank; as many from each."""
+    def gather_numbers(self, own: Sequence[int], tensors: torch.device) -> list[list[int]]:
+        """Return the whole numbers of every rank, by rank; each has as many."""
         sent = torch.tensor(own, dtype=torch.int64, device=self.device(tensors))
         table = sent.new_empty(self.size * len(own))
-        self._gather(table, sent, self._small)
-        rows: list[list[int]] = table.view(self.size, len(own)).tolist()
-        return rows
+        self._gather(table, sent, self._metadata_group)
+        by_rank: list[list[int]] = table.view(self.size, len(own)).tolist()
+        return by_rank
 
-    def objects(self, own: Any) -> list[Any]:
-        """What every rank says, by rank."""
-        said: list[Any] = [None] * self.size
-        self.dist.all_gather_object(said, own, group=self._small)
-        return said
+    def gather_objects(self, own: Any) -> list[Any]:
+        """Return the object of every rank, by rank."""
+        by_rank: list[Any] = [None] * self.size
+        self.dist.all_gather_object(by_rank, own, group=self._metadata_group)
+        return by_rank
+
+    # Gradients, and whatever lies on their device.
 
     def any_of(self, flags: Tensor) -> Tensor:
-        """Where a flag [...] bool is set on any rank; from a GPU it takes the way of the rows."""
+        """Return where a flag [...] bool is set on any rank."""
         reduced = flags.to(torch.uint8)
-        is_small = flags.device == self.device(flags.device)
-        group = self._small if is_small else self._large
+        is_metadata = flags.device == self.device(flags.device)
+        group = self._metadata_group if is_metadata else self._gradient_group
         self.dist.all_reduce(reduced, self.dist.ReduceOp.MAX, group=group)
         return reduced.bool()
 
-    # What is as large as the gradients, or lies on their device.
+    def gather(self, full: Tensor, shard: Tensor) -> None:
+        """Put the shards [n] of all ranks side by side into `full`, which may hold this one."""
+        self._gather(full, shard, self._gradient_group)
 
-    def gather(self, whole: Tensor, part: Tensor) -> None:
-        """Puts the parts [n] of all ranks side by side into `whole`, which may hold this one."""
-        self._gather(whole, part, self._large)
-
-    def _gather(self, whole: Tensor, part: Tensor, group: Any) -> None:
-        # torch 2.13 has given the older name up.
+    def _gather(self, full: Tensor, shard: Tensor, group: Any) -> None:
+        # torch 2.13 has given up the older name.
         newer = hasattr(self.dist, "all_gather_single")
         run = self.dist.all_gather_single if newer else self.dist.all_gather_into_tensor
-        run(whole, part, group=group)
-
-    def sum_of_row(self, row: Tensor) -> Any:
-        """Starts to sum a row over the ranks, in place."""
-        return self.dist.all_reduce(row, group=self._large, async_op=True)
-
-    def scatter_sum(self, part: Tensor, whole: Tensor) -> Any:
-        """Starts to sum over the ranks what this rank keeps a part [n] of, which may lie in it."""
-        newer = hasattr(self.dist, "reduce_scatter_single")
-        run = self.dist.reduce_scatter_single if newer else self.dist.reduce_scatter_tensor
-        return run(part, whole, group=self._large, async_op=True)
+        run(full, shard, group=group)
 
     def sum(self, tensor: Tensor) -> None:
-        """Sums the tensor over the ranks, in place."""
-        self.dist.all_reduce(tensor, group=self._large)
+        """Sum a tensor over the ranks, in place."""
+        self.dist.all_reduce(tensor, group=self._gradient_group)
 
-    def broadcast(self, tensor: Tensor) -> Any:
-        """Starts to send the first rank's tensor to all, in place."""
-        return self.dist.broadcast(tensor, group_src=0, group=self._large, async_op=True)
+    def start_sum(self, tensor: Tensor) -> Any:
+        """Start to sum a tensor over the ranks, in place."""
+        return self.dist.all_reduce(tensor, group=self._gradient_group, async_op=True)
 
-    def mesh(self, tensors: torch.device) -> Any:
-        """The ranks as a mesh of devices, for DTensors that leave us.
+    def start_sum_to_shards(self, shard: Tensor, full: Tensor) -> Any:
+        """Start to sum `full` over the ranks into this rank's shard [n], which may lie in it."""
+        newer = hasattr(self.dist, "reduce_scatter_single")
+        run = self.dist.reduce_scatter_single if newer else self.dist.reduce_scatter_tensor
+        return run(shard, full, group=self._gradient_group, async_op=True)
 
-        It is of the user's group: what others do with them happens where others send.
-        """
-        from torch.distributed.device_mesh import DeviceMesh
-
-        users: Any = self._users or self.dist.group.WORLD
-        return DeviceMesh.from_group(users, tensors.type)
+    def start_broadcast(self, tensor: Tensor) -> Any:
+        """Start to send the first rank's tensor to all, in place."""
+        return self.dist.broadcast(tensor, group_src=0, group=self._gradient_group, async_op=True)
 
 
 def ranks_of(group: Any) -> list[int]:
-    """The ranks of a process group in the whole job, in the order of the group; None is all."""
+    """Return the ranks of a process group in the whole job, in its order; of None all."""
     import torch.distributed as dist
 
-    whole: Any = dist.group.WORLD
-    return dist.get_process_group_ranks(whole if group is None else group)
+    world: Any = dist.group.WORLD
+    return dist.get_process_group_ranks(world if group is None else group)
 
 
 def timeout_of(group: Any) -> Any:
-    """How long a process group waits; None where it does not say."""
+    """Return how long a process group waits; None where it has no such option."""
     import torch.distributed as dist
 
     device = torch.device("cpu" if "cpu:" in dist.get_backend_config(group) else "cuda")
@@ -204,7 +193,7 @@ def timeout_of(group: Any) -> Any:
 
 
 def store_of(group: Any) -> Any:
-    """The key-value store by which the ranks of a group found each other; None without one."""
+    """Return the key-value store by which ranks of a group found each other; None without one."""
     import torch.distributed as dist
 
     ask = getattr(dist.distributed_c10d, "_get_process_group_store", None)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from gcond_kernels import LionLars
-from gcond_kernels.distributed import consistency as alike
-from gcond_kernels.distributed import strategies as distributed
+from gcond_kernels.distributed import consistency
+from gcond_kernels.distributed.mesh import counted_range
 from gcond_kernels.methods import CAGrad, GradNorm, PCGrad
 from tests.conftest import slow
 from tests.helpers import training_ranks as t
@@ -511,8 +511,8 @@ MISTAKES = {
     "other setting": "RuntimeError: rank 1 has max_norm=2.0, rank 0 max_norm=None",
     "other shape": r"RuntimeError: rank 1 has last.weight shape \[4, 5\] .*, rank 0 last.weight",
     "one parameter more": "RuntimeError: rank 1 has .*, rank 0 ",
-    "other on_nonfinite": "RuntimeError: the ranks differ in on_nonfinite",
-    "sync of DTensors": "ValueError: sync='shard' is for parameters that every rank holds whole",
+    "other on_nonfinite": "RuntimeError: ranks differ in on_nonfinite",
+    "sync of DTensors": "ValueError: strategy='shard' is for parameters that every rank holds in full",
     "not all parameters": "ValueError: module: module.unused is in no parameter group",
     "static graph": "ValueError: module: DistributedDataParallel's static_graph=True",
     "nothing anywhere": "RuntimeError: nothing was accumulated on any of the 2 ranks",
@@ -668,7 +668,9 @@ def test_a_rank_that_saves_alone_is_told(ranks2):
     for caller in (0, 1):
         said = ranks2(t.saved_by_one_rank, "shard", caller)
         words = rf"rank {1 - caller} did not call state_dict\(\) within 1 s after rank {caller}: "
-        assert re.match(words + 'call it on all ranks, or use sync="replicate"', said[caller][0])
+        assert re.match(
+            words + 'call it on all ranks, or use strategy="replicate"', said[caller][0]
+        )
         assert said[1 - caller] == [None, 16]  # together with the other it may again
         assert said[caller][1] == 16
     assert ranks2(t.saved_by_one_rank, "replicate", 1) == [[None, 16], [16, 16]]
@@ -862,7 +864,7 @@ def test_meshes_of_the_same_placements_are_told_apart():
 
     data, tensor = Mesh("data", [1], (2,)), Mesh("tensor", [0], (2,))
     both = Mesh("both", [1, 0], (2, 4))
-    coordinates, kind_of = alike.kinds_of(
+    coordinates, kind_of = consistency.kinds_of(
         [
             parameter(data, Shard(0)),
             parameter(tensor, Shard(0)),
@@ -878,24 +880,25 @@ def test_meshes_of_the_same_placements_are_told_apart():
 @pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 1000])
 @pytest.mark.parametrize("replicas", [1, 2, 3, 7])
 def test_slices_of_replicas_are_every_element_once(size, replicas):
-    slices = [distributed.slice_of(size, replica, replicas) for replica in range(replicas)]
+    slices = [counted_range(size, replica, replicas) for replica in range(replicas)]
     assert slices[0][0] == 0
     assert slices[-1][1] == size
     assert all(a[1] == b[0] for a, b in pairwise(slices))
 
 
 def test_who_holds_what_and_who_holds_it_otherwise():
-    holders = [alike.holders_of(["x", "y", "x", "y"]), alike.holders_of(["z"] * 4)]
+    holders = [consistency.ranks_by_coordinate(where) for where in ("xyxy", "zzzz")]
+    mismatch = consistency.Replicas([0, 1], ["x", "z"], holders).first_mismatch
     assert holders[0] == {"x": [0, 2], "y": [1, 3]}
     same_numbers = [[[1.0], [2.0]], [[5.0], [2.0]], [[1.0], [2.0]], [[5.0], [2.0]]]
     nan = [[[math.nan], [2.0]]] * 4
-    assert alike.first_unlike(same_numbers, holders, [0, 1], 1e-6) is None
-    assert alike.first_unlike(nan, holders, [0, 1], 1e-6) is None
+    assert mismatch(same_numbers, 1e-6) is None
+    assert mismatch(nan, 1e-6) is None
     unlike = [*same_numbers[:3], [[5.1], [2.0]]]
-    assert alike.first_unlike(unlike, holders, [0, 1], 1e-3) == (0, 3, 1)
-    assert alike.first_unlike(unlike, holders, [0, 1], 1e-3, 0.2) is None
+    assert mismatch(unlike, 1e-3) == (0, 3, 1)
+    assert mismatch(unlike, 1e-3, 0.2) is None
     unlike = [*same_numbers[:3], [[5.0], [math.nan]]]
-    assert alike.first_unlike(unlike, holders, [0, 1], 1e-3) == (1, 3, 0)
+    assert mismatch(unlike, 1e-3) == (1, 3, 0)
 
 
 def alone(base=torch.optim.AdamW, options=None, names=True, **changes):

@@ -424,7 +424,7 @@ def when_rows_are_sent(way, mode):
     sent = []
 
     def loss(task, number):
-        sent.append(optimizer._sync.started)
+        sent.append(optimizer._strategy.sent)
         return losses_of(model, number)[task]
 
     for step in range(2):
@@ -739,7 +739,7 @@ def in_another_order():
     state = TrainingState(model, optimizer).state_dict()
     # Each rank has put the parts of all in their places.
     history = history_of(state["optimizer"])
-    return parameters_of(model), decisions, history, optimizer._sync.peers.rank == rank
+    return parameters_of(model), decisions, history, optimizer._strategy.group.rank == rank
 
 
 def history_of(state):
@@ -1170,7 +1170,7 @@ def where_things_lie(dtype):
         optimizer = GCondFused(sgd, tasks, module=model)
         y = model(torch.ones(2, 6, dtype=dtype)).float()
         optimizer.backward({task: (y - int(task)).pow(2).mean() for task in tasks})
-        shards = optimizer._sync._shards()
+        shards = optimizer._strategy._shards()
         optimizer.step()
         rows = optimizer._storage.accumulators.untyped_storage().data_ptr()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -1444,16 +1444,16 @@ def buffers_that_are_views():
 
 def writes_at_once():
     """As `tasks_in_all_numbers`, with a reduce-scatter that writes before it is waited for."""
-    from gcond_kernels.distributed.process_group import Peers
+    from gcond_kernels.distributed.process_group import ProcessGroup
 
-    original = Peers.scatter_sum
+    original = ProcessGroup.start_sum_to_shards
 
-    def scatter_sum(self, part, row):
+    def start_sum_to_shards(self, part, row):
         work = original(self, part, row)
         work.wait()
         return mock.Mock(wait=lambda: None)
 
-    with mock.patch.object(Peers, "scatter_sum", scatter_sum):
+    with mock.patch.object(ProcessGroup, "start_sum_to_shards", start_sum_to_shards):
         return tasks_in_all_numbers(3, torch.float32)
 
 

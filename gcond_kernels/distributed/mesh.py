@@ -1,0 +1,166 @@
+"""Several ranks whose gradients the backward pass reduces: FSDP2, HSDP, tensor parallel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gcond_kernels.distributed.consistency import Replicas, check_ranks, check_replicas, digest
+from gcond_kernels.distributed.fsdp import FullySharded
+from gcond_kernels.distributed.process_group import ProcessGroup
+from gcond_kernels.distributed.strategy import Describe, LocalGradients, SingleProcess
+from gcond_kernels.ops.types import Gramians, Layout
+from gcond_kernels.storage.accumulator import GradientStorage, aligned
+
+
+class MeshStrategy(SingleProcess):
+    """Resolve on every rank what it holds, with inner products summed over the ranks.
+
+    All ranks compute the same weights from the same bits. What several ranks hold is counted once:
+    each of them counts a part of it.
+    """
+
+    name = "mesh"
+    group: ProcessGroup
+
+    def __init__(self, storage: GradientStorage, group: ProcessGroup | None = None) -> None:
+        super().__init__(storage, group)
+        assert group is not None
+        group.connect()
+        self.size = group.size
+        self.losses_per_micro_batch = group.size  # all ranks make the same passes
+        self._checked_segments = 0  # how many segments the ranks have compared
+        self._is_consistent = False  # whether they have found each other so in this window
+        self._is_first = False  # whether they have compared parameters in this window
+        self._replicas = Replicas([], [], [])
+        self._fsdp = FullySharded()
+
+    def check_gradient_sync(self) -> None:
+        """Check that FSDP reduces the gradients of every module in the next backward pass."""
+        if self.storage.has_dtensors:
+            self._fsdp.check(self.storage.segments)
+
+    def check_begun(self, begun: bool) -> None:
+        """Check nothing yet: another rank may have begun, which `synchronize` finds out."""
+
+    def synchronize(self, describe: Describe, on_nonfinite: str, begun: bool) -> list[int]:
+        """Check that ranks are consistent; return the micro-batches of each task that count."""
+        self._check_consistent(describe)
+        storage = self.storage
+        choice = ("skip", "drop_task", "raise").index(on_nonfinite)
+        own = [choice, digest(storage.window_tasks), int(begun), *storage.counts]
+        table = self.group.gather_numbers(own, storage.accumulators.device)
+        choices, touched, any_begun = ({row[column] for row in table} for column in range(3))
+        if len(choices) > 1:
+            raise RuntimeError("ranks differ in on_nonfinite: set the same on all of them")
+        if len(touched) > 1:
+            self._unite_touched()
+        if not any(any_begun):
+            storage.start_window()
+            self.end_window()
+            raise RuntimeError(
+                f"nothing was accumulated on any of the {self.size} ranks: call backward(losses) "
+                "before step()"
+            )
+        counts = self._counts([row[3:] for row in table])
+        if self._is_first:
+            self._check_gradients()
+        return counts
+
+    def _check_consistent(self, describe: Describe) -> None:
+        """Compare ranks, once a window before anything else, where one of them has changed."""
+        if self._is_consistent:
+            return
+        storage = self.storage
+        if self.any_rank(self._checked_segments != len(storage.segments)):
+            self._replicas = check_ranks(storage, self.group, describe())
+            self._checked_segments = len(storage.segments)
+            self._is_first = True
+        self._is_consistent = True
+
+    def _unite_touched(self) -> None:
+        """Give every rank a gradient of the tensors that any rank has one of."""
+        storage = self.storage
+        tasks = range(len(storage.counts))
+        bits = [[touched >> task & 1 for touched in storage.window_tasks] for task in tasks]
+        flags = torch.tensor(
+            bits, dtype=torch.bool, device=self.group.device(storage.accumulators.device)
+        )
+        of_tensors = self.group.any_of(flags).T.tolist()
+        storage.window_tasks = [
+            sum(bit << task for task, bit in enumerate(row)) for row in of_tensors
+        ]
+
+    def _counts(self, table: list[list[int]]) -> list[int]:
+        """Return the micro-batches that accumulators are sums of, from those of every rank."""
+        for rank, counts in enumerate(table):
+            if counts != table[0]:
+                raise RuntimeError(
+                    f"rank {rank} had {counts} micro-batches of the tasks, rank 0 {table[0]}: with "
+                    "sharded parameters all ranks make the same backward passes"
+                )
+        return table[0]
+
+    def _check_gradients(self) -> None:
+        check_replicas(self.storage, self.group, self._replicas)
+
+    def local_gradients(self, scale: Tensor, beta: float) -> LocalGradients:
+        """Return what this process resolves."""
+        local = super().local_gradients(scale, beta)
+        local.first = self._replicas.shard_number * self.storage.accumulators.shape[1]
+        return local
+
+    def _counted(self, layout: Layout) -> Layout:
+        ranges = [
+            counted_range(size, *self._replicas.place(tensor, self.group.rank))
+            for tensor, size in enumerate(layout.sizes)
+        ]
+        offsets = [offset + a for offset, (a, _) in zip(layout.offsets, ranges, strict=True)]
+        return Layout.of(offsets, [b - a for a, b in ranges])
+
+    def sum_over_ranks(
+        self, products: Gramians, squared_norms: Tensor | None, losses: Tensor | None
+    ) -> tuple[Gramians, Tensor | None, Tensor | None]:
+        """Return inner products, squared norms and losses, summed in one all-reduce."""
+        parts = [*products, squared_norms, losses]
+        present = [part for part in parts if part is not None]
+        flat = torch.cat([part.flatten() for part in present])
+        self.group.sum(flat)
+        summed = iter(torch.split(flat, [part.numel() for part in present]))
+        total, cross, per_tensor, crosses, norms, losses = (
+            None if part is None else next(summed).view(part.shape) for part in parts
+        )
+        assert total is not None
+        assert per_tensor is not None
+        # S_ij and S_ji may be sums in another order of the ranks.
+        total, per_tensor = symmetric(total), symmetric(per_tensor)
+        return Gramians(total, cross, per_tensor, crosses), norms, losses
+
+    def on_all_ranks(self, flag: Tensor) -> Tensor:
+        """Return whether a flag on the device, [] bool, is set on all ranks."""
+        return ~self.group.any_of(~flag)
+
+    def end_window(self) -> None:
+        """Forget that ranks were consistent: they may change before the next window ends."""
+        self._is_consistent = self._is_first = False
+
+    def require_check(self) -> None:
+        """Have ranks compare settings, parameters and state in their next synchronization."""
+        self._checked_segments = 0
+
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether a flag is set on any rank; all of them call it."""
+        return any(
+            f for (f,) in self.group.gather_numbers([flag], self.storage.accumulators.device)
+        )
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """Return matrices [..., R, R] with their upper halves mirrored."""
+    return matrix.triu() + matrix.triu(1).mT
+
+
+def counted_range(size: int, replica: int, replicas: int) -> tuple[int, int]:
+    """Return from where to where one of the ranks that hold the same elements counts them."""
+    length = aligned(-(-size // replicas))
+    return min(replica * length, size), min((replica + 1) * length, size)

@@ -1,0 +1,84 @@
+"""How several ranks train together, as the user states it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gcond_kernels.distributed.data_parallel import data_parallel_modules
+from gcond_kernels.distributed.mesh import MeshStrategy
+from gcond_kernels.distributed.process_group import ProcessGroup
+from gcond_kernels.distributed.replicate import ReplicateStrategy
+from gcond_kernels.distributed.shard import ShardStrategy
+from gcond_kernels.distributed.strategy import SingleProcess
+from gcond_kernels.storage.dtensor import is_dtensor
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """How the ranks of a process group come to one resolved gradient.
+
+    With one rank it has no effect. Of DTensors (FSDP2, tensor parallel) the backward pass reduces
+    the gradients, and only inner products are summed over the ranks: they need no strategy.
+
+    Args:
+        strategy: for parameters that every rank holds in full. "shard" (the default):
+            accumulators are reduce-scattered, each rank resolves its shard and keeps its shard of
+            history and momentum, and the result is gathered. "replicate": accumulators are
+            all-reduced, and every rank resolves and keeps everything.
+        module: the model, where it is or holds a `DistributedDataParallel`. That one is kept from
+            reducing gradients in every backward pass (by `no_sync`, for as long as the optimizer
+            lives; its `require_backward_grad_sync = True` ends it before), since accumulators are
+            reduced once a window; its buffers are broadcast after every step. It may be assigned
+            later (`optimizer.module = model`); without it the first `backward` looks for one.
+        process_group: the ranks that train together; None is the group of `module`'s
+            DistributedDataParallel, else all ranks. Each of them makes its GCondFused at the same
+            point of the program.
+
+    Raises:
+        TypeError: `module` is no module.
+        ValueError: there is no such strategy.
+    """
+
+    strategy: Literal["shard", "replicate"] | None = None
+    module: nn.Module | None = field(default=None, repr=False)
+    process_group: Any = None
+
+    def __post_init__(self) -> None:
+        if self.strategy not in (None, "shard", "replicate"):
+            raise ValueError(f"strategy must be 'shard' or 'replicate', not {self.strategy!r}")
+        if self.module is not None and not isinstance(self.module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, not {self.module!r}")
+
+    def connect(self) -> ProcessGroup | None:
+        """Return the ranks that train together; None where torch.distributed is not initialized."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return None
+        group = self.process_group
+        for wrapped in data_parallel_modules(self.module):
+            group = wrapped.process_group if group is None else group
+        return ProcessGroup(group)
+
+    def choose_strategy(
+        self, parameters: Sequence[Tensor], group: ProcessGroup | None
+    ) -> type[SingleProcess]:
+        """Return the strategy for these parameters and ranks.
+
+        Raises:
+            ValueError: the parameters are DTensors, and the user has named a strategy.
+        """
+        if any(map(is_dtensor, parameters)):
+            if self.strategy is not None:
+                raise ValueError(
+                    f"strategy={self.strategy!r} is for parameters that every rank holds in full; "
+                    "these are DTensors, whose gradients the backward pass reduces: leave strategy "
+                    "out"
+                )
+            return MeshStrategy
+        if group is None or group.size == 1:
+            return SingleProcess
+        return ReplicateStrategy if self.strategy == "replicate" else ShardStrategy

@@ -1,0 +1,178 @@
+"""Data parallel: accumulators are reduce-scattered, and every rank resolves its shard."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcond_kernels.distributed.replicate import ReplicateStrategy
+from gcond_kernels.distributed.strategy import LocalGradients, momentum_of
+from gcond_kernels.ops.types import WORD_BITS, Layout, TaskGradients
+from gcond_kernels.storage.accumulator import Segment, moved, rows_of
+
+
+class ShardStrategy(ReplicateStrategy):
+    """Reduce-scatter the accumulators, resolve a shard on every rank, and gather the result.
+
+    An accumulator [N'] has as many shards [n] as there are ranks, across tensors. No memory beside
+    the accumulators is needed: the shard of accumulator k > 0 goes where accumulators before it
+    were, which have been sent, side by side from the start of the first; the gathered result goes
+    into the last one. (NCCL works in place; gloo takes copies, and an all-reduce for a
+    reduce-scatter.)
+    """
+
+    name = "shard"
+    shards_state = True
+    one_at_a_time = True
+
+    @property
+    def _length(self) -> int:
+        return self.storage.accumulators.shape[1] // self.size
+
+    @property
+    def _first(self) -> int:
+        return self.group.rank * self._length
+
+    def local_shard(self, full: Tensor) -> Tensor:
+        """Return the view of a tensor [N'] that is this rank's shard."""
+        return full[self._first : self._first + self._length]
+
+    def _shards(self) -> Tensor:
+        """Return [K, n], this rank's shard of every accumulator."""
+        rows = self.storage.accumulators
+        if len(rows) == 1:
+            return self.local_shard(rows[0])[None]
+        return rows.view(-1)[: len(rows) * self._length].view(len(rows), self._length)
+
+    def _start_reduction(self, task: int) -> Any:
+        row = self.storage.accumulators[task]
+        # In place where nothing was sent before it; elsewhere in that row would be read meanwhile.
+        shard = self.local_shard(row) if task == 0 else self._shards()[task]
+        return self.group.start_sum_to_shards(shard, row)
+
+    def _finish_reduction(self, task: int) -> None:
+        if task == 0 and len(self.storage.accumulators) > 1 and self.group.rank > 0:
+            self._shards()[0].copy_(self.local_shard(self.storage.accumulators[0]))
+
+    def local_gradients(self, scale: Tensor, beta: float) -> LocalGradients:
+        """Return this rank's shards, and where in them the tensors lie."""
+        storage, first = self.storage, self._first
+        self._fit_state()
+        gathered = self._new_result()
+        offsets, sizes = self._counted(storage.layout)
+        outputs = [
+            gathered[offset : offset + size] if touched else None
+            for offset, size, touched in zip(offsets, sizes, storage.window_tasks, strict=True)
+        ]
+        layout = Layout.of([offset - first for offset in offsets], sizes)
+        gradients = TaskGradients(
+            self._shards(), layout, scale, storage.history, self._mask_shard()
+        )
+        return LocalGradients(
+            gradients, layout, momentum_of(storage, beta), outputs, first, gathered
+        )
+
+    def _counted(self, layout: Layout) -> Layout:
+        """Return the part of each segment that lies in this rank's shard."""
+        first, last = self._first, self._first + self._length
+        ends = [
+            (min(max(offset, first), last), min(max(offset + size, first), last))
+            for offset, size in zip(*layout, strict=True)
+        ]
+        return Layout.of([start for start, _ in ends], [stop - start for start, stop in ends])
+
+    def _mask_shard(self) -> Tensor | None:
+        """Return the mask of this rank's shard; a copy, since kernels read whole vectors."""
+        mask, words = self.storage.mask, self._length // WORD_BITS
+        first = self.group.rank * words
+        return None if mask is None else mask[first : first + words].clone()
+
+    def _new_result(self) -> Tensor:
+        """Return [N'] memory for the result, of the type of the gradients where that is one."""
+        storage = self.storage
+        dtypes = {segment.gradient_dtype for segment in storage.segments}
+        dtype = functools.reduce(torch.promote_types, dtypes)  # of mixed ones none loses digits
+        K, length = storage.accumulators.shape
+        if dtype.itemsize <= storage.dtype.itemsize and K > 1:
+            return storage.accumulators[-1].view(dtype)[:length]
+        if dtype == storage.dtype:
+            return storage.accumulators[0]
+        return torch.empty(length, dtype=dtype, device=storage.accumulators.device)
+
+    def gather(self, local: LocalGradients) -> list[Tensor | None]:
+        """Gather the shards of the result; return every `.grad`, a view where the type allows."""
+        result = local.gathered
+        assert result is not None
+        self.group.gather(result, self.local_shard(result))
+        gradients: list[Tensor | None] = []
+        for segment, output in zip(self.storage.segments, local.outputs, strict=True):
+            view = segment.view(result)
+            gradient = None if output is None else segment.new_gradient(view)
+            if gradient is not None and gradient is not view:
+                gradient.copy_(view)
+            gradients.append(gradient)
+        return gradients
+
+    # History and momentum, of which this rank keeps a shard.
+
+    def begin_saving(self, in_window: bool) -> bool:
+        """Wait for all ranks to call state_dict(); return whether any is in a window."""
+        self.group.wait_for_all(
+            "state_dict()", 'use strategy="replicate", where any rank alone may'
+        )
+        return self.any_rank(in_window)
+
+    def full_state(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return history and momentum in full, on the host; all ranks call it."""
+        self._fit_state()
+        history, momentum = self.storage.history, self.storage.momentum
+        return (
+            None if history is None else torch.stack([self._full(row).cpu() for row in history]),
+            None if momentum is None else self._full(momentum).cpu(),
+        )
+
+    def _full(self, shard: Tensor) -> Tensor:
+        """Return a tensor [N'] of which every rank has a shard [n]."""
+        full = shard.new_empty(shard.numel() * self.size)
+        self.group.gather(full, shard.contiguous())
+        return full
+
+    def _fit_state(self) -> None:
+        """Shard history and momentum anew where the layout has changed, or there was none yet."""
+        storage = self.storage
+        if storage.history is not None:
+            storage.history = self._sharded_anew(storage.history)
+        if storage.momentum is not None:
+            storage.momentum = self._sharded_anew(storage.momentum)
+        storage.sharded_layout = storage.segments, storage.accumulators.shape[1]
+
+    def _sharded_anew(self, kept: Tensor) -> Tensor:
+        storage, device = self.storage, self.storage.accumulators.device
+        segments, length = storage.sharded_layout
+        same = length == storage.accumulators.shape[1] and layout_of(segments) == layout_of(
+            storage.segments
+        )
+        if same and kept.shape[-1] == self._length:
+            return kept.to(device)
+        sharded = kept.new_zeros((*kept.shape[:-1], self._length), device=device)
+        if kept.shape[-1] == 0:
+            return sharded
+        place = {segment.parameter: segment for segment in segments}
+        pairs = [
+            (place[s.parameter], s)
+            for s in storage.segments
+            if s.parameter in place and place[s.parameter].shape == s.shape
+        ]
+        for old, new in zip(rows_of(kept), rows_of(sharded), strict=True):
+            full = moved(self._full(old), storage.accumulators.shape[1], pairs, device)
+            new.copy_(self.local_shard(full))
+        return sharded
+
+
+def layout_of(segments: Sequence[Segment]) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Return what tells one layout of parameters from another: which lies where, in which order."""
+    return [(id(s.parameter), s.offset, s.stride) for s in segments]
