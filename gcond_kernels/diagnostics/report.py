@@ -157,9 +157,9 @@ class Resolution:
 
     def _conflicts(self, tasks: Sequence[str]) -> list[Conflict]:
         events = self.decision.events
-        each: Sequence[tuple[str | None, Any]] = self._of_shared(events)
-        if events.dim() == 2:
-            each = [(None, events.tolist())]
+        each: Sequence[tuple[str | None, Any]] = [(None, events.tolist())]
+        if events.dim() > 2:
+            each = self._of_shared(events)
         conflicts = []
         for parameter, of_parameter in each:
             for i, j, cosine, winner, zone in of_parameter:
