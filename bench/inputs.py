@@ -13,7 +13,7 @@ from torch import Tensor
 from gcond_kernels import GCond, ops
 from gcond_kernels.methods import Method
 from gcond_kernels.python.blocks import trained
-from gcond_kernels.storage.accumulator import ALIGNMENT
+from gcond_kernels.storage.layout import ALIGNMENT
 
 BETA = 0.9
 # Random numbers are drawn for so many elements of a row and repeated: drawing takes longer on a

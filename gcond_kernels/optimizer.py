@@ -47,14 +47,15 @@ from gcond_kernels.precision.loss_scale import LossScale
 from gcond_kernels.precision.nonfinite import describe, nonfinite_tasks, without_tasks
 from gcond_kernels.storage import graphs
 from gcond_kernels.storage import state as saving
-from gcond_kernels.storage.accumulator import GradientStorage, is_distributed
-from gcond_kernels.storage.dtensor import check_materialized, local_part
+from gcond_kernels.storage.accumulator import GradientStorage
+from gcond_kernels.storage.collect import Collector, is_distributed
+from gcond_kernels.storage.dtensor import local_shard
+from gcond_kernels.storage.layout import check_materialized
 from gcond_kernels.storage.names import labels_of
 from gcond_kernels.storage.shared_parameters import (
     SharedParameters,
     bool_tensor,
     is_selected,
-    shared_among,
 )
 from gcond_kernels.storage.trainable_mask import check_mask
 
@@ -314,9 +315,10 @@ class GCondFused(torch.optim.Optimizer):
             accumulator_dtype,
             shards=group.size if group is not None and strategy.shards_state else 1,
             has_dtensors=strategy.name == "mesh",
-            masked=masked,
+            masks=masked,
         )
-        self._storage.wrapper_known = module is not None
+        self._collector = Collector(self._storage)
+        self._collector.wrapper_known = module is not None
         self._storage.configure(options.history, options.momentum > 0.0)
         self._knows_ranks = group is not None
         self._strategy = strategy(self._storage, group)
@@ -486,7 +488,7 @@ class GCondFused(torch.optim.Optimizer):
         if module is None or module is self.module:
             return
         self._data_parallel.take(module, [parameter for parameter, _ in self._parameters()])
-        self._storage.wrapper_known = True
+        self._collector.wrapper_known = True
 
     @property
     def thresholds(self) -> tuple[float, float, float]:
@@ -734,7 +736,7 @@ class GCondFused(torch.optim.Optimizer):
             unscale = self._loss_scale.inverse(self._device()) * unscale
             loss = self._loss_scale.scaled(loss)
         gradient = None if factor == 1.0 else torch.full_like(loss, factor, requires_grad=False)
-        with self._storage.collect(task, unscale, now.options.backend):
+        with self._collector.collect(task, unscale, now.options.backend):
             try:
                 # Outside of autocast, as torch recommends for backward passes.
                 with fixed_precision():
@@ -973,9 +975,8 @@ class GCondFused(torch.optim.Optimizer):
 
     def _halves(self) -> list[int]:
         """The places of tensors whose `.grad` is float16."""
-        storage = self._storage
-        pairs = enumerate(zip(storage.segments, storage.window_tasks, strict=True))
-        return [t for t, (s, hit) in pairs if hit and s.gradient_dtype == torch.float16]
+        pairs = zip(self._storage.gradient_dtypes(), self._storage.window_tasks, strict=True)
+        return [t for t, (dtype, hit) in enumerate(pairs) if hit and dtype == torch.float16]
 
     def _decide(
         self,
@@ -1073,7 +1074,7 @@ class GCondFused(torch.optim.Optimizer):
         active = sum(count > 0 for count in counts)
         # GCond keeps an average of each task's norm, also of one that comes alone.
         shared, changed = storage.update_parameter_tasks(
-            seen, finite, shared_among(active, isinstance(o.method, GCond))
+            seen, finite, active <= 1 and isinstance(o.method, GCond)
         )
         if o.granularity == "model" and "history_gramian" in now.method_state:
             # Norms of the history are known of the tensors alone that were compared before.
@@ -1388,7 +1389,7 @@ class GCondFused(torch.optim.Optimizer):
     def _find_wrapper(self) -> None:
         """Look once for a DistributedDataParallel that this optimizer was not told of."""
         if self._data_parallel.look(self._parameters()):
-            self._storage.wrapper_known = True
+            self._collector.wrapper_known = True
 
     def _clear_gradients(self) -> None:
         """Makes way for one task's gradients; what others computed is not thrown away.
@@ -1711,7 +1712,7 @@ def is_zero(values: Sequence[Any]) -> bool:
 
 def is_empty(gradient: Tensor) -> bool:
     """Return whether what this process holds of a gradient is all zeros."""
-    part = local_part(gradient)
+    part = local_shard(gradient)
     return part.layout == torch.strided and is_zero([part])
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from gcond_kernels.storage import accumulator
+from gcond_kernels.storage import collect
 from tests.conftest import INTERPRETED, MISSING, parameter
 from tests.helpers.fuzz import Driver, draw
 
@@ -29,7 +29,7 @@ CASES = [
 def run(seed: int, backend: str, monkeypatch) -> Counter[str]:
     """One configuration; to see a failure again: run(seed, "python", pytest.MonkeyPatch())."""
     configuration = draw(seed)
-    monkeypatch.setattr(accumulator, "BUCKET_BYTES", configuration.bucket_bytes)
+    monkeypatch.setattr(collect, "BUCKET_BYTES", configuration.bucket_bytes)
     try:
         return Driver(configuration, backend).run()
     except Exception as error:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gcond_kernels.distributed.process_group import ProcessGroup
 from gcond_kernels.ops.types import WORD_BITS
-from gcond_kernels.storage.accumulator import GradientStorage, Segment
-from gcond_kernels.storage.dtensor import is_dtensor, local_part, shard_coordinate
+from gcond_kernels.storage.accumulator import GradientStorage
+from gcond_kernels.storage.dtensor import is_dtensor, local_shard, shard_coordinate
+from gcond_kernels.storage.layout import Segment
 
 # Numbers by rank, by tensor: several of each.
 Values = Sequence[Sequence[Sequence[float]]]
@@ -79,7 +80,7 @@ def check_ranks(
     segments = storage.segments
     layout = [description(segment) for segment in segments]
     coordinates, kind_of = kinds_of(segments)
-    parameters = fingerprints([local_part(segment.parameter) for segment in segments])
+    parameters = fingerprints([local_shard(segment.parameter) for segment in segments])
     own = digest([settings, layout]), coordinates, parameters, mask_fingerprints(storage)
     digests, of_ranks, values, masks = zip(*group.gather_objects(own), strict=True)
     if len(set(digests)) > 1:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from gcond_kernels.distributed.data_parallel import living
-from gcond_kernels.storage.accumulator import Segment
 from gcond_kernels.storage.dtensor import is_dtensor
+from gcond_kernels.storage.layout import Segment
 
 
 class FullySharded:

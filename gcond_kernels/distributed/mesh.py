@@ -10,7 +10,8 @@ from gcond_kernels.distributed.fsdp import FullySharded
 from gcond_kernels.distributed.process_group import ProcessGroup
 from gcond_kernels.distributed.strategy import Describe, LocalGradients, SingleProcess
 from gcond_kernels.ops.types import Gramians, Layout
-from gcond_kernels.storage.accumulator import GradientStorage, aligned
+from gcond_kernels.storage.accumulator import GradientStorage
+from gcond_kernels.storage.layout import align
 
 
 class MeshStrategy(SingleProcess):
@@ -162,5 +163,5 @@ def symmetric(matrix: Tensor) -> Tensor:
 
 def counted_range(size: int, replica: int, replicas: int) -> tuple[int, int]:
     """Return from where to where one of the ranks that hold the same elements counts them."""
-    length = aligned(-(-size // replicas))
+    length = align(-(-size // replicas))
     return min(replica * length, size), min((replica + 1) * length, size)

@@ -12,7 +12,7 @@ from torch import Tensor
 from gcond_kernels.distributed.replicate import ReplicateStrategy
 from gcond_kernels.distributed.strategy import LocalGradients, momentum_of
 from gcond_kernels.ops.types import WORD_BITS, Layout, TaskGradients
-from gcond_kernels.storage.accumulator import Segment, moved, rows_of
+from gcond_kernels.storage.layout import Segment, as_matrix, moved
 
 
 class ShardStrategy(ReplicateStrategy):
@@ -94,7 +94,7 @@ class ShardStrategy(ReplicateStrategy):
     def _new_result(self) -> Tensor:
         """Return [N'] memory for the result, of the type of the gradients where that is one."""
         storage = self.storage
-        dtypes = {segment.gradient_dtype for segment in storage.segments}
+        dtypes = set(storage.gradient_dtypes())
         dtype = functools.reduce(torch.promote_types, dtypes)  # of mixed ones none loses digits
         K, length = storage.accumulators.shape
         if dtype.itemsize <= storage.dtype.itemsize and K > 1:
@@ -108,14 +108,7 @@ class ShardStrategy(ReplicateStrategy):
         result = local.gathered
         assert result is not None
         self.group.gather(result, self.local_shard(result))
-        gradients: list[Tensor | None] = []
-        for segment, output in zip(self.storage.segments, local.outputs, strict=True):
-            view = segment.view(result)
-            gradient = None if output is None else segment.new_gradient(view)
-            if gradient is not None and gradient is not view:
-                gradient.copy_(view)
-            gradients.append(gradient)
-        return gradients
+        return self.storage.gradients_from(result, local.outputs)
 
     # History and momentum, of which this rank keeps a shard.
 
@@ -167,7 +160,7 @@ class ShardStrategy(ReplicateStrategy):
             for s in storage.segments
             if s.parameter in place and place[s.parameter].shape == s.shape
         ]
-        for old, new in zip(rows_of(kept), rows_of(sharded), strict=True):
+        for old, new in zip(as_matrix(kept), as_matrix(sharded), strict=True):
             full = moved(self._full(old), storage.accumulators.shape[1], pairs, device)
             new.copy_(self.local_shard(full))
         return sharded

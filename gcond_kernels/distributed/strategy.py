@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
-import torch
 from torch import Tensor
 
 from gcond_kernels import ops
 from gcond_kernels.distributed.process_group import ProcessGroup
 from gcond_kernels.ops.types import Gramians, Layout, Momentum, TaskGradients
-from gcond_kernels.storage.accumulator import GradientStorage, Segment
-from gcond_kernels.storage.dtensor import local_part
+from gcond_kernels.storage.accumulator import GradientStorage
+from gcond_kernels.storage.dtensor import local_shard
+from gcond_kernels.storage.layout import Segment
 
 # Returns by name what must be the same on all ranks.
 Describe: TypeAlias = Callable[[], dict[str, str]]
@@ -192,9 +192,7 @@ def momentum_of(storage: GradientStorage, beta: float) -> Momentum | None:
 
 def elements_of(segment: Segment, start: int, size: int) -> Tensor:
     """Return elements of a parameter, counted in its segment's memory order, as a vector."""
-    part = local_part(segment.parameter)
+    part = local_shard(segment.parameter)
     if part.stride() != segment.stride:
-        part = torch.empty_strided(
-            part.shape, segment.stride, dtype=part.dtype, device=part.device
-        ).copy_(part)
+        part = segment.empty(part.dtype, part.device).copy_(part)
     return part.as_strided((size,), (1,), part.storage_offset() + start)

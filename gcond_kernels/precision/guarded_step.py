@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.ops import launch_tables as tables
-from gcond_kernels.storage.dtensor import local_part
+from gcond_kernels.storage.dtensor import local_shard
 
 
 def step_if(wanted: Tensor, base: torch.optim.Optimizer) -> None:
@@ -121,7 +121,7 @@ def step_and_undo(wanted: Tensor, base: torch.optim.Optimizer) -> None:
     Raises:
         RuntimeError: this is a first step, and a CUDA graph is being captured.
     """
-    before = {key: local_part(value).clone() for key, value in changed_by_step(base).items()}
+    before = {key: local_shard(value).clone() for key, value in changed_by_step(base).items()}
     for (_, name), value in before.items():
         if value.device != wanted.device:
             raise RuntimeError(
@@ -131,7 +131,7 @@ def step_and_undo(wanted: Tensor, base: torch.optim.Optimizer) -> None:
     step_base(base)
     after = changed_by_step(base)
     for key, value in before.items():
-        now = local_part(after[key])
+        now = local_shard(after[key])
         torch.where(wanted, now, value, out=now)
     added = after.keys() - before.keys()
     if not added:

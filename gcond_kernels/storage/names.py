@@ -11,23 +11,23 @@ WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module")
 
 
 def without_wrappers(names: Sequence[str]) -> list[str]:
-    """Names of parameters without the parts that wrappers of a model add."""
-    return [".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names]
+    """Return names of parameters without the modules that wrappers of a model add."""
+    return [".".join([m for m in name.split(".") if m not in WRAPPERS]) for name in names]
 
 
 def labels_of(groups: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what to call each parameter of an optimizer, in order; no two have the same label.
+    """Return a label for each parameter of an optimizer, in order; no two are the same.
 
     Where two groups have parameters of one name, as two models do, it is "group0.name".
     """
-    names, index = [], 0
+    numbered, index = [], 0
     for number, group in enumerate(groups):
-        given = group.get("param_names")
-        for position in range(len(group["params"])):
-            names.append((number, given[position] if given else f"parameter {index}"))
-            index += 1
-    counts = Counter(name for _, name in names)
-    labels = [name if counts[name] == 1 else f"group{g}.{name}" for g, name in names]
+        size = len(group["params"])
+        names = group.get("param_names") or [f"parameter {i}" for i in range(index, index + size)]
+        numbered += [(number, names[position]) for position in range(size)]
+        index += size
+    counts = Counter([name for _, name in numbered])
+    labels = [name if counts[name] == 1 else f"group{g}.{name}" for g, name in numbered]
     again = Counter(labels)
     if max(again.values(), default=1) == 1:
         return labels

@@ -28,9 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcond_kernels.storage.accumulator import GradientStorage, Segment, rows_of, set_mask
-from gcond_kernels.storage.dtensor import from_its_start, is_dtensor, local_part, placed_like
+from gcond_kernels.storage.accumulator import GradientStorage
+from gcond_kernels.storage.dtensor import is_dtensor, local_shard, placed_like, without_offset
+from gcond_kernels.storage.layout import Segment, as_matrix
 from gcond_kernels.storage.names import without_wrappers
+from gcond_kernels.storage.trainable_mask import write_mask
 
 VERSION = 4
 KEY = "gcond"
@@ -122,7 +124,7 @@ def of_parameter(saved: Saved, t: int) -> dict[str, Any]:
     def shaped(row: Tensor) -> Tensor:
         part = segment.view(row)
         if is_dtensor(segment.parameter):
-            part = from_its_start(part)
+            part = without_offset(part)
         return placed_like(segment.parameter, part)
 
     own: dict[str, Any] = {"tasks": storage.parameter_tasks[t], "compared": storage.was_shared[t]}
@@ -254,7 +256,7 @@ class Restored:
             storage.mask = storage.mask.clone()
             for segment, entry in zip(storage.segments, entries, strict=True):
                 if entry is not None and "mask" in entry:
-                    set_mask(storage.mask, segment, local_like(segment, entry["mask"]))
+                    write_mask(storage.mask, segment, local_like(segment, entry["mask"]))
 
     def _flat(
         self,
@@ -266,7 +268,7 @@ class Restored:
         """Rows like `own` with what the state has of that name."""
         length, device = storage.accumulators.shape[1], storage.accumulators.device
         rows = []
-        for k in range(len(rows_of(own))):
+        for k in range(len(as_matrix(own))):
             row = torch.zeros(length, dtype=own.dtype, device=device)
             for segment in storage.segments:
                 value = self.entries.get(segment.parameter, {}).get(name)
@@ -346,7 +348,7 @@ def local_like(segment: Segment, value: Tensor) -> Tensor:
         )
     if is_dtensor(value) and not is_dtensor(parameter):
         value = value.full_tensor()  # type: ignore[attr-defined]
-    return local_part(value)
+    return local_shard(value)
 
 
 def entries_of(entries: Sequence[dict[str, Any] | None], name: str) -> list[Tensor | None]:
@@ -359,7 +361,7 @@ def stacked(values: Sequence[Tensor | None], own: Tensor, fill: int) -> Tensor:
     result = torch.full((len(values), *own.shape[1:]), fill, dtype=own.dtype, device=own.device)
     for t, value in enumerate(values):
         if value is not None:
-            result[t] = local_part(value).to(own)
+            result[t] = local_shard(value).to(own)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Masks of the elements that are trained, a bit for each, in the layout of flat storage."""
+"""Masks of the trainable elements, a bit for each, in the layout of flat storage."""
 
 from __future__ import annotations
 
@@ -9,19 +9,36 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.ops.types import WORD_BITS
-from gcond_kernels.storage.dtensor import is_dtensor, local_part, shard_coordinate
+from gcond_kernels.storage.dtensor import is_dtensor, local_shard, shard_coordinate
+from gcond_kernels.storage.layout import Segment
 
 
 def packed(bits: Tensor) -> Tensor:
-    """[⌈n / 32⌉] int32 of a bool tensor [n]: bit e % 32 of word e // 32; 1 after the end."""
+    """Return [⌈n / 32⌉] int32 of a bool tensor [n]: bit e % 32 of word e // 32; 1 after the end."""
     missing = -len(bits) % WORD_BITS
     padded = torch.cat([bits, bits.new_ones(missing)]).view(-1, WORD_BITS)
     places = torch.arange(WORD_BITS, device=bits.device)
     return (padded.long() << places).sum(-1).to(torch.int32)  # the highest bit becomes the sign
 
 
+def write_mask(words: Tensor, segment: Segment, bits: Tensor) -> None:
+    """Write the trainable elements of a parameter (bool, in its shape) into a mask [N' / 32]."""
+    ordered = segment.empty(torch.bool, words.device).copy_(bits)
+    new = packed(ordered.as_strided((segment.size,), (1,)))
+    first = segment.offset // WORD_BITS
+    words[first : first + len(new)] = new
+
+
+def read_mask(words: Tensor, segment: Segment) -> Tensor:
+    """Return the trainable elements of a parameter (bool, in its shape) from a mask [N' / 32]."""
+    first = segment.offset // WORD_BITS
+    own = words[first : first - (-segment.size // WORD_BITS), None]
+    bits = own >> torch.arange(WORD_BITS, dtype=torch.int32, device=words.device) & 1
+    return segment._replace(offset=0).view(bits.flatten() == 1)
+
+
 def check_mask(mask: object, parameters: Sequence[tuple[Tensor, str]]) -> dict[Tensor, Tensor]:
-    """Parameter → bool tensor of what this process holds of it, or an error that names it."""
+    """Return the local shard of each parameter's mask, or raise an error that names it."""
     if not isinstance(mask, Mapping):
         raise TypeError(
             "mask must map parameters to bool tensors, as neuron_mask(model, share=...) does, not "
@@ -45,21 +62,21 @@ def check_mask(mask: object, parameters: Sequence[tuple[Tensor, str]]) -> dict[T
                 f"mask of {name} has shape {list(bits.shape)}, the parameter "
                 f"{list(parameter.shape)}"
             )
-        if not alike_spread(bits, parameter):
+        if not same_placement(bits, parameter):
             raise ValueError(
-                f"mask of {name} is not spread as the parameter is: make it with neuron_mask after "
-                "the model was sharded, or give torch.distributed.tensor.distribute_tensor(mask, "
-                "parameter.device_mesh, parameter.placements)"
+                f"mask of {name} is not sharded as the parameter is: make it with neuron_mask "
+                "after the model was sharded, or give torch.distributed.tensor.distribute_tensor("
+                "mask, parameter.device_mesh, parameter.placements)"
             )
-        checked[parameter] = local_part(bits)
+        checked[parameter] = local_shard(bits)
     return checked
 
 
-def alike_spread(tensor: Any, parameter: Any) -> bool:
-    """Whether two tensors are cut alike; all ranks find the same."""
+def same_placement(tensor: Any, parameter: Any) -> bool:
+    """Return whether two tensors are sharded alike, the same on all ranks."""
     if is_dtensor(tensor) and is_dtensor(parameter):
         same_mesh: bool = tensor.device_mesh == parameter.device_mesh
         return same_mesh and tuple(tensor.placements) == tuple(parameter.placements)
-    # One of them is whole: the other must be so too, in however many copies.
-    cuts = (*shard_coordinate(tensor)[1], *shard_coordinate(parameter)[1])
-    return all(pieces == 1 for pieces in cuts)
+    # One of them is full: the other must be so too, on however many ranks.
+    shards = (*shard_coordinate(tensor)[1], *shard_coordinate(parameter)[1])
+    return all(number == 1 for number in shards)

@@ -525,8 +525,8 @@ MISTAKES = {
     "mask on one rank": "RuntimeError: rank 1 has mask=True, rank 0 mask=False",
     "other mask": "RuntimeError: mask of first.weight of rank 1 is not that of rank 0",
     "other mask of a part that both hold": "RuntimeError: mask of norm.weight of rank 1 is not",
-    "mask made before sharding": "ValueError: mask of first.weight is not spread as the parameter",
-    "mask cut otherwise": "ValueError: mask of first.weight is not spread as the parameter is",
+    "mask made before sharding": "ValueError: mask of first.weight is not sharded as the parameter",
+    "mask cut otherwise": "ValueError: mask of first.weight is not sharded as the parameter is",
 }
 
 

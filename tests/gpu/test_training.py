@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gcond_kernels import GCondFused, LionLars, ops
-from gcond_kernels.storage import accumulator
+from gcond_kernels.storage import collect
 from tests.test_optimizer import TASKS, same, without_counters
 
 pytestmark = [
@@ -32,7 +32,7 @@ BASES = {
 @pytest.fixture(autouse=True)
 def _small_buckets(monkeypatch):
     """Launches come from hooks, in the thread of the backward pass, and not from its end alone."""
-    monkeypatch.setattr(accumulator, "BUCKET_BYTES", 1)
+    monkeypatch.setattr(collect, "BUCKET_BYTES", 1)
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -114,7 +114,7 @@ def test_nothing_in_backward_or_step_waits_for_the_device(backend, base, options
 @pytest.mark.parametrize("bucket", BUCKETS)
 @pytest.mark.parametrize("on_nonfinite", ["skip", "drop_task"])
 def test_a_graph_of_a_whole_window(backend, base, mode, bucket, on_nonfinite, monkeypatch):
-    monkeypatch.setattr(accumulator, "BUCKET_BYTES", bucket)
+    monkeypatch.setattr(collect, "BUCKET_BYTES", bucket)
     options = {"mode": mode, "on_nonfinite": on_nonfinite}
     eager, captured = Training(backend, base, **options), Training(backend, base, **options)
     for training in (eager, captured):
@@ -146,7 +146,7 @@ def test_a_graph_of_a_whole_window(backend, base, mode, bucket, on_nonfinite, mo
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_a_model_on_two_streams(backend, bucket, monkeypatch):
     """A gradient is ready, and its memory free again, in the order of its own stream."""
-    monkeypatch.setattr(accumulator, "BUCKET_BYTES", bucket)
+    monkeypatch.setattr(collect, "BUCKET_BYTES", bucket)
     results = []
     for streams in (1, 2):
         torch.manual_seed(0)

@@ -91,7 +91,7 @@ def test_a_step_waits_for_nothing_and_is_that_of_the_cpu(method, granularity):
     x = torch.randn(4, 16, 8, device=GPU)
     model, optimizer = model_and_optimizer(method, granularity)
     twin = copy.deepcopy(model).cpu()
-    mask = {twin[0].weight: optimizer._storage._masked[model[0].weight].cpu()}
+    mask = {twin[0].weight: optimizer._storage._masks[model[0].weight].cpu()}
     other = GCondFused(
         torch.optim.SGD(twin.named_parameters(), lr=0.01), TASKS, method=method,
         granularity=granularity, mask=mask, momentum=0.5,

@@ -937,12 +937,11 @@ def fully_shard_apart(model):
 
 def not_the_wrapped_model():
     """The model inside is given, and the gradients come in more than one bucket."""
-    from gcond_kernels.storage import accumulator
 
     model = new_model()
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    with mock.patch.object(accumulator, "BUCKET_BYTES", 1):
+    with mock.patch.object(collect, "BUCKET_BYTES", 1):
         optimizer = GCondFused(sgd, {"a": 1.0}, module=model)
         optimizer.backward({"a": losses_of(wrapped, 0)["a"]})
     return "nothing"
@@ -1513,7 +1512,7 @@ def signs_of_parts(way):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    from gcond_kernels.storage.dtensor import local_part
+    from gcond_kernels.storage.dtensor import local_shard
 
     mesh = init_device_mesh(device().type, (dist.get_world_size(),))
     model = Uneven()
@@ -1530,4 +1529,4 @@ def signs_of_parts(way):
 
     optimizer.backward({"a": total, "b": lambda: -total()})
     optimizer.resolve()
-    return {name: local_part(p.grad).sign() for name, p in model.named_parameters()}
+    return {name: local_shard(p.grad).sign() for name, p in model.named_parameters()}

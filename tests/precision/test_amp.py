@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gcond_kernels import GCondFused, LionLars
-from gcond_kernels.storage import accumulator
+from gcond_kernels.storage import collect
 from tests.test_optimizer import (
     TASKS,
     batches,
@@ -39,7 +39,7 @@ def scaler_of(**options) -> torch.amp.GradScaler:
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_bfloat16_parameters_lose_no_small_gradients(backend, bucket, monkeypatch):
-    monkeypatch.setattr(accumulator, "BUCKET_BYTES", bucket)
+    monkeypatch.setattr(collect, "BUCKET_BYTES", bucket)
     p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     base = torch.optim.SGD([p], lr=0.0)
     steps = 1024
@@ -158,7 +158,7 @@ def train(model, optimizer, x, scaler=None, by_scaler=False):
     ],
 )
 def test_scaled_training_has_the_bits_of_unscaled(backend, by_scaler, mode, bucket, monkeypatch):
-    monkeypatch.setattr(accumulator, "BUCKET_BYTES", bucket)
+    monkeypatch.setattr(collect, "BUCKET_BYTES", bucket)
     x = batches(12)
     options = {"accumulation_steps": 3, "momentum": 0.5, "mode": mode, "backend": backend}
     plain = model_of()

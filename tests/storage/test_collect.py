@@ -11,7 +11,7 @@ from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from gcond_kernels import GCondFused
-from gcond_kernels.storage import accumulator
+from gcond_kernels.storage import collect
 from tests.test_optimizer import TASKS, batches, flat_parameters, losses_of, model_of, same, sgd
 
 # Bytes of a bucket: all gradients are taken when the pass is over, or one fills a bucket.
@@ -20,7 +20,7 @@ KINDS = {"whole": 32 << 20, "bucketed": 8}
 
 @pytest.fixture(autouse=True)
 def _small_buckets(monkeypatch):
-    monkeypatch.setattr(accumulator, "BUCKET_BYTES", KINDS["bucketed"])
+    monkeypatch.setattr(collect, "BUCKET_BYTES", KINDS["bucketed"])
 
 
 def trained(model, loss_of, kind, backend="python", steps=3, **options):
@@ -28,7 +28,7 @@ def trained(model, loss_of, kind, backend="python", steps=3, **options):
     options = {"accumulation_steps": 2, "momentum": 0.5} | options
     optimizer = GCondFused(sgd(model), TASKS, backend=backend, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accumulator, "BUCKET_BYTES", KINDS[kind])
+        patch.setattr(collect, "BUCKET_BYTES", KINDS[kind])
         for batch in batches(2 * steps):
             losses = loss_of(model, batch)
             if optimizer.backward({task: losses[task] for task in optimizer.active_tasks}):
@@ -41,13 +41,13 @@ class Launches:
 
     def __init__(self, monkeypatch):
         self.sizes = []
-        original = accumulator.Harvest._launch
+        original = collect.BackwardPass._launch
 
         def launch(harvest, places, overwrite):
             self.sizes.append(len(places))
             original(harvest, places, overwrite)
 
-        monkeypatch.setattr(accumulator.Harvest, "_launch", launch)
+        monkeypatch.setattr(collect.BackwardPass, "_launch", launch)
 
 
 @pytest.mark.parametrize("mode", ["exact", "stochastic"])
@@ -266,7 +266,7 @@ def functions(model, x):
 @pytest.mark.parametrize("before", [0, 1])
 def test_a_pass_that_fails_leaves_nothing_of_its_window(backend, fail, monkeypatch, kind, before):
     """Though some buckets of it were added by then."""
-    monkeypatch.setattr(accumulator, "BUCKET_BYTES", KINDS[kind])
+    monkeypatch.setattr(collect, "BUCKET_BYTES", KINDS[kind])
     launches = Launches(monkeypatch)
     x = batches(8)
     model, twin = model_of(), model_of()

@@ -1,8 +1,5 @@
 """Peak memory, read from torch's allocator: CUDA's own statistics, or the profiler's on the CPU."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -10,7 +7,7 @@ from torch import nn
 from bench.memory import peak_bytes
 from gcond_kernels import GCondFused
 from gcond_kernels.python import blocks
-from gcond_kernels.storage import accumulator
+from gcond_kernels.storage import collect
 
 WIDTH = 256
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -20,7 +17,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def _small_scratch(monkeypatch):
     """Scratch memory is bounded (8 MB) whatever the model; beside this small one it would show."""
     monkeypatch.setattr(blocks, "SCRATCH_ELEMENTS", 1 << 14)
-    monkeypatch.setattr(accumulator, "BUCKET_BYTES", WIDTH * WIDTH)  # a quarter of a layer
+    monkeypatch.setattr(collect, "BUCKET_BYTES", WIDTH * WIDTH)  # a quarter of a layer
 
 
 def window(
@@ -73,8 +70,8 @@ def test_peak_grows_with_the_tasks_by_the_accumulators_alone(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradients_are_alive_a_bucket_at_a_time(device, monkeypatch):
     peaks = []
-    for bucket in (accumulator.BUCKET_BYTES, 32 << 20):
-        monkeypatch.setattr(accumulator, "BUCKET_BYTES", bucket)
+    for bucket in (collect.BUCKET_BYTES, 32 << 20):
+        monkeypatch.setattr(collect, "BUCKET_BYTES", bucket)
         run, size = window(2, 2, device, batch=1)
         peaks.append(peak_bytes(run, device) / size)
     # 6 bytes per parameter and task; then 4 for two layers of eight, the one that waits for its

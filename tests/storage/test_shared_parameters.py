@@ -26,7 +26,7 @@ from gcond_kernels import (
     ops,
 )
 from gcond_kernels.methods.method import Known, Method, fresh_state
-from gcond_kernels.storage.shared_parameters import SharedParameters, shared_among
+from gcond_kernels.storage.shared_parameters import SharedParameters, shared_tensors
 
 TASKS = {"a": 1.0, "b": 0.5, "c": 2.0}
 WEIGHING = [
@@ -255,10 +255,10 @@ def test_history_starts_anew_where_tasks_come_to_share_more():
 )
 def test_which_tensors_are_shared(owners, active, shared):
     owners = torch.tensor([[task in of_tensor for task in "abc"] for of_tensor in owners])
-    assert shared_among(active, True)(owners).tolist() == shared
+    assert shared_tensors(owners, active <= 1).tolist() == shared
     if active == 1 and all(shared):
         shared = [False] * 3
-    assert shared_among(active, False)(owners).tolist() == shared
+    assert shared_tensors(owners, False).tolist() == shared
 
 
 def test_a_gradient_of_zeros_makes_nobody_an_owner():

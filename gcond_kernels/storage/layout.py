@@ -1,0 +1,157 @@
+"""Where each parameter's segment lies in flat storage, and how segments move between layouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gcond_kernels.ops.types import WORD_BITS
+from gcond_kernels.storage.dtensor import is_dtensor, is_partial, local_shard
+
+# Segments start at multiples of this many elements: 128 bytes of float32, 64 of bfloat16.
+ALIGNMENT = 32
+assert ALIGNMENT % WORD_BITS == 0  # no word of a mask belongs to two parameters
+
+
+class Segment(NamedTuple):
+    """The segment of one parameter in flat storage, in the parameter's memory order.
+
+    Attributes:
+        parameter: the parameter.
+        name: its name in messages and reports.
+        offset: first element in flat storage.
+        size: number of elements.
+        shape: of the parameter; of a DTensor that of the local shard, which may be empty.
+        stride: strides without gaps, which define the memory order.
+    """
+
+    parameter: Tensor
+    name: str
+    offset: int
+    size: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def view(self, flat: Tensor) -> Tensor:
+        """Return the segment of flat storage [N'], in the parameter's shape."""
+        # An offset given to as_strided counts from the start of the memory, not of the tensor.
+        return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.offset)
+
+    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return new memory in the parameter's shape and the segment's memory order."""
+        return torch.empty_strided(self.shape, self.stride, dtype=dtype, device=device)
+
+
+def segments_of(parameters: Sequence[tuple[Tensor, str]]) -> tuple[list[Segment], int]:
+    """Return a segment for each named parameter, and where the last one ends."""
+    segments, end = [], 0
+    for parameter, name in parameters:
+        shard = local_shard(parameter)
+        # `empty_like` closes the gaps of a parameter that is a view with some.
+        stride = torch.empty_like(shard).stride()
+        segments.append(Segment(parameter, name, end, shard.numel(), shard.shape, stride))
+        end += align(largest_shard(parameter))
+    return segments, end
+
+
+def largest_shard(parameter: Tensor) -> int:
+    """Return the number of elements of a parameter that any process holds at most.
+
+    With room for so many, a replicated tensor has the same offset on all ranks, however unevenly
+    others are sharded.
+    """
+    if not is_dtensor(parameter):
+        return parameter.numel()
+    dtensor: Any = parameter
+    shape = list(parameter.shape)
+    for placement, ranks in zip(dtensor.placements, dtensor.device_mesh.shape, strict=True):
+        if hasattr(placement, "dim"):
+            shape[placement.dim] = -(-shape[placement.dim] // ranks)
+    return math.prod(shape)
+
+
+def align(elements: int) -> int:
+    """Return the next multiple of `ALIGNMENT`."""
+    return -(-elements // ALIGNMENT) * ALIGNMENT
+
+
+def shapes_of(segments: Sequence[Segment]) -> list[tuple[torch.Size, tuple[int, ...]]]:
+    """Return shape and strides that each parameter has now."""
+    parameters = [segment.parameter for segment in segments]
+    shapes = [parameter.shape for parameter in parameters]
+    return list(zip(shapes, map(Tensor.stride, parameters), strict=True))
+
+
+def as_matrix(flat: Tensor) -> Tensor:
+    """Return a tensor [R, n] as it is, and [n] as [1, n]."""
+    return flat if flat.dim() == 2 else flat[None]
+
+
+def moved(
+    flat: Tensor, length: int, pairs: Sequence[tuple[Segment, Segment]], device: torch.device
+) -> Tensor:
+    """Return flat storage [..., length] with each pair's first segment copied to its second."""
+    result = torch.zeros((*flat.shape[:-1], length), dtype=flat.dtype, device=device)
+    for source, target in zip(as_matrix(flat), as_matrix(result), strict=True):
+        for old, new in pairs:
+            new.view(target).copy_(old.view(source))
+    return result
+
+
+def picked(values: Tensor, places: Sequence[int], fill: int, device: torch.device) -> Tensor:
+    """Return [T', ...] from `values` [T, ...] by their old places; `fill` where that is -1."""
+    result = torch.full((len(places), *values.shape[1:]), fill, dtype=values.dtype, device=device)
+    new = [t for t, place in enumerate(places) if place >= 0]
+    if new:
+        result[new] = values[[places[t] for t in new]].to(device)
+    return result
+
+
+def check_parameter(parameter: Tensor, name: str, device: torch.device, dtensors: bool) -> None:
+    """Check that a parameter can have a segment.
+
+    Args:
+        parameter: the parameter.
+        name: its name.
+        device: of the first parameter.
+        dtensors: whether parameters may be DTensors.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
+    if torch.nn.parameter.is_lazy(parameter):
+        raise ValueError(f"{name} is not initialized yet: run the model once before training")
+    real = ": let the model take torch.view_as_complex of a real parameter"
+    problems = {
+        f"is {parameter.dtype}: only real floating types have accumulators"
+        f"{real if parameter.is_complex() else ''}": not parameter.is_floating_point(),
+        f"has layout {parameter.layout}: only dense parameters are handled": (
+            parameter.layout != torch.strided
+        ),
+        "is a DTensor, which no parameter was when GCondFused was made: shard the model first": (
+            is_dtensor(parameter) and not dtensors
+        ),
+        "is a DTensor still to be summed over its mesh (Partial)": is_partial(parameter),
+        "belongs to a FullyShardedDataParallel, which hides what is sharded: use "
+        "torch.distributed.fsdp.fully_shard": getattr(parameter, "_fsdp_flattened", False),
+        f"is on {parameter.device}, but the first parameter is on {device}: all parameters of one "
+        "optimizer must be on one device": parameter.device != device,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ValueError(f"{name} {problem}")
+    check_materialized([(parameter, name)])
+
+
+def check_materialized(parameters: Iterable[tuple[Tensor, str]]) -> None:
+    """Check that named parameters have memory, and raise a ValueError that names one on meta."""
+    for parameter, name in parameters:
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, where it has no values: materialize the model "
+                "first (to_empty, then load or initialize it), then make both optimizers"
+            )
