@@ -1,10 +1,18 @@
-"""What a figure was measured on."""
+"""The record of a benchmark: one JSON object with its command, its machine and its figures.
+
+A figure is a flat object: what was measured, by whom and of how many tasks, and the quantities. A
+quantity that was timed is an object of a median with quartiles.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import os
 import platform
+import statistics
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +20,52 @@ import torch
 
 import gcond_kernels
 
-# Where Linux does not tell.
+Figure = dict[str, Any]
+
+# Where Linux does not report it.
 UNKNOWN_CACHE = 64 * 2**20
+UNKNOWN_FREE = 4 * 2**30
 
 
 class InputError(Exception):
     """Something the user gave cannot be used; the message names it."""
 
 
+def write(record: dict[str, Any], path: Path) -> None:
+    """Replace a record by way of a file beside it: an interrupted process leaves a valid one."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return a record.
+
+    Raises:
+        InputError: the file cannot be read, or is no record.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON: {error}") from error
+    figures = record.get("figures") if isinstance(record, dict) else None
+    if not isinstance(figures, list) or not all(isinstance(figure, dict) for figure in figures):
+        raise InputError(f'{path}: has no list "figures": the bench writes one with --output')
+    if not isinstance(record.setdefault("machine", {}), dict):
+        raise InputError(f'{path}: "machine" must be an object, by name what it was measured on')
+    return record
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Return the median and the quartiles around it."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median": median, "low": low, "high": high}
+
+
 def describe(device: torch.device) -> dict[str, Any]:
-    """Machine, versions and commit, for the head of a record of figures."""
+    """Return the machine, versions and commit for the head of a record."""
     about: dict[str, Any] = {"device": device_name(device), "cpu": cpu_name()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -33,7 +77,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         }
     return about | {
         "cache_bytes": cache_bytes(device),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -44,20 +90,25 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The processor that computes."""
+    """Return the name of the processor that computes."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def cpu_name() -> str:
-    """The CPU's own name where Linux tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    """Return the CPU's own name where Linux reports it."""
+    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo", "model name")]
     return names[0] if names else platform.machine()
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use, where the system reports it."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last caches before the memory, of all processors together."""
+    """Return the size of the last caches before the memory, of all processors together."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     units = {"K": 2**10, "M": 2**20}
@@ -76,21 +127,25 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that tensors may take now; on a CPU what Linux calls available."""
+    """Return the memory that tensors may take now; on a CPU what Linux calls available."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    return kilobytes[0] * 1024 if kilobytes else 4 * 2**30
+    kilobytes = [int(line.split()[1]) for line in _lines("/proc/meminfo", "MemAvailable")]
+    return kilobytes[0] * 1024 if kilobytes else UNKNOWN_FREE
 
 
 def commit() -> str | None:
-    """The commit of the checkout that the package was imported from; None outside of one."""
+    """Return the commit of the package's checkout; None outside of one."""
     folder = str(Path(gcond_kernels.__file__).parent)
     sha = _answer("git", "-C", folder, "rev-parse", "--short=12", "HEAD")
     changes = _answer("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
     return f"{sha} with changes" if sha and changes else sha
+
+
+def _lines(path: str, start: str) -> list[str]:
+    if not Path(path).exists():
+        return []
+    return [line for line in Path(path).read_text().splitlines() if line.startswith(start)]
 
 
 def _version(library: str) -> str | None:
@@ -101,7 +156,7 @@ def _version(library: str) -> str | None:
 
 
 def _answer(*command: str) -> str | None:
-    """The first line that a command prints; None where it fails, or prints nothing."""
+    """Return the first line that a command prints; None where it fails, or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

@@ -7,13 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-h]_*.py"))
+NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]_*.py"))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str]) -> int:
     """Run the experiment that is named first, or all of them, and return the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    names = NAMES
+    names, given = NAMES, list(given)
     if given and not given[0].startswith("-"):
         first = given.pop(0)
         names = [name for name in NAMES if first in (name, name[0])]
@@ -22,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
     for name in names:
         print(name)
-        if status := importlib.import_module(f"bench.experiments.{name}").main(given):
-            return status
+        module = importlib.import_module(f"bench.experiments.{name}")
+        common = importlib.import_module("bench.experiments.common")
+        if status := common.run(module.EXPERIMENT, given):
+            return int(status)
     return 0

@@ -1,52 +1,45 @@
 """Exact against stochastic mode, at equal micro-batches and at equal backward passes.
 
-    python bench/experiments/d_modes.py [--seeds 3] [--steps N] [--output FOLDER]
-
 In exact mode a micro-batch costs a forward pass and a backward pass per task, in stochastic mode
 one of each. So with two tasks as many backward passes make twice the micro-batches, in windows
-twice as long or in twice the steps. Beside GCond stands the sum of the same gradients, which tells
-what comes of the mode alone.
+twice as long or in twice the steps. The sum of the same gradients shows what the mode alone does.
 """
 
-import sys
 from collections.abc import Sequence
+from functools import partial
 
 from matplotlib.figure import Figure
 
-from bench.experiments import common
-from bench.experiments.common import PLAIN_SUM, Record, Variant
+from bench.experiments.common import Experiment, Record, scenes_in
+from bench.experiments.pictures import score_picture
+from bench.experiments.tables import mean_of, score_section
+from bench.experiments.training import Variant, jobs_of
 from gcond_kernels import GCond
 from gcond_kernels.methods import Sum
 
-NAME = "d_modes"
-STEPS = {"photos": 120, "digits": 100}
 EXACT = "exact"
+stochastic = partial(Variant, baseline=EXACT, mode="stochastic")
 OF_SCENE = [
-    Variant(PLAIN_SUM, "plain sum", baseline=EXACT),
+    Variant("plain", "plain sum", baseline=EXACT),
     Variant(EXACT, "GCond exact, A = 4", GCond()),
-    Variant("stochastic", "GCond stochastic, A = 4", GCond(), EXACT, "stochastic"),
-    Variant("stochastic sum", "Sum stochastic, A = 4", Sum(), EXACT, "stochastic"),
-    Variant(
-        "long windows", "GCond stochastic, A = 8", GCond(), EXACT, "stochastic", micro_batches=8
-    ),
-    Variant(
-        "long windows sum", "Sum stochastic, A = 8", Sum(), EXACT, "stochastic", micro_batches=8
-    ),
-    Variant("more steps", "GCond stochastic, 2× steps", GCond(), EXACT, "stochastic", steps=2.0),
+    stochastic("stochastic", "GCond stochastic, A = 4", GCond()),
+    stochastic("stochastic sum", "Sum stochastic, A = 4", Sum()),
+    stochastic("long windows", "GCond stochastic, A = 8", GCond(), micro_batches=8),
+    stochastic("long windows sum", "Sum stochastic, A = 8", Sum(), micro_batches=8),
+    stochastic("more steps", "GCond stochastic, 2× steps", GCond(), steps=2.0),
 ]
-# Photos take long.
-FEW = (EXACT, "stochastic", "long windows")
+FEW = (EXACT, "stochastic", "long windows")  # photos take long
 VARIANTS = {"photos": [v for v in OF_SCENE if v.key in FEW], "digits": OF_SCENE}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = common.parse(__doc__, arguments, STEPS)
-    work = (common.perform_training, common.training_cost)
-    jobs = common.trainings(options, VARIANTS)
-    return common.experiment(NAME, options, jobs, work, report, picture)
+COLUMNS = {
+    "steps": lambda found: str(found[0]["steps"]),
+    "forward": lambda found: f"{found[0]['steps'] * found[0]['micro_batches'] / 1000:g}",
+    "backward": lambda found: f"{found[0]['backward_passes'] / 1000:g}",
+    "incidence": mean_of("incidence"),
+}
 
 
 def report(records: Sequence[Record]) -> list[str]:
+    """Return the paragraphs of the report."""
     said = [
         "# Exact and stochastic mode",
         "Differences are to GCond in exact mode. Stochastic with A = 4 has as many micro-batches "
@@ -54,26 +47,23 @@ def report(records: Sequence[Record]) -> list[str]:
         "many backward passes and twice the micro-batches (and forward passes). Passes are forward "
         "and backward, in thousands.",
     ]
-    for scene in common.scenes_in(records):
-        steps = min(record["steps"] for record in records if record["scene"] == scene)
-        columns = {
-            "steps": lambda found: str(found[0]["steps"]),
-            "forward": lambda found: f"{found[0]['steps'] * found[0]['micro_batches'] / 1000:g}",
-            "backward": lambda found: f"{found[0]['backward_passes'] / 1000:g}",
-            "incidence": common.mean_of("incidence"),
-        }
-        said += [
-            *common.scene_heading(records, scene, f"{steps} steps but where the table says more."),
-            common.score_table(records, scene, VARIANTS[scene], columns),
-            common.beyond_sentence(records, scene, VARIANTS[scene]),
-        ]
+    for scene in scenes_in(records):
+        steps = min(found["steps"] for found in records if found["scene"] == scene)
+        what = f"{steps} steps but where the table says more."
+        said += score_section(records, scene, VARIANTS[scene], what, COLUMNS)
     return said
 
 
 def picture(records: Sequence[Record]) -> Figure:
-    title = "Exact and stochastic mode"
-    return common.score_picture(records, VARIANTS, title, (EXACT, "GCond exact"))
+    """Draw the scores."""
+    return score_picture(records, VARIANTS, "Exact and stochastic mode", (EXACT, "GCond exact"))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+EXPERIMENT = Experiment(
+    "d_modes",
+    __doc__.splitlines()[0],
+    partial(jobs_of, variants=VARIANTS),
+    report,
+    picture,
+    {"photos": 120, "digits": 100},
+)

@@ -1,0 +1,311 @@
+"""Trainings of the experiments: variants of the demo's, and the task gradients of the plain sum."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from bench.experiments.common import SCENES, Job, Record, advance, scene_of
+from examples.demo import training
+from examples.demo.methods import PLAIN
+from examples.demo.methods import Method as DemoMethod
+from examples.demo.scenes import Batch, Scene
+from examples.demo.summary import cosines, incidence, means, zone_shares
+from gcond_kernels import GCond, GCondFused
+from gcond_kernels.methods import Method
+
+# Gradients are recorded in a part of the steps.
+RECORDED = {"photos": 1 / 3, "digits": 0.5}
+CPU = torch.device("cpu")
+
+
+class Variant(NamedTuple):
+    """Settings of a training that may differ from the demo's.
+
+    Attributes:
+        key: its name in the record.
+        name: its name in tables and pictures.
+        resolver: of GCondFused; None is the plain sum, without it.
+        baseline: key of the variant that its scores are compared with; "" is none.
+        mode: of GCondFused.
+        options: more of GCondFused.
+        base: the optimizer below; a name of `base_optimizer`.
+        learning_rate: None is the scene's.
+        beta1: of AdamW.
+        micro_batches: per step; None is the scene's.
+        steps: a factor of the number of steps.
+        cost: of a step, relative to the plain sum's; None is a rough one.
+    """
+
+    key: str
+    name: str
+    resolver: Method | None = None
+    baseline: str = ""
+    mode: Literal["exact", "stochastic"] = "exact"
+    options: dict[str, Any] = {}  # noqa: RUF012  # never changed
+    base: str = "adamw"
+    learning_rate: float | None = None
+    beta1: float = 0.9
+    micro_batches: int | None = None
+    steps: float = 1.0
+    cost: float | None = None
+
+    def job(self, seed: int, scene: str, steps: int) -> Job:
+        """Return a training of so many steps of a variant with the factor 1."""
+        A = SCENES[scene].accumulation_steps
+        twice = self.resolver is not None and self.mode == "exact"
+        cost = self.cost or (1.6 if twice else 1.0)
+        cost *= SCENES[scene].step_cost * (self.micro_batches or A) / A
+        steps = max(1, round(steps * self.steps))
+        return Job(seed, scene, steps, measure, self, steps * cost)
+
+
+def jobs_of(options: argparse.Namespace, variants: dict[str, Sequence[Variant]]) -> list[Job]:
+    """Return the trainings of every seed, scene and variant (scene → variants)."""
+    return [
+        variant.job(seed, scene, options.steps_of[scene])
+        for seed in range(options.seeds)
+        for scene in options.scenes
+        for variant in variants[scene]
+    ]
+
+
+def with_micro_batches(scene: Scene, micro_batches: int | None) -> Scene:
+    """Return the scene with another number of micro-batches per step."""
+    scene = copy.copy(scene)
+    scene.accumulation_steps = micro_batches or scene.accumulation_steps
+    return scene
+
+
+def measure(job: Job) -> Record:
+    """Train a variant as the demo does."""
+    variant: Variant = job.subject
+    scene = with_micro_batches(scene_of(job.scene), variant.micro_batches)
+    mode = None if variant.resolver is None else variant.mode
+    method = DemoMethod(variant.key, variant.name, mode, 1.0, variant.resolver)
+    run = training.new_run(scene, method, job.steps, job.seed, CPU)
+    optimizer = new_optimizer(variant, scene, run.model)
+    times, before = [], time.process_time()
+    # Evaluations before the last step would go nowhere.
+    with patch.object(training, "EVALUATIONS", 1):
+        for _ in training.train(run, job.seed, optimizer=optimizer):
+            times.append(time.process_time() - before)
+            advance(job.cost / job.steps)
+            before = time.process_time()
+    values = cosines(run)
+    return {
+        "method": variant.key,
+        "micro_batches": scene.accumulation_steps,
+        "resolver": None if variant.resolver is None else repr(variant.resolver),
+        "options": {key: str(value) for key, value in variant.options.items()},
+        "base": variant.base,
+        "learning_rate": variant.learning_rate or scene.learning_rate,
+        "beta1": variant.beta1 if variant.base == "adamw" else None,
+        **means(run.evaluations[-1]),
+        "zones": zone_shares(run),
+        "incidence": incidence(run),
+        "median_cosine": statistics.median(values) if values else None,
+        **conflicts_of([step.winner for step in run.history], scene),
+        "backward_passes": run.backward_passes,
+        "seconds": run.seconds,
+        "step": statistics.median(times),
+    }
+
+
+def new_optimizer(variant: Variant, scene: Scene, model: nn.Module) -> torch.optim.Optimizer:
+    """Return a variant's optimizer."""
+    base = base_optimizer(variant, scene, model)
+    if variant.resolver is None:
+        return base
+    return GCondFused(
+        base,
+        scene.tasks,
+        accumulation_steps=scene.accumulation_steps,
+        mode=variant.mode,
+        method=variant.resolver,
+        **variant.options,
+    )
+
+
+def base_optimizer(variant: Variant, scene: Scene, model: nn.Module) -> torch.optim.Optimizer:
+    """Return AdamW as in the demo but for beta1, or SGD, with momentum or without."""
+    rate = variant.learning_rate or scene.learning_rate
+    if variant.base == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=rate, betas=(variant.beta1, 0.95))
+    momentum = {"sgd": 0.9, "sgd without momentum": 0.0}[variant.base]
+    return torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
+
+
+def conflicts_of(winners: Sequence[str | None], scene: Scene) -> dict[str, Any]:
+    """Return how often each task won a conflict, and how often in a row, of steps with one."""
+    won = [winner for winner in winners if winner is not None]
+    return {
+        "conflicts": len(won),
+        "won": {task: won.count(task) for task in scene.tasks},
+        "longest_streak": longest_streak(won),
+    }
+
+
+def longest_streak(winners: Sequence[Any]) -> int:
+    """Return the most equal entries one behind the other."""
+    return max((len(list(same)) for _, same in groupby(winners)), default=0)
+
+
+# Task gradients.
+
+
+def task_gradients(model: nn.Module, scene: Scene, batch: Batch) -> Tensor:
+    """Return [K, N] gradients of each task's weighted loss of a micro-batch."""
+    parameters = list(model.parameters())
+    output = model(batch.inputs)
+    gradients = []
+    for task, weight in scene.tasks.items():
+        loss = weight * scene.losses(task, output, batch.targets).mean()
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+    return torch.stack(gradients)
+
+
+def window_gradients(
+    model: nn.Module, scene: Scene, generator: torch.Generator, stochastic: bool = False
+) -> Tensor:
+    """Return [K, N] gradients of a window; in stochastic mode of each task's own micro-batches."""
+    A, K = scene.accumulation_steps, len(scene.tasks)
+    # [A, K] how much a micro-batch counts for each task; the blocks are those of GCondFused.
+    shares = torch.full((A, K), 1.0 / A)
+    if stochastic:
+        block = torch.arange(A) * K // A
+        shares = (block[:, None] == torch.arange(K)).float()
+        shares /= shares.sum(0)
+    total: Tensor | float = 0.0
+    for share in shares:
+        gradients = task_gradients(model, scene, scene.micro_batch(generator))
+        total = total + share[:, None] * gradients
+    return torch.as_tensor(total)
+
+
+def plain_training(
+    scene: Scene, steps: int, seed: int, stochastic: bool = False
+) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Train by the demo's plain sum; yield model and task gradients before each step."""
+    model = training.new_run(scene, PLAIN, steps, seed, CPU).model
+    optimizer = base_optimizer(Variant(PLAIN.key, PLAIN.name), scene, model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: training.warmup_then_cosine(step, steps)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    for _ in range(steps):
+        gradients = window_gradients(model, scene, generator, stochastic)
+        yield model, gradients
+        for parameter, part in zip(model.parameters(), gradients.sum(0).split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+        optimizer.step()
+        scheduler.step()
+
+
+def at_moments(job: Job, moments: Sequence[int], measured: Any) -> list[Any]:
+    """Return what `measured` makes of micro-batches at the weights of some steps.
+
+    It is called with a function that returns the task gradients of a new micro-batch, which is none
+    of the training's own.
+    """
+    scene = scene_of(job.scene)
+    generator = torch.Generator().manual_seed(1000 + job.seed)
+    found = []
+    for step, (model, _) in enumerate(plain_training(scene, job.steps, job.seed)):
+        if step in moments:
+
+            def gradients(model: nn.Module = model) -> Tensor:
+                return task_gradients(model, scene, scene.micro_batch(generator))
+
+            found += [measured(gradients)] * moments.count(step)
+    return found
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Return the cosine of two vectors; 0 where one of them is zero."""
+    a, b = a.double(), b.double()
+    norms = float(a.norm() * b.norm())
+    return float(a @ b) / norms if norms > 0.0 else 0.0
+
+
+class Recorded(NamedTuple):
+    """Inner products of the task gradients of a training by the plain sum, step by step.
+
+    Attributes:
+        gramians: [T, K, K], S of each step.
+        crosses: [T, K, K], X_ij = ĝ_i of the step · ĝ_j of the step before; at first zeros.
+        by_tensor: cosines of two tasks in each parameter tensor, of all steps.
+    """
+
+    gramians: Tensor
+    crosses: Tensor
+    by_tensor: list[float]
+
+
+def recorded_steps(options: argparse.Namespace, scene: str) -> int:
+    """Return the number of steps of a recording."""
+    return max(2, round(RECORDED[scene] * options.steps_of[scene]))
+
+
+def record_gradients(scene: Scene, steps: int, seed: int, stochastic: bool = False) -> Recorded:
+    """Record the inner products of a training by the plain sum."""
+    before, by_tensor, gramians, crosses = None, [], [], []
+    for model, gradients in plain_training(scene, steps, seed, stochastic):
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        by_tensor += [cosine(*part) for part in gradients.split(sizes, 1) if part.any(1).all()]
+        wide = gradients.double()
+        before = torch.zeros_like(wide) if before is None else before
+        gramians.append(wide @ wide.T)
+        crosses.append(wide @ before.T)
+        before = wide
+    return Recorded(torch.stack(gramians), torch.stack(crosses), by_tensor)
+
+
+class Replay(NamedTuple):
+    """What GCond makes of recorded gradients, without any influence on them.
+
+    Attributes:
+        cosines: smallest cosine of each step, before anything was resolved.
+        winners: of each conflict in order, numbers of tasks.
+        changes: per step ‖g - Σ ĝ‖ / ‖Σ ĝ‖: how far the resolved gradient is from the sum.
+        weights: [T, K]
+    """
+
+    cosines: list[float]
+    winners: list[int]
+    changes: list[float]
+    weights: Tensor
+
+
+def replay(recorded: Recorded, method: GCond) -> Replay:
+    """Resolve all steps of a recording."""
+    K = recorded.gramians.shape[-1]
+    state, ones = method.new_state(K, CPU), torch.ones(K, dtype=torch.float64)
+    found = Replay([], [], [], torch.empty(len(recorded.gramians), K))
+    for step, (S, X) in enumerate(zip(recorded.gramians, recorded.crosses, strict=True)):
+        decision = method.resolve(S, X, ones, state, "python")
+        difference = decision.weights - ones
+        found.cosines.append(smallest_cosine(S))
+        found.winners.extend(int(e[3]) for e in decision.events if e[3] >= 0)
+        found.changes.append(float((difference @ S @ difference / (ones @ S @ ones)).sqrt()))
+        found.weights[step] = decision.weights
+    return found
+
+
+def smallest_cosine(gramian: Tensor) -> float:
+    """Return the smallest cosine of two tasks."""
+    norms = gramian.diagonal().sqrt()
+    cosines = (gramian / torch.outer(norms, norms)).nan_to_num(1.0)
+    rows, columns = torch.triu_indices(*cosines.shape, offset=1)
+    return float(cosines[rows, columns].min())

@@ -1,0 +1,109 @@
+"""The recipe of every benchmark: options in, a table while it runs, one record out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import record
+from bench.record import Figure, InputError
+from bench.table import Column, Table
+
+OUTPUT = Path("bench_output")
+INTERRUPTED = 130
+
+
+class Benchmark(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        about: what it measures, in a line.
+        columns: of its table.
+        figures: measures them one after the other.
+        add_arguments: adds its options to a parser.
+        check: raises InputError where an option cannot be used; may change the options.
+        group: the heading above the figures of a group.
+        foot: what is printed below the table.
+        after: is given the record's path at the end.
+    """
+
+    about: str
+    columns: Sequence[Column]
+    figures: Callable[[argparse.Namespace], Iterator[Figure]]
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda _: None
+    check: Callable[[argparse.Namespace], None] = lambda _: None
+    group: Callable[[Figure], str] = lambda _: ""
+    foot: Callable[[Sequence[Figure]], str] = lambda _: ""
+    after: Callable[[Path], object] = lambda _: None
+
+
+def run(benchmark: Benchmark, what: str, given: Sequence[str]) -> int:
+    """Run a benchmark and return its exit status.
+
+    Returns:
+        0, 1 where something could not be measured for a fault, 2 after bad input, 130 after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m bench {what}", description=benchmark.about)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=OUTPUT / f"{what}.json",
+        metavar="FILE",
+        help="where the record goes (default: %(default)s); what was there is replaced",
+    )
+    benchmark.add_arguments(parser)
+    options = parser.parse_args(given)
+    try:
+        benchmark.check(options)
+        check_output(options.output)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if int(os.environ.get("RANK", "0")) > 0:  # of torchrun: the first rank reports for all
+        return len(list(benchmark.figures(options))) * 0
+    return measure(benchmark, options, shlex.join(["python", "-m", "bench", what, *given]))
+
+
+def measure(benchmark: Benchmark, options: argparse.Namespace, command: str) -> int:
+    """Measure, print and write all figures; return the exit status."""
+    told: dict[str, Any] = {
+        "command": command,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": record.describe(getattr(options, "device", None) or torch.device("cpu")),
+        "figures": [],
+    }
+    print(", ".join(f"{key} {value}" for key, value in told["machine"].items()))
+    record.write(told, options.output)  # what was there is of another run
+    table = Table(benchmark.columns, benchmark.group)
+    try:
+        for figure in benchmark.figures(options):
+            table.add(figure)
+            told["figures"].append(figure)
+            record.write(told, options.output)  # now: what comes later may be stopped
+    except KeyboardInterrupt:
+        print(f"Interrupted: {options.output} holds what was measured until then.")
+        return INTERRUPTED
+    if foot := benchmark.foot(told["figures"]):
+        print(foot)
+    print(f"figures: {options.output}")
+    benchmark.after(options.output)
+    return int(any("error" in figure for figure in told["figures"]))
+
+
+def check_output(path: Path) -> None:
+    """Check that a file can be written there; make the default's folder."""
+    if path.parent == OUTPUT:
+        OUTPUT.mkdir(exist_ok=True)
+    folder = path.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
+        raise InputError(
+            f"--output {path} cannot be written: a file in a folder that is there is needed"
+        )
