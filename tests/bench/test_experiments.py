@@ -1,7 +1,6 @@
 """The experiments: they run and write what they should, and their statistics are right."""
 
 import importlib
-import json
 import math
 import pickle
 import subprocess
@@ -11,116 +10,138 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import experiments
+from bench import experiments, record
 from bench.experiments import (
     a_stability,
     b_thresholds,
     c_precision,
     common,
-    d_modes,
     e_smoothing,
     f_dominance,
     g_optimizers,
-    runs,
+    h_methods,
+    tables,
+    training,
 )
-from examples.demo import training
+from examples.demo import training as demo_training
+from examples.demo.methods import PLAIN
 from gcond_kernels import GCond, GCondFused
 from gcond_kernels.methods import Sum
 from tests.conftest import slow
 
-SCRIPTS = (
-    a_stability,
-    b_thresholds,
-    c_precision,
-    d_modes,
-    e_smoothing,
-    f_dominance,
-    g_optimizers,
-)
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = [
+    importlib.import_module(f"bench.experiments.{name}").EXPERIMENT for name in experiments.NAMES
+]
+NAMED = {"ids": lambda experiment: getattr(experiment, "name", None)}
 
 
 @pytest.fixture
 def small(monkeypatch):
     """One process, this one, and short windows."""
-    monkeypatch.setattr(runs, "processes", lambda: 1)
+    monkeypatch.setattr(common, "processes", lambda: 1)
     monkeypatch.setattr(a_stability, "LARGE_WINDOWS", 2)
     monkeypatch.setattr(c_precision, "WINDOWS", (4, 8))
     monkeypatch.setitem(c_precision.VARIANTS, "digits", c_precision.variants({4: 1.0, 8: 0.5}))
-    for script in (b_thresholds, e_smoothing, f_dominance):
-        few = script.VARIANTS["digits"][:4]
-        monkeypatch.setitem(script.VARIANTS, "digits", few)
-
-
-def run(script, output):
-    options = ["--seeds", "1", "--steps", "2", "--scene", "digits", "--output", str(output)]
-    assert script.main(options) == 0
-    files = [output / f"{script.NAME}{suffix}" for suffix in (".json", ".md", ".png")]
-    assert sorted(files) == sorted(output.iterdir())
-    return json.loads(files[0].read_text(encoding="utf-8")), files[1].read_text(encoding="utf-8")
+    for module in (b_thresholds, e_smoothing, f_dominance):
+        monkeypatch.setitem(module.VARIANTS, "digits", module.VARIANTS["digits"][:4])
+    monkeypatch.setattr(h_methods, "VARIANTS", h_methods.VARIANTS[:4])
 
 
 @pytest.mark.parametrize(
-    "script", [SCRIPTS[2], *map(slow, SCRIPTS[:2] + SCRIPTS[3:])], ids=lambda script: script.NAME
+    "experiment", [EXPERIMENTS[2], *map(slow, EXPERIMENTS[:2] + EXPERIMENTS[3:])], **NAMED
 )
-def test_every_experiment_writes_figures_tables_and_a_picture(script, small, tmp_path):
-    results, text = run(script, tmp_path)
-    assert len(results["runs"]) == results["planned_runs"] > 0
-    assert results["machine"]["torch"] == torch.__version__
-    assert {record["seed"] for record in results["runs"]} == {0}
+@pytest.mark.usefixtures("small")
+def test_every_experiment_writes_a_record_tables_and_a_picture(experiment, tmp_path):
+    options = ["--seeds", "1", "--steps", "2", "--scene", "digits", "--output", str(tmp_path)]
+    assert common.run(experiment, options) == 0
+    files = [tmp_path / f"{experiment.name}{suffix}" for suffix in (".json", ".md", ".png")]
+    assert sorted(files) == sorted(tmp_path.iterdir())
+    written, text = record.read(files[0]), files[1].read_text(encoding="utf-8")
+    assert len(written["figures"]) == written["settings"]["planned"] > 0
+    assert written["machine"]["torch"] == torch.__version__
+    assert {found["seed"] for found in written["figures"]} == {0}
     assert text.startswith("# ")
-    assert f"]({script.NAME}.png)" in text
-    for heading in ("## digits", "| :-- |"):
-        assert heading in text
-    for record in results["runs"]:
-        if "scores" in record:
-            assert f"{100.0 * record['scores']['left']:.2f}" in text
+    for part in (f"]({experiment.name}.png)", "## digits", "| :-- |"):
+        assert part in text
+    for found in written["figures"]:
+        if "scores" in found:
+            assert f"{100.0 * found['scores']['left']:.2f}" in text
 
 
-def test_an_experiment_by_the_command_line():
-    command = [sys.executable, "-m", "bench", "experiments", "d", "--seeds", "0"]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+@pytest.mark.parametrize("experiment", EXPERIMENTS, **NAMED)
+def test_the_tables_are_those_of_the_record(experiment):
+    whole = record.read(common.RESULTS / f"{experiment.name}.json")
+    whole["figures"].sort(key=lambda found: found["seed"])
+    recorded = (common.RESULTS / f"{experiment.name}.md").read_text(encoding="utf-8")
+    assert common.document(experiment, whole) == recorded
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["d", "--seeds", "0"], "error: --seeds and --steps must be 1 or more"),
+        (["h", "--methods", "Adam"], "there is no method 'Adam'"),
+        (["g", "--scene", "photos"], "this experiment is of the digits alone"),
+        (["z"], "'z' is none of: a_stability, b_thresholds"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    command = [sys.executable, "-m", "bench", "experiments", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 2
-    assert "error: --seeds and --steps must be 1 or more" in ended.stderr
+    assert message in ended.stderr
 
 
-def test_jobs_go_to_other_processes_whole(tmp_path):
+@pytest.mark.slow
+def test_methods_are_chosen_by_their_names(tmp_path):
+    options = ["--steps", "2", "--seeds", "1", "--scene", "digits", "--methods", "mgda"]
+    command = [sys.executable, "-m", "bench", "experiments", "h", *options, "--output", tmp_path]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    figures = record.read(tmp_path / "h_methods.json")["figures"]
+    assert {found["method"] for found in figures} == {"plain", "mgda"}
+    text = (tmp_path / "h_methods.md").read_text(encoding="utf-8")
+    for part in ("| plain sum |", "| MGDA |", "single seed"):
+        assert part in text
+
+
+def test_jobs_can_be_sent_to_other_processes(tmp_path):
     """Those with options that pickle has to know, such as a dtype."""
-    options = common.parse("An experiment.", ["--seeds", "2", "--output", str(tmp_path)])
-    for script in SCRIPTS[1:]:
-        jobs = common.trainings(options, script.VARIANTS)
+    for experiment in EXPERIMENTS:
+        if experiment.name == "g_optimizers":  # which trains before it has jobs
+            continue
+        options = common.parse(experiment, ["--seeds", "2", "--output", str(tmp_path)])
+        jobs = experiment.jobs(options)
         assert pickle.loads(pickle.dumps(jobs)) == jobs
-        per_seed = len(script.VARIANTS["photos"]) + len(script.VARIANTS["digits"])
-        assert len(jobs) == 2 * per_seed
+        assert all(job.cost > 0.0 for job in jobs)
+        assert {job.seed for job in jobs} == {0, 1}
 
 
-def test_all_of_them_one_after_another(monkeypatch):
+def test_all_run_one_after_another_until_one_fails(monkeypatch):
     started = []
 
-    class Script:
-        def __init__(self, name):
-            self.name = name.rpartition(".")[2]
+    def run(experiment, given):
+        started.append((experiment.name, given))
+        return 130 if len(started) == 7 else 0
 
-        def main(self, given):
-            started.append((self.name, given))
-            return 130 if len(started) == 7 else 0
-
-    monkeypatch.setattr(importlib, "import_module", Script)
+    monkeypatch.setattr(common, "run", run)
     assert experiments.main(["--seeds", "1"]) == 130
-    assert started == [(script.NAME, ["--seeds", "1"]) for script in SCRIPTS]
+    assert started == [(name, ["--seeds", "1"]) for name in experiments.NAMES[:7]]
 
 
-def test_only_whole_seeds_are_compared():
+def test_only_complete_seeds_are_compared():
     def entries(*places):
         return [{"scene": scene, "seed": seed} for scene, seed in places]
 
     jobs = [
-        common.Training(seed, scene, 1, None)
+        common.Job(seed, scene, 1, None, None, 1.0)
         for seed in (0, 1)
         for scene in ("photos", "digits") * 2
     ]
     records = entries(("digits", 1), ("digits", 0), ("photos", 0), ("digits", 1), ("digits", 0))
-    whole = common.whole_seeds(records, jobs)
-    assert whole == entries(("digits", 0), ("digits", 0), ("digits", 1), ("digits", 1))
+    complete = common.complete_seeds(records, jobs)
+    assert complete == entries(("digits", 0), ("digits", 0), ("digits", 1), ("digits", 1))
 
 
 # Statistics.
@@ -136,7 +157,7 @@ def windows_around(mean, noise, count=5, size=20):
 
 def test_variance_and_direction_of_known_windows():
     windows = windows_around(mean=2.0, noise=3.0)
-    found = a_stability.spread((windows @ windows.T).double())
+    found = a_stability.estimates((windows @ windows.T).double())
     assert found.signal == pytest.approx(4.0)
     assert found.variance == pytest.approx(9.0)
     assert found.cosine == pytest.approx(4.0 / 13.0)
@@ -190,12 +211,12 @@ def test_the_expected_cosine_knows_no_noise():
 def test_a_mean_that_is_lost_in_noise_has_no_cosine():
     one = torch.tensor([[1.0], [-1.0]])  # a negative estimate of the squared length
     products = a_stability.inner_products(torch.stack([one, one], 1))
-    assert a_stability.spread(products[:, 0, :, 0]).signal < 0.0
+    assert a_stability.estimates(products[:, 0, :, 0]).signal < 0.0
     assert a_stability.expected_cosine(products) is None
 
 
-def test_cosines_are_told_with_their_share_below_zero():
-    told = a_stability.told_cosines([-0.1, 0.0, 0.1, 0.4])
+def test_a_distribution_has_the_share_below_zero():
+    told = a_stability.distribution([-0.1, 0.0, 0.1, 0.4])
     assert told["mean"] == pytest.approx(0.1)
     assert told["conflicts"] == 0.25
 
@@ -209,9 +230,9 @@ def test_means_over_seeds():
 
 @pytest.mark.parametrize(("stochastic", "micro_batches"), [(False, 4), (True, 4), (True, 5)])
 def test_accumulated_task_gradients_are_those_of_the_optimizer(stochastic, micro_batches):
-    scene = common.with_micro_batches(runs.scene_of("digits"), micro_batches)
-    run = training.new_run(scene, d_modes.Variant, 1, 0, common.CPU)
-    found = common.window_gradients(
+    scene = training.with_micro_batches(common.scene_of("digits"), micro_batches)
+    run = demo_training.new_run(scene, PLAIN, 1, 0, training.CPU)
+    found = training.window_gradients(
         run.model, scene, torch.Generator().manual_seed(1), stochastic
     ).sum(0)
     optimizer = GCondFused(
@@ -224,7 +245,7 @@ def test_accumulated_task_gradients_are_those_of_the_optimizer(stochastic, micro
     generator = torch.Generator().manual_seed(1)
     for _ in range(micro_batches):
         batch = scene.micro_batch(generator)
-        optimizer.backward(training.task_losses(run, batch, optimizer.active_tasks))
+        optimizer.backward(demo_training.task_losses(run, batch, optimizer.active_tasks))
     written = torch.cat([p.grad.flatten() for p in run.model.parameters()])
     assert torch.allclose(found, written, rtol=1e-4, atol=1e-7)
 
@@ -233,12 +254,12 @@ def recorded(gradients):
     """A recording of task gradients [T, K, N]."""
     wide = torch.as_tensor(gradients, dtype=torch.float64)
     before = torch.cat([torch.zeros_like(wide[:1]), wide[:-1]])
-    return common.Recorded(wide @ wide.mT, wide @ before.mT, [])
+    return training.Recorded(wide @ wide.mT, wide @ before.mT, [])
 
 
 def test_a_replay_resolves_every_step():
     agree, oppose = [[1.0, 0.0], [1.0, 1.0]], [[1.0, 0.0], [-2.0, 0.0]]
-    found = common.replay(recorded([agree, oppose]), GCond())
+    found = training.replay(recorded([agree, oppose]), GCond())
     assert found.cosines == pytest.approx([math.sqrt(0.5), -1.0])
     assert len(found.winners) == 1
     assert found.weights[0].tolist() == [1.0, 1.0]
@@ -250,16 +271,16 @@ def test_a_replay_resolves_every_step():
 def test_a_dominance_window_of_one_makes_winners_alternate():
     oppose = [[1.0, 0.0], [-3.0, 1.0]]
     steps = recorded([oppose] * 6)
-    free = common.replay(steps, GCond(dominance_window=0, thresholds=(0.0, 0.0, 0.0)))
-    bound = common.replay(steps, GCond(dominance_window=1, thresholds=(0.0, 0.0, 0.0)))
-    assert common.longest_streak(free.winners) == 6
-    assert common.longest_streak(bound.winners) == 1
+    free = training.replay(steps, GCond(dominance_window=0, thresholds=(0.0, 0.0, 0.0)))
+    bound = training.replay(steps, GCond(dominance_window=1, thresholds=(0.0, 0.0, 0.0)))
+    assert training.longest_streak(free.winners) == 6
+    assert training.longest_streak(bound.winners) == 1
 
 
 def test_recorded_products_are_of_successive_steps():
-    scene = common.with_micro_batches(runs.scene_of("digits"), 1)
-    found = common.record_gradients(scene, 2, 0)
-    steps = [g.double() for _, g in common.plain_training(scene, 2, 0)]
+    scene = training.with_micro_batches(common.scene_of("digits"), 1)
+    found = training.record_gradients(scene, 2, 0)
+    steps = [g.double() for _, g in training.plain_training(scene, 2, 0)]
     assert torch.allclose(found.gramians[1], steps[1] @ steps[1].T)
     assert torch.allclose(found.crosses[1], steps[1] @ steps[0].T)
     assert not found.crosses[0].any()
@@ -267,9 +288,9 @@ def test_recorded_products_are_of_successive_steps():
 
 
 def test_streaks_and_winners():
-    assert common.longest_streak([]) == 0
-    assert common.longest_streak("abbbaab") == 3
-    told = common.winners_told(["left", None, "left", "right"], runs.scene_of("digits"))
+    assert training.longest_streak([]) == 0
+    assert training.longest_streak("abbbaab") == 3
+    told = training.conflicts_of(["left", None, "left", "right"], common.scene_of("digits"))
     assert told == {"conflicts": 3, "won": {"left": 2, "right": 1}, "longest_streak": 2}
 
 
@@ -286,8 +307,7 @@ def test_the_change_of_weights_is_a_length():
 def test_a_bfloat16_accumulator_stands_still(monkeypatch):
     """At 256 the next number is 258: 1 is half of the way and is rounded to even, down."""
     monkeypatch.setattr(c_precision, "WINDOWS", (300,))
-    ones = (torch.ones(2, 8) for _ in range(300))
-    found = c_precision.accumulate(ones, ["one", "other"])["300"]
+    found = c_precision.accumulate(lambda: torch.ones(2, 8), ["one", "other"])["300"]
     assert found["float32"]["relative_error"] == {"one": 0.0, "other": 0.0}
     assert found["bfloat16"]["relative_error"]["one"] == pytest.approx(44.0 / 300.0)
 
@@ -298,20 +318,20 @@ def test_the_smallest_loss_chooses_the_rate_and_one_that_diverged_does_not():
         return {"scene": "digits", "method": "m", "learning_rate": rate, "losses": losses}
 
     found = g_optimizers.chosen([tried(1.0, math.nan), tried(0.1, 0.5), tried(0.01, 0.7)])
-    assert found == {("digits", "m"): 0.1}
+    assert found == {"m": 0.1}
 
 
 def test_differences_are_to_the_variant_s_own_baseline():
-    variants = [common.Variant("a", "A"), common.Variant("b", "B", baseline="a")]
+    variants = [training.Variant("a", "A"), training.Variant("b", "B", baseline="a")]
     records = [
         {"scene": "photos", "method": key, "seed": seed, "scores": {"L1": value, "SSIM": 0.5}}
         for key, values in (("a", (0.1, 0.2)), ("b", (0.3, 0.5)))
         for seed, value in enumerate(values)
     ]
-    table = common.score_table(records, "photos", variants, {})
+    table = tables.score_table(records, "photos", variants, {})
     assert "| A | 0.1500 ± 0.0707 |  | 0.5000 ± 0.0000 |  |" in table
     assert (
         "| B | 0.4000 ± 0.1414 | +0.2500 ± 0.0500 | 0.5000 ± 0.0000 | +0.0000 ± 0.0000 |" in table
     )
-    said = common.beyond_sentence(records, "photos", variants)
+    said = tables.beyond_sentence(records, "photos", variants)
     assert "are 1 of 2 differences: B (+0.2500 in L1)" in said

@@ -417,24 +417,6 @@ def test_pictures_of_all_methods_at_once(scene, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_methods_writes_figures_tables_and_a_picture(tmp_path):
-    output = tmp_path / "methods.json"
-    options = ["--steps", "2", "--seeds", "1", "--scene", "digits", "--methods", "mgda", "--output"]
-    command = [sys.executable, "-m", "bench", "experiments", "h", *options, output]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    results = json.loads(output.read_text(encoding="utf-8"))
-    assert [run["method"] for run in results["runs"]] == ["plain", "mgda"]
-    assert results["planned_runs"] == 2
-    assert results["machine"]["torch"] == torch.__version__
-    tables = (tmp_path / "methods.md").read_text(encoding="utf-8")
-    assert "| plain sum |" in tables
-    assert "| MGDA |" in tables
-    assert "single seed" in tables
-    assert (tmp_path / "methods.png").is_file()
-
-
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The legacy `DICOM`")  # imageio, before it gives up a file
 def test_images_of_the_users_own(tmp_path, capsys):
     folder = tmp_path / "images"
@@ -484,7 +466,7 @@ def test_ctrl_c_leaves_pictures_of_what_was_done(after, tmp_path, monkeypatch, c
     draws = 0
     draw = Digits.micro_batch
 
-    def interrupted(self, generator):
+    def interrupted(*_):
         nonlocal draws
         draws += 1
         # In the middle of the window after so many steps; methods have 4 steps each.
@@ -530,7 +512,7 @@ def test_ctrl_c_while_the_pictures_are_drawn_draws_them_again(tmp_path, monkeypa
 
 
 def test_ctrl_c_before_the_first_step(tmp_path, monkeypatch, capsys):
-    def interrupted(self, generator):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Digits, "micro_batch", interrupted)
