@@ -937,6 +937,7 @@ def fully_shard_apart(model):
 
 def not_the_wrapped_model():
     """The model inside is given, and the gradients come in more than one bucket."""
+    from gcond_kernels.storage import collect
 
     model = new_model()
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
