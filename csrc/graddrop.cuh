@@ -26,7 +26,7 @@ struct Graddrop {
 };
 
 // Random numbers that are a function of a seed, a count of draws and a place: SplitMix64, as in
-// python/random.py.
+// gcond_kernels/ops/random.py.
 constexpr std::uint64_t GAMMA = 0x9E3779B97F4A7C15;
 constexpr int RANDOM_BITS = 23;  // and one half: so many that float32 holds each of them exactly
 

@@ -12,12 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Array = NDArray[np.float64]
+from gcond_kernels.ops.types import RESIDUE
 
-# A resolved gradient is a difference of task gradients whose inner products are sums of
-# float32 partial sums. Where its square falls below their rounding, relative to the square
-# that its terms would have without cancelling, what is left is noise: it counts as zero.
-RESIDUE = 2.0**-23
+Array = NDArray[np.float64]
 
 MILD, MODERATE, CRITICAL = 0, 1, 2
 NO_WINNER = -1

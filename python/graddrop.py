@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gcond_kernels.ops.random import start_of, uniform
 from gcond_kernels.python.blocks import blocks, in_memory_order, trained
 from gcond_kernels.python.combine import output_factors
-from gcond_kernels.python.random import start_of, uniform
 
 
 def graddrop(

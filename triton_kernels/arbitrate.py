@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gcond_kernels.ops import launch_tables as tables
-from gcond_kernels.python.arbitrate import RESIDUE as REFERENCE_RESIDUE
+from gcond_kernels.ops.types import RESIDUE as REFERENCE_RESIDUE
 from gcond_kernels.triton_kernels.memory import throughout
 
 # K×K float64 numbers, eight of each matrix in a thread's registers.

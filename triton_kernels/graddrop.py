@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gcond_kernels.ops import launch_tables as tables
-from gcond_kernels.python import random
+from gcond_kernels.ops import random
 from gcond_kernels.triton_kernels.combine import factors_of
 from gcond_kernels.triton_kernels.memory import (
     ALIGNED,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gcond_kernels.methods.method import Known, Method, State, check_seed
 from gcond_kernels.ops.contexts import fixed_precision
-from gcond_kernels.python.random import start_of, uniform
+from gcond_kernels.ops.random import start_of, uniform
 
 
 @dataclass(frozen=True)

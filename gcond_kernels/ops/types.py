@@ -13,6 +13,11 @@ from torch import Tensor
 # Elements per word of a mask: bit e % 32 of word e // 32 is 1 where element e is trained.
 WORD_BITS = 32
 
+# A resolved gradient is a difference of task gradients whose inner products are sums of
+# float32 partial sums. Where its square falls below their rounding, relative to the square
+# that its terms would have without cancelling, what is left is noise: it counts as zero.
+RESIDUE = 2.0**-23
+
 
 class Layout(NamedTuple):
     """Where each parameter tensor's segment lies in flat storage.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gcond_kernels import ops
 from gcond_kernels.ops import checks as contracts
-from gcond_kernels.python import random
+from gcond_kernels.ops import random
 from tests.helpers.flat import (
     DTYPES,
     layout_of,
