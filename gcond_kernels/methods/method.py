@@ -285,40 +285,6 @@ def fresh_state(method: Method, tasks: int, batch: tuple[int, ...], device: torc
     }
 
 
-def norms(gramian: Tensor) -> Tensor:
-    """[..., K] lengths of the gradients."""
-    return gramian.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
-
-
-def cosines(gramian: Tensor) -> Tensor:
-    """[..., K, K] Gramian of the gradients at length 1; a task without a gradient is orthogonal."""
-    lengths = norms(gramian)
-    lengths = torch.where(lengths > 0.0, lengths, 1.0)
-    # Divided twice: the product of two lengths may leave the range of float64.
-    between = (gramian / lengths[..., :, None] / lengths[..., None, :]).clamp(-1.0, 1.0)
-    return torch.where(identity(gramian) == 1.0, 1.0, between)
-
-
-def per_length(weights: Tensor, gramian: Tensor) -> Tensor:
-    """Weights of the gradients from those of the gradients at length 1; 0 of what has no length."""
-    lengths = norms(gramian)
-    return torch.where(lengths > 0.0, weights / lengths.clamp(min=1e-300), 0.0)
-
-
-def inverse_lengths(gramian: Tensor) -> Tensor:
-    """[..., K] 1 / ‖ĝ_k‖ in units of the largest of these; 0 of what has no length."""
-    lengths = norms(gramian)
-    present = lengths > 0.0
-    shortest = torch.where(present, lengths, torch.inf).amin(-1, keepdim=True)
-    return torch.where(present, shortest / lengths.clamp(min=1e-300), 0.0)
-
-
-def mean_weights(gramian: Tensor) -> Tensor:
-    """[..., K] the weights of the mean gradient of all tasks that have one."""
-    present = (norms(gramian) > 0.0).to(gramian.dtype)
-    return present / present.sum(-1, keepdim=True).clamp(min=1.0)
-
-
 def check_number(method: object, option: str, value: Any, low: float, high: float) -> None:
     """Raises a ValueError where an option is not a number in [low, high]."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,7 +1,7 @@
-"""Solvers of K×K problems that never ask the host: a fixed number of steps, whole batches at once.
+"""Solvers of batches of K×K problems: a fixed number of steps, in float64.
 
-All of them take Gramians of gradients at length 1 (cosines), so that no scale of the gradients
-spoils their numbers, and work in float64.
+They never synchronize with the device. They take cosines, Gramians of normalized gradients, so that
+their accuracy does not depend on the scale of the gradients.
 """
 
 from __future__ import annotations
@@ -9,33 +9,71 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Newton steps of the interior-point method, then the linear system is solved. On 44,000 problems of
-# 3 to 12 tasks, random, singular, nearly parallel and anti-parallel, with lengths 1e12 apart, 20
-# left 45 of them with a residual above 1e-9 at gradients of length 1, 25 none, 30 at most 2e-13. In
+# Newton steps of the interior-point method, before the linear system is solved. On 44,000 problems
+# of 3 to 12 tasks, random, singular, nearly parallel and anti-parallel, with norms 1e12 apart, 20
+# left 45 of them with a residual above 1e-9 for normalized gradients, 25 none, 30 at most 2e-13. In
 # float64 alone, with its smaller eigenvalues, 30 left 9 of them, at most 8e-7.
 STEPS = 30
-# Of the way to the boundary, how far a step may go.
+# Fraction of the way to the boundary that a step may go.
 TO_BOUNDARY = 0.99
 # Turns of a path, for each task: of 80,000 paths of 2 to 12 tasks none took more than 1.7 with a
-# radius of 0.5, and 2.5 with one of 2, but for one that went in circles among ties. A path that is
-# not followed to its end has a y within the radius all the same.
+# radius of 0.5, and 2.5 with one of 2, but for one that cycled among ties. A path that is not
+# followed to its end has a y within the radius all the same.
 TURNS = 3
-# The inner products are sums of float32 partial sums: of gradients at length 1 that depend on each
-# other the eigenvalue that should be 0 was 4.9e-7 at most, over 10,000 Gramians of 2 to 10 tasks
-# and 1 to 300,000 elements. Below this an eigenvalue is their rounding.
+# The inner products are sums of float32 partial sums: for dependent normalized gradients the
+# eigenvalue that should be 0 was 4.9e-7 at most, over 10,000 Gramians of 2 to 10 tasks and 1 to
+# 300,000 elements. An eigenvalue below this is rounding.
 FLOAT32_ROUNDING = 2.0**-20
-# Of Gramians that are exact in float64.
+# The same for Gramians that are exact in float64.
 FLOAT64_ROUNDING = 1e-12
-# Sweeps of Jacobi's method, of K = 2, 3, 4 … 3, 5, 7 … and no more than this. On 50,000 matrices of
-# each K up to 4 they leave rounding alone, 4e-15 of the largest entry. Where eigenvalues repeat, as
-# 0 does in a singular matrix, it gets there more slowly, and leaves 2e-11 of K = 12.
+# Most sweeps of Jacobi's method; K = 2, 3, 4 … take 3, 5, 7 …. On 50,000 matrices of each K up to 4
+# they leave rounding alone, 4e-15 of the largest entry. Where eigenvalues repeat, as 0 does in a
+# singular matrix, it converges more slowly, and leaves 2e-11 for K = 12.
 SWEEPS = 12
 
 
-def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [..., K], in no order, and eigenvectors (columns) [..., K, K].
+def identity(matrix: Tensor) -> Tensor:
+    """Return the identity [K, K], of the type and on the device of a matrix [..., K, K]."""
+    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
-    `torch.linalg.eigh` makes the host wait for a GPU: there it is Jacobi's method.
+
+def product(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Return matrix · vector, [..., K], of [..., K, K] and [..., K]."""
+    return (matrix @ vector[..., None])[..., 0]
+
+
+def solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Return the x [..., K] of matrix · x = right; not finite where the matrix is singular."""
+    x: Tensor = torch.linalg.solve_ex(matrix, right[..., None])[0]
+    return x[..., 0]
+
+
+def solve_among(matrix: Tensor, right: Tensor, active: Tensor) -> Tensor:
+    """Return the x of matrix · x = right over the entries that are `active`, and 0 elsewhere.
+
+    Args:
+        matrix: [..., K, K].
+        right: [..., K].
+        active: [..., K] bool.
+    """
+    both = active[..., :, None] & active[..., None, :]
+    return solve(torch.where(both, matrix, identity(matrix)), torch.where(active, right, 0.0))
+
+
+def definite(C: Tensor, rounding: float) -> Tensor:
+    """Return the cosines with each eigenvalue below `rounding` raised to it.
+
+    So gradients that cancel out up to rounding keep weights of finite size.
+    """
+    values, vectors = eigh(C)
+    raised = (rounding - values).clamp(min=0.0)  # added, so that the rest keeps its bits
+    return C + (vectors * raised[..., None, :]) @ vectors.mT
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues [..., K], in no order, and eigenvectors (columns) [..., K, K].
+
+    By Jacobi's method on a GPU, where `torch.linalg.eigh` synchronizes with the device.
     """
     if matrix.is_cuda:
         return jacobi(matrix)
@@ -43,18 +81,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def definite(C: Tensor, rounding: float) -> Tensor:
-    """The cosines with no eigenvalue below `rounding`: what may be nothing else is raised to that.
-
-    So gradients that cancel out, as far as can be told, keep weights that can be added up.
-    """
-    values, vectors = eigh(C)
-    raised = (rounding - values).clamp(min=0.0)  # to be added: the rest keeps its own rounding
-    return C + (vectors * raised[..., None, :]) @ vectors.mT
-
-
 def jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors by rotations of K/2 disjoint pairs at a time.
+    """Return eigenvalues and eigenvectors by rotations of K/2 disjoint pairs at a time.
 
     (Golub and Van Loan, Matrix Computations, 8.5.)
     """
@@ -69,28 +97,24 @@ def jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix.diagonal(dim1=-2, dim2=-1), vectors
 
 
-def identity(matrix: Tensor) -> Tensor:
-    """[K, K] the identity, of the type and on the device of a matrix [..., K, K]."""
-    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+def pairs_of_round(number: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the disjoint pairs p < q of a round; each pair occurs once in all rounds together.
 
-
-def pairs_of_round(number: int, players: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Disjoint pairs p < q: in players - 1 rounds, or players if they are odd, all meet once.
-
-    The circle method: one stays (or, of odd ones, sits out), the others turn. By arithmetic on the
-    device, for a copy from the host would make it wait.
+    There are count - 1 rounds, or `count` if that is odd. By the circle method: one index stays
+    (or, of an odd count, sits out), the others turn. Computed on the device, for a copy from the
+    host would synchronize with it.
     """
-    turning = players - 1 + players % 2
-    step = torch.arange(1, (players + 1) // 2, device=device)
+    turning = count - 1 + count % 2
+    step = torch.arange(1, (count + 1) // 2, device=device)
     one, other = (number + step) % turning, (number - step) % turning
-    if players % 2 == 0:
+    if count % 2 == 0:
         one = torch.cat([one, one.new_full((1,), number)])
         other = torch.cat([other, other.new_full((1,), turning)])
     return torch.minimum(one, other), torch.maximum(one, other)
 
 
 def jacobi_rotation(matrix: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """The rotation [..., K, K] that makes the entries (p, q) of a symmetric matrix zero."""
+    """Return the rotation [..., K, K] that makes entries (p, q) of a symmetric matrix zero."""
     a_pq = matrix[..., p, q]
     difference = matrix[..., q, q] - matrix[..., p, p]
     # The smaller root t of t² + 2 θ t - 1 = 0 with θ = difference / (2 a_pq), without dividing by
@@ -107,72 +131,60 @@ def jacobi_rotation(matrix: Tensor, p: Tensor, q: Tensor) -> Tensor:
     return rotation
 
 
-def solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """The x [..., K] of matrix · x = right; not finite where the matrix is singular."""
-    x: Tensor = torch.linalg.solve_ex(matrix, right[..., None])[0]
-    return x[..., 0]
-
-
 def step_length(values: Tensor, direction: Tensor) -> Tensor:
-    """[..., 1] the longest step in (0, 1] that keeps values above 0, by a margin."""
-    shrinking = direction < 0.0
-    room = torch.where(shrinking, -values / torch.where(shrinking, direction, -1.0), torch.inf)
-    return (TO_BOUNDARY * room.amin(-1, keepdim=True)).clamp(max=1.0)
+    """Return the longest step in (0, 1] that keeps values above 0, by a margin: [..., 1]."""
+    shrinks = direction < 0.0
+    to_zero = torch.where(shrinks, -values / torch.where(shrinks, direction, -1.0), torch.inf)
+    return (TO_BOUNDARY * to_zero.amin(-1, keepdim=True)).clamp(max=1.0)
 
 
 def nonnegative_minimum(C: Tensor, q: Tensor) -> Tensor:
-    """The x [..., K] ≥ 0 at which ½ xᵀ C x + qᵀ x is smallest.
+    """Return the x [..., K] ≥ 0 at which ½ xᵀ C x + qᵀ x is smallest.
 
-    Mehrotra's predictor-corrector method (Nocedal and Wright, Numerical Optimization, 16.6), and at
-    last the linear system of the entries that are not 0, which leaves no rounding but its own.
+    Mehrotra's predictor-corrector method (Nocedal and Wright, Numerical Optimization, 16.6), and
+    last the linear system of the entries that are not 0, to remove the method's own error.
 
     Args:
         C: [..., K, K], positive definite, of unit diagonal.
         q: [..., K].
     """
-    # Where q has another size than 1, so has x.
+    # x scales with q.
     unit = q.abs().amax(-1, keepdim=True)
     unit = torch.where(unit > 0.0, unit, 1.0)
     q = q / unit
     x, z = torch.ones_like(q), torch.ones_like(q)
     for _ in range(STEPS):
         gap = (x * z).mean(-1, keepdim=True)
-        residual = (C @ x[..., None])[..., 0] + q
+        residual = product(C, x) + q
         system = C + torch.diag_embed(z / x)
-        straight = solve(system, -residual)
-        straight_z = -z - z / x * straight
-        ahead = step_length(x, straight), step_length(z, straight_z)
-        left = ((x + ahead[0] * straight) * (z + ahead[1] * straight_z)).mean(-1, keepdim=True)
+        predicted = solve(system, -residual)
+        predicted_z = -z - z / x * predicted
+        steps = step_length(x, predicted), step_length(z, predicted_z)
+        left = ((x + steps[0] * predicted) * (z + steps[1] * predicted_z)).mean(-1, keepdim=True)
         target = (left / gap).clamp(0.0, 1.0) ** 3 * gap
-        complement = (target - straight * straight_z) / x
+        complement = (target - predicted * predicted_z) / x
         dx = solve(system, complement - residual)
         dz = complement - z - z / x * dx
         step = torch.minimum(step_length(x, dx), step_length(z, dz))
-        # Once the gap is rounding alone the system may be singular: what is there is kept.
+        # Once the gap is only rounding the system may be singular: then x and z stay.
         sound = (dx.isfinite() & dz.isfinite()).all(-1, keepdim=True)
         x = torch.where(sound, x + step * dx, x).clamp(min=1e-280)
         z = torch.where(sound, z + step * dz, z).clamp(min=1e-280)
-    return unit * polished(C, q, x, x > z)
-
-
-def polished(C: Tensor, q: Tensor, x: Tensor, free: Tensor) -> Tensor:
-    """The exact minimum where the entries that are not `free` are 0, if it is one; else x."""
-    both = free[..., :, None] & free[..., None, :]
-    exact = solve(torch.where(both, C, identity(C)), torch.where(free, -q, 0.0))
-    slope = (C @ exact[..., None])[..., 0] + q
+    exact = solve_among(C, -q, x > z)
+    slope = product(C, exact) + q
     tolerance = 1e-9 * (1.0 + exact.abs().amax(-1, keepdim=True))
     is_minimum = ((exact >= 0.0) & (slope >= -tolerance)).all(-1, keepdim=True)
-    return torch.where(is_minimum, exact, torch.where(free, x, 0.0))
+    return unit * torch.where(is_minimum, exact, torch.where(x > z, x, 0.0))
 
 
 def best_for_the_worst(C: Tensor, b: Tensor, a: Tensor, radius: float) -> Tensor:
-    """The y [..., K] ≥ 0 as long as the radius whose smallest (C y + b)_i / a_i is largest.
+    """Return the y [..., K] ≥ 0 with norm `radius` whose smallest (C y + b)_i / a_i is largest.
 
-    Its length is √(yᵀ C y).
-    For a bound τ from below on all (C y + b)_i / a_i the shortest y is piecewise linear in τ. It is
-    followed from the τ at which y = 0 will do, until it is so long (as least angle regression
-    follows a path: Efron et al. 2004): where a bound becomes tight its y_i starts to grow, where a
-    y_i gets back to 0 its bound is let go. That is exact, after some K to 2 K turns.
+    The norm of y is √(yᵀ C y). For a lower bound τ of all (C y + b)_i / a_i the y of least norm is
+    piecewise linear in τ. It is followed from the τ at which y = 0 is enough, until its norm is the
+    radius (as least angle regression follows a path: Efron et al. 2004): where a bound becomes
+    tight its y_i starts to grow, where a y_i returns to 0 its bound is dropped. That is exact,
+    after about K to 2 K turns.
 
     Args:
         C: [..., K, K], positive definite, of unit diagonal.
@@ -185,34 +197,24 @@ def best_for_the_worst(C: Tensor, b: Tensor, a: Tensor, radius: float) -> Tensor
     tight = tasks == first  # [..., K]
     y, done = torch.zeros_like(b), torch.zeros_like(first, dtype=torch.bool)
     for _ in range(TURNS * C.shape[-1]):
-        # y = τ p - s, and what is left above the bounds is τ (C p - a) + b - C s.
-        p, s = on_the_tight(C, a, tight), on_the_tight(C, b, tight)
-        Cp, Cs = (C @ p[..., None])[..., 0], (C @ s[..., None])[..., 0]
+        # y = τ p - s, and the distance to the bounds is τ (C p - a) + b - C s.
+        p, s = solve_among(C, a, tight), solve_among(C, b, tight)
+        Cp, Cs = product(C, p), product(C, s)
         closing = ~tight & (Cp - a < -1e-12 * a)
         enters = torch.where(closing, (b - Cs) / torch.where(closing, a - Cp, 1.0), torch.inf)
         leaving = tight & (p < 0.0)
         leaves = torch.where(leaving, s / torch.where(leaving, p, -1.0), torch.inf)
-        turn, which = torch.minimum(enters, leaves).min(-1, keepdim=True)
+        turn, index = torch.minimum(enters, leaves).min(-1, keepdim=True)
         turn = torch.maximum(turn, tau)
-        reached = torch.maximum(longest_within(p, Cp, s, Cs, radius), tau)
-        last = ~(turn < reached)  # or rounding has the last word: then y stays as it is
-        step = torch.where(last, reached, turn) * p - s
+        # The larger τ at which y has the norm `radius`.
+        pp, ps, ss = ((u * Cv).sum(-1, keepdim=True) for u, Cv in ((p, Cp), (p, Cs), (s, Cs)))
+        end = (ps + (ps**2 - pp * (ss - radius**2)).clamp(min=0.0).sqrt()) / pp
+        end = torch.maximum(torch.where(pp > 0.0, end, torch.nan), tau)
+        last = ~(turn < end)
+        step = torch.where(last, end, turn) * p - s
+        # Where rounding leaves no finite step y stays.
         y = torch.where(done | ~step.isfinite().all(-1, keepdim=True), y, step)
         done = done | last
         tau = torch.where(done, tau, turn)
-        tight = torch.where(done, tight, tight ^ (tasks == which))
+        tight = torch.where(done, tight, tight ^ (tasks == index))
     return y.clamp(min=0.0)
-
-
-def on_the_tight(C: Tensor, right: Tensor, tight: Tensor) -> Tensor:
-    """Product of C⁻¹ and `right` among the entries that are `tight`; 0 elsewhere."""
-    both = tight[..., :, None] & tight[..., None, :]
-    return solve(torch.where(both, C, identity(C)), torch.where(tight, right, 0.0))
-
-
-def longest_within(p: Tensor, Cp: Tensor, s: Tensor, Cs: Tensor, radius: float) -> Tensor:
-    """The larger τ [..., 1] at which τ p - s is as long as the radius; NaN if p has no length."""
-    pp, ps = (p * Cp).sum(-1, keepdim=True), (p * Cs).sum(-1, keepdim=True)
-    ss = (s * Cs).sum(-1, keepdim=True)
-    tau = (ps + (ps**2 - pp * (ss - radius**2)).clamp(min=0.0).sqrt()) / pp
-    return torch.where(pp > 0.0, tau, torch.nan)

@@ -12,8 +12,8 @@ from gcond_kernels.methods.method import Known, Method, State
 
 @dataclass(frozen=True)
 class Sum(Method):
-    """The linear baseline: every task keeps its gradient, g = Σ_k ĝ_k."""
+    """Add the gradients up unchanged, g = Σ_k ĝ_k: the linear baseline."""
 
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
-        """w_k = 1."""
+        """Return ones."""
         return torch.ones_like(gramian[..., 0])

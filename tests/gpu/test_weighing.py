@@ -132,6 +132,6 @@ def test_a_graph_holds_a_step(method):
     for _ in range(4):
         graph.replay()
     assert int(optimizer._now.counters[0]) == before + 4
-    if "draws" in optimizer._now.method_state:
-        assert int(optimizer._now.method_state["draws"]) == before + 4
+    if "counter" in optimizer._now.method_state:
+        assert int(optimizer._now.method_state["counter"]) == before + 4
     assert not optimizer.report().skipped

@@ -513,7 +513,7 @@ def test_gradvac_in_every_order_over_several_steps(monkeypatch, their_orders, fa
         # Sines of nearly anti-parallel gradients: 1 − φ² is 1e-6, to 1e-10.
         assert close(w * lengths(S), theirs(S) * lengths(S), 1e-7)
         assert torch.allclose(state["target_cosines"], theirs._phi_t, rtol=1e-7, atol=1e-9)
-    assert int(state["draws"]) == step + 1
+    assert int(state["counter"]) == step + 1
 
 
 def test_gradvac_without_memory_is_pcgrad():

@@ -736,13 +736,13 @@ def test_the_mean_loss_of_a_task_without_a_micro_batch_is_unknown():
 
 
 def test_random_orders_go_on_where_they_were():
-    """The count of draws is the state: two runs with the same seed are the same run."""
+    """The random counter is the state: two runs with the same seed are the same run."""
     runs = []
     for seed in (0, 0, 1):
         model = net()
         optimizer = optimizer_of(model, method=PCGrad(seed=seed))
         train(model, optimizer, inputs(20))
-        assert int(optimizer._now.method_state["draws"]) == 10
+        assert int(optimizer._now.method_state["counter"]) == 10
         runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
