@@ -62,7 +62,7 @@ class GradNorm(Method):
             names = tuple(self.parameters) if is_list else ()
             if not names or not all(isinstance(name, str) for name in names):
                 raise ValueError(
-                    f"GradNorm: parameters must be a list of names, not {self.parameters!r}"
+                    f"GradNorm: parameters must be names in a list, not {self.parameters!r}"
                 )
             object.__setattr__(self, "parameters", names)
 
