@@ -1243,12 +1243,8 @@ class GCondFused(torch.optim.Optimizer):
             self._initialize_base()
             return
         self._forget_initialized()
-        if not now.resolved and closure is None:
-            self._strategy.check_begun(now.position > 0)
         if closure is not None:
             self._call(closure)
-            if not now.resolved:
-                self._strategy.check_begun(now.position > 0)
         self.resolve()
         assert now.finite is not None
         if self._loss_scale is not None and not now.told:
@@ -1388,7 +1384,7 @@ class GCondFused(torch.optim.Optimizer):
 
     def _find_wrapper(self) -> None:
         """Look once for a DistributedDataParallel that this optimizer was not told of."""
-        if self._data_parallel.look(self._parameters()):
+        if self._data_parallel.search(self._parameters()):
             self._collector.wrapper_known = True
 
     def _clear_gradients(self) -> None:

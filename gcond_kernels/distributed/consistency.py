@@ -5,116 +5,71 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gcond_kernels.distributed.process_group import ProcessGroup
-from gcond_kernels.ops.types import WORD_BITS
 from gcond_kernels.storage.accumulator import GradientStorage
 from gcond_kernels.storage.dtensor import is_dtensor, local_shard, shard_coordinate
 from gcond_kernels.storage.layout import Segment
 
+# Of each tensor, the groups of ranks that hold the same shard of it.
+Replicas = list[list[list[int]]]
 # Numbers by rank, by tensor: several of each.
 Values = Sequence[Sequence[Sequence[float]]]
-# The place of a shard along the dimensions of a mesh that shard it, and the size of those.
-Coordinate = tuple[tuple[int, ...], tuple[int, ...]]
-HINT = "Ranks that train other parameters belong in another process_group="
 FINGERPRINT_CHUNK = 1 << 24  # elements that are converted to float64 at a time
-
-
-class Replicas(NamedTuple):
-    """Which ranks hold the same shard of each tensor.
-
-    Attributes:
-        kind_of: of each tensor its kind, one for each mesh with its placements.
-        coordinates: of each kind this rank's coordinate.
-        ranks: of each kind the ranks that have the same coordinate.
-    """
-
-    kind_of: list[int]
-    coordinates: list[Coordinate]
-    ranks: list[dict[Coordinate, list[int]]]
-
-    def place(self, tensor: int, rank: int) -> tuple[int, int]:
-        """Return which of a tensor's replicas this rank has, and how many there are."""
-        kind = self.kind_of[tensor]
-        same = self.ranks[kind][self.coordinates[kind]]
-        return same.index(rank), len(same)
-
-    @property
-    def shard_number(self) -> int:
-        """The number of this rank's shard, counted along the mesh; 0 where meshes differ."""
-        number = 0
-        if len(self.coordinates) == 1:
-            for place, size in zip(*self.coordinates[0], strict=True):
-                number = number * size + place
-        return number
-
-    def first_mismatch(
-        self, values: Values, rel_tol: float, abs_tol: float = 0.0
-    ) -> tuple[int, int, int] | None:
-        """Return a tensor, and two ranks that hold the same shard with other values; or None."""
-        for tensor, kind in enumerate(self.kind_of):
-            for first, *others in self.ranks[kind].values():
-                for rank in others:
-                    for here, there in zip(
-                        values[rank][tensor], values[first][tensor], strict=True
-                    ):
-                        both_nan = here != here and there != there
-                        close = math.isclose(here, there, rel_tol=rel_tol, abs_tol=abs_tol)
-                        if not close and not both_nan:
-                            return tensor, rank, first
-        return None
 
 
 def check_ranks(
     storage: GradientStorage, group: ProcessGroup, settings: dict[str, str]
 ) -> Replicas:
-    """Check that all ranks have the same settings, parameters and masks; all of them call it.
+    """Check that ranks have the same settings, parameters and masks; return who holds what.
 
     Raises:
         RuntimeError: two ranks differ; the message names them and the difference.
     """
     segments = storage.segments
-    layout = [description(segment) for segment in segments]
-    coordinates, kind_of = kinds_of(segments)
-    parameters = fingerprints([local_shard(segment.parameter) for segment in segments])
-    own = digest([settings, layout]), coordinates, parameters, mask_fingerprints(storage)
-    digests, of_ranks, values, masks = zip(*group.gather_objects(own), strict=True)
+    described = [f"{option}={value}" for option, value in settings.items()]
+    described += [description(segment) for segment in segments]
+    described += [f"{len(segments)} parameters that require a gradient"]
+    own = (
+        digest(repr(described).encode()),
+        [shard_coordinate(segment.parameter) for segment in segments],
+        fingerprints([local_shard(segment.parameter) for segment in segments]),
+        mask_fingerprints(storage),
+    )
+    digests, coordinates, parameters, masks = zip(*group.gather_objects(own), strict=True)
     if len(set(digests)) > 1:
-        raise RuntimeError(difference(group.gather_objects((settings, layout))))
-    by_kind = [ranks_by_coordinate(of_kind) for of_kind in zip(*of_ranks, strict=True)]
-    replicas = Replicas(kind_of, coordinates, by_kind)
-    if mismatch := replicas.first_mismatch(values, rel_tol=1e-6):
-        tensor, rank, other = mismatch
+        raise RuntimeError(difference(group.gather_objects(described)))
+    replicas = [ranks_by_coordinate(of_tensor) for of_tensor in zip(*coordinates, strict=True)]
+    if mismatch := first_mismatch(parameters, replicas, rel_tol=1e-6):
         raise RuntimeError(
-            f"{segments[tensor].name} of rank {rank} is not that of rank {other}: start from the "
-            "same parameters (DistributedDataParallel sees to it; or load, or broadcast them)"
+            f"{of_two_ranks(segments, mismatch)}: start from the same parameters "
+            "(DistributedDataParallel sees to it; or load, or broadcast them)"
         )
-    if storage.mask is not None and (mismatch := replicas.first_mismatch(masks, rel_tol=0.0)):
-        tensor, rank, other = mismatch
+    if storage.mask is not None and (mismatch := first_mismatch(masks, replicas, rel_tol=0.0)):
         raise RuntimeError(
-            f"mask of {segments[tensor].name} of rank {rank} is not that of rank {other}: make "
-            "masks from the same weights, or broadcast them"
+            f"mask of {of_two_ranks(segments, mismatch)}: make masks from the same weights, or "
+            "broadcast them"
         )
     return replicas
 
 
-def check_replicas(storage: GradientStorage, group: ProcessGroup, replicas: Replicas) -> None:
+def check_gradients(storage: GradientStorage, group: ProcessGroup, replicas: Replicas) -> None:
     """Check that ranks that hold the same shard have the same gradients of it, but for rounding.
 
     Raises:
         RuntimeError: two ranks have other gradients.
     """
-    segments, rows = storage.segments, storage.accumulators
-    tasks = [task for task, count in enumerate(storage.counts) if count > 0]
-    own = [[float(segment.view(rows[task]).norm()) for task in tasks] for segment in segments]
+    segments = storage.segments
+    of_tasks = [storage.accumulators[task] for task, count in enumerate(storage.counts) if count]
+    own = [[float(segment.view(of_task).norm()) for of_task in of_tasks] for segment in segments]
     norms = group.gather_objects(own)
     # Beside large gradients one that is nothing but rounding may be another on every rank.
     largest = max((norm for rank in norms for tensor in rank for norm in tensor), default=0.0)
-    if mismatch := replicas.first_mismatch(norms, rel_tol=1e-2, abs_tol=1e-3 * largest):
+    if mismatch := first_mismatch(norms, replicas, rel_tol=1e-2, abs_tol=1e-3 * largest):
         tensor, rank, other = mismatch
         raise RuntimeError(
             f"rank {rank} and rank {other} hold the same part of {segments[tensor].name}, and have "
@@ -124,48 +79,77 @@ def check_replicas(storage: GradientStorage, group: ProcessGroup, replicas: Repl
         )
 
 
-def digest(content: object) -> int:
-    """Return 63 bits that tell contents apart, the same in every process."""
-    hashed = hashlib.blake2b(repr(content).encode(), digest_size=8).digest()
-    return int.from_bytes(hashed, "big") >> 1
+def first_mismatch(
+    values: Values, replicas: Replicas, rel_tol: float, abs_tol: float = 0.0
+) -> tuple[int, int, int] | None:
+    """Return a tensor, and two ranks that hold the same shard with other values; or None."""
+    for tensor, groups in enumerate(replicas):
+        for first, *others in groups:
+            for rank in others:
+                for here, there in zip(values[rank][tensor], values[first][tensor], strict=True):
+                    both_nan = here != here and there != there
+                    close = math.isclose(here, there, rel_tol=rel_tol, abs_tol=abs_tol)
+                    if not close and not both_nan:
+                        return tensor, rank, first
+    return None
 
 
-def description(segment: Segment) -> tuple[str, ...]:
-    """Return what must be the same of a parameter on all ranks."""
-    p: Any = segment.parameter
-    if is_dtensor(p):
-        where = f"placed {list(p.placements)} on a mesh of {tuple(p.device_mesh.shape)}"
-    else:
-        where = f"of strides {segment.stride}"
-    return segment.name, f"shape {list(p.shape)}", str(p.dtype), where
+def of_two_ranks(segments: Sequence[Segment], mismatch: tuple[int, int, int]) -> str:
+    """Return which tensor of which ranks differs."""
+    tensor, rank, other = mismatch
+    return f"{segments[tensor].name} of rank {rank} is not that of rank {other}"
 
 
-def kinds_of(segments: Sequence[Segment]) -> tuple[list[Coordinate], list[int]]:
-    """Return this rank's coordinate in each mesh with its placements, and of each tensor which.
+def difference(of_ranks: Sequence[list[str]]) -> str:
+    """Return how what describes a rank, item by item, differs from that of rank 0."""
+    for rank, here in enumerate(of_ranks):
+        there = of_ranks[0]
+        # The number of parameters, which comes last, where all that both have is the same.
+        pairs = [*zip(here[:-1], there[:-1], strict=False), (here[-1], there[-1])]
+        for own, first in pairs:
+            if own != first:
+                return (
+                    f"rank {rank} has {own}, rank 0 {first}. Ranks that train other parameters "
+                    "belong in another process_group="
+                )
+    raise AssertionError("the ranks do not differ")
 
-    Meshes are numbered as they come: their names and ranks differ from rank to rank.
-    """
-    numbers: dict[object, int] = {}
-    coordinates: list[Coordinate] = []
-    for segment in segments:
-        if (key := kind_of(segment)) not in numbers:
-            numbers[key] = len(numbers)
-            coordinates.append(shard_coordinate(segment.parameter))
-    return coordinates, [numbers[kind_of(segment)] for segment in segments]
+
+def ranks_by_coordinate(coordinates: Sequence[object]) -> list[list[int]]:
+    """Return the groups of ranks that have the same coordinate, from that of every rank."""
+    groups: dict[object, list[int]] = {}
+    for rank, coordinate in enumerate(coordinates):
+        groups.setdefault(coordinate, []).append(rank)
+    return list(groups.values())
 
 
-def kind_of(segment: Segment) -> object:
+def shard_number(segments: Sequence[Segment]) -> int:
+    """Return the number of this rank's shard, where all parameters are sharded alike; else 0."""
+    number = 0
+    if len({placement_of(segment) for segment in segments}) == 1:
+        for place, size in zip(*shard_coordinate(segments[0].parameter), strict=True):
+            number = number * size + place
+    return number
+
+
+def placement_of(segment: Segment) -> object:
     """Return the mesh and the placements of a DTensor; None of any other parameter."""
     p: Any = segment.parameter
     return (p.device_mesh, tuple(p.placements)) if is_dtensor(p) else None
 
 
-def ranks_by_coordinate(coordinates: Sequence[Coordinate]) -> dict[Coordinate, list[int]]:
-    """Return the ranks that have the same coordinate, from the coordinate of every rank."""
-    ranks: dict[Coordinate, list[int]] = {}
-    for rank, coordinate in enumerate(coordinates):
-        ranks.setdefault(coordinate, []).append(rank)
-    return ranks
+def description(segment: Segment) -> str:
+    """Return what must be the same of a parameter on all ranks."""
+    p: Any = segment.parameter
+    where = f"of strides {segment.stride}"
+    if is_dtensor(p):
+        where = f"placed {list(p.placements)} on a mesh of {tuple(p.device_mesh.shape)}"
+    return f"{segment.name} shape {list(p.shape)} {p.dtype} {where}"
+
+
+def digest(content: bytes) -> int:
+    """Return 63 bits that tell contents apart, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 def fingerprints(tensors: Sequence[Tensor]) -> list[list[float]]:
@@ -183,31 +167,5 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[list[float]]:
 
 def mask_fingerprints(storage: GradientStorage) -> list[list[float]]:
     """Return a number of each tensor's mask that tells another one apart; nothing without one."""
-    if storage.mask is None:
-        return []
-    words = storage.mask.cpu().numpy()
-    prints = []
-    for offset, size in zip(*storage.layout, strict=True):
-        of_tensor = words[offset // WORD_BITS : -(-(offset + size) // WORD_BITS)].tobytes()
-        # 48 bits, which a float holds.
-        hashed = hashlib.blake2b(of_tensor, digest_size=6).digest()
-        prints.append([float(int.from_bytes(hashed, "big"))])
-    return prints
-
-
-def difference(of_ranks: Sequence[tuple[dict[str, str], list[tuple[str, ...]]]]) -> str:
-    """Return how settings or parameters of a rank differ from those of rank 0."""
-    first_settings, first_layout = of_ranks[0]
-    for rank, (settings, layout) in enumerate(of_ranks):
-        for option, value in first_settings.items():
-            if settings.get(option) != value:
-                return f"rank {rank} has {option}={settings.get(option)}, rank 0 {option}={value}"
-        for here, there in zip(layout, first_layout, strict=False):
-            if here != there:
-                return f"rank {rank} has {' '.join(here)}, rank 0 {' '.join(there)}. {HINT}"
-        if len(layout) != len(first_layout):
-            return (
-                f"rank {rank} has {len(layout)} parameters that require a gradient, rank 0 "
-                f"{len(first_layout)}. {HINT}"
-            )
-    raise AssertionError("the ranks do not differ")
+    masks = [storage.mask_of(segment) for segment in storage.segments]
+    return [[digest(mask.cpu().numpy().tobytes())] for mask in masks if mask is not None]

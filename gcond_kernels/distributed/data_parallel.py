@@ -18,9 +18,9 @@ T = TypeVar("T")
 
 
 class DataParallel:
-    """The DistributedDataParallel modules around a model, which leave their gradients alone.
+    """The DistributedDataParallel modules around a model, which do not reduce gradients.
 
-    They are in the model that is given, at the start or later, or else are found by `look`.
+    They are in the model that is given, at the start or later, or else are found by `search`.
 
     Args:
         group: the ranks that train together; None is one process.
@@ -36,10 +36,10 @@ class DataParallel:
         self._group = group if group is not None and group.size > 1 else None
         self._is_chosen = is_chosen
         self._given: weakref.ref[nn.Module] | None = None
-        self._looked = False
+        self._searched = False
         self.left_alone = ""
         self.modules: list[Any] = []
-        self._quiet: list[Quiet] = []
+        self._without_sync: list[WithoutSync] = []
 
     @property
     def module(self) -> nn.Module | None:
@@ -58,8 +58,7 @@ class DataParallel:
             ValueError: a parameter would be left without a reduced gradient; an option of a module
                 does not go with this; or it reduces over other ranks, or DTensors.
         """
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"module must be a torch.nn.Module, not {module!r}")
+        check_module(module)
         wrapped = data_parallel_modules(module)
         for one in wrapped:
             if why := problem_of(one, set(parameters)) or self._other_ranks(one):
@@ -70,9 +69,9 @@ class DataParallel:
                 "on a mesh of two dimensions, which also replicates"
             )
         self._given = weakref.ref(module)
-        self._hush(wrapped)
+        self._add(wrapped)
 
-    def look(self, named: Iterable[tuple[Tensor, str]]) -> bool:
+    def search(self, named: Iterable[tuple[Tensor, str]]) -> bool:
         """Find the modules around these parameters, once, where no model was given.
 
         One that cannot be kept from reducing gradients is left alone.
@@ -87,14 +86,12 @@ class DataParallel:
             RuntimeError: one reduces over other ranks; or the forward pass that was made in it
                 cannot be told that its gradients are not to be reduced.
         """
-        if self._looked or self._group is None or self._given is not None:
+        if self._searched or self._group is None or self._given is not None:
             return False
         known = {parameter for parameter, _ in named}
-        self._looked = any(map(is_dtensor, known))
-        if self._looked:
-            return False
         found, left_alone = [], ""
-        for one in living(data_parallel_class()):
+        modules = () if any(map(is_dtensor, known)) else instances_of(data_parallel_class())
+        for one in modules:
             if known.isdisjoint(one.parameters()):
                 continue
             if why := problem_of(one, known):
@@ -109,16 +106,16 @@ class DataParallel:
                     "give GCondFused(..., module=model) before the first forward pass"
                 )
             found.append(one)
-        self._looked, self.left_alone = True, left_alone
-        self._hush(found)
+        self._searched, self.left_alone = True, left_alone
+        self._add(found)
         return bool(found)
 
-    def _hush(self, wrapped: Sequence[Any]) -> None:
-        self._quiet = [*self._quiet, *(Quiet.of(one) for one in wrapped)]
+    def _add(self, wrapped: Sequence[Any]) -> None:
+        self._without_sync += [WithoutSync.of(one) for one in wrapped]
         self.modules += [one for one in wrapped if one not in self.modules]
 
     def _other_ranks(self, wrapped: Any) -> str | None:
-        """Say so where a module reduces over other ranks than those that train together."""
+        """Return an error where a module reduces over other ranks than these."""
         if self._group is None or self._is_chosen or self._group.is_same(wrapped.process_group):
             return None
         return (
@@ -136,13 +133,13 @@ class DataParallel:
             for name, buffer in wrapped.module.named_buffers()
             if name not in wrapped.parameters_to_ignore
         ]
-        works = [self._broadcast(copy, group) for _, copy, group in sent]
+        works = [self._start_broadcast(copy, group) for _, copy, group in sent]
         for work, (buffer, copy, _) in zip(works, sent, strict=True):
             work.wait()
             if copy is not buffer:
                 buffer.copy_(copy)
 
-    def _broadcast(self, tensor: Tensor, group: Any) -> Any:
+    def _start_broadcast(self, tensor: Tensor, group: Any) -> Any:
         if self._group is not None and self._group.is_same(group):
             return self._group.start_broadcast(tensor)
         import torch.distributed as dist
@@ -150,17 +147,54 @@ class DataParallel:
         return dist.broadcast(tensor, group_src=0, group=group, async_op=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has a model of its own, and may be given it, or look for it.
-        return {**self.__dict__, "_given": None, "_looked": False, "modules": [], "_quiet": []}
+        # A copy has a model of its own, and may be given it, or search for it.
+        changed = {"_given": None, "_searched": False, "modules": [], "_without_sync": []}
+        return self.__dict__ | changed
+
+
+class WithoutSync:
+    """Keep a DistributedDataParallel from reducing gradients, for as long as anybody holds this.
+
+    There is one of it for a module: the end of an older optimizer must not end it for a newer one.
+    """
+
+    _alive: ClassVar[weakref.WeakValueDictionary[int, WithoutSync]] = weakref.WeakValueDictionary()
+
+    def __init__(self, wrapped: Any) -> None:
+        self._entered = ExitStack()
+        self._entered.enter_context(wrapped.no_sync())
+        # A forward pass that was made before this has it waiting for gradients.
+        if can_call_off(wrapped):
+            wrapped.reducer._reset_state()
+        # Its first forward pass would broadcast buffers, which a rank without data would not join.
+        wrapped.require_forward_param_sync = False
+        self._wrapped = wrapped
+
+    @classmethod
+    def of(cls, wrapped: Any) -> WithoutSync:
+        """Return the one for this module."""
+        one = cls._alive.get(id(wrapped))
+        if one is None:
+            one = cls._alive[id(wrapped)] = cls(wrapped)
+        return one
+
+    def __del__(self) -> None:
+        self._entered.close()
+        self._wrapped.require_forward_param_sync = True
+
+
+def check_module(module: object) -> None:
+    """Check that a model is one.
+
+    Raises:
+        TypeError: it is no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, not {module!r}")
 
 
 def problem_of(wrapped: Any, known: set[Tensor]) -> str | None:
-    """Return what keeps a DistributedDataParallel from going unreduced, if anything does.
-
-    Args:
-        wrapped: the module.
-        known: the parameters of the optimizer.
-    """
+    """Return why a DistributedDataParallel cannot be kept from reducing, given known parameters."""
     unfit = {
         "static_graph=True reduces the first backward pass whatever it is told": (
             wrapped.static_graph
@@ -168,10 +202,10 @@ def problem_of(wrapped: Any, known: set[Tensor]) -> str | None:
         "mixed_precision= takes its parameters back in the reduction": (
             getattr(wrapped, "mixed_precision", None) is not None
         ),
-        "delay_all_reduce_named_params= reduces whatever it is told": bool(
+        "delay_all_reduce_named_params= reduces whatever it is told": (
             getattr(wrapped, "_delay_all_reduce_params", None)
         ),
-        "register_comm_hook is for a reduction that it does not make": bool(
+        "register_comm_hook is for a reduction that it does not make": (
             getattr(wrapped, "_comm_hooks", None)
         ),
     }
@@ -190,37 +224,6 @@ def problem_of(wrapped: Any, known: set[Tensor]) -> str | None:
     return None
 
 
-class Quiet:
-    """Keeps a DistributedDataParallel from reducing gradients, for as long as anybody holds this.
-
-    There is one of it for a module: the end of an older optimizer must not wake it up again.
-    """
-
-    _alive: ClassVar[weakref.WeakValueDictionary[int, Quiet]] = weakref.WeakValueDictionary()
-
-    def __init__(self, wrapped: Any) -> None:
-        self._entered = ExitStack()
-        self._entered.enter_context(wrapped.no_sync())
-        # A forward pass that was made before this has it waiting for gradients.
-        if can_call_off(wrapped):
-            wrapped.reducer._reset_state()
-        # Its first forward pass would broadcast buffers, which a rank without data would not join.
-        wrapped.require_forward_param_sync = False
-        self._wrapped = wrapped
-
-    @classmethod
-    def of(cls, wrapped: Any) -> Quiet:
-        """The one for this module."""
-        quiet = cls._alive.get(id(wrapped))
-        if quiet is None:
-            quiet = cls._alive[id(wrapped)] = cls(wrapped)
-        return quiet
-
-    def __del__(self) -> None:
-        self._entered.close()
-        self._wrapped.require_forward_param_sync = True
-
-
 def can_call_off(wrapped: Any) -> bool:
     """Return whether the reduction that a forward pass has prepared can be called off."""
     return hasattr(getattr(wrapped, "reducer", None), "_reset_state")
@@ -234,13 +237,13 @@ def data_parallel_class() -> type[Any]:
 
 
 def data_parallel_modules(module: nn.Module | None) -> list[Any]:
-    """The DistributedDataParallel modules in a module, itself included."""
+    """Return the DistributedDataParallel modules in a module, itself included."""
     if module is None or not torch.distributed.is_available():
         return []
     return [part for part in module.modules() if isinstance(part, data_parallel_class())]
 
 
-def living(kind: type[T]) -> Iterator[T]:
+def instances_of(kind: type[T]) -> Iterator[T]:
     """Return all objects of a class in this process; takes as long as there are any objects."""
     # Not isinstance: that asks the object, which may do anything.
     return (one for one in gc.get_objects() if issubclass(type(one), kind))

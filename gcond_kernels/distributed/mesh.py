@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gcond_kernels.distributed.consistency import Replicas, check_ranks, check_replicas, digest
+from gcond_kernels.distributed.consistency import (
+    Replicas,
+    check_gradients,
+    check_ranks,
+    digest,
+    shard_number,
+)
 from gcond_kernels.distributed.fsdp import FullySharded
 from gcond_kernels.distributed.process_group import ProcessGroup
 from gcond_kernels.distributed.strategy import Describe, LocalGradients, SingleProcess
@@ -33,7 +39,8 @@ class MeshStrategy(SingleProcess):
         self._checked_segments = 0  # how many segments the ranks have compared
         self._is_consistent = False  # whether they have found each other so in this window
         self._is_first = False  # whether they have compared parameters in this window
-        self._replicas = Replicas([], [], [])
+        self._replicas: Replicas = []
+        self._shard_number = 0
         self._fsdp = FullySharded()
 
     def check_gradient_sync(self) -> None:
@@ -41,29 +48,26 @@ class MeshStrategy(SingleProcess):
         if self.storage.has_dtensors:
             self._fsdp.check(self.storage.segments)
 
-    def check_begun(self, begun: bool) -> None:
-        """Check nothing yet: another rank may have begun, which `synchronize` finds out."""
-
     def synchronize(self, describe: Describe, on_nonfinite: str, begun: bool) -> list[int]:
         """Check that ranks are consistent; return the micro-batches of each task that count."""
         self._check_consistent(describe)
         storage = self.storage
         choice = ("skip", "drop_task", "raise").index(on_nonfinite)
-        own = [choice, digest(storage.window_tasks), int(begun), *storage.counts]
+        tasks = digest(repr(storage.window_tasks).encode())
+        own = [choice, tasks, int(begun), *storage.counts]
         table = self.group.gather_numbers(own, storage.accumulators.device)
-        choices, touched, any_begun = ({row[column] for row in table} for column in range(3))
-        if len(choices) > 1:
+        if len({choice for choice, *_ in table}) > 1:
             raise RuntimeError("ranks differ in on_nonfinite: set the same on all of them")
-        if len(touched) > 1:
-            self._unite_touched()
-        if not any(any_begun):
+        if len({tasks for _, tasks, *_ in table}) > 1:
+            self._unite_window_tasks()
+        if not any(begun for _, _, begun, *_ in table):
             storage.start_window()
             self.end_window()
             raise RuntimeError(
                 f"nothing was accumulated on any of the {self.size} ranks: call backward(losses) "
                 "before step()"
             )
-        counts = self._counts([row[3:] for row in table])
+        counts = self._counts([counts for _, _, _, *counts in table])
         if self._is_first:
             self._check_gradients()
         return counts
@@ -72,24 +76,25 @@ class MeshStrategy(SingleProcess):
         """Compare ranks, once a window before anything else, where one of them has changed."""
         if self._is_consistent:
             return
-        storage = self.storage
-        if self.any_rank(self._checked_segments != len(storage.segments)):
-            self._replicas = check_ranks(storage, self.group, describe())
-            self._checked_segments = len(storage.segments)
+        segments = self.storage.segments
+        if self.any_rank(self._checked_segments != len(segments)):
+            self._replicas = check_ranks(self.storage, self.group, describe())
+            self._shard_number = shard_number(segments)
+            self._checked_segments = len(segments)
             self._is_first = True
         self._is_consistent = True
 
-    def _unite_touched(self) -> None:
+    def _unite_window_tasks(self) -> None:
         """Give every rank a gradient of the tensors that any rank has one of."""
         storage = self.storage
-        tasks = range(len(storage.counts))
-        bits = [[touched >> task & 1 for touched in storage.window_tasks] for task in tasks]
-        flags = torch.tensor(
-            bits, dtype=torch.bool, device=self.group.device(storage.accumulators.device)
-        )
-        of_tensors = self.group.any_of(flags).T.tolist()
+        bits = [
+            [touched >> task & 1 for touched in storage.window_tasks]
+            for task in range(len(storage.counts))
+        ]
+        device = self.group.device(storage.accumulators.device)
+        flags = self.group.any_of(torch.tensor(bits, dtype=torch.bool, device=device))
         storage.window_tasks = [
-            sum(bit << task for task, bit in enumerate(row)) for row in of_tensors
+            sum(bit << task for task, bit in enumerate(of_tensor)) for of_tensor in flags.T.tolist()
         ]
 
     def _counts(self, table: list[list[int]]) -> list[int]:
@@ -103,18 +108,18 @@ class MeshStrategy(SingleProcess):
         return table[0]
 
     def _check_gradients(self) -> None:
-        check_replicas(self.storage, self.group, self._replicas)
+        check_gradients(self.storage, self.group, self._replicas)
 
     def local_gradients(self, scale: Tensor, beta: float) -> LocalGradients:
         """Return what this process resolves."""
         local = super().local_gradients(scale, beta)
-        local.first = self._replicas.shard_number * self.storage.accumulators.shape[1]
+        local.first = self._shard_number * self.storage.accumulators.shape[1]
         return local
 
     def _counted(self, layout: Layout) -> Layout:
         ranges = [
-            counted_range(size, *self._replicas.place(tensor, self.group.rank))
-            for tensor, size in enumerate(layout.sizes)
+            counted_range(size, self.group.rank, groups)
+            for size, groups in zip(layout.sizes, self._replicas, strict=True)
         ]
         offsets = [offset + a for offset, (a, _) in zip(layout.offsets, ranges, strict=True)]
         return Layout.of(offsets, [b - a for a, b in ranges])
@@ -134,7 +139,7 @@ class MeshStrategy(SingleProcess):
         assert total is not None
         assert per_tensor is not None
         # S_ij and S_ji may be sums in another order of the ranks.
-        total, per_tensor = symmetric(total), symmetric(per_tensor)
+        total, per_tensor = (S.triu() + S.triu(1).mT for S in (total, per_tensor))
         return Gramians(total, cross, per_tensor, crosses), norms, losses
 
     def on_all_ranks(self, flag: Tensor) -> Tensor:
@@ -151,17 +156,13 @@ class MeshStrategy(SingleProcess):
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether a flag is set on any rank; all of them call it."""
-        return any(
-            f for (f,) in self.group.gather_numbers([flag], self.storage.accumulators.device)
-        )
+        device = self.storage.accumulators.device
+        return any(of_rank for (of_rank,) in self.group.gather_numbers([flag], device))
 
 
-def symmetric(matrix: Tensor) -> Tensor:
-    """Return matrices [..., R, R] with their upper halves mirrored."""
-    return matrix.triu() + matrix.triu(1).mT
-
-
-def counted_range(size: int, replica: int, replicas: int) -> tuple[int, int]:
-    """Return from where to where one of the ranks that hold the same elements counts them."""
-    length = align(-(-size // replicas))
-    return min(replica * length, size), min((replica + 1) * length, size)
+def counted_range(size: int, rank: int, groups: list[list[int]]) -> tuple[int, int]:
+    """Return from where to where this rank counts a tensor that its group of ranks holds."""
+    own = next(ranks for ranks in groups if rank in ranks)
+    length = align(-(-size // len(own)))
+    start = own.index(rank) * length
+    return min(start, size), min(start + length, size)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gcond_kernels.distributed.data_parallel import data_parallel_modules
+from gcond_kernels.distributed.data_parallel import check_module, data_parallel_modules
 from gcond_kernels.distributed.mesh import MeshStrategy
 from gcond_kernels.distributed.process_group import ProcessGroup
 from gcond_kernels.distributed.replicate import ReplicateStrategy
@@ -51,8 +51,8 @@ class Distributed:
     def __post_init__(self) -> None:
         if self.strategy not in (None, "shard", "replicate"):
             raise ValueError(f"strategy must be 'shard' or 'replicate', not {self.strategy!r}")
-        if self.module is not None and not isinstance(self.module, nn.Module):
-            raise TypeError(f"module must be a torch.nn.Module, not {self.module!r}")
+        if self.module is not None:
+            check_module(self.module)
 
     def connect(self) -> ProcessGroup | None:
         """Return the ranks that train together; None where torch.distributed is not initialized."""

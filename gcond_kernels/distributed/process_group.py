@@ -104,16 +104,13 @@ class ProcessGroup:
             return
         wait = min(PATIENCE, timeout_of(self._metadata_group) or PATIENCE).total_seconds()
         end, pause = time.monotonic() + wait, 0.001
-        arrived, of_rank = f"arrived {self._waits}", f"{self._waits} has {{}}"
-        store.set(of_rank.format(self.rank), "")
-        store.add(arrived, 1)
-        while store.add(arrived, 0) < self.size:
+        keys = {rank: f"{call} {self._waits} on {rank}" for rank in self.ranks}
+        own = keys[self.ranks[self.rank]]
+        store.set(own, "")
+        while not store.check([*keys.values()]):
             if time.monotonic() > end:
-                names = enumerate(self.ranks)
-                missing = [str(name) for r, name in names if not store.check([of_rank.format(r)])]
-                # So that nobody who comes later takes this one for present.
-                store.delete_key(of_rank.format(self.rank))
-                store.add(arrived, -1)
+                missing = [str(rank) for rank, key in keys.items() if not store.check([key])]
+                store.delete_key(own)  # so that nobody who comes later takes this one for present
                 raise RuntimeError(
                     f"rank {', '.join(missing)} did not call {call} within {wait:g} s after rank "
                     f"{self.ranks[self.rank]}: call it on all ranks, or {alternative}"

@@ -84,15 +84,6 @@ class SingleProcess:
 
     # In a resolution; every rank makes these calls, in this order.
 
-    def check_begun(self, begun: bool) -> None:
-        """Check that there is something to resolve.
-
-        Raises:
-            RuntimeError: there is nothing, which one process alone knows.
-        """
-        if not begun:
-            raise RuntimeError("nothing was accumulated: call backward(losses) before step()")
-
     def synchronize(
         self,
         describe: Describe,  # noqa: ARG002  an interface
@@ -109,7 +100,8 @@ class SingleProcess:
         Raises:
             RuntimeError: nothing was accumulated, or ranks differ; all of them raise it.
         """
-        self.check_begun(begun)
+        if not begun:
+            raise RuntimeError("nothing was accumulated: call backward(losses) before step()")
         return self.storage.counts
 
     def local_gradients(self, scale: Tensor, beta: float) -> LocalGradients:

@@ -6,6 +6,7 @@ import multiprocessing
 import re
 import signal
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from gcond_kernels import LionLars
 from gcond_kernels.distributed import consistency
 from gcond_kernels.distributed.mesh import counted_range
 from gcond_kernels.methods import CAGrad, GradNorm, PCGrad
+from gcond_kernels.storage.dtensor import shard_coordinate
 from tests.conftest import slow
 from tests.helpers import training_ranks as t
 from tests.helpers.ranks import Ranks, start
@@ -864,41 +866,47 @@ def test_meshes_of_the_same_placements_are_told_apart():
 
     data, tensor = Mesh("data", [1], (2,)), Mesh("tensor", [0], (2,))
     both = Mesh("both", [1, 0], (2, 4))
-    coordinates, kind_of = consistency.kinds_of(
-        [
-            parameter(data, Shard(0)),
-            parameter(tensor, Shard(0)),
-            parameter(both, Replicate(), Shard(1)),
-            SimpleNamespace(parameter=torch.ones(2)),
-            parameter(data, Shard(0)),
-        ]
-    )
-    assert kind_of == [0, 1, 2, 3, 0]
-    assert coordinates == [((1,), (2,)), ((0,), (2,)), ((0,), (4,)), ((), ())]
+    parameters = [
+        parameter(data, Shard(0)),
+        parameter(tensor, Shard(0)),
+        parameter(both, Replicate(), Shard(1)),
+        SimpleNamespace(parameter=torch.ones(2)),
+        parameter(data, Shard(0)),
+    ]
+    coordinates = [shard_coordinate(one.parameter) for one in parameters]
+    first, *others = [((1,), (2,)), ((0,), (2,)), ((0,), (4,)), ((), ())]
+    assert coordinates == [first, *others, first]
+    assert consistency.shard_number(parameters) == 0
+    assert consistency.shard_number([parameters[0], parameters[4]]) == 1
+    same_coordinate = Mesh("another", [1], (2,))
+    assert consistency.shard_number([parameters[0], parameter(same_coordinate, Shard(0))]) == 0
+    both = Mesh("both", [1, 2], (2, 4))
+    assert consistency.shard_number([parameter(both, Shard(1), Shard(0))]) == 6
 
 
 @pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 1000])
 @pytest.mark.parametrize("replicas", [1, 2, 3, 7])
 def test_slices_of_replicas_are_every_element_once(size, replicas):
-    slices = [counted_range(size, replica, replicas) for replica in range(replicas)]
+    group = [[], list(range(replicas))]
+    slices = [counted_range(size, replica, group) for replica in range(replicas)]
     assert slices[0][0] == 0
     assert slices[-1][1] == size
     assert all(a[1] == b[0] for a, b in pairwise(slices))
 
 
 def test_who_holds_what_and_who_holds_it_otherwise():
-    holders = [consistency.ranks_by_coordinate(where) for where in ("xyxy", "zzzz")]
-    mismatch = consistency.Replicas([0, 1], ["x", "z"], holders).first_mismatch
-    assert holders[0] == {"x": [0, 2], "y": [1, 3]}
+    replicas = [consistency.ranks_by_coordinate(where) for where in ("xyxy", "zzzz")]
+    assert replicas == [[[0, 2], [1, 3]], [[0, 1, 2, 3]]]
+    mismatch = partial(consistency.first_mismatch, replicas=replicas)
     same_numbers = [[[1.0], [2.0]], [[5.0], [2.0]], [[1.0], [2.0]], [[5.0], [2.0]]]
     nan = [[[math.nan], [2.0]]] * 4
-    assert mismatch(same_numbers, 1e-6) is None
-    assert mismatch(nan, 1e-6) is None
+    assert mismatch(same_numbers, rel_tol=1e-6) is None
+    assert mismatch(nan, rel_tol=1e-6) is None
     unlike = [*same_numbers[:3], [[5.1], [2.0]]]
-    assert mismatch(unlike, 1e-3) == (0, 3, 1)
-    assert mismatch(unlike, 1e-3, 0.2) is None
+    assert mismatch(unlike, rel_tol=1e-3) == (0, 3, 1)
+    assert mismatch(unlike, rel_tol=1e-3, abs_tol=0.2) is None
     unlike = [*same_numbers[:3], [[5.0], [math.nan]]]
-    assert mismatch(unlike, 1e-3) == (1, 3, 0)
+    assert mismatch(unlike, rel_tol=1e-3) == (1, 3, 0)
 
 
 def alone(base=torch.optim.AdamW, options=None, names=True, **changes):
