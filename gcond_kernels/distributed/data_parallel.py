@@ -8,13 +8,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar, TypeVar
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gcond_kernels.distributed.process_group import ProcessGroup, ranks_of
 from gcond_kernels.storage.dtensor import is_dtensor
 
 T = TypeVar("T")
+# Options with which a DistributedDataParallel cannot be kept from reducing, by its attributes.
+UNFIT = {
+    "static_graph": "static_graph=True reduces the first backward pass whatever it is told",
+    "mixed_precision": "mixed_precision= takes its parameters back in the reduction",
+    "_delay_all_reduce_params": "delay_all_reduce_named_params= reduces whatever it is told",
+    "_comm_hooks": "register_comm_hook is for a reduction that it does not make",
+}
 
 
 class DataParallel:
@@ -90,7 +98,7 @@ class DataParallel:
             return False
         known = {parameter for parameter, _ in named}
         found, left_alone = [], ""
-        modules = () if any(map(is_dtensor, known)) else instances_of(data_parallel_class())
+        modules = () if any(map(is_dtensor, known)) else instances_of(DistributedDataParallel)
         for one in modules:
             if known.isdisjoint(one.parameters()):
                 continue
@@ -142,8 +150,6 @@ class DataParallel:
     def _start_broadcast(self, tensor: Tensor, group: Any) -> Any:
         if self._group is not None and self._group.is_same(group):
             return self._group.start_broadcast(tensor)
-        import torch.distributed as dist
-
         return dist.broadcast(tensor, group_src=0, group=group, async_op=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -195,22 +201,8 @@ def check_module(module: object) -> None:
 
 def problem_of(wrapped: Any, known: set[Tensor]) -> str | None:
     """Return why a DistributedDataParallel cannot be kept from reducing, given known parameters."""
-    unfit = {
-        "static_graph=True reduces the first backward pass whatever it is told": (
-            wrapped.static_graph
-        ),
-        "mixed_precision= takes its parameters back in the reduction": (
-            getattr(wrapped, "mixed_precision", None) is not None
-        ),
-        "delay_all_reduce_named_params= reduces whatever it is told": (
-            getattr(wrapped, "_delay_all_reduce_params", None)
-        ),
-        "register_comm_hook is for a reduction that it does not make": (
-            getattr(wrapped, "_comm_hooks", None)
-        ),
-    }
-    for why, is_so in unfit.items():
-        if is_so:
+    for attribute, why in UNFIT.items():
+        if getattr(wrapped, attribute, None):
             return (
                 f"DistributedDataParallel's {why}: leave it out, gradients are reduced here once a "
                 "window"
@@ -229,18 +221,11 @@ def can_call_off(wrapped: Any) -> bool:
     return hasattr(getattr(wrapped, "reducer", None), "_reset_state")
 
 
-def data_parallel_class() -> type[Any]:
-    """Return torch's DistributedDataParallel."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    return DistributedDataParallel
-
-
 def data_parallel_modules(module: nn.Module | None) -> list[Any]:
     """Return the DistributedDataParallel modules in a module, itself included."""
-    if module is None or not torch.distributed.is_available():
+    if module is None or not dist.is_available():
         return []
-    return [part for part in module.modules() if isinstance(part, data_parallel_class())]
+    return [part for part in module.modules() if isinstance(part, DistributedDataParallel)]
 
 
 def instances_of(kind: type[T]) -> Iterator[T]:

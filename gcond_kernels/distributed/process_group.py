@@ -8,10 +8,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 # How long a rank waits for the others before it raises an error that names the missing ones.
 PATIENCE = timedelta(minutes=2)
+# torch 2.13 has renamed some collectives.
+NEWER_NAMES = hasattr(dist, "all_gather_single")
 
 
 class ProcessGroup:
@@ -32,9 +35,6 @@ class ProcessGroup:
     """
 
     def __init__(self, group: Any) -> None:
-        import torch.distributed as dist
-
-        self.dist = dist
         # Not the default group itself: one that is still held when Python ends may abort it.
         self._of_user: Any = None if group is dist.group.WORLD else group
         self.ranks = ranks_of(group)
@@ -53,21 +53,21 @@ class ProcessGroup:
             RuntimeError: a group cannot be made.
         """
         # Between hosts, so that no GPU has to wait. A dry run with a fake group stays one.
-        hosts = self.dist.is_gloo_available() and "fake" not in self._config
+        hosts = dist.is_gloo_available() and "fake" not in self._config
         self._on_host = hosts or "cpu:" in self._config
         self._metadata_group = self._new_group("gloo" if hosts else self._config, "metadata")
         self._gradient_group = self._new_group(self._config, "gradients")
 
     def _new_group(self, backend: str, purpose: str) -> Any:
-        of_user: Any = self._of_user or self.dist.group.WORLD
+        of_user: Any = self._of_user or dist.group.WORLD
         options: dict[str, Any] = {"backend": backend, "timeout": timeout_of(of_user)}
         options["group_desc"] = f"gcond_kernels: {purpose}"
         if self.ranks != sorted(self.ranks):  # older versions of torch cannot make such a group
             options["sort_ranks"] = False
         # Of all ranks torch counts the groups; of some it would need all to make this one.
-        options["use_local_synchronization"] = self.size < self.dist.get_world_size()
+        options["use_local_synchronization"] = self.size < dist.get_world_size()
         try:
-            return self.dist.new_group(self.ranks, **options)
+            return dist.new_group(self.ranks, **options)
         except Exception as error:
             raise RuntimeError(
                 f"the process group ({backend}) in which ranks {self.ranks} exchange {purpose} "
@@ -130,7 +130,7 @@ class ProcessGroup:
     def gather_objects(self, own: Any) -> list[Any]:
         """Return the object of every rank, by rank."""
         by_rank: list[Any] = [None] * self.size
-        self.dist.all_gather_object(by_rank, own, group=self._metadata_group)
+        dist.all_gather_object(by_rank, own, group=self._metadata_group)
         return by_rank
 
     # Gradients, and whatever lies on their device.
@@ -140,7 +140,7 @@ class ProcessGroup:
         reduced = flags.to(torch.uint8)
         is_metadata = flags.device == self.device(flags.device)
         group = self._metadata_group if is_metadata else self._gradient_group
-        self.dist.all_reduce(reduced, self.dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX, group=group)
         return reduced.bool()
 
     def gather(self, full: Tensor, shard: Tensor) -> None:
@@ -150,40 +150,36 @@ class ProcessGroup:
     def _gather(self, full: Tensor, shard: Tensor, group: Any) -> None:
         # torch 2.13 has given up the older name.
         newer = hasattr(self.dist, "all_gather_single")
-        run = self.dist.all_gather_single if newer else self.dist.all_gather_into_tensor
+        run = dist.all_gather_single if newer else dist.all_gather_into_tensor
         run(full, shard, group=group)
 
     def sum(self, tensor: Tensor) -> None:
         """Sum a tensor over the ranks, in place."""
-        self.dist.all_reduce(tensor, group=self._gradient_group)
+        dist.all_reduce(tensor, group=self._gradient_group)
 
     def start_sum(self, tensor: Tensor) -> Any:
         """Start to sum a tensor over the ranks, in place."""
-        return self.dist.all_reduce(tensor, group=self._gradient_group, async_op=True)
+        return dist.all_reduce(tensor, group=self._gradient_group, async_op=True)
 
     def start_sum_to_shards(self, shard: Tensor, full: Tensor) -> Any:
         """Start to sum `full` over the ranks into this rank's shard [n], which may lie in it."""
         newer = hasattr(self.dist, "reduce_scatter_single")
-        run = self.dist.reduce_scatter_single if newer else self.dist.reduce_scatter_tensor
+        run = dist.reduce_scatter_single if newer else dist.reduce_scatter_tensor
         return run(shard, full, group=self._gradient_group, async_op=True)
 
     def start_broadcast(self, tensor: Tensor) -> Any:
         """Start to send the first rank's tensor to all, in place."""
-        return self.dist.broadcast(tensor, group_src=0, group=self._gradient_group, async_op=True)
+        return dist.broadcast(tensor, group_src=0, group=self._gradient_group, async_op=True)
 
 
 def ranks_of(group: Any) -> list[int]:
     """Return the ranks of a process group in the whole job, in its order; of None all."""
-    import torch.distributed as dist
-
     world: Any = dist.group.WORLD
     return dist.get_process_group_ranks(world if group is None else group)
 
 
 def timeout_of(group: Any) -> Any:
     """Return how long a process group waits; None where it has no such option."""
-    import torch.distributed as dist
-
     device = torch.device("cpu" if "cpu:" in dist.get_backend_config(group) else "cuda")
     # torch has no other way to ask.
     return getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
@@ -191,8 +187,6 @@ def timeout_of(group: Any) -> Any:
 
 def store_of(group: Any) -> Any:
     """Return the key-value store by which ranks of a group found each other; None without one."""
-    import torch.distributed as dist
-
     ask = getattr(dist.distributed_c10d, "_get_process_group_store", None)
     if ask is None or "fake" in dist.get_backend_config(group):
         return None
