@@ -154,8 +154,13 @@ class DataParallel:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a model of its own, and may be given it, or search for it.
-        changed = {"_given": None, "_searched": False, "modules": [], "_without_sync": []}
-        return self.__dict__ | changed
+        changed: dict[str, Any] = {
+            "_given": None,
+            "_searched": False,
+            "modules": [],
+            "_without_sync": [],
+        }
+        return {**self.__dict__, **changed}
 
 
 class WithoutSync:

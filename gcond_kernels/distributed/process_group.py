@@ -149,7 +149,7 @@ class ProcessGroup:
 
     def _gather(self, full: Tensor, shard: Tensor, group: Any) -> None:
         # torch 2.13 has given up the older name.
-        newer = hasattr(self.dist, "all_gather_single")
+        newer = hasattr(dist, "all_gather_single")
         run = dist.all_gather_single if newer else dist.all_gather_into_tensor
         run(full, shard, group=group)
 
@@ -163,7 +163,7 @@ class ProcessGroup:
 
     def start_sum_to_shards(self, shard: Tensor, full: Tensor) -> Any:
         """Start to sum `full` over the ranks into this rank's shard [n], which may lie in it."""
-        newer = hasattr(self.dist, "reduce_scatter_single")
+        newer = hasattr(dist, "reduce_scatter_single")
         run = dist.reduce_scatter_single if newer else dist.reduce_scatter_tensor
         return run(shard, full, group=self._gradient_group, async_op=True)
 
