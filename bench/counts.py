@@ -11,9 +11,7 @@ import argparse
 import functools
 import importlib.metadata
 import json
-import os
 import platform
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,7 +151,11 @@ def cases(backend: str) -> Iterator[Case]:
     accumulator, gradients = filled(1, sum(padded))[0], [filled(1, size)[0] for size in sizes]
     for what in (FIRST, LATER):
         add = functools.partial(
-            ops.accumulate, accumulator, gradients, offsets, sizes, overwrite=what == FIRST
+            ops.accumulate,
+            accumulator,
+            gradients,
+            ops.Layout.of(offsets, sizes),
+            overwrite=what == FIRST,
         )
         yield Case("accumulate", what, backend, 1, functools.partial(add, backend=backend))
     for tasks in TASKS:
@@ -173,30 +175,27 @@ def resolution(
     scale = torch.ones(len(rows), dtype=torch.float64)
     finite, draws = torch.tensor(True), torch.tensor(0)
     steps = torch.zeros(len(sizes), dtype=torch.int64)
-    moving = {"momentum": torch.zeros_like(rows[0]), "momentum_steps": steps, "beta": 0.9}
-    history = rows.bfloat16()
+    momentum = ops.Momentum(torch.zeros_like(rows[0]), steps, 0.9)
+    layout = ops.Layout.of(offsets, sizes)
+    gradients = ops.TaskGradients(rows, layout, scale, rows.bfloat16())
     method = GCond()
-    state, settings = method.new_state(len(rows), CPU), method.settings(len(rows))
-    gramian = functools.partial(
-        ops.gramian, rows, offsets, sizes, scale=scale, history=history, history_scale=scale
-    )
+    state = ops.ArbitrationState(**method.new_state(len(rows), CPU))
+    gramian = functools.partial(ops.gramian, gradients, history_scale=scale)
     products = gramian(backend="python")
     return {
         "gramian": gramian,
         "arbitrate": functools.partial(
-            ops.arbitrate, products.total, products.cross, scale, **state, **settings
+            ops.arbitrate, products.total, products.cross, scale, state=state, settings=method
         ),
         "combine": functools.partial(
-            ops.combine, rows, outputs, offsets, sizes, weights=scale, scale=scale, finite=finite,
-            per_tensor=products.per_tensor, history=history, **moving,
+            ops.combine, gradients, outputs, weights=scale, finite=finite, momentum=momentum
         ),
         "graddrop": functools.partial(
-            ops.graddrop, rows, outputs, offsets, sizes, scale=scale, finite=finite, seed=0,
-            draws=draws, **moving,
+            ops.graddrop, gradients, outputs, finite=finite,
+            dropout=ops.SignDropout(0, draws), momentum=momentum,
         ),
         "resolve": functools.partial(
-            ops.resolve, rows, outputs, offsets, sizes, scale=scale, state=state,
-            settings=settings, history=history, **moving,
+            ops.resolve, gradients, outputs, state=state, settings=method, momentum=momentum
         ),
     }  # fmt: skip
 

@@ -91,34 +91,31 @@ def operations(
     momentum, steps = torch.zeros(32 * TENSORS), torch.zeros(TENSORS, dtype=torch.int64)
     scale, finite = torch.ones(TASKS, dtype=torch.float64), torch.tensor(True)
     draws = torch.tensor(0)
-    per_tensor = torch.zeros(TENSORS, TASKS, TASKS, dtype=torch.float64)
     small, method = torch.eye(TASKS, dtype=torch.float64), GCond()
     state = method.new_state(TASKS, torch.device("cpu"))
-    room = ops.backend_module(backend, torch.device("cpu"), "resolve")
-    settings: dict[str, Any] = method.settings(TASKS)
-    with_momentum = {"momentum": momentum, "momentum_steps": steps, "beta": 0.9}
+    room = ops.backend_for(backend, torch.device("cpu"))
+    layout, average = ops.Layout(offsets, sizes), ops.Momentum(momentum, steps, 0.9)
+    own = ops.TaskGradients(rows, layout, scale, history)
+    kept = ops.ArbitrationState(**state)
     return {
         f"{backend}: accumulate": lambda: room.accumulate(
-            rows[0], gradients, offsets, sizes, 1.0, False
+            rows[0], gradients, layout, 1.0, False
         ),
         f"{backend}: gramian": lambda: room.gramian(
-            rows, history, None, offsets, sizes, scale, scale, None
+            own, scale, None
         ),
-        f"{backend}: arbitrate": lambda: room.arbitrate(small, small, scale, **state, **settings),
+        f"{backend}: arbitrate": lambda: room.arbitrate(small, small, scale, kept, method),
         f"{backend}: combine": lambda: room.combine(
-            rows, scale, scale, finite, gradients, offsets, sizes, history, momentum, steps, 0.9,
-            per_tensor, None, None, 0.0, 0.0, None,
+            own, gradients, scale, finite, average, None
         ),
         f"{backend}: graddrop": lambda: room.graddrop(
-            rows, scale, finite, gradients, offsets, sizes, momentum, steps, 0.9, None, 0.0, 0,
-            draws, 0,
+            own, gradients, finite, ops.SignDropout(0, draws), average
         ),
         f"{backend}: ops.accumulate, with its checks": lambda: ops.accumulate(
-            rows[0], gradients, offsets, sizes, backend=backend
+            rows[0], gradients, layout, backend=backend
         ),
         f"{backend}: ops.resolve, with its checks": lambda: ops.resolve(
-            rows, gradients, offsets, sizes, scale=scale, state=state, settings=settings,
-            history=history, **with_momentum, backend=backend,
+            own, gradients, state=kept, settings=method, momentum=average, backend=backend
         ),
     }  # fmt: skip
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gcond_kernels import GCond, ops
 from gcond_kernels.methods import Method
-from gcond_kernels.python.blocks import trained
+from gcond_kernels.ops.mask import trainable
 from gcond_kernels.storage.layout import ALIGNMENT
 
 BETA = 0.9
@@ -85,17 +85,15 @@ class Storage:
         """Memory that it takes: rows, history, momentum, outputs."""
         return layout.length * (4 * tasks + 2 * tasks + 4 + 4)
 
+    def gradients(self, mask: Tensor | None = None) -> ops.TaskGradients:
+        """What the operations read."""
+        where = ops.Layout.of(self.layout.offsets, self.layout.sizes)
+        return ops.TaskGradients(self.rows, where, self.scale, self.history, mask)
+
     def gramian(self, backend: str, mask: Tensor | None = None) -> ops.Gramians:
         """All inner products, as of now."""
         return ops.gramian(
-            self.rows,
-            self.layout.offsets,
-            self.layout.sizes,
-            scale=self.scale,
-            history=self.history,
-            history_scale=self.state["history_scale"],
-            mask=mask,
-            backend=backend,
+            self.gradients(mask), history_scale=self.state["history_scale"], backend=backend
         )
 
     def arbitrate(self, products: ops.Gramians, backend: str) -> ops.Arbitration:
@@ -113,19 +111,11 @@ class Storage:
     ) -> ops.Arbitration:
         """Writes outputs, momentum and history by the decision, and gives it back."""
         ops.combine(
-            self.rows,
+            self.gradients(mask),
             self.outputs,
-            self.layout.offsets,
-            self.layout.sizes,
             weights=decision.weights,
-            scale=self.scale,
             finite=decision.finite,
-            per_tensor=products.per_tensor,
-            history=self.history,
-            momentum=self.momentum,
-            momentum_steps=self.steps,
-            beta=BETA,
-            mask=mask,
+            momentum=ops.Momentum(self.momentum, self.steps, BETA),
             backend=backend,
         )
         return decision
@@ -133,51 +123,34 @@ class Storage:
     def graddrop(self, backend: str) -> None:
         """Writes outputs and momentum by signs picked at random."""
         ops.graddrop(
-            self.rows,
+            self.gradients(),
             self.outputs,
-            self.layout.offsets,
-            self.layout.sizes,
-            scale=self.scale,
             finite=self.finite,
-            seed=0,
-            draws=self.draws,
-            momentum=self.momentum,
-            momentum_steps=self.steps,
-            beta=BETA,
+            dropout=ops.SignDropout(0, self.draws),
+            momentum=ops.Momentum(self.momentum, self.steps, BETA),
             backend=backend,
         )
 
     def resolve(self, backend: str) -> None:
         """A whole resolution as the optimizer asks for it."""
         ops.resolve(
-            self.rows,
+            self.gradients(),
             self.outputs,
-            self.layout.offsets,
-            self.layout.sizes,
-            scale=self.scale,
-            state=self.state,
-            settings=self.method.settings(len(self.rows)),
-            history=self.history,
-            momentum=self.momentum,
-            momentum_steps=self.steps,
-            beta=BETA,
+            state=ops.ArbitrationState(**self.state),
+            settings=self.method,
+            momentum=ops.Momentum(self.momentum, self.steps, BETA),
             backend=backend,
         )
 
     def aggregate(self, method: Method, backend: str) -> None:
         """Another method's weighted sum, with neither history nor momentum."""
-        products = ops.gramian(
-            self.rows, self.layout.offsets, self.layout.sizes, scale=self.scale, backend=backend
-        )
+        gradients = self.gradients()._replace(history=None)
+        products = ops.gramian(gradients, backend=backend)
         ops.combine(
-            self.rows,
+            gradients,
             self.outputs,
-            self.layout.offsets,
-            self.layout.sizes,
             weights=method(products.total),
-            scale=self.scale,
             finite=self.finite,
-            per_tensor=products.per_tensor,
             backend=backend,
         )
 
@@ -188,11 +161,14 @@ class Storage:
 
     def resolve_at_once(self) -> None:
         """A whole resolution in one launch, whether `ops.resolve` would take that or not."""
-        ops.backend_module("cuda", self.rows.device, "resolve").resolve(
-            self.rows, self.outputs, self.layout.offsets, self.layout.sizes, self.scale,
-            self.history, self.momentum, self.steps, BETA, None, None, 1e-4, 100.0, self.state,
-            self.method.settings(len(self.rows)), None,
-        )  # fmt: skip
+        ops.backend_for("cuda", self.rows.device).resolve(
+            self.gradients(),
+            self.outputs,
+            ops.ArbitrationState(**self.state),
+            self.method,
+            ops.Momentum(self.momentum, self.steps, BETA),
+            None,
+        )
 
     def products_in_float64(self) -> ops.Gramians:
         """S, X and both per tensor, by no backend."""
@@ -287,7 +263,7 @@ class Storage:
     @contextmanager
     def masked(self, mask: Tensor) -> Iterator[None]:
         """Within it the gradients that are not trained, and their history, are 0."""
-        off = ~trained(mask, 0, self.layout.length)
+        off = ~trainable(mask, 0, self.layout.length)
         before = self.rows.clone(), self.history.clone()
         self.rows.masked_fill_(off, 0.0)
         self.history.masked_fill_(off, 0.0)
@@ -346,8 +322,7 @@ class Gradients:
         ops.accumulate(
             self.row,
             self.gradients,
-            self.layout.offsets,
-            self.layout.sizes,
+            ops.Layout.of(self.layout.offsets, self.layout.sizes),
             overwrite=overwrite,
             backend=backend,
         )

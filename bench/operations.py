@@ -226,11 +226,9 @@ class Bench:
         gradients = Gradients(layout, torch.float32, self.device)
         for backend in self.backends:
             case = Case("accumulate", EVEN, layout, 1, "host time")
-            room = ops.backend_module(backend, self.device, "accumulate")
-            run = partial(
-                room.accumulate, gradients.row, gradients.gradients, layout.offsets, layout.sizes,
-                1.0, False,
-            )  # fmt: skip
+            room = ops.backend_for(backend, self.device)
+            where = ops.Layout.of(layout.offsets, layout.sizes)
+            run = partial(room.accumulate, gradients.row, gradients.gradients, where, 1.0, False)
             yield from self._safely(case, partial(self._on_host, backend, run, ACCUMULATE))
             case = case._replace(what="host time with checks")
             run = partial(gradients.accumulate, backend, False)
@@ -445,9 +443,9 @@ class Bench:
                 runs[backend] = partial(storage.resolve, backend)
                 continue
             runs["cuda, apart"] = partial(storage.resolve_apart, backend)
-            room = ops.backend_module("cuda", self.device, "resolve")
             # Would it be so with rows of one element? Then nothing but their size is against it.
-            if room.resolves_at_once(storage.rows[:, :1], storage.layout.sizes):
+            short = storage.gradients()._replace(accumulators=storage.rows[:, :1])
+            if ops.backend_for("cuda", self.device).resolves_at_once(short):
                 runs["cuda, one launch"] = storage.resolve_at_once
         if not others.takes_long(storage):
             runs |= others.resolutions(storage)

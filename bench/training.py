@@ -355,7 +355,7 @@ def training_figures(training: Training, published: ModuleType | None) -> Iterat
         passes = way.passes * training.accumulation_steps
         figure = {**head, "by": way.by, "backward_passes": passes}
         if way.by in GCOND:
-            figure["backend"] = ops.choose_backend("auto", training.device, "combine")
+            figure["backend"] = ops.backend_for("auto", training.device).name
         yield figure | measured(training, way, baseline)
         gc.collect()
 
@@ -486,7 +486,7 @@ def memory_figures(device: torch.device, width: int = 2048) -> Iterator[Figure]:
             "tensors": 2 * LAYERS_OF_MEMORY,
             "tasks": tasks,
             "by": "GCondFused exact",
-            "backend": ops.choose_backend("auto", device, "combine"),
+            "backend": ops.backend_for("auto", device).name,
             "peak_bytes": peak,
             "bytes_per_parameter": peak / parameters,
         }

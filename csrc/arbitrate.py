@@ -4,7 +4,6 @@ Of a batch every resolution has a block of its own, in the same launch.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from gcond_kernels import _cuda
 from gcond_kernels.cuda.launch import place_of
 from gcond_kernels.ops import launch_tables as tables
+from gcond_kernels.ops.types import Arbitration, ArbitrationState, Settings
 
 Decision = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -31,17 +31,43 @@ def new_decision(
     )
 
 
+def state_of(state: ArbitrationState) -> _cuda.State:
+    """Return the state as the module takes it."""
+    return _cuda.State(
+        norm_ema=state.norm_ema,
+        winners=state.winners,
+        history_gramian=state.history_gramian,
+        history_rows=state.history_coefficients,
+        history_scale=state.history_scale,
+    )
+
+
+def settings_of(settings: Settings, tasks: int) -> _cuda.Settings:
+    """Return the settings as the module takes them."""
+    stability_weight, strength_weight = settings.tie_breaking_weights
+    return _cuda.Settings(
+        thresholds=settings.thresholds,
+        remap_power=settings.remap_power,
+        smooth=settings.arbitration == "smooth",
+        max_iterations=settings.iterations(tasks),
+        tolerance=settings.tolerance,
+        stability_weight=stability_weight,
+        strength_weight=strength_weight,
+        norm_ema_beta=settings.norm_ema_beta,
+        norm_ema_floor=settings.norm_ema_floor,
+        norm_cap=settings.norm_cap,
+        resolved_history=settings.history == "resolved",
+        eps=settings.eps,
+    )
+
+
 def arbitrate(
     gramian: Tensor,
     cross: Tensor | None,
     scale: Tensor,
-    norm_ema: Tensor,
-    winners: Tensor,
-    history_gramian: Tensor,
-    history_rows: Tensor,
-    history_scale: Tensor,
-    **settings: Any,
-) -> Decision:
+    state: ArbitrationState,
+    settings: Settings,
+) -> Arbitration:
     """Weights of the tasks, and the new state in place; see `gcond_kernels.ops.arbitrate`."""
     batch, tasks, device = gramian.shape[:-2], gramian.shape[-1], gramian.device
     if tasks > _cuda.MOST_TASKS:
@@ -49,7 +75,7 @@ def arbitrate(
             f"backend='cuda' arbitrates up to {_cuda.MOST_TASKS} tasks, not {tasks}: "
             "use backend='python'"
         )
-    decision = new_decision(tasks, settings["max_iterations"], device, batch)
+    decision = new_decision(tasks, settings.iterations(tasks), device, batch)
     with tables.guard(device):
         _cuda.arbitrate(
             *place_of(device),
@@ -58,14 +84,8 @@ def arbitrate(
             gramian,
             cross,
             scale,
-            _cuda.State(
-                norm_ema=norm_ema,
-                winners=winners,
-                history_gramian=history_gramian,
-                history_rows=history_rows,
-                history_scale=history_scale,
-            ),
-            _cuda.Settings(**settings),
+            state_of(state),
+            settings_of(settings, tasks),
             _cuda.Decision(*decision),
         )
-    return decision
+    return Arbitration(*decision)

@@ -13,37 +13,30 @@ from torch import Tensor
 from gcond_kernels import _cuda
 from gcond_kernels.cuda.launch import cut, parts, place_of
 from gcond_kernels.ops import launch_tables as tables
+from gcond_kernels.ops.types import Momentum, Rescale, TaskGradients
 
 
 def combine(
-    accumulators: Tensor,
-    weights: Tensor,
-    scale: Tensor,
-    finite: Tensor,
+    gradients: TaskGradients,
     outputs: Sequence[Tensor | None],
-    offsets: Sequence[int],
-    sizes: Sequence[int],
-    history: Tensor | None,
-    momentum: Tensor | None,
-    momentum_steps: Tensor | None,
-    beta: float,
-    per_tensor: Tensor,
-    max_norm: float | None,
-    parameter_norms: Tensor | None,
-    trust_ratio_coef: float,
-    trust_ratio_clip: float,
-    mask: Tensor | None,
+    weights: Tensor,
+    finite: Tensor,
+    momentum: Momentum | None,
+    rescale: Rescale | None,
 ) -> None:
     """Writes gradients, momentum and history; see `gcond_kernels.ops.combine`."""
+    accumulators, (offsets, sizes), scale, history, mask = gradients
+    buffer, momentum_steps, beta = (None, None, 0.0) if momentum is None else momentum
+    max_norm, per_tensor = (None, scale.new_empty(len(sizes), 0, 0)) if rescale is None else rescale
     tasks, device = accumulators.shape[0], accumulators.device
     all_parts = [(part, _cuda.Addresses(outputs[part])) for part in parts(len(sizes))]
     with tables.guard(device):
         factors, clipping = factors_of(
             per_tensor, weights, finite, all_parts, momentum_steps, beta, max_norm,
-            parameter_norms, trust_ratio_coef, trust_ratio_clip,
+            None, 0.0, 0.0,
         )  # fmt: skip
         for part, addresses in all_parts:
-            which = cut(tuple(offsets[part]), tuple(sizes[part]), _cuda.COMBINE_CHUNK, device)
+            which = cut(offsets[part], sizes[part], _cuda.COMBINE_CHUNK, device)
             which.keep_if_captured()
             _cuda.combine(
                 *place_of(device),
@@ -51,12 +44,12 @@ def combine(
                 tasks,
                 accumulators,
                 history,
-                momentum,
+                buffer,
                 mask,
                 scale,
                 None if factors is None else factors[part],
                 beta,
-                parameter_norms is not None,
+                False,
                 weights_of(weights, part),
                 finite,
                 clipping,

@@ -12,28 +12,23 @@ from gcond_kernels import _cuda
 from gcond_kernels.cuda.combine import factors_of
 from gcond_kernels.cuda.launch import cut, parts, place_of
 from gcond_kernels.ops import launch_tables as tables
+from gcond_kernels.ops.types import Momentum, SignDropout, TaskGradients
 
 # What the kernel counts with.
 UNSIGNED = 1 << 64
 
 
 def graddrop(
-    accumulators: Tensor,
-    scale: Tensor,
-    finite: Tensor,
+    gradients: TaskGradients,
     outputs: Sequence[Tensor | None],
-    offsets: Sequence[int],
-    sizes: Sequence[int],
-    momentum: Tensor | None,
-    momentum_steps: Tensor | None,
-    beta: float,
-    mask: Tensor | None,
-    leak: float,
-    seed: int,
-    draws: Tensor,
-    first: int,
+    finite: Tensor,
+    dropout: SignDropout,
+    momentum: Momentum | None,
 ) -> None:
     """Writes gradients and momentum; see `gcond_kernels.ops.graddrop`."""
+    accumulators, (offsets, sizes), scale, _, mask = gradients
+    buffer, momentum_steps, beta = (None, None, 0.0) if momentum is None else momentum
+    seed, draws, leak, first = dropout
     tasks, device = accumulators.shape[0], accumulators.device
     all_parts = [(part, _cuda.Addresses(outputs[part])) for part in parts(len(sizes))]
     no_products = scale.new_empty(len(sizes), 0, 0)
@@ -42,14 +37,14 @@ def graddrop(
             no_products, scale, finite, all_parts, momentum_steps, beta, None, None, 0.0, 0.0
         )
         for part, addresses in all_parts:
-            which = cut(tuple(offsets[part]), tuple(sizes[part]), _cuda.COMBINE_CHUNK, device)
+            which = cut(offsets[part], sizes[part], _cuda.COMBINE_CHUNK, device)
             which.keep_if_captured()
             _cuda.graddrop(
                 *place_of(device),
                 which.pieces,
                 tasks,
                 accumulators,
-                momentum,
+                buffer,
                 mask,
                 scale,
                 None if factors is None else factors[part],

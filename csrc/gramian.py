@@ -13,6 +13,7 @@ from torch import Tensor
 from gcond_kernels import _cuda
 from gcond_kernels.cuda.launch import Cut, cut, parts, place_of
 from gcond_kernels.ops import launch_tables as tables
+from gcond_kernels.ops.types import Gramians, TaskGradients
 from gcond_kernels.python.gramian import gramian as gramian_by_matrix_products
 
 
@@ -34,13 +35,6 @@ class Sums(NamedTuple):
     per_tensor: Tensor
     crosses: Tensor | None
 
-    def returned(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As `gramian` returns them."""
-        if self.cross is None or self.crosses is None:
-            none = self.total.new_empty(len(self.per_tensor), 0, 0)
-            return self.total, self.total.new_empty(0, 0), self.per_tensor, none
-        return self.total, self.cross, self.per_tensor, self.crosses
-
 
 def new_sums(tasks: int, momentum: bool, history: bool, which: Cut) -> Sums:
     """Memory for the sums over these pieces."""
@@ -58,23 +52,15 @@ def new_sums(tasks: int, momentum: bool, history: bool, which: Cut) -> Sums:
 
 
 def gramian(
-    accumulators: Tensor,
-    history: Tensor | None,
-    momentum: Tensor | None,
-    offsets: Sequence[int],
-    sizes: Sequence[int],
-    scale: Tensor,
-    history_scale: Tensor,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients: TaskGradients, history_scale: Tensor | None, momentum: Tensor | None
+) -> Gramians:
     """Gramian, cross-Gramian, and both per tensor; see `gcond_kernels.ops.gramian`."""
+    accumulators, (offsets, sizes), scale, history, mask = gradients
     tasks, device = accumulators.shape[0], accumulators.device
     if tasks > _cuda.MOST_TASKS_IN_REGISTERS:
-        return gramian_by_matrix_products(
-            accumulators, history, momentum, offsets, sizes, scale, history_scale, mask
-        )
+        return gramian_by_matrix_products(gradients, history_scale, momentum)
     with tables.guard(device):
-        which = cut(tuple(offsets), tuple(sizes), tables.chunk_length(sum(sizes)), device)
+        which = cut(offsets, sizes, tables.chunk_length(sum(sizes)), device)
         which.keep_if_captured()
         sums = new_sums(tasks, momentum is not None, history is not None, which)
         _cuda.gramian(
@@ -86,14 +72,14 @@ def gramian(
             momentum,
             mask,
             scale,
-            history_scale,
+            scale if history_scale is None else history_scale,
             sums.partials,
             sums.total,
             sums.cross,
             sums.per_tensor,
             sums.crosses,
         )
-    return sums.returned()
+    return Gramians(sums.total, sums.cross, sums.per_tensor, sums.crosses)
 
 
 def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:

@@ -7,17 +7,24 @@ launches themselves, set the pace. Larger models are left to three operations of
 """
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gcond_kernels import _cuda
-from gcond_kernels.cuda.arbitrate import Decision, new_decision
+from gcond_kernels.cuda.arbitrate import new_decision, settings_of, state_of
 from gcond_kernels.cuda.gramian import new_sums
 from gcond_kernels.cuda.launch import cut, place_of
 from gcond_kernels.ops import launch_tables as tables
+from gcond_kernels.ops.types import (
+    Arbitration,
+    ArbitrationState,
+    Gramians,
+    Momentum,
+    Settings,
+    TaskGradients,
+)
 
 
 @functools.cache
@@ -28,41 +35,34 @@ def cache_bytes(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
-def resolves_at_once(accumulators: Tensor, sizes: Sequence[int]) -> bool:
+def resolves_at_once(gradients: TaskGradients) -> bool:
     """Whether one launch does it: few enough tasks and tensors, and rows that fit in the cache."""
+    accumulators = gradients.accumulators
     return (
         len(accumulators) <= _cuda.MOST_TASKS_IN_REGISTERS
-        and len(sizes) <= _cuda.MOST_TENSORS
+        and len(gradients.layout.sizes) <= _cuda.MOST_TENSORS
         and accumulators.nbytes <= cache_bytes(accumulators.device)
     )
 
 
 def resolve(
-    accumulators: Tensor,
+    gradients: TaskGradients,
     outputs: Sequence[Tensor | None],
-    offsets: Sequence[int],
-    sizes: Sequence[int],
-    scale: Tensor,
-    history: Tensor | None,
-    momentum: Tensor | None,
-    momentum_steps: Tensor | None,
-    beta: float,
+    state: ArbitrationState,
+    settings: Settings,
+    momentum: Momentum | None,
     max_norm: float | None,
-    parameter_norms: Tensor | None,
-    trust_ratio_coef: float,
-    trust_ratio_clip: float,
-    state: Mapping[str, Tensor],
-    settings: Mapping[str, Any],
-    mask: Tensor | None,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Decision]:
+) -> tuple[Gramians, Arbitration]:
     """What `gramian` and `arbitrate` return; `outputs` are written."""
+    accumulators, (offsets, sizes), scale, history, mask = gradients
+    buffer, momentum_steps, beta = (None, None, 0.0) if momentum is None else momentum
     tasks, device = len(accumulators), accumulators.device
-    norms = max_norm is not None or parameter_norms is not None
+    norms = max_norm is not None
     with tables.guard(device):
-        which = cut(tuple(offsets), tuple(sizes), tables.chunk_length(sum(sizes)), device)
+        which = cut(offsets, sizes, tables.chunk_length(sum(sizes)), device)
         which.keep_if_captured()
         sums = new_sums(tasks, momentum is not None and norms, history is not None, which)
-        decision = new_decision(tasks, settings["max_iterations"], device)
+        decision = new_decision(tasks, settings.iterations(tasks), device)
         factors = squares = None
         if momentum is not None or norms:
             factors, squares = torch.empty((2, len(sizes)), dtype=torch.float64, device=device)
@@ -72,7 +72,7 @@ def resolve(
             tasks,
             accumulators,
             history,
-            momentum,
+            buffer,
             momentum is not None and norms,
             mask,
             scale,
@@ -81,8 +81,8 @@ def resolve(
             sums.cross,
             sums.per_tensor,
             sums.crosses,
-            _cuda.State(**state),
-            _cuda.Settings(**settings),
+            state_of(state),
+            settings_of(settings, tasks),
             _cuda.Decision(*decision),
             _cuda.Factors(
                 tasks,
@@ -90,18 +90,19 @@ def resolve(
                 tasks + (momentum is not None),
                 sums.per_tensor,
                 momentum_steps,
-                parameter_norms,
+                None,
                 factors,
                 squares,
                 beta,
-                trust_ratio_coef,
-                trust_ratio_clip,
+                0.0,
+                0.0,
                 norms,
             ),
             beta,
             factors,
             max_norm,
-            parameter_norms is not None,
+            False,
             _cuda.Addresses(outputs),
         )
-    return sums.returned(), decision
+    products = Gramians(sums.total, sums.cross, sums.per_tensor, sums.crosses)
+    return products, Arbitration(*decision)

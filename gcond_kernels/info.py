@@ -47,17 +47,13 @@ def _gpu_lines() -> list[str]:
 
 def _operation_lines(device: torch.device) -> list[str]:
     try:
-        chosen = {op: ops.choose_backend("auto", device, op) for op in ops.OPERATIONS}
+        backend = ops.backend_for("auto", device)
     except RuntimeError as error:
         return [f"  {error}"]
-    lines = [f"  {operation:<12} {backend}" for operation, backend in chosen.items()]
-    if device.type == "cuda" and not os.environ.get("GCOND_BACKEND"):
-        lines = [f"{line:<23} {ops.MEASURED[op]}" for line, op in zip(lines, chosen, strict=True)]
-        lines.append(f"  the first of those that are there: {ops.MEASURED_HOW}")
-    for backend in ops.BACKENDS:
-        reason = ops.unavailable(backend, device)
-        if reason is not None:
-            lines.append(f"  not {backend}: {reason}")
+    lines = [f"  {operation:<12} {backend.serves(operation)}" for operation in ops.OPERATIONS]
+    for name in ops.BACKENDS:
+        if reason := ops.unavailable(name, device):
+            lines.append(f"  not {name}: {reason}")
     return lines
 
 

@@ -207,7 +207,7 @@ class GCondFused(torch.optim.Optimizer):
         process_group: the ranks that train together; None is that of `module`, else all. Each of
             them makes its GCondFused at the same point of the program.
         record_steps: how many of the latest steps `recorder` keeps; 0 records nothing.
-        backend: "auto", "python", "triton" or "cuda"; see `gcond_kernels.ops.choose_backend`.
+        backend: "auto", "python", "triton" or "cuda"; see `gcond_kernels.ops.backend_for`.
 
     Attributes:
         recorder: what happened in the latest steps; see `Recorder`.
@@ -899,30 +899,23 @@ class GCondFused(torch.optim.Optimizer):
         now, o = self._now, self._now.options
         squares = None if o.update is None else self._strategy.squared_norms(o.backend)  # [T]
         state = now.method_state
-        writing: dict[str, Any] = {
-            "scale": scale,
-            "history": work.gradients.history,
-            "momentum": None if work.momentum is None else work.momentum.buffer,
-            "momentum_steps": self._storage.momentum_steps,
-            "beta": o.momentum,
-            "max_norm": o.max_norm,
-            "mask": work.gradients.mask,
-            "backend": o.backend,
-        }
-        where = (work.gradients.accumulators, work.outputs, *work.gradients.layout)
         if self._may_resolve_at_once(counts):
             assert isinstance(o.method, GCond)
-            settings = o.method.settings(len(self._weights))
-            products, decision = ops.resolve(*where, state=state, settings=settings, **writing)
+            products, decision = ops.resolve(
+                work.gradients,
+                work.outputs,
+                state=ops.ArbitrationState(**state),
+                settings=o.method,
+                momentum=work.momentum,
+                max_norm=o.max_norm,
+                backend=o.backend,
+            )
             return products, decision, self._shared_parameters(products, counts)
+        averaged = None if o.update is None and o.max_norm is None else work.momentum
         products = ops.gramian(
-            work.gradients.accumulators,
-            *work.counted,
-            scale=scale,
-            history=work.gradients.history,
+            work.gradients._replace(layout=work.counted),
             history_scale=state.get("history_scale"),
-            momentum=None if o.update is None and o.max_norm is None else writing["momentum"],
-            mask=work.gradients.mask,
+            momentum=None if averaged is None else averaged.buffer,
             backend=o.backend,
         )
         if self._compares_all():
@@ -947,11 +940,13 @@ class GCondFused(torch.optim.Optimizer):
             return products, self._drop_signs(work, decision, scale), shared
         weights = shared.weights(decision.weights)
         ops.combine(
-            *where,
+            work.gradients._replace(scale=scale),
+            work.outputs,
             weights=weights,
             finite=decision.finite,
-            per_tensor=products.per_tensor,
-            **{**writing, "scale": scale},
+            momentum=work.momentum,
+            rescale=None if o.max_norm is None else ops.Rescale(o.max_norm, products.per_tensor),
+            backend=o.backend,
         )
         if o.update is not None and squares is not None:
             norms = averaged_norms(products.per_tensor, weights, work.momentum)
@@ -1116,19 +1111,11 @@ class GCondFused(torch.optim.Optimizer):
         assert isinstance(o.method, GradDrop)
         draws = self._now.method_state["draws"]
         ops.graddrop(
-            work.gradients.accumulators,
+            work.gradients._replace(scale=scale),
             work.outputs,
-            *work.gradients.layout,
-            scale=scale,
             finite=decision.finite,
-            seed=o.method.seed,
-            draws=draws,
-            leak=o.method.leak,
-            momentum=None if work.momentum is None else work.momentum.buffer,
-            momentum_steps=self._storage.momentum_steps,
-            beta=o.momentum,
-            mask=work.gradients.mask,
-            first=work.first,
+            dropout=ops.SignDropout(o.method.seed, draws, o.method.leak, work.first),
+            momentum=work.momentum,
             backend=o.backend,
         )
         draws += decision.finite
@@ -1651,8 +1638,7 @@ def is_of_the_original(attribute: str) -> bool:
 
 def check_backend(backend: str, device: torch.device) -> None:
     """Raise a RuntimeError now, rather than in training, where a backend is not there."""
-    for operation in ops.OPERATIONS:
-        ops.choose_backend(backend, device, operation)
+    ops.backend_for(backend, device)
 
 
 def new_method_state(

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gcond_kernels.ops.types import RESIDUE
+from gcond_kernels.ops.types import RESIDUE, Arbitration, ArbitrationState, Settings
 
 Array = NDArray[np.float64]
 
@@ -20,98 +20,72 @@ MILD, MODERATE, CRITICAL = 0, 1, 2
 NO_WINNER = -1
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The numbers of one GCond method; `gcond_kernels.GCond` documents and checks them."""
-
-    thresholds: tuple[float, float, float]
-    remap_power: float
-    smooth: bool
-    max_iterations: int
-    tolerance: float
-    stability_weight: float
-    strength_weight: float
-    norm_ema_beta: float
-    norm_ema_floor: float
-    norm_cap: float | None
-    resolved_history: bool
-    eps: float
-
-
 def arbitrate(
     gramian: Tensor,
     cross: Tensor | None,
     scale: Tensor,
-    norm_ema: Tensor,
-    winners: Tensor,
-    history_gramian: Tensor,
-    history_rows: Tensor,
-    history_scale: Tensor,
-    **options: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights of the tasks, and the new state in place; see `gcond_kernels.ops.arbitrate`."""
-    settings = Settings(**options)  # type: ignore[arg-type]
+    state: ArbitrationState,
+    settings: Settings,
+) -> Arbitration:
+    """Return the weights of the tasks, change the state; see `gcond_kernels.ops.arbitrate`."""
     if gramian.dim() == 2:
-        state = (norm_ema, winners, history_gramian, history_rows)
-        return arbitrate_one(gramian, cross, scale, *state, history_scale, settings)
-    tasks, device = scale.shape[0], gramian.device
-    weights = torch.empty((len(gramian), tasks), dtype=torch.float64, device=device)
-    rows = weights.new_empty((len(gramian), tasks, tasks))
-    events = weights.new_empty((len(gramian), settings.max_iterations, 5))
-    finite = torch.empty(len(gramian), dtype=torch.bool, device=device)
-    for b, S in enumerate(gramian):
-        X = None if cross is None else cross[b]
-        weights[b], rows[b], events[b], finite[b] = arbitrate_one(
-            S, X, scale, norm_ema[b], winners[b], history_gramian[b], history_rows[b],
-            history_scale, settings,
-        )  # fmt: skip
-    return weights, rows, events, finite
+        return arbitrate_one(gramian, cross, scale, state, settings)
+    *own, history_scale = state
+    decisions = [
+        arbitrate_one(
+            S,
+            None if cross is None else cross[b],
+            scale,
+            ArbitrationState(*[tensor[b] for tensor in own], history_scale),
+            settings,
+        )
+        for b, S in enumerate(gramian)
+    ]
+    if decisions:
+        return Arbitration(*map(torch.stack, zip(*decisions, strict=True)))
+    K = len(scale)
+    shapes = ((0, K), (0, K, K), (0, settings.iterations(K), 5))
+    return Arbitration(
+        *[gramian.new_empty(shape) for shape in shapes], gramian.new_empty(0, dtype=torch.bool)
+    )
 
 
 def arbitrate_one(
     gramian: Tensor,
     cross: Tensor | None,
     scale: Tensor,
-    norm_ema: Tensor,
-    winners: Tensor,
-    history_gramian: Tensor,
-    history_rows: Tensor,
-    history_scale: Tensor,
+    state: ArbitrationState,
     settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One resolution, of a Gramian [K, K]."""
+) -> Arbitration:
+    """Resolve one Gramian [K, K]."""
     S = host(gramian)
     active = host(scale) != 0.0
-    tasks = len(S)
-    events = np.full((settings.max_iterations, 5), np.nan)
+    events = np.full((settings.iterations(len(S)), 5), np.nan)
     finite = bool(np.isfinite(S).all())
-    C = np.diag(active.astype(np.float64))  # [K, K], row i makes g̃_i of the ĝ_j
+    C = np.zeros_like(S)  # [K, K], those of entry i make the resolved gradient of task i
     if finite:
-        nu = moving_average(host(norm_ema), np.sqrt(S.diagonal()), active, settings)
-        X = np.zeros((tasks, tasks)) if cross is None else host(cross)
-        past = History(X, host(history_rows), host(history_gramian))
-        recent = [int(task) for task in winners.tolist() if task != NO_WINNER]
-        C = capped(C, S, settings.norm_cap)
-        C = resolve(C, S, nu, past, recent, winners.numel(), settings, events)
+        nu = moving_average(host(state.norm_ema), np.sqrt(S.diagonal()), active, settings)
+        X = np.zeros_like(S) if cross is None else host(cross)
+        past = History(X, host(state.history_coefficients), host(state.history_gramian))
+        recent = [int(task) for task in state.winners.tolist() if task != NO_WINNER]
+        window = state.winners.numel()
+        C = capped(np.diag(active.astype(np.float64)), S, settings.norm_cap)
+        C = resolve(C, S, nu, past, recent, window, settings, events)
 
-        norm_ema.copy_(torch.from_numpy(nu))
-        listed = recent + [NO_WINNER] * (winners.numel() - len(recent))
-        winners.copy_(torch.tensor(listed, dtype=torch.int64, device="cpu"))
+        state.norm_ema.copy_(torch.from_numpy(nu))
+        listed = recent + [NO_WINNER] * (window - len(recent))
+        state.winners.copy_(torch.tensor(listed, dtype=torch.int64, device="cpu"))
         both = np.outer(active, active)
-        history_gramian.copy_(torch.from_numpy(np.where(both, S, past.gramian)))
-        history_rows.copy_(torch.from_numpy(rows_to_keep(C, active, settings)))
-        history_scale.copy_(torch.where(scale != 0.0, scale, history_scale))
-    else:
-        C = np.zeros_like(C)
+        state.history_gramian.copy_(torch.from_numpy(np.where(both, S, past.gramian)))
+        state.history_coefficients.copy_(
+            torch.from_numpy(coefficients_to_keep(C, active, settings))
+        )
+        state.history_scale.copy_(torch.where(scale != 0.0, scale, state.history_scale))
 
-    def back(array: Array) -> Tensor:
-        return torch.from_numpy(array).to(gramian.device)
-
-    return (
-        back(C.sum(axis=0)),
-        back(C),
-        back(events),
-        torch.tensor(finite, dtype=torch.bool, device=gramian.device),
+    device = gramian.device
+    return Arbitration(
+        *[torch.from_numpy(array).to(device) for array in (C.sum(axis=0), C, events)],
+        torch.tensor(finite, dtype=torch.bool, device=device),
     )
 
 
@@ -141,7 +115,7 @@ class History:
     """Last step's gradients, as inner products: what the stability of a gradient is told from."""
 
     cross: Array  # [K, K], X_ij = ĝ_i · ĝ'_j
-    rows: Array  # [K, K], C': h_i = Σ_j C'_ij ĝ'_j; the identity for the raw history
+    coefficients: Array  # [K, K], C': h_i = Σ_j C'_ij ĝ'_j; the identity for the raw history
     gramian: Array  # [K, K], S' of the ĝ'
 
     def stability(self, row: Array, squared_norm: float, task: int) -> float:
@@ -149,7 +123,7 @@ class History:
 
         It is 0 where only rounding is left of h: a resolved gradient that was projected away.
         """
-        h = self.rows[task]
+        h = self.coefficients[task]
         squared_h = float(h @ self.gramian @ h)
         largest = float(np.abs(h) @ np.sqrt(self.gramian.diagonal())) ** 2
         lengths = squared_norm * squared_h
@@ -169,14 +143,14 @@ def resolve(
     events: Array,
 ) -> Array:
     """Removes the worst conflict until none is left; fills `recent` and `events`."""
-    for iteration in range(s.max_iterations):
+    for iteration in range(len(events)):
         T = C @ S @ C.T
         squares = squared_norms(C, S, T)
         i, j, cosine = worst_pair(T, squares)
         if not cosine < s.thresholds[2] - s.tolerance:
             break
         zone = zone_of(cosine, s)
-        if not s.smooth and zone == MILD:
+        if s.arbitration == "zones" and zone == MILD:
             winner, loser = i, j
             events[iteration] = i, j, cosine, NO_WINNER, zone
         else:
@@ -213,7 +187,7 @@ def worst_pair(T: Array, squares: Array) -> tuple[int, int, float]:
 def zone_of(cosine: float, s: Settings) -> int:
     """Critical, moderate or mild; θ_crit itself is critical in the smooth form alone."""
     critical, main, _ = s.thresholds
-    if cosine < critical or (s.smooth and cosine == critical):
+    if cosine < critical or (s.arbitration == "smooth" and cosine == critical):
         return CRITICAL
     return MODERATE if cosine < main else MILD
 
@@ -236,13 +210,15 @@ def choose_winner(
         if all(task == j for task in recent):
             return i, j
 
+    stability_weight, strength_weight = s.tie_breaking_weights
+
     def relative_norm(task: int) -> float:
         average = nu[task] + s.norm_ema_floor
         return math.sqrt(squares[task]) / average if average > 0.0 else 0.0
 
     def score(task: int, own: float, total: float) -> float:
         stability = past.stability(C[task], squares[task], task)
-        return s.stability_weight * stability + s.strength_weight * own / (total + s.eps)
+        return stability_weight * stability + strength_weight * own / (total + s.eps)
 
     r_i, r_j = relative_norm(i), relative_norm(j)
     better = score(j, r_j, r_i + r_j) > score(i, r_i, r_i + r_j)
@@ -254,7 +230,7 @@ def project(
 ) -> Array:
     """The rows of the pair, each made to give way to the other as far as the zone says."""
     C = C.copy()
-    if s.smooth:
+    if s.arbitration == "smooth":
         give_w, give_l = smooth_shares(cosine, zone, s)
     elif zone == CRITICAL:
         C[loser] = 0.0
@@ -279,7 +255,7 @@ def smooth_shares(cosine: float, zone: int, s: Settings) -> tuple[float, float]:
     return math.sin(share), math.sin(share)
 
 
-def rows_to_keep(C: Array, active: NDArray[np.bool_], s: Settings) -> Array:
+def coefficients_to_keep(C: Array, active: NDArray[np.bool_], s: Settings) -> Array:
     """C' of the next step. A task that sat this step out keeps its own last gradient as history."""
     identity = np.eye(len(C))
-    return np.where(active[:, None], C, identity) if s.resolved_history else identity
+    return np.where(active[:, None], C, identity) if s.history == "resolved" else identity

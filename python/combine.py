@@ -5,137 +5,124 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gcond_kernels.python.blocks import blocks, in_memory_order, trained
-
-# Below this norm a trust ratio is 1: a tensor of zeros has no scale to keep to.
-TRUST_RATIO_EPS = 1e-8
+from gcond_kernels.ops.mask import trainable
+from gcond_kernels.ops.types import Momentum, Rescale, TaskGradients
+from gcond_kernels.python.chunks import chunk_length, chunks, in_memory_order
 
 
 def combine(
-    accumulators: Tensor,
-    weights: Tensor,
-    scale: Tensor,
-    finite: Tensor,
+    gradients: TaskGradients,
     outputs: Sequence[Tensor | None],
-    offsets: Sequence[int],
-    sizes: Sequence[int],
-    history: Tensor | None,
-    momentum: Tensor | None,
-    momentum_steps: Tensor | None,
-    beta: float,
-    per_tensor: Tensor,
-    max_norm: float | None,
-    parameter_norms: Tensor | None,
-    trust_ratio_coef: float,
-    trust_ratio_clip: float,
-    mask: Tensor | None,
+    weights: Tensor,
+    finite: Tensor,
+    momentum: Momentum | None,
+    rescale: Rescale | None,
 ) -> None:
-    """Writes gradients, momentum and history; see `gcond_kernels.ops.combine`."""
-    if not bool(finite):  # on a GPU this waits for the device; the kernels branch there instead
-        for output in outputs:
-            if output is not None:
-                output.zero_()
+    """Write gradients, momentum and history; see `gcond_kernels.ops.combine`."""
+    accumulators, layout, scale, _, mask = gradients
+    if not bool(finite):  # on a GPU this synchronizes; the kernels branch there instead
+        write_zeros(outputs)
         return
-    written = torch.tensor(
-        [output is not None for output in outputs], dtype=torch.bool, device=weights.device
-    )
-    if momentum_steps is not None:
-        momentum_steps += written
-    factors = output_factors(
-        per_tensor, weights, written, momentum_steps, beta, max_norm,
-        parameter_norms, trust_ratio_coef, trust_ratio_clip,
-    ).to(torch.float32)  # fmt: skip
+    count_steps(outputs, momentum)
+    factors = output_factors(outputs, weights, momentum, rescale).to(torch.float32)
     unit = (factors == 1.0).tolist()
-    # For a Python number `mul` makes a tensor and converts it, for every block anew.
+    beta = 0.0 if momentum is None else momentum.beta
+    # For a Python number `mul` makes a tensor and converts it, for every chunk anew.
     decay, tensor_factors = factors.new_tensor(beta), factors.unbind()
-    # [T, K]; where all tensors have the same weights these are listed once.
-    row_weights = ((1.0 - beta) * weights * scale).view(-1, len(scale)).tolist()
-    signs = parameter_norms is not None
-    taking_part = [task for task, s in enumerate(scale.tolist()) if s != 0.0]
-    rows = accumulators.unbind()
-
-    for tensor, start, stop in blocks(
-        offsets, sizes, accumulators.shape[0] + 2, accumulators.device
-    ):
-        # Before the output is written, which may lie in a row of the accumulators.
-        if history is not None:
-            if len(taking_part) == len(scale):
-                history[:, start:stop] = accumulators[:, start:stop]
-            else:
-                for task in taking_part:
-                    history[task, start:stop] = accumulators[task, start:stop]
+    weight_lists = ((1.0 - beta) * weights * scale).expand(len(outputs), -1).tolist()
+    to_keep = new_history(gradients)
+    length = chunk_length(len(scale) + 2, accumulators.device)
+    for tensor, start, stop, first in chunks(layout, length):
+        for history, accumulator in to_keep:  # before the output, which may lie in an accumulator
+            history[..., start:stop] = accumulator[..., start:stop]
         output = outputs[tensor]
+        if output is None:
+            continue
+        target = in_memory_order(output, first, stop - start)
+        if momentum is None:
+            total = (
+                target
+                if target.dtype == torch.float32
+                else torch.empty_like(target, dtype=torch.float32)
+            )
+        else:
+            total = momentum.buffer[start:stop].mul_(decay)
+        add_weighted(accumulators[:, start:stop], weight_lists[tensor], total, momentum is not None)
+        if mask is not None:
+            total.masked_fill_(~trainable(mask, start, stop), 0.0)
+        if total is not target:
+            torch.mul(total, tensor_factors[tensor], out=target)
+        elif not unit[tensor]:
+            target.mul_(tensor_factors[tensor])
+
+
+def write_zeros(outputs: Sequence[Tensor | None]) -> None:
+    """Set all outputs to zero."""
+    for output in outputs:
         if output is not None:
-            first = offsets[tensor]
-            target = in_memory_order(output, start - first, stop - start)
-            own_weights = row_weights[tensor if len(row_weights) > 1 else 0]
-            if momentum is None:
-                total = target if target.dtype == torch.float32 and not signs else None
-                total = weighted_rows(accumulators[:, start:stop], own_weights, total)
-            else:
-                total = momentum[start:stop].mul_(decay)
-                for row, weight in zip(rows, own_weights, strict=True):
-                    if weight != 0.0:
-                        total.add_(row[start:stop], alpha=weight)
-            if mask is not None:
-                total.masked_fill_(~trained(mask, start, stop), 0.0)
-            direction = total.sign() if signs else total
-            if direction is not target:
-                torch.mul(direction, tensor_factors[tensor], out=target)
-            elif not unit[tensor]:
-                target.mul_(tensor_factors[tensor])
+            output.zero_()
 
 
-def weighted_rows(rows: Tensor, weights: Sequence[float], total: Tensor | None) -> Tensor:
-    """Σ_k weights[k] · rows[k] in float32, into `total` where given. A zero weight is not read."""
-    if total is None:
-        total = torch.empty(rows.shape[1], dtype=torch.float32, device=rows.device)
-    started = False
-    for row, weight in zip(rows, weights, strict=True):
+def count_steps(outputs: Sequence[Tensor | None], momentum: Momentum | None) -> None:
+    """Count a step of momentum for each tensor that is written."""
+    if momentum is not None:
+        written = [output is not None for output in outputs]
+        momentum.steps.add_(torch.tensor(written, dtype=torch.bool, device=momentum.steps.device))
+
+
+def new_history(gradients: TaskGradients) -> list[tuple[Tensor, Tensor]]:
+    """Return the histories, [N'] or all in one, with the accumulators that they receive."""
+    accumulators, _, scale, history, _ = gradients
+    if history is None:
+        return []
+    active = [task for task, s in enumerate(scale.tolist()) if s != 0.0]
+    if len(active) == len(scale):
+        return [(history, accumulators)]
+    return [(history[task], accumulators[task]) for task in active]
+
+
+def add_weighted(
+    accumulators: Tensor, weights: Sequence[float], total: Tensor, started: bool
+) -> None:
+    """Add Σ_k weights[k] · accumulators[k] in float32 to `total`, or set it to that.
+
+    An accumulator of weight zero is not read.
+    """
+    for accumulator, weight in zip(accumulators, weights, strict=True):
         if weight == 0.0:
             continue
         if started:
-            total.add_(row, alpha=weight)
+            total.add_(accumulator, alpha=weight)
         else:
-            torch.mul(row.to(torch.float32), weight, out=total)  # not in the row's own bfloat16
+            torch.mul(accumulator.to(torch.float32), weight, out=total)  # not in bfloat16
             started = True
-    return total if started else total.zero_()
+    if not started:
+        total.zero_()
 
 
 def output_factors(
-    per_tensor: Tensor,
+    outputs: Sequence[Tensor | None],
     weights: Tensor,
-    written: Tensor,
-    momentum_steps: Tensor | None,
-    beta: float,
-    max_norm: float | None,
-    parameter_norms: Tensor | None,
-    trust_ratio_coef: float,
-    trust_ratio_clip: float,
+    momentum: Momentum | None,
+    rescale: Rescale | None,
 ) -> Tensor:
-    """What multiplies the new momentum m (or its sign) of each tensor in the write: [T] float64.
+    """Return what multiplies the momentum m of each tensor in the write, [T] float64.
 
-    The bias correction 1 / (1 - β^t), times the clipping factor or the trust ratio. The norm
-    of m̂ per tensor needs no pass over memory: with v = (1-β) w, and β for the row of the old
-    momentum, ‖m‖² = vᵀ G v for that tensor's Gramian G.
+    The bias correction 1 / (1 - β^t), times the factor that keeps the norm within its bound. The
+    norm of m̂ per tensor needs no pass over memory: with v = (1-β) w, and β for the old momentum,
+    ‖m‖² = vᵀ G v for that tensor's Gramian G.
     """
-    tensors, rows = per_tensor.shape[:2]
-    correction = per_tensor.new_ones(tensors)
-    if momentum_steps is not None:
+    correction, beta = weights.new_ones(len(outputs)), 0.0
+    if momentum is not None:
         # A tensor that never had a gradient has t = 0 and is not written: any factor will do.
-        correction = 1.0 / (1.0 - beta ** momentum_steps.clamp(min=1).double())
-    if max_norm is None and parameter_norms is None:
+        beta = momentum.beta
+        correction = 1.0 / (1.0 - beta ** momentum.steps.clamp(min=1).double())
+    if rescale is None:
         return correction
-
-    v = ((1.0 - beta) * weights).expand(tensors, -1)  # [T, K]
-    if rows > v.shape[1]:
-        v = torch.cat([v, v.new_full((tensors, 1), beta)], dim=1)
-    squares = torch.einsum("ti,tij,tj->t", v, per_tensor, v).clamp(min=0.0) * correction**2
-    if max_norm is not None:
-        total = squares[written].sum().sqrt()
-        return correction * (max_norm / total).clamp(max=1.0)
-    assert parameter_norms is not None
-    norms = squares.sqrt()
-    ratio = (parameter_norms / norms).clamp(max=trust_ratio_clip)
-    tiny = (norms < TRUST_RATIO_EPS) | (parameter_norms < TRUST_RATIO_EPS)
-    return trust_ratio_coef * torch.where(tiny, 1.0, ratio)
+    v = ((1.0 - beta) * weights).expand(len(outputs), -1)  # [T, K]
+    if momentum is not None:
+        v = torch.cat([v, v.new_full((len(v), 1), beta)], dim=1)
+    squares = torch.einsum("ti,tij,tj->t", v, rescale.per_tensor, v).clamp(min=0.0) * correction**2
+    written = [output is not None for output in outputs]
+    norm = squares[torch.tensor(written, dtype=torch.bool, device=v.device)].sum().sqrt()
+    return correction * (rescale.max_norm / norm).clamp(max=1.0)

@@ -1,77 +1,61 @@
-"""graddrop: of every element one sign is picked, and only gradients of that sign are added up."""
+"""graddrop: of every element one sign is kept, and only gradients of that sign are added up."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from gcond_kernels.ops.mask import trainable
 from gcond_kernels.ops.random import start_of, uniform
-from gcond_kernels.python.blocks import blocks, in_memory_order, trained
-from gcond_kernels.python.combine import output_factors
+from gcond_kernels.ops.types import Momentum, SignDropout, TaskGradients
+from gcond_kernels.python.chunks import chunk_length, chunks, in_memory_order
+from gcond_kernels.python.combine import count_steps, output_factors, write_zeros
 
 
 def graddrop(
-    accumulators: Tensor,
-    scale: Tensor,
-    finite: Tensor,
+    gradients: TaskGradients,
     outputs: Sequence[Tensor | None],
-    offsets: Sequence[int],
-    sizes: Sequence[int],
-    momentum: Tensor | None,
-    momentum_steps: Tensor | None,
-    beta: float,
-    mask: Tensor | None,
-    leak: float,
-    seed: int,
-    draws: Tensor,
-    first: int,
+    finite: Tensor,
+    dropout: SignDropout,
+    momentum: Momentum | None,
 ) -> None:
-    """Writes gradients and momentum; see `gcond_kernels.ops.graddrop`."""
-    if not bool(finite):  # on a GPU this waits for the device; the kernels branch there instead
-        for output in outputs:
-            if output is not None:
-                output.zero_()
+    """Write gradients and momentum; see `gcond_kernels.ops.graddrop`."""
+    accumulators, layout, scale, _, mask = gradients
+    if not bool(finite):  # on a GPU this synchronizes; the kernels branch there instead
+        write_zeros(outputs)
         return
-    written = torch.tensor(
-        [output is not None for output in outputs], dtype=torch.bool, device=scale.device
-    )
-    if momentum_steps is not None:
-        momentum_steps += written
-    factors = output_factors(
-        scale.new_empty(len(sizes), 0, 0),
-        scale,
-        written,
-        momentum_steps,
-        beta,
-        None,
-        None,
-        0.0,
-        0.0,
-    ).tolist()
-    row_scale = scale.to(torch.float32).tolist()
-    origin = start_of(seed, draws)
-    for tensor, start, stop in blocks(
-        offsets, sizes, accumulators.shape[0] + 6, accumulators.device
-    ):
+    count_steps(outputs, momentum)
+    factors = output_factors(outputs, scale, momentum, None).tolist()
+    scales = scale.to(torch.float32).tolist()
+    origin = start_of(dropout.seed, dropout.counter)
+    length = chunk_length(len(scales) + 6, accumulators.device)
+    for tensor, start, stop, first in chunks(layout, length):
         output = outputs[tensor]
         if output is None:
             continue
-        places = torch.arange(first + start, first + stop, device=accumulators.device)
-        total = picked(accumulators[:, start:stop], row_scale, uniform(origin, places), leak)
+        places = torch.arange(
+            dropout.first + start, dropout.first + stop, device=accumulators.device
+        )
+        random = uniform(origin, places)
+        total = sum_of_one_sign(accumulators[:, start:stop], scales, random, dropout.leak)
         if momentum is not None:
-            total = momentum[start:stop].mul_(beta).add_(total * (1.0 - beta))
+            buffer = momentum.buffer[start:stop].mul_(momentum.beta)
+            total = buffer.add_(total * (1.0 - momentum.beta))
         if mask is not None:
-            total.masked_fill_(~trained(mask, start, stop), 0.0)
-        target = in_memory_order(output, start - offsets[tensor], stop - start)
-        torch.mul(total, factors[tensor], out=target)
+            total.masked_fill_(~trainable(mask, start, stop), 0.0)
+        torch.mul(total, factors[tensor], out=in_memory_order(output, first, stop - start))
 
 
-def picked(rows: Tensor, scale: Sequence[float], random: Tensor, leak: float) -> Tensor:
-    """Σ_k (leak + (1 - leak) · kept_k) · scale_k · row_k in float32.
+def sum_of_one_sign(
+    accumulators: Tensor, scales: Sequence[float], random: Tensor, leak: float
+) -> Tensor:
+    """Return Σ_k (leak + (1 - leak) · kept_k) · scales[k] · accumulators[k] in float32.
 
-    In this order, and with no product fused into a sum: the kernels round alike, and so pick alike.
+    In this order, and with no product fused into a sum: the kernels round alike, and so keep the
+    same.
     """
-    values = [row.to(torch.float32) * s for row, s in zip(rows, scale, strict=True) if s != 0.0]
+    pairs = zip(accumulators, scales, strict=True)
+    values = [accumulator.to(torch.float32) * s for accumulator, s in pairs if s != 0.0]
     total, size = torch.zeros_like(random), torch.zeros_like(random)
     for value in values:
         total += value

@@ -1,147 +1,106 @@
-"""gramian: every inner product that the method needs, from one read of the accumulators."""
-
-from collections.abc import Sequence
+"""gramian: every inner product that a method needs, from one read of the accumulators."""
 
 import torch
 from torch import Tensor
 
 from gcond_kernels.ops.contexts import full_float32
-from gcond_kernels.python.blocks import PARTIAL, batches, block_length, trained, whole_partials
+from gcond_kernels.ops.mask import trainable
+from gcond_kernels.ops.types import Gramians, Layout, TaskGradients
+from gcond_kernels.python.chunks import PARTIAL, Batch, batches, chunk_length
 
-# Elements between two rows of scratch memory: rows a multiple of 4 KB apart fall on the same lines
-# of a cache.
-ROW_GAP = 80
+# Elements between two lines of scratch memory: where they are a multiple of 4 KB apart they fall on
+# the same lines of a cache.
+GAP = 80
 
 # Elements of a tensor that is worth calls of its own.
 IN_PLACE = 1 << 18
 
 
 def gramian(
-    accumulators: Tensor,
-    history: Tensor | None,
-    momentum: Tensor | None,
-    offsets: Sequence[int],
-    sizes: Sequence[int],
-    scale: Tensor,
-    history_scale: Tensor,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gramian, cross-Gramian, and both per tensor; see `gcond_kernels.ops.gramian`.
-
-    [K, K], [K, K], [T, R, R] and [T, K, K]; without a history the cross-Gramians are [0, 0] and
-    [T, 0, 0].
-    """
-    tasks = accumulators.shape[0]
-    left = tasks + (momentum is not None)
-    rows = left + (0 if history is None else tasks)
-    products = torch.zeros(
-        (len(sizes), left, rows), dtype=torch.float64, device=accumulators.device
-    )
-    if rows == tasks and mask is None and accumulators.dtype == torch.float32:
-        offsets, sizes = add_in_place(products, accumulators, offsets, sizes)
-    add_in_batches(products, accumulators, history, momentum, mask, offsets, sizes)
+    gradients: TaskGradients, history_scale: Tensor | None, momentum: Tensor | None
+) -> Gramians:
+    """Return Gramian and cross-Gramian, and both per tensor; see `gcond_kernels.ops.gramian`."""
+    accumulators, layout, scale, history, mask = gradients
+    K, T = len(accumulators), len(layout.sizes)
+    R = K + (momentum is not None)
+    count = R + (0 if history is None else K)
+    products = torch.zeros((T, R, count), dtype=torch.float64, device=accumulators.device)
+    if count == K and mask is None and accumulators.dtype == torch.float32:
+        layout = add_in_place(products, accumulators, layout)
+    add_in_batches(products, gradients._replace(layout=layout), momentum)
 
     # A task that takes no part (scale 0) may hold anything, NaN included: select, don't multiply.
-    row_scale = torch.cat([scale, scale.new_ones(left - tasks)])
-    weight = torch.outer(row_scale, row_scale)
+    scales = torch.cat([scale, scale.new_ones(R - K)])
+    factors = torch.outer(scales, scales)
     # A matrix product may round S_ij and S_ji apart: then what a projection leaves is no zero.
-    square = products[:, :, :left].triu()
+    square = products[:, :, :R].triu()
     square = square + square.triu(1).transpose(1, 2)
-    per_tensor = torch.where(weight != 0, square * weight, 0.0)
-    total = per_tensor.sum(0)[:tasks, :tasks].contiguous()
-    if history is None:
-        return total, total.new_empty(0, 0), per_tensor, total.new_empty(len(sizes), 0, 0)
-    weight = torch.outer(scale, history_scale)
-    crosses = torch.where(weight != 0, products[:, :tasks, left:] * weight, 0.0)  # X_ij = ĝ_i · h_j
-    return total, crosses.sum(0), per_tensor, crosses
+    per_tensor = torch.where(factors != 0, square * factors, 0.0)
+    total = per_tensor.sum(0)[:K, :K].contiguous()
+    if history is None or history_scale is None:
+        return Gramians(total, None, per_tensor, None)
+    factors = torch.outer(scale, history_scale)
+    crosses = torch.where(factors != 0, products[:, :K, R:] * factors, 0.0)  # X_ij = g_i · h_j
+    return Gramians(total, crosses.sum(0), per_tensor, crosses)
 
 
-def add_in_place(
-    products: Tensor, rows: Tensor, offsets: Sequence[int], sizes: Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """Adds the whole partial sums of each large tensor to `products`, read where they lie.
+def add_in_place(products: Tensor, accumulators: Tensor, layout: Layout) -> Layout:
+    """Add the full partial sums of each large tensor to `products`, read where they lie.
 
     Returns:
-        Offsets and sizes of what is left: of the large ones less than a partial sum each.
+        The layout of what is left: of the large tensors less than a partial sum each.
     """
-    wholes = [size // PARTIAL * PARTIAL if size >= IN_PLACE else 0 for size in sizes]
-    for tensor, (offset, whole) in enumerate(zip(offsets, wholes, strict=True)):
-        if whole:
+    lengths = [size // PARTIAL * PARTIAL if size >= IN_PLACE else 0 for size in layout.sizes]
+    for tensor, (offset, length) in enumerate(zip(layout.offsets, lengths, strict=True)):
+        if length:
             with full_float32():
-                partial = partial_products(rows[:, offset : offset + whole], len(rows))
-            products[tensor] += partial.sum(0, dtype=torch.float64)
-    return (
-        [offset + whole for offset, whole in zip(offsets, wholes, strict=True)],
-        [size - whole for size, whole in zip(sizes, wholes, strict=True)],
+                part = partial_products(accumulators[:, offset : offset + length], len(products[0]))
+            products[tensor] += part.sum(0, dtype=torch.float64)
+    return Layout(
+        tuple([offset + length for offset, length in zip(layout.offsets, lengths, strict=True)]),
+        tuple([size - length for size, length in zip(layout.sizes, lengths, strict=True)]),
     )
 
 
-def add_in_batches(
-    products: Tensor,
-    accumulators: Tensor,
-    history: Tensor | None,
-    momentum: Tensor | None,
-    mask: Tensor | None,
-    offsets: Sequence[int],
-    sizes: Sequence[int],
-) -> None:
-    """Adds the inner products of each tensor to `products` [T, L, R], many tensors at a time."""
-    left, rows = products.shape[1:]
-    device = products.device
-    length = min(block_length(rows, device), sum(whole_partials(size) for size in sizes))
+def add_in_batches(products: Tensor, gradients: TaskGradients, momentum: Tensor | None) -> None:
+    """Add the inner products of each tensor to `products` [T, R, C], many tensors at a time."""
+    (_, R, count), device = products.shape, products.device
+    length, in_order = batches(gradients.layout, chunk_length(count, device))
     # One piece of memory for all batches: fresh pages cost more than the arithmetic.
-    memory = torch.empty((rows, length + ROW_GAP), dtype=torch.float32, device=device)
-    for batch in batches(offsets, sizes, length):
-        filled = 0
-        first, last = batch[0][0], batch[-1][0]  # with the empty tensors between them
-        counts = [0] * (last - first + 1)
-        for tensor, start, stop in batch:
-            padded = whole_partials(stop - start)
-            block = memory[:, filled : filled + padded]
-            fill(block, accumulators, history, momentum, mask, start, stop)
-            filled += padded
-            counts[tensor - first] = padded // PARTIAL
+    memory = torch.empty((count, length + GAP), dtype=torch.float32, device=device)
+    for batch in in_order:
+        filled = fill(memory, batch, gradients, momentum)
         with full_float32():
-            partial = partial_products(memory[:, :filled], left)
-        lengths = torch.tensor(counts, dtype=torch.int64, device=device)
-        products[first : last + 1] += torch.segment_reduce(
+            partial = partial_products(filled, R)
+        lengths = torch.tensor(batch.partials, dtype=torch.int64, device=device)
+        products[batch.first : batch.last + 1] += torch.segment_reduce(
             partial.double(), "sum", lengths=lengths, unsafe=True
         )
 
 
-def fill(
-    block: Tensor,
-    accumulators: Tensor,
-    history: Tensor | None,
-    momentum: Tensor | None,
-    mask: Tensor | None,
-    start: int,
-    stop: int,
-) -> None:
-    """Elements from `start` to `stop` of all rows, then zeros, into a block [R, n] of float32."""
-    tasks, length = len(accumulators), stop - start
-    block[:tasks, :length] = accumulators[:, start:stop]
-    if momentum is not None:
-        block[tasks, :length] = momentum[start:stop]
-    if history is not None:
-        block[-tasks:, :length] = history[:, start:stop]
-    if mask is not None:  # selected, not multiplied: what is not trained may be NaN
-        block[:, :length].masked_fill_(~trained(mask, start, stop), 0.0)
-    if length < block.shape[1]:
-        block[:, length:].zero_()
+def fill(memory: Tensor, batch: Batch, gradients: TaskGradients, momentum: Tensor | None) -> Tensor:
+    """Copy a batch of all accumulators to `memory` [C, n] as float32, each chunk padded by zeros.
+
+    Returns:
+        What was filled.
+    """
+    accumulators, _, _, history, mask = gradients
+    K, until = len(accumulators), 0
+    for start, stop, filled, until in batch.places:
+        end = filled + stop - start
+        memory[:K, filled:end] = accumulators[:, start:stop]
+        if momentum is not None:
+            memory[K, filled:end] = momentum[start:stop]
+        if history is not None:
+            memory[-K:, filled:end] = history[:, start:stop]
+        if mask is not None:  # selected, not multiplied: what is not trained may be NaN
+            memory[:, filled:end].masked_fill_(~trainable(mask, start, stop), 0.0)
+        if end < until:
+            memory[:, end:until].zero_()
+    return memory[:, :until]
 
 
-def partial_products(rows: Tensor, left: int) -> Tensor:
-    """Inner products [n / PARTIAL, L, R] of the first L rows [R, n] with all, a float32 each."""
-    parts = rows.view(len(rows), -1, PARTIAL).transpose(0, 1)  # [n / PARTIAL, R, PARTIAL]
-    return torch.bmm(parts[:, :left], parts.transpose(1, 2))
-
-
-def block_products(rows: Tensor, left: int) -> Tensor:
-    """Inner products [L, R] of the first L rows [R, n] with all, float64 across partial sums."""
-    whole = rows.shape[1] // PARTIAL * PARTIAL
-    rest = rows[:, whole:]
-    products = (rest[:left] @ rest.T).double()
-    if whole:
-        products += partial_products(rows[:, :whole], left).sum(0, dtype=torch.float64)
-    return products
+def partial_products(vectors: Tensor, count: int) -> Tensor:
+    """Return inner products [n / PARTIAL, R, C] of the first R of C vectors [C, n] with all."""
+    parts = vectors.view(len(vectors), -1, PARTIAL).transpose(0, 1)  # [n / PARTIAL, C, PARTIAL]
+    return torch.bmm(parts[:, :count], parts.transpose(1, 2))

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gcond_kernels.ops import launch_tables as tables
+from gcond_kernels.ops.types import Layout
 from gcond_kernels.triton_kernels.memory import (
     ALIGNED,
     NO_TENSOR,
@@ -71,8 +72,7 @@ def accumulate_kernel(
 def accumulate(
     accumulator: Tensor,
     gradients: Sequence[Tensor | None],
-    offsets: Sequence[int],
-    sizes: Sequence[int],
+    layout: Layout,
     scale: float | Tensor,
     overwrite: bool,
 ) -> None:
@@ -80,8 +80,8 @@ def accumulate(
     device = accumulator.device
     plan = plan_of(
         tables.keys_of(gradients),
-        tuple(offsets),
-        tuple(sizes),
+        layout.offsets,
+        layout.sizes,
         accumulator.data_ptr() % tables.VECTOR_BYTES == 0,
         CHUNK,
         device,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.types import RESIDUE as REFERENCE_RESIDUE
+from gcond_kernels.ops.types import Arbitration, ArbitrationState, Settings
 from gcond_kernels.triton_kernels.memory import throughout
 
 # K×K float64 numbers, eight of each matrix in a thread's registers.
@@ -320,40 +321,32 @@ def arbitrate(
     gramian: Tensor,
     cross: Tensor | None,
     scale: Tensor,
-    norm_ema: Tensor,
-    winners: Tensor,
-    history_gramian: Tensor,
-    history_rows: Tensor,
-    history_scale: Tensor,
-    *,
-    thresholds: tuple[float, float, float],
-    remap_power: float,
-    smooth: bool,
-    max_iterations: int,
-    tolerance: float,
-    stability_weight: float,
-    strength_weight: float,
-    norm_ema_beta: float,
-    norm_ema_floor: float,
-    norm_cap: float | None,
-    resolved_history: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    state: ArbitrationState,
+    settings: Settings,
+) -> Arbitration:
     """Weights of the tasks, and the new state in place; see `gcond_kernels.ops.arbitrate`."""
-    (*batch, K, _), device, window = gramian.shape, gramian.device, winners.shape[-1]
+    (*batch, K, _), device, window = gramian.shape, gramian.device, state.winners.shape[-1]
     if K > MOST_TASKS:
         raise ValueError(
             f"backend='triton' arbitrates up to {MOST_TASKS} tasks, not {K}: use backend='python'"
         )
     values = (
-        *thresholds, tolerance, remap_power, stability_weight, strength_weight,
-        norm_ema_beta, norm_ema_floor, 0.0 if norm_cap is None else norm_cap, eps,
-    )  # fmt: skip
-    settings = tables.settings_tensor(tuple(map(float, values)), device)
-    tables.keep_if_captured(settings)
+        *settings.thresholds,
+        settings.tolerance,
+        settings.remap_power,
+        *settings.tie_breaking_weights,
+        settings.norm_ema_beta,
+        settings.norm_ema_floor,
+        0.0 if settings.norm_cap is None else settings.norm_cap,
+        settings.eps,
+    )
+    numbers = tables.settings_tensor(tuple(map(float, values)), device)
+    tables.keep_if_captured(numbers)
     weights = torch.empty((*batch, K), dtype=torch.float64, device=device)
     rows = torch.empty((*batch, K, K), dtype=torch.float64, device=device)
-    max_iterations = int(max_iterations)  # of a NumPy type, the interpreter would not take it
+    max_iterations = int(
+        settings.iterations(K)
+    )  # of a NumPy type, the interpreter would not take it
     events = torch.empty((*batch, max_iterations, 5), dtype=torch.float64, device=device)
     finite = torch.empty(batch, dtype=torch.bool, device=device)
     KP = triton.next_power_of_2(K)
@@ -362,12 +355,8 @@ def arbitrate(
             gramian.contiguous(),
             gramian if cross is None else cross.contiguous(),
             scale,
-            norm_ema,
-            winners,
-            history_gramian,
-            history_rows,
-            history_scale,
-            settings,
+            *state,
+            numbers,
             weights,
             rows,
             events,
@@ -378,10 +367,10 @@ def arbitrate(
             WINDOW=window,
             WP=triton.next_power_of_2(max(window, 1)),
             CROSS=cross is not None,
-            CAP=norm_cap is not None,
-            SMOOTH=smooth,
-            RESOLVED=resolved_history,
+            CAP=settings.norm_cap is not None,
+            SMOOTH=settings.arbitration == "smooth",
+            RESOLVED=settings.history == "resolved",
             num_warps=warps_for(KP),
             enable_fp_fusion=False,
         )
-    return weights, rows, events, finite
+    return Arbitration(weights, rows, events, finite)

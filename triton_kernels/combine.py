@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gcond_kernels.ops import launch_tables as tables
-from gcond_kernels.python.combine import TRUST_RATIO_EPS as REFERENCE_EPS
+from gcond_kernels.ops.types import Momentum, Rescale, TaskGradients
 from gcond_kernels.triton_kernels.memory import (
     ALIGNED,
     NO_TENSOR,
@@ -32,7 +32,7 @@ WARPS = 4
 MOST_UNROLLED = 8
 
 # What a kernel reads must be a constant of Triton's.
-TRUST_RATIO_EPS = tl.constexpr(REFERENCE_EPS)
+TRUST_RATIO_EPS = tl.constexpr(1e-8)
 
 
 @triton.jit
@@ -228,44 +228,34 @@ def clipping_kernel(
 
 
 def combine(
-    accumulators: Tensor,
-    weights: Tensor,
-    scale: Tensor,
-    finite: Tensor,
+    gradients: TaskGradients,
     outputs: Sequence[Tensor | None],
-    offsets: Sequence[int],
-    sizes: Sequence[int],
-    history: Tensor | None,
-    momentum: Tensor | None,
-    momentum_steps: Tensor | None,
-    beta: float,
-    per_tensor: Tensor,
-    max_norm: float | None,
-    parameter_norms: Tensor | None,
-    trust_ratio_coef: float,
-    trust_ratio_clip: float,
-    mask: Tensor | None,
+    weights: Tensor,
+    finite: Tensor,
+    momentum: Momentum | None,
+    rescale: Rescale | None,
 ) -> None:
     """Writes gradients, momentum and history; see `gcond_kernels.ops.combine`."""
+    accumulators, (offsets, sizes), scale, history, mask = gradients
+    buffer, momentum_steps, beta = (None, None, 0.0) if momentum is None else momentum
+    max_norm, per_tensor = (None, scale.new_empty(len(sizes), 0, 0)) if rescale is None else rescale
     K, device = accumulators.shape[0], accumulators.device
     if not sizes:
         return
     plan = plan_of(
         tables.keys_of(outputs),
-        tuple(offsets),
-        tuple(sizes),
-        tables.is_aligned(accumulators, history, momentum),
+        offsets,
+        sizes,
+        tables.is_aligned(accumulators, history, buffer),
         CHUNK,
         device,
     )
     bound = math.inf if max_norm is None else max_norm
-    settings = tables.settings_tensor(
-        (float(beta), float(bound), float(trust_ratio_coef), float(trust_ratio_clip)), device
-    )
+    settings = tables.settings_tensor((float(beta), float(bound), 0.0, 0.0), device)
     tables.keep_if_captured(plan.rows, plan.chunks.table, settings)
     with tables.guard(device):
         factors, clipping = factors_of(
-            plan, per_tensor, weights, finite, momentum_steps, parameter_norms, settings,
+            plan, per_tensor, weights, finite, momentum_steps, None, settings,
             max_norm is not None,
         )  # fmt: skip
         if not plan.chunks.total:
@@ -273,7 +263,7 @@ def combine(
         combine_kernel[(plan.chunks.total,)](
             accumulators,
             accumulators if history is None else history,
-            accumulators if momentum is None else momentum,
+            accumulators if buffer is None else buffer,
             plan.chunks.table if mask is None else mask,
             plan.rows,
             plan.chunks.table,
@@ -292,7 +282,7 @@ def combine(
             MASK=mask is not None,
             FACTORS=factors is not None,
             CLIP=clipping is not None,
-            SIGNS=parameter_norms is not None,
+            SIGNS=False,
             TYPES=plan.types,
             CHUNK=CHUNK,
             num_warps=WARPS,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops import random
+from gcond_kernels.ops.types import Momentum, SignDropout, TaskGradients
 from gcond_kernels.triton_kernels.combine import factors_of
 from gcond_kernels.triton_kernels.memory import (
     ALIGNED,
@@ -187,30 +188,24 @@ def graddrop_kernel(
 
 
 def graddrop(
-    accumulators: Tensor,
-    scale: Tensor,
-    finite: Tensor,
+    gradients: TaskGradients,
     outputs: Sequence[Tensor | None],
-    offsets: Sequence[int],
-    sizes: Sequence[int],
-    momentum: Tensor | None,
-    momentum_steps: Tensor | None,
-    beta: float,
-    mask: Tensor | None,
-    leak: float,
-    seed: int,
-    draws: Tensor,
-    first: int,
+    finite: Tensor,
+    dropout: SignDropout,
+    momentum: Momentum | None,
 ) -> None:
     """Writes gradients and momentum; see `gcond_kernels.ops.graddrop`."""
+    accumulators, (offsets, sizes), scale, _, mask = gradients
+    buffer, momentum_steps, beta = (None, None, 0.0) if momentum is None else momentum
+    seed, draws, leak, first = dropout
     K, device = accumulators.shape[0], accumulators.device
     if not sizes:
         return
     plan = plan_of(
         tables.keys_of(outputs),
-        tuple(offsets),
-        tuple(sizes),
-        tables.is_aligned(accumulators, momentum),
+        offsets,
+        sizes,
+        tables.is_aligned(accumulators, buffer),
         CHUNK,
         device,
     )
@@ -224,7 +219,7 @@ def graddrop(
             return
         graddrop_kernel[(plan.chunks.total,)](
             accumulators,
-            accumulators if momentum is None else momentum,
+            accumulators if buffer is None else buffer,
             plan.chunks.table if mask is None else mask,
             plan.rows,
             plan.chunks.table,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gcond_kernels.ops import launch_tables as tables
+from gcond_kernels.ops.types import Gramians, TaskGradients
 from gcond_kernels.python.gramian import gramian as gramian_by_matrix_products
 from gcond_kernels.triton_kernels.memory import ALIGNED, at_element, locate, plan_of, read, trained
 
@@ -264,28 +265,20 @@ def vector_elements(products: int) -> int:
 
 
 def gramian(
-    accumulators: Tensor,
-    history: Tensor | None,
-    momentum: Tensor | None,
-    offsets: Sequence[int],
-    sizes: Sequence[int],
-    scale: Tensor,
-    history_scale: Tensor,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients: TaskGradients, history_scale: Tensor | None, momentum: Tensor | None
+) -> Gramians:
     """Gramian, cross-Gramian, and both per tensor; see `gcond_kernels.ops.gramian`."""
+    accumulators, (offsets, sizes), scale, history, mask = gradients
     K, device = accumulators.shape[0], accumulators.device
     if K > MOST_TASKS:
-        return gramian_by_matrix_products(
-            accumulators, history, momentum, offsets, sizes, scale, history_scale, mask
-        )
+        return gramian_by_matrix_products(gradients, history_scale, momentum)
     rows = K + (momentum is not None)
     pairs, crosses = rows * (rows + 1) // 2, K * K if history is not None else 0
     length = tables.chunk_length(sum(sizes))
     plan = plan_of(
         tables.no_keys(len(sizes)),
-        tuple(offsets),
-        tuple(sizes),
+        offsets,
+        sizes,
         tables.is_aligned(accumulators, history, momentum),
         length,
         device,
@@ -316,7 +309,12 @@ def gramian(
                 num_warps=WARPS,
                 enable_fp_fusion=True,
             )
-        return add_up(partials, chunks, scale, history_scale, K, rows, crosses)
+        total, cross, per_tensor, cross_per_tensor = add_up(
+            partials, chunks, scale, history_scale, K, rows, crosses
+        )
+    if history is None:
+        return Gramians(total, None, per_tensor, None)
+    return Gramians(total, cross, per_tensor, cross_per_tensor)
 
 
 def add_up(

@@ -87,7 +87,7 @@ def accumulate(gradients: Callable[[], Tensor], tasks: Sequence[str]) -> dict[st
         exact += new
         for accumulators in sums.values():
             for accumulator, gradient in zip(accumulators, new, strict=True):
-                ops.accumulate(accumulator, [gradient], [0], [len(gradient)])
+                ops.accumulate(accumulator, [gradient], ops.Layout((0,), (len(gradient),)))
         if number in WINDOWS:
             found[str(number)] = {name: errors(a, exact, tasks) for name, a in sums.items()}
     return found

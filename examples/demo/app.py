@@ -80,7 +80,7 @@ def check(arguments: argparse.Namespace) -> Settings:
         raise InputError(f"--seed must be 0 or more and below 2**63, not {arguments.seed}")
     device = find_device(arguments.device)
     try:
-        backend = ops.choose_backend(arguments.backend, device, "resolve")
+        backend = ops.backend_for(arguments.backend, device).name
     except RuntimeError as error:
         raise InputError(f"--{error}" if str(error).startswith("backend") else str(error)) from None
     return Settings(

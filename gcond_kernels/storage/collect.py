@@ -173,8 +173,8 @@ class BackwardPass:
             return
         self.added.update(places)
         # Autograd and `in_memory_order` have checked all that `ops.accumulate` would check.
-        ops.backend_module(self.backend, device, "accumulate").accumulate(
-            storage.accumulators[self.task], gradients, *layout, self.scale, overwrite
+        ops.backend_for(self.backend, device).accumulate(
+            storage.accumulators[self.task], gradients, layout, self.scale, overwrite
         )
         for t in present:
             storage.window_tasks[t] |= 1 << self.task

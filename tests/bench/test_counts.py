@@ -4,7 +4,6 @@ import functools
 import importlib
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from bench import counting as counts
 from bench.counting import Counts, count
 from gcond_kernels import ops
+from tests.helpers import by_name
 
 recording = importlib.import_module("bench.counts")
 
@@ -183,7 +183,7 @@ BACKENDS = [pytest.param(backend, marks=needs(backend)) for backend in ops.BACKE
 
 def accumulation(backend, dtype=torch.float32):
     target, gradients = vector(), [vector(100, dtype), None, vector(333, dtype)]
-    return lambda: ops.accumulate(
+    return lambda: by_name.accumulate(
         target, gradients, [0, 100, 400], [100, 300, 333], backend=backend
     )
 
@@ -357,7 +357,7 @@ FAULTS = {
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_fault_in_a_backend_shows(backend, quantity, monkeypatch):
     skip_other_versions(backend)
-    room = ops.backend_module(backend, torch.device("cpu"), "accumulate")
+    room = ops.backend_for(backend, torch.device("cpu")).module(backend)
     accumulate = room.accumulate
 
     def faulty(accumulator, *others):
@@ -375,7 +375,7 @@ def test_a_fault_in_a_backend_shows(backend, quantity, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_launch_shows(backend, monkeypatch):
     skip_other_versions(backend)
-    room = ops.backend_module(backend, torch.device("cpu"), "accumulate")
+    room = ops.backend_for(backend, torch.device("cpu")).module(backend)
     once = room.accumulate
     monkeypatch.setattr(room, "accumulate", lambda *given: (once(*given), once(*given))[0])
     case = next(recording.cases(backend))

@@ -1,7 +1,6 @@
 """What a window costs each GPU, on paper: formulas, and the document made of them."""
 
 import sys
-from pathlib import Path
 
 import pytest
 

@@ -4,6 +4,7 @@ Run as a script, where Triton does not interpret: arguments are bound and specia
 kernels compiled for sm_90, on CPU tensors; twice, for a second launch finds what the first left.
 """
 
+import os
 from types import SimpleNamespace
 
 import torch
@@ -11,9 +12,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from gcond_kernels import GCond, ops, triton_kernels
+from gcond_kernels import GCond, ops
+from gcond_kernels.ops import backends
 from gcond_kernels.triton_kernels import memory
 from gcond_kernels.triton_kernels.graddrop import graddrop_kernel
+from tests.helpers import by_name
 from tests.helpers.flat import layout_of, rows
 
 
@@ -38,7 +41,8 @@ def pretend() -> None:
         return compiled
 
     triton.JITFunction.run = warm_up
-    ops.backend_module = lambda requested, device, operation: triton_kernels
+    backends.unavailable = lambda backend, device: None
+    os.environ["GCOND_BACKEND"] = "triton"
 
 
 def variants_of(kernel: triton.JITFunction) -> int:
@@ -49,10 +53,10 @@ def variants_of(kernel: triton.JITFunction) -> int:
 
 def launch_graddrop(where: tuple, one: torch.Tensor, moving: dict, mask: torch.Tensor) -> None:
     """Seeds and places of any size are one variant."""
-    given = {"scale": one, "finite": torch.tensor(True), "draws": torch.tensor(0)}
+    given = {"scale": one, "finite": torch.tensor(True), "counter": torch.tensor(0)}
     for seed, first in ((0, 0), (1, 1), (-5, 16), (2**31, 2**31), (2**63, 2**62), (2**70 + 1, 7)):
-        ops.graddrop(*where, **given, seed=seed, first=first, leak=0.5)
-        ops.graddrop(*where, **given, **moving, seed=seed, beta=0.9, mask=mask)
+        by_name.graddrop(*where, **given, seed=seed, first=first, leak=0.5)
+        by_name.graddrop(*where, **given, **moving, seed=seed, beta=0.9, mask=mask)
     assert variants_of(graddrop_kernel) == 2
 
 
@@ -64,14 +68,14 @@ def launch_everything() -> None:
     mask = torch.full((layout.length // 32,), -1, dtype=torch.int32)
     gradients = [torch.randn(5000), None, torch.randn(0).bfloat16()]
     for scale in (1, 0.5, torch.tensor(2.0)):
-        ops.accumulate(accumulators[0], gradients, offsets, sizes, scale=scale)
-    ops.accumulate(accumulators[0, 1:], [torch.randn(3)], [0], [3], overwrite=True)
-    ops.gramian(accumulators, offsets, sizes, scale=one)
-    products = ops.gramian(
+        by_name.accumulate(accumulators[0], gradients, offsets, sizes, scale=scale)
+    by_name.accumulate(accumulators[0, 1:], [torch.randn(3)], [0], [3], overwrite=True)
+    by_name.gramian(accumulators, offsets, sizes, scale=one)
+    products = by_name.gramian(
         accumulators, offsets, sizes, scale=one, history=history, history_scale=one,
         momentum=momentum,
     )  # fmt: skip
-    ops.gramian(
+    by_name.gramian(
         accumulators, offsets, sizes, scale=one, history=history, history_scale=one, mask=mask
     )
     for method in (GCond(), GCond(max_iterations=1, dominance_window=0), GCond(max_iterations=0)):
@@ -80,27 +84,23 @@ def launch_everything() -> None:
         method.resolve(products.total, None, one, state)
         own = state.pop("history_scale")
         states = {name: value.expand(3, *value.shape).clone() for name, value in state.items()}
-        ops.arbitrate(
+        by_name.arbitrate(
             products.per_tensor[:, :2, :2].contiguous(), products.cross_per_tensor, one, **states,
-            history_scale=own, **method.settings(2),
+            history_scale=own, settings=method,
         )  # fmt: skip
     given = {"weights": one, "scale": one, "finite": torch.tensor(True)}
     given |= {"per_tensor": products.per_tensor}
     moving = {"momentum": momentum, "momentum_steps": torch.zeros(3, dtype=torch.int64)}
     outputs = [torch.empty(5000), None, torch.empty(0).bfloat16()]
-    ops.combine(
+    by_name.combine(
         accumulators, outputs, offsets, sizes, **given, history=history, **moving, beta=0.9,
         max_norm=1.0,
     )  # fmt: skip
-    ops.combine(
-        accumulators, outputs, offsets, sizes, **given, **moving, beta=0.9,
-        parameter_norms=torch.ones(3).double(),
-    )  # fmt: skip
-    ops.combine(torch.ones(1, 1), [torch.empty(1)], [0], [1], **given | {
+    by_name.combine(torch.ones(1, 1), [torch.empty(1)], [0], [1], **given | {
         "weights": one[:1], "scale": one[:1], "per_tensor": torch.ones(1, 1, 1).double(),
     })  # fmt: skip
     given["weights"] = torch.ones(3, 2).double()
-    ops.combine(
+    by_name.combine(
         accumulators, outputs, offsets, sizes, **given, **moving, beta=0.9, max_norm=1.0, mask=mask
     )
     launch_graddrop((accumulators, outputs, offsets, sizes), one, moving, mask)

@@ -10,36 +10,34 @@ from types import SimpleNamespace
 import torch
 from torch.utils._pytree import tree_map_only
 
-from gcond_kernels import ops
+from gcond_kernels.ops import OPERATIONS, backends
 
-ROOMS = {"triton": "gcond_kernels.triton_kernels", "cuda": "gcond_kernels.cuda"}
-LAUNCHING = (*ops.OPERATIONS, "multi_tensor_dot")
+LAUNCHING = (*OPERATIONS, "multi_tensor_dot")
 
 
 def install(monkeypatch, backend: str) -> None:
     """For one test: this backend takes CPU tensors, by way of the GPU."""
-    unavailable, backend_module = ops.unavailable, ops.backend_module
-    room = offloaded_room(importlib.import_module(ROOMS[backend]))
+    unavailable, module_of = backends.unavailable, backends.Backend.module
+    ours = offloaded_module(importlib.import_module(backends.MODULES[backend]))
 
-    def is_ours(requested, device):
-        return requested == backend and device.type == "cpu"
+    def is_ours(name, device):
+        return name == backend and device.type == "cpu"
 
-    def module(requested, device, operation):
-        ours = is_ours(requested, device)
-        return room if ours else backend_module(requested, device, operation)
+    def module(self, name):
+        return ours if is_ours(name, self.device) else module_of(self, name)
 
     monkeypatch.setattr(
-        ops, "unavailable", lambda b, d: None if is_ours(b, d) else unavailable(b, d)
+        backends, "unavailable", lambda b, d: None if is_ours(b, d) else unavailable(b, d)
     )
-    monkeypatch.setattr(ops, "backend_module", module)
+    monkeypatch.setattr(backends.Backend, "module", module)
 
 
-def offloaded_room(room):
-    names = [name for name in LAUNCHING if hasattr(room, name)]
-    functions = {name: offloaded(getattr(room, name)) for name in names}
+def offloaded_module(module):
+    names = [name for name in LAUNCHING if hasattr(module, name)]
+    functions = {name: offloaded(getattr(module, name)) for name in names}
     if "resolve" in functions:
-        functions["resolves_at_once"] = lambda accumulators, sizes: room.resolves_at_once(
-            accumulators.cuda(), sizes
+        functions["resolves_at_once"] = lambda gradients: module.resolves_at_once(
+            gradients._replace(accumulators=gradients.accumulators.cuda())
         )
     return SimpleNamespace(**functions)
 

@@ -84,7 +84,7 @@ def test_decides_as_on_whole_vectors(backend, method, tasks, size, seed, data):
         assert [w for w in state["winners"].tolist() if w >= 0] == naive.winners
         # float64 on both sides; a projection may cancel all but 2^-11.5 of a gradient and the
         # other is then moved along what is left: 1e-16 grows to at most some 1e-9 in two rounds.
-        scale = np.abs(decision.rows.numpy()) @ np.linalg.norm(g, axis=1)
+        scale = np.abs(decision.coefficients.numpy()) @ np.linalg.norm(g, axis=1)
         np.testing.assert_allclose(resolved, expected, rtol=0, atol=1e-9 * scale.sum())
         np.testing.assert_allclose(state["norm_ema"].numpy(), naive.ema, rtol=1e-12)
         previous = np.where(np.array(present)[:, None], g, previous)
@@ -97,9 +97,9 @@ def test_a_task_that_sat_out_compares_with_its_own_last_gradient(backend):
     state = method.new_state(2, torch.device("cpu"))
     first = np.array([[1.0, 0.0], [-0.4, 0.9]])
     arbitrate(method, first, np.zeros((2, 2)), state, backend=backend)
-    assert state["history_rows"][0, 1] != 0.0
+    assert state["history_coefficients"][0, 1] != 0.0
     arbitrate(method, np.array([[9.0, 9.0], [0.0, 1.0]]), first, state, [False, True], backend)
-    assert state["history_rows"].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert state["history_coefficients"].tolist() == [[1.0, 0.0], [0.0, 1.0]]
     assert state["history_gramian"][0, 0] == 1.0
     assert state["history_gramian"][1, 1] == 1.0
     assert state["history_scale"].tolist() == [1.0, 1.0]  # and so it is read in the next step
@@ -174,7 +174,7 @@ def test_critical_conflict(backend, size, seed, cosine):
         method, g, np.zeros_like(g), method.new_state(2, torch.device("cpu")), backend=backend
     )
     winner = int(decision.events[0, 3])
-    rows = decision.rows.numpy()
+    rows = decision.coefficients.numpy()
     assert decision.events[0, 4] == 2
     assert rows[winner].tolist() == np.eye(2)[winner].tolist()
     loser = rows[1 - winner] @ g
@@ -308,7 +308,7 @@ def test_a_cosine_of_the_critical_threshold_is_critical_in_the_smooth_form_alone
         decision = method.resolve(S, None, scale, state, backend)
         assert decision.events[0, 4] == zone
         winner = int(decision.events[0, 3])
-        assert decision.rows[winner].tolist() == [float(k == winner) for k in range(2)]
+        assert decision.coefficients[winner].tolist() == [float(k == winner) for k in range(2)]
 
 
 def test_the_average_of_the_norms_never_falls_below_its_floor(backend):
@@ -382,14 +382,14 @@ def test_presets():
     assert (paper.dominance_window, paper.max_iterations) == (0, 3)
     assert GCond.paper(dominance_window=2).dominance_window == 2
     assert not GCond(tie_breaking_weights=(0.0, 1.0)).needs_history
-    assert ops.Arbitration._fields == ("weights", "rows", "events", "finite")
+    assert ops.Arbitration._fields == ("weights", "coefficients", "events", "finite")
 
 
 def test_a_history_that_was_projected_away_is_no_measure_of_stability(backend):
     """What rounding leaves of it has some direction, and a length near zero to divide by."""
     method = GCond(history="resolved", tie_breaking_weights=(1.0, 0.0), dominance_window=0)
     state = method.new_state(2, torch.device("cpu"))
-    state["history_rows"].copy_(
+    state["history_coefficients"].copy_(
         torch.tensor([[1.0, 1.0], [0.0, 1.0]])
     )  # of anti-parallel gradients
     state["history_gramian"].copy_(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
@@ -476,7 +476,11 @@ def test_a_batch_of_other_shapes_is_refused(backend):
         method.resolve(S[None], None, one, state, backend=backend)
     with pytest.raises(ValueError, match=r"cross must be \[3, 2, 2\]"):
         method.resolve(S.contiguous(), S[:2].contiguous(), one, state, backend=backend)
-    for name, shape in (("norm_ema", "3, 2"), ("winners", "3, 3"), ("history_rows", "3, 2, 2")):
+    for name, shape in (
+        ("norm_ema", "3, 2"),
+        ("winners", "3, 3"),
+        ("history_coefficients", "3, 2, 2"),
+    ):
         broken = state | {name: state[name][:2]}
         with pytest.raises(ValueError, match=rf"{name} must be \[{shape}\]"):
             method.resolve(S.contiguous(), None, one, broken, backend=backend)

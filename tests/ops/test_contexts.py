@@ -27,6 +27,7 @@ from gcond_kernels.methods.method import Function, Known, Method, fresh_state
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.contexts import fixed_precision, operation
 from gcond_kernels.precision.loss_scale import LossScale
+from tests.helpers import by_name
 from tests.helpers.flat import DTYPES, layout_of, random_mask, rows, unwritten
 from tests.helpers.recorded import resolution_of
 
@@ -188,9 +189,9 @@ def accumulate(backend):
 
     def run():
         for row, factor in ((total, 1.0), (total, 0.3), (total, scale), (half, 1.0)):
-            ops.accumulate(row, mixed, *WHERE, scale=factor, backend=backend)
-        ops.accumulate(half, [None, *mixed[1:]], *WHERE, overwrite=True, backend=backend)
-        ops.accumulate(total, plain, *WHERE, backend=backend)
+            by_name.accumulate(row, mixed, *WHERE, scale=factor, backend=backend)
+        by_name.accumulate(half, [None, *mixed[1:]], *WHERE, overwrite=True, backend=backend)
+        by_name.accumulate(total, plain, *WHERE, backend=backend)
         return total, half
 
     return run
@@ -203,7 +204,7 @@ def gramian(backend):
 
     def run():
         return [
-            ops.gramian(accumulators, *WHERE, scale=SCALE, backend=backend, **options)
+            by_name.gramian(accumulators, *WHERE, scale=SCALE, backend=backend, **options)
             for options in ({}, more)
         ]
 
@@ -213,7 +214,7 @@ def gramian(backend):
 def gramian_of_many_tasks(backend):
     """More than a kernel has registers for: by matrix products in every backend."""
     many, scale = rows(layout_of([300]), 9, 1), torch.ones(9, dtype=torch.float64)
-    return lambda: ops.gramian(many, [0], [300], scale=scale, backend=backend)
+    return lambda: by_name.gramian(many, [0], [300], scale=scale, backend=backend)
 
 
 def gramian_read_in_place(backend):
@@ -222,7 +223,7 @@ def gramian_read_in_place(backend):
     accumulators = rows(layout, K, 0)
     if backend == "triton":  # interpreted it takes long
         return lambda: None
-    return lambda: ops.gramian(
+    return lambda: by_name.gramian(
         accumulators, layout.offsets, layout.sizes, scale=SCALE, backend=backend
     )
 
@@ -231,11 +232,11 @@ def arbitrate(backend):
     S, X = small(K, K), small(K, K, seed=1)
     S, both = S @ S.mT, torch.stack([S @ S.mT, X @ X.mT])
     state, states = fresh_state(METHOD, K, (), CPU), fresh_state(METHOD, K, (2,), CPU)
-    options = {**METHOD.settings(K), "backend": backend}
+    options = {"settings": METHOD, "backend": backend}
 
     def run():
-        steps = [ops.arbitrate(S, X, SCALE, **state, **options) for _ in range(3)]
-        return steps, state, ops.arbitrate(both, None, SCALE, **states, **options), states
+        steps = [by_name.arbitrate(S, X, SCALE, **state, **options) for _ in range(3)]
+        return steps, state, by_name.arbitrate(both, None, SCALE, **states, **options), states
 
     return run
 
@@ -258,21 +259,21 @@ def combine(backend):
     calls = []
     for options, weights in (
         ({**momentum_and_mask(), "max_norm": 0.1}, small(K)),
-        ({**momentum_and_mask(), "parameter_norms": small(T).abs()}, small(K)),
         ({"history": rows(LAYOUT, K, 3, torch.float16)}, small(T, K)),
     ):
         momentum = options.get("momentum")
-        options["per_tensor"] = ops.gramian(
+        options["per_tensor"] = by_name.gramian(
             accumulators, *WHERE, scale=SCALE, momentum=momentum, backend="python"
         ).per_tensor
         calls.append((outputs_of(), {**options, "weights": weights, "scale": SCALE}))
     plain = outputs_of(DTYPES[:1] * T)
     calls.append((plain, {key: calls[0][1][key] for key in ("weights", "scale")}))
-    calls[-1][1]["per_tensor"] = calls[2][1]["per_tensor"]
 
     def run():
         for outputs, options in calls:
-            ops.combine(accumulators, outputs, *WHERE, finite=finite, backend=backend, **options)
+            by_name.combine(
+                accumulators, outputs, *WHERE, finite=finite, backend=backend, **options
+            )
         return calls
 
     return run
@@ -280,10 +281,12 @@ def combine(backend):
 
 def graddrop(backend):
     accumulators, outputs, options = rows(LAYOUT, K, 0), outputs_of(), momentum_and_mask()
-    options |= {"finite": torch.tensor(True), "draws": torch.tensor(4), "scale": SCALE}
+    options |= {"finite": torch.tensor(True), "counter": torch.tensor(4), "scale": SCALE}
 
     def run():
-        ops.graddrop(accumulators, outputs, *WHERE, seed=3, leak=0.3, backend=backend, **options)
+        by_name.graddrop(
+            accumulators, outputs, *WHERE, seed=3, leak=0.3, backend=backend, **options
+        )
         return outputs, options
 
     return run
@@ -291,13 +294,13 @@ def graddrop(backend):
 
 def resolve(backend):
     accumulators, outputs = rows(LAYOUT, K, 0), outputs_of()
-    state, settings = fresh_state(METHOD, K, (), CPU), METHOD.settings(K)
+    state = fresh_state(METHOD, K, (), CPU)
     options = {"history": rows(LAYOUT, K, 3, torch.bfloat16), **momentum_and_mask()}
 
     def run():
         found = [
-            ops.resolve(
-                accumulators, outputs, *WHERE, scale=SCALE, state=state, settings=settings,
+            by_name.resolve(
+                accumulators, outputs, *WHERE, scale=SCALE, state=state, settings=METHOD,
                 max_norm=0.5, backend=backend, **options,
             )
             for _ in range(1 if backend == "triton" else 2)

@@ -8,6 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gcond_kernels import GCond, GCondFused, LionLars, ops
+from gcond_kernels.ops import backends
+from tests.helpers import by_name
 from tests.helpers.flat import layout_of, misaligned, packed_layout_of, random_mask, rows, unwritten
 from tests.helpers.sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
 
@@ -71,9 +74,9 @@ class Problem:
         from gcond_kernels import cuda
 
         monkeypatch.setattr(cuda, "resolves_at_once", lambda *given: at_once)
-        products, decision = ops.resolve(
+        products, decision = by_name.resolve(
             self.accumulators, self.outputs, self.offsets, self.sizes, scale=self.scale,
-            state=self.state, settings=self.method.settings(len(self.scale)), history=self.history,
+            state=self.state, settings=self.method, history=self.history,
             momentum=self.momentum, momentum_steps=self.steps,
             beta=0.0 if self.momentum is None else 0.9, mask=self.mask, backend="cuda", **options,
         )  # fmt: skip
@@ -103,16 +106,14 @@ METHODS = st.sampled_from(
     st.sampled_from([torch.float32, torch.bfloat16]),
     METHODS,
     st.sampled_from([False, False, False, True]),
-    st.sampled_from(["", "clip", "signs"]),
+    st.booleans(),
     st.booleans(),
     st.booleans(),
 )
 def test_one_launch_gives_the_bits_of_the_operations_apart(
-    sizes, tasks, seed, history, momentum, dtype, method, broken, size_rule, packed, masked
+    sizes, tasks, seed, history, momentum, dtype, method, broken, clip, packed, masked
 ):
-    options = {"clip": {"max_norm": 0.1}, "signs": {"parameter_norms": None}}.get(size_rule, {})
-    if size_rule == "signs":
-        options = {"parameter_norms": torch.linspace(0.0, 3.0, len(sizes)).double()}
+    options = {"max_norm": 0.1} if clip else {}
     given = {"history": history, "momentum": momentum, "dtype": dtype, "method": method}
     given |= {"packed": packed, "masked": masked}
     results = []
@@ -137,19 +138,19 @@ def test_no_vector_is_read_where_none_may_begin(sizes, dtype, shift):
     accumulators.copy_(torch.randn(2, length))
     history = torch.randn(2, length).bfloat16()
     gradients = [misaligned(torch.randn(size)) for size in sizes]
-    ops.accumulate(accumulators[1], gradients, layout.offsets, sizes, backend="cuda")
+    by_name.accumulate(accumulators[1], gradients, layout.offsets, sizes, backend="cuda")
     method = GCond()
     one = torch.ones(2, dtype=torch.float64)
     mask = torch.full((-(-length // 32),), -1, dtype=torch.int32)
     options = {"beta": 0.5, "mask": mask, "backend": "cuda"}
-    ops.graddrop(
+    by_name.graddrop(
         accumulators, gradients, layout.offsets, sizes, scale=one, finite=torch.tensor(True),
-        seed=0, draws=torch.tensor(0), momentum=torch.zeros(length),
+        seed=0, counter=torch.tensor(0), momentum=torch.zeros(length),
         momentum_steps=torch.zeros(len(sizes), dtype=torch.int64), **options,
     )  # fmt: skip
-    products, decision = ops.resolve(
+    products, decision = by_name.resolve(
         accumulators, gradients, layout.offsets, sizes, scale=one,
-        state=method.new_state(2, CPU), settings=method.settings(2), history=history,
+        state=method.new_state(2, CPU), settings=method, history=history,
         momentum=torch.zeros(length), momentum_steps=torch.zeros(len(sizes), dtype=torch.int64),
         **options,
     )  # fmt: skip
@@ -225,17 +226,17 @@ def test_weights_and_signs_of_more_tensors_than_one_launch_holds(beta):
         if beta:
             given["momentum"] = rows(layout, 1, 2)[0]
             given |= {"beta": beta, "momentum_steps": torch.arange(len(sizes))}
-        products = ops.gramian(
+        products = by_name.gramian(
             accumulators, layout.offsets, sizes, scale=scale, history=accumulators,
             history_scale=scale, mask=mask, momentum=given.get("momentum"), backend=backend,
         )  # fmt: skip
         weighted, picked = ([unwritten(size) for size in sizes] for _ in range(2))
-        ops.combine(
+        by_name.combine(
             accumulators, weighted, layout.offsets, sizes, weights=weights,
             per_tensor=products.per_tensor, max_norm=1.0, **given,
         )  # fmt: skip
-        ops.graddrop(
-            accumulators, picked, layout.offsets, sizes, seed=3, draws=torch.tensor(5), **given
+        by_name.graddrop(
+            accumulators, picked, layout.offsets, sizes, seed=3, counter=torch.tensor(5), **given
         )
         results[backend] = [torch.cat(weighted), torch.cat(picked), *products]
     for ours, reference in zip(*results.values(), strict=True):
@@ -254,13 +255,15 @@ def test_elements_beyond_2_31():
     values = torch.randn(2, 3000).bfloat16()
     one = torch.ones(2, dtype=torch.float64)
     for k in range(2):
-        ops.accumulate(accumulators[k], [values[k]], [far], [3000], overwrite=True, backend="cuda")
+        by_name.accumulate(
+            accumulators[k], [values[k]], [far], [3000], overwrite=True, backend="cuda"
+        )
         assert torch.equal(accumulators[k, far : far + 3000], values[k])
     method = GCond()
     output = unwritten(3000)
-    products, decision = ops.resolve(
+    products, decision = by_name.resolve(
         accumulators, [output], [far], [3000], scale=one, state=method.new_state(2, CPU),
-        settings=method.settings(2), history=history, backend="cuda",
+        settings=method, history=history, backend="cuda",
     )  # fmt: skip
     exact = values.double() @ values.double().T
     assert torch.allclose(products.total, exact, rtol=1e-5, atol=1e-5)
@@ -271,14 +274,16 @@ def test_elements_beyond_2_31():
     mask = torch.frombuffer(mmap.mmap(-1, row // 8), dtype=torch.int32)
     mask[far // 32 : far // 32 + 3000 // 64] = -1
     trained = 3000 // 64 * 32
-    masked = ops.gramian(accumulators, [far], [3000], scale=one, mask=mask, backend="cuda").total
+    masked = by_name.gramian(
+        accumulators, [far], [3000], scale=one, mask=mask, backend="cuda"
+    ).total
     exact = values[:, :trained].double() @ values[:, :trained].double().T
     assert torch.allclose(masked, exact, rtol=1e-5, atol=1e-5)
     picked = {backend: unwritten(3000) for backend in ("cuda", "python")}
     for backend, output in picked.items():
-        ops.graddrop(
+        by_name.graddrop(
             accumulators, [output], [far], [3000], scale=one, finite=torch.tensor(True), seed=0,
-            draws=torch.tensor(0), mask=mask, backend=backend,
+            counter=torch.tensor(0), mask=mask, backend=backend,
         )  # fmt: skip
     assert torch.equal(*picked.values())
     assert (picked["cuda"] != 0.0).nonzero().max() == trained - 1
@@ -309,12 +314,8 @@ def test_a_resolution_that_cannot_be_done_changes_nothing():
             method=GCond(), broken=False,
         )  # fmt: skip
         before = [t.clone() for t in (problem.accumulators, problem.history, problem.momentum)]
-        for wrong, message in (
-            ({"max_norm": -1.0}, "max_norm must be above 0"),
-            ({"parameter_norms": torch.ones(2).double()}, r"parameter_norms must be \[1\]"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                problem.run(True, monkeypatch, **wrong)
+        with pytest.raises(ValueError, match="max_norm must be above 0"):
+            problem.run(True, monkeypatch, max_norm=-1.0)
         problem.state["norm_ema"] = torch.zeros(3).double()
         with pytest.raises(ValueError, match=r"norm_ema must be \[2\]"):
             problem.run(True, monkeypatch)
@@ -361,7 +362,7 @@ except RuntimeError as error:
 
 
 def test_what_is_said_where_the_extension_is_not_built(monkeypatch):
-    monkeypatch.setattr(ops, "_is_installed", lambda module: module != "gcond_kernels._cuda")
+    monkeypatch.setattr(backends, "_is_installed", lambda module: module != "gcond_kernels._cuda")
     for device in ("cpu", "cuda"):
         assert "not built: GCOND_BUILD_CUDA=1 pip install ." in ops.unavailable(
             "cuda", torch.device(device)
@@ -372,23 +373,38 @@ def test_a_module_that_cannot_be_imported_is_a_reason_and_no_crash(monkeypatch):
     def fails(name):
         raise ImportError(f"{name}: GLIBC_9.9 not found")
 
-    monkeypatch.setattr(ops.importlib, "import_module", fails)
+    monkeypatch.setattr(backends.importlib, "import_module", fails)
     said = "its extension is there, but cannot be imported: gcond_kernels.cuda: GLIBC_9.9 not found"
-    assert ops._cuda_problem(torch.device("cuda", 0)) == said
+    assert backends._cuda_problem(torch.device("cuda", 0)) == said
     if UNAVAILABLE is None:
         assert ops.unavailable("cuda", CPU) == said
 
 
-def test_auto_takes_per_operation_the_first_that_is_there(monkeypatch):
+def test_auto_takes_the_first_that_is_there(monkeypatch):
     there = {"python", "triton"}
     monkeypatch.delenv("GCOND_BACKEND", raising=False)
-    monkeypatch.setattr(ops, "unavailable", lambda b, d: None if b in there else "not here")
-    monkeypatch.setitem(ops.AUTO, "gramian", ("triton", "cuda", "python"))
-    monkeypatch.setitem(ops.AUTO, "combine", ("cuda", "triton", "python"))
+    monkeypatch.setattr(backends, "unavailable", lambda b, d: None if b in there else "not here")
     gpu = torch.device("cuda")
-    assert ops.choose_backend("auto", gpu, "gramian") == "triton"
-    assert ops.choose_backend("auto", gpu, "combine") == "triton"
+    assert ops.backend_for("auto", gpu).name == "triton"
     there.add("cuda")
-    assert ops.choose_backend("auto", gpu, "gramian") == "triton"
-    assert ops.choose_backend("auto", gpu, "combine") == "cuda"
-    assert ops.choose_backend("auto", CPU, "combine") == "python"
+    assert ops.backend_for("auto", gpu).name == "cuda"
+    assert ops.backend_for("auto", CPU).name == "python"
+
+
+def test_an_operation_that_a_backend_lacks_is_that_of_the_next(monkeypatch):
+    modules = {
+        "cuda": SimpleNamespace(gramian=lambda: "cuda"),
+        "triton": SimpleNamespace(gramian=lambda: "triton", graddrop=lambda: "triton"),
+        "python": SimpleNamespace(graddrop=lambda: "python", combine=lambda: "python"),
+    }
+    there = {"cuda", "triton", "python"}
+    monkeypatch.setattr(backends, "unavailable", lambda b, d: None if b in there else "not here")
+    monkeypatch.setattr(backends.Backend, "module", lambda self, name: modules[name])
+    backend = backends.Backend("cuda", torch.device("cuda"), "cuda")
+    assert (backend.gramian(), backend.graddrop(), backend.combine()) == (
+        "cuda",
+        "triton",
+        "python",
+    )
+    there.remove("triton")
+    assert backend.graddrop() == "python"

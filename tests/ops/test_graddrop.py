@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gcond_kernels import ops
 from gcond_kernels.ops import checks as contracts
 from gcond_kernels.ops import random
+from tests.helpers import by_name
 from tests.helpers.flat import (
     DTYPES,
     layout_of,
@@ -73,8 +73,8 @@ def scaled(accumulators: torch.Tensor, scale: torch.Tensor) -> np.ndarray:
 
 def run(backend, accumulators, outputs, layout, **options):
     ones = torch.ones(len(accumulators), dtype=torch.float64)
-    given = {"scale": ones, "finite": TRUE, "seed": 5, "draws": torch.tensor(3)} | options
-    ops.graddrop(accumulators, outputs, layout.offsets, layout.sizes, **given, backend=backend)
+    given = {"scale": ones, "finite": TRUE, "seed": 5, "counter": torch.tensor(3)} | options
+    by_name.graddrop(accumulators, outputs, layout.offsets, layout.sizes, **given, backend=backend)
 
 
 def test_the_numbers_are_those_of_splitmix64():
@@ -125,7 +125,7 @@ def test_against_a_loop(
     trained, mask = random_mask(layout.length, 2)
     before = None if momentum is None else momentum.tolist()
     run(
-        backend, accumulators, outputs, layout, scale=scale, seed=seed, draws=torch.tensor(draws),
+        backend, accumulators, outputs, layout, scale=scale, seed=seed, counter=torch.tensor(draws),
         leak=leak, momentum=momentum, momentum_steps=steps, beta=beta,
         mask=mask if masked else None, first=first,
     )  # fmt: skip
@@ -203,7 +203,7 @@ def all_equal(some, others) -> bool:
         ({}, {}),
         ({"dtype": torch.bfloat16}, {"leak": 0.3}),
         ({"beta": 0.9, "masked": True}, {"leak": 0.1, "seed": -1, "first": 2**40 + 5}),
-        ({"masked": True}, {"seed": 2**63 + 11, "draws": torch.tensor(2**62)}),
+        ({"masked": True}, {"seed": 2**63 + 11, "counter": torch.tensor(2**62)}),
     ],
 )
 def test_the_bits_are_those_of_the_reference(backend, tasks, packed, options, how):
@@ -317,7 +317,7 @@ def test_seed_and_draws_decide_and_nothing_else(backend):
 
     def outputs_of(seed, draws):
         outputs = [unwritten(2000), unwritten(70)]
-        run(backend, accumulators.clone(), outputs, layout, seed=seed, draws=torch.tensor(draws))
+        run(backend, accumulators.clone(), outputs, layout, seed=seed, counter=torch.tensor(draws))
         return torch.cat(outputs)
 
     base = outputs_of(8, 0)
@@ -356,12 +356,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(backend):
         ("leak must be", {"leak": 1.5}),
         ("leak must be", {"leak": math.nan}),
         ("first must be", {"first": -1}),
-        (r"draws must be \[\] int64", {"draws": torch.tensor(1.0)}),
+        (r"counter must be \[\] int64", {"counter": torch.tensor(1.0)}),
         (r"finite must be \[\] bool", {"finite": torch.tensor(1)}),
         (r"scale must be \[2\] float64", {"scale": torch.ones(2)}),
         (r"mask must be \[1\] int32", {"mask": torch.ones(1, dtype=torch.int64)}),
-        ("go together", {"beta": 0.9}),
-        ("go together", {"momentum": momentum, "momentum_steps": steps}),
+        ("beta must be", {"momentum": momentum, "momentum_steps": steps, "beta": 1.0}),
     ):
         with pytest.raises(ValueError, match=words):
             run(backend, accumulators, [output], layout, **options)

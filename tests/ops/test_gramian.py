@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from gcond_kernels import ops
 from gcond_kernels.ops import checks as contracts
-from gcond_kernels.python import blocks
+from gcond_kernels.python import chunks
 from gcond_kernels.python.gramian import full_float32
 from tests.conftest import slow
+from tests.helpers import by_name
 from tests.helpers.flat import layout_of, misaligned, packed_layout_of, random_mask, rows
 from tests.helpers.sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
 
@@ -45,7 +46,7 @@ def test_against_float64(backend, sizes, tasks, dtype, history_dtype, with_momen
     momentum = rows(layout, 1, seed + 2)[0] if with_momentum else None
     scale = torch.rand(tasks, dtype=torch.float64) + 0.1
     history_scale = torch.rand(tasks, dtype=torch.float64)
-    total, cross, per_tensor, crosses = ops.gramian(
+    total, cross, per_tensor, crosses = by_name.gramian(
         accumulators,
         layout.offsets,
         layout.sizes,
@@ -73,11 +74,11 @@ def test_against_float64(backend, sizes, tasks, dtype, history_dtype, with_momen
 
 
 def test_segments_longer_than_a_block(backend, monkeypatch):
-    monkeypatch.setattr(blocks, "SCRATCH_ELEMENTS", 1 << 15)
+    monkeypatch.setattr(chunks, "SCRATCH_ELEMENTS", 1 << 15)
     layout = layout_of([70_001, 5, 0, 16_384])
     accumulators, history = rows(layout, 3, 0), rows(layout, 3, 1, torch.bfloat16)
     ones = torch.ones(3, dtype=torch.float64)
-    total, cross, _per_tensor, _ = ops.gramian(
+    total, cross, _per_tensor, _ = by_name.gramian(
         accumulators,
         layout.offsets,
         layout.sizes,
@@ -98,7 +99,7 @@ def test_a_task_that_takes_no_part_is_zero_whatever_it_holds(backend, garbage):
     scale = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
     history_scale = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
     history[2] = garbage
-    _total, cross, per_tensor, crosses = ops.gramian(
+    _total, cross, per_tensor, crosses = by_name.gramian(
         accumulators,
         layout.offsets,
         layout.sizes,
@@ -124,7 +125,7 @@ def test_what_is_not_finite_shows_on_the_diagonal(backend, bad, place):
     layout = layout_of([3, 9000])
     accumulators = rows(layout, 2, 0)
     accumulators[1, layout.offsets[1] + place] = bad
-    per_tensor = ops.gramian(
+    per_tensor = by_name.gramian(
         accumulators,
         layout.offsets,
         layout.sizes,
@@ -142,7 +143,7 @@ def test_across_partial_sums_the_addition_is_float64(backend):
     accumulators[:, 0] = 4096.0
     accumulators[:, 999_999] = 1.0
     ones = torch.ones(2, dtype=torch.float64)
-    _total, *products = ops.gramian(
+    _total, *products = by_name.gramian(
         accumulators, layout.offsets, layout.sizes, scale=ones, history=accumulators.bfloat16(),
         history_scale=ones, backend=backend,
     )  # fmt: skip
@@ -155,7 +156,7 @@ def test_same_input_same_bits(backend):
     accumulators = rows(layout, 4, 0)
     scale = torch.ones(4, dtype=torch.float64)
     runs = [
-        ops.gramian(
+        by_name.gramian(
             accumulators.clone(), layout.offsets, layout.sizes, scale=scale, backend=backend
         ).per_tensor
         for _ in range(10)
@@ -169,7 +170,7 @@ def test_what_does_not_fit_is_refused(backend):
     ones = torch.ones(2, dtype=torch.float64)
 
     def call(**options):
-        ops.gramian(accumulators, layout.offsets, layout.sizes, **({"scale": ones} | options))
+        by_name.gramian(accumulators, layout.offsets, layout.sizes, **({"scale": ones} | options))
 
     with pytest.raises(ValueError, match=r"scale must be \[2\] float64"):
         call(scale=torch.ones(3, dtype=torch.float64))
@@ -222,7 +223,7 @@ def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
     layout = layout_of([3] * 299 + [0])
     accumulators = rows(layout, 1, 0)
     one = torch.ones(1, dtype=torch.float64)
-    total, _, per_tensor, _ = ops.gramian(
+    total, _, per_tensor, _ = by_name.gramian(
         accumulators, layout.offsets, layout.sizes, scale=one, backend=backend
     )
     check(total, accumulators, accumulators)
@@ -237,7 +238,7 @@ def test_many_tasks(backend, tasks, with_momentum):
     accumulators, history = rows(layout, tasks, 0), rows(layout, tasks, 1, torch.bfloat16)
     momentum = rows(layout, 1, 2)[0] if with_momentum else None
     ones = torch.ones(tasks, dtype=torch.float64)
-    total, cross, per_tensor, crosses = ops.gramian(
+    total, cross, per_tensor, crosses = by_name.gramian(
         accumulators, layout.offsets, layout.sizes, scale=ones, history=history,
         history_scale=ones, momentum=momentum, backend=backend,
     )  # fmt: skip
@@ -297,7 +298,7 @@ def test_what_a_mask_leaves_out_counts_as_zero(backend, tasks, packed, dtype, hi
             for name, value in given.items()
         }
         first = values.pop("accumulators")
-        return ops.gramian(first, layout.offsets, layout.sizes, **values, **options, **more)
+        return by_name.gramian(first, layout.offsets, layout.sizes, **values, **options, **more)
 
     expected = products(0.0)
     for filled in (1.0, math.nan, math.inf):
@@ -311,11 +312,11 @@ def test_a_mask_of_nothing_and_one_of_all(backend):
     words = torch.zeros(layout.length // 32, dtype=torch.int32)
     given = (accumulators, layout.offsets, layout.sizes)
     options = {"scale": scale, "history": accumulators, "history_scale": scale, "backend": backend}
-    plain = ops.gramian(*given, **options)
-    for got, expected in zip(ops.gramian(*given, **options, mask=~words), plain, strict=True):
+    plain = by_name.gramian(*given, **options)
+    for got, expected in zip(by_name.gramian(*given, **options, mask=~words), plain, strict=True):
         assert torch.equal(got, expected)
     accumulators[:] = math.nan
-    assert all((sums == 0.0).all() for sums in ops.gramian(*given, **options, mask=words))
+    assert all((sums == 0.0).all() for sums in by_name.gramian(*given, **options, mask=words))
 
 
 @pytest.mark.parametrize("allowed", ["high", "medium", "tf32", "bf16"])
@@ -353,7 +354,7 @@ def test_sizes_at_the_ends_of_vectors_tiles_and_pieces(backend):
     accumulators = rows(layout, 2, 0)
     accumulators[:, ~layout.mask()] = math.nan  # what lies between the segments is not read
     ones = torch.ones(2, dtype=torch.float64)
-    products = ops.gramian(
+    products = by_name.gramian(
         accumulators, layout.offsets, layout.sizes, scale=ones, backend=backend
     ).per_tensor
     for t, (offset, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
@@ -366,7 +367,7 @@ def test_products_are_symmetric_to_the_bit(backend):
     layout = layout_of([4096 * 3 + 7, 33, 5])
     for seed in range(20):
         accumulators = rows(layout, 3, seed)
-        total, _, per_tensor, _ = ops.gramian(
+        total, _, per_tensor, _ = by_name.gramian(
             accumulators, layout.offsets, layout.sizes, scale=torch.rand(3).double(),
             momentum=rows(layout, 1, seed + 100)[0], backend=backend,
         )  # fmt: skip
@@ -383,7 +384,7 @@ def test_a_users_default_type_changes_nothing(backend):
         torch.set_default_dtype(default)
         try:
             results.append(
-                ops.gramian(
+                by_name.gramian(
                     accumulators,
                     layout.offsets,
                     layout.sizes,
@@ -404,7 +405,7 @@ def test_the_reference_may_read_large_tensors_in_place(least, monkeypatch):
     monkeypatch.setattr(sys.modules["gcond_kernels.python.gramian"], "IN_PLACE", least)
     layout = layout_of([10_000, 3, 4096, 0, 5000])
     accumulators = rows(layout, 3, 0)
-    products = ops.gramian(
+    products = by_name.gramian(
         accumulators, layout.offsets, layout.sizes, scale=torch.ones(3).double(), backend="python"
     )
     places = zip(layout.offsets, layout.sizes, strict=True)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from gcond_kernels import GCond, ops
+from gcond_kernels import GCond
+from tests.helpers import by_name
 from tests.helpers.flat import layout_of, rows
 
 LAYOUT = layout_of([5, 40, 0])
@@ -14,16 +15,16 @@ operators = torch.ops.gcond_kernels
 
 
 def gradients():
-    return [torch.randn(5), None, torch.randn(0, dtype=torch.bfloat16)]
+    return [torch.randn(5), torch.randn(0, dtype=torch.bfloat16)], [True, False, True]
 
 
 def gramian_arguments(history: bool = True, momentum: bool = True):
     return (
         rows(LAYOUT, 2, 0), LAYOUT.offsets, LAYOUT.sizes, ONES,
         rows(LAYOUT, 2, 1, torch.bfloat16) if history else None,
+        MASK if momentum else None,
         ONES.clone() if history else None,
         rows(LAYOUT, 1, 2)[0] if momentum else None,
-        MASK if momentum else None,
     )  # fmt: skip
 
 
@@ -32,25 +33,26 @@ def arbitrate_arguments():
     g = torch.tensor([[1.0, 0.0], [-0.9, 0.5]], dtype=torch.float64)
     return (
         g @ g.T, torch.eye(2).double(), ONES.clone(), *state.values(),
-        [-0.8, -0.5, 0.0], 2.0, True, 1, 1e-6, 0.8, 0.2, 0.95, 0.0, None, False, 1e-8,
+        [-0.8, -0.5, 0.0], 2.0, "smooth", 1, 1e-6, 3, [0.8, 0.2], 0.95, None, None, "raw", 1e-8,
     )  # fmt: skip
 
 
 def combine_arguments():
     accumulators = rows(LAYOUT, 2, 0)
     return (
-        accumulators, [torch.empty(5), torch.empty(0)], [0, 2], LAYOUT.offsets, LAYOUT.sizes,
-        ONES, ONES.clone(), torch.tensor(True), torch.zeros(3, 3, 3).double(),
-        rows(LAYOUT, 2, 1, torch.bfloat16), rows(LAYOUT, 1, 2)[0],
-        torch.zeros(3, dtype=torch.int64), 0.9, 1.0, None, 1e-4, 100.0, MASK,
+        accumulators, LAYOUT.offsets, LAYOUT.sizes, ONES, rows(LAYOUT, 2, 1, torch.bfloat16), MASK,
+        [torch.empty(5), torch.empty(0)], [True, False, True], ONES.clone(), torch.tensor(True),
+        rows(LAYOUT, 1, 2)[0], torch.zeros(3, dtype=torch.int64), 0.9, 1.0,
+        torch.zeros(3, 3, 3).double(),
     )  # fmt: skip
 
 
 def graddrop_arguments():
     return (
-        rows(LAYOUT, 2, 0), [torch.empty(5), torch.empty(0)], [0, 2], LAYOUT.offsets, LAYOUT.sizes,
-        ONES, torch.tensor(True), 7, torch.tensor(3), 0.1, rows(LAYOUT, 1, 2)[0],
-        torch.zeros(3, dtype=torch.int64), 0.9, MASK, 64,
+        rows(LAYOUT, 2, 0), LAYOUT.offsets, LAYOUT.sizes, ONES, None, MASK,
+        [torch.empty(5), torch.empty(0)], [True, False, True], torch.tensor(True),
+        7, torch.tensor(3), 0.1, 64,
+        rows(LAYOUT, 1, 2)[0], torch.zeros(3, dtype=torch.int64), 0.9,
     )  # fmt: skip
 
 
@@ -60,7 +62,7 @@ def check(operator, arguments):
 
 def test_opcheck_passes(backend):
     for scale, overwrite in ((None, True), (torch.tensor(0.5), False)):
-        arguments = (rows(LAYOUT, 1, 0)[0], gradients(), LAYOUT.offsets, LAYOUT.sizes, 2.0)
+        arguments = (rows(LAYOUT, 1, 0)[0], *gradients(), LAYOUT.offsets, LAYOUT.sizes, 2.0)
         check(operators.accumulate, (*arguments, scale, overwrite, backend))
     for history in (True, False):
         check(operators.gramian, (*gramian_arguments(history, momentum=history), backend))
@@ -72,13 +74,13 @@ def test_opcheck_passes(backend):
 
 def test_compiled_code_holds_the_operators_and_gives_the_same(backend):
     def resolve(accumulators, gradient, output):
-        ops.accumulate(
+        by_name.accumulate(
             accumulators[0], [gradient, None, None], LAYOUT.offsets, LAYOUT.sizes, backend=backend
         )
-        products = ops.gramian(
+        products = by_name.gramian(
             accumulators, LAYOUT.offsets, LAYOUT.sizes, scale=ONES, backend=backend
         )
-        ops.combine(
+        by_name.combine(
             accumulators, [output, None, None], LAYOUT.offsets, LAYOUT.sizes, weights=ONES,
             scale=ONES, finite=products.total[0, 0] > 0, per_tensor=products.per_tensor,
             backend=backend,
@@ -112,7 +114,7 @@ def test_eager_calls_do_not_go_through_the_dispatcher(backend):
 
     seen = []
     with Recorder():
-        ops.gramian(*gramian_arguments()[:3], scale=ONES, backend=backend)
+        by_name.gramian(*gramian_arguments()[:3], scale=ONES, backend=backend)
         operators.gramian(*gramian_arguments(), backend)
     assert sum(name.startswith("gcond_kernels.gramian") for name in seen) == 1
 
@@ -122,8 +124,8 @@ def test_a_subclass_of_tensor_reaches_the_operation(backend):
         pass
 
     accumulators = rows(LAYOUT, 2, 0)
-    plain = ops.gramian(accumulators, LAYOUT.offsets, LAYOUT.sizes, scale=ONES, backend=backend)
-    marked = ops.gramian(
+    plain = by_name.gramian(accumulators, LAYOUT.offsets, LAYOUT.sizes, scale=ONES, backend=backend)
+    marked = by_name.gramian(
         accumulators.as_subclass(Marked), LAYOUT.offsets, LAYOUT.sizes, scale=ONES, backend=backend
     )
     assert torch.equal(plain.total, marked.total.as_subclass(torch.Tensor))
@@ -133,6 +135,6 @@ def test_tensors_on_several_devices_are_refused(backend):
     meta = {"device": "meta", "dtype": torch.float64}
     for options in ({"scale": torch.ones(2, **meta)},):
         with pytest.raises(ValueError, match="scale is on meta, not on cpu"):
-            ops.gramian(
+            by_name.gramian(
                 rows(LAYOUT, 2, 0), LAYOUT.offsets, LAYOUT.sizes, backend=backend, **options
             )

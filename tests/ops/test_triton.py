@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from gcond_kernels import ops
+from gcond_kernels.ops import backends
+from tests.helpers import by_name
 from tests.helpers.flat import layout_of, random_mask, rows
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -24,7 +26,7 @@ needs_interpreter = pytest.mark.skipif(
 
 
 def accumulate(accumulator, gradients, layout):
-    ops.accumulate(
+    by_name.accumulate(
         accumulator, gradients, layout.offsets, layout.sizes, overwrite=True, backend="triton"
     )
 
@@ -80,14 +82,14 @@ def test_tensors_that_a_capture_meets_first(captured):
     row = expected.clone()
     tables.rows_without_addresses.cache_clear()
     with pytest.raises(tables.CaptureMissError, match="before the capture"):
-        ops.accumulate(row, gradients, *given, backend="triton")
+        by_name.accumulate(row, gradients, *given, backend="triton")
     captured(False)
     for _ in range(2):
-        ops.accumulate(expected, gradients, *given, backend="triton")
-    ops.accumulate(row, gradients, *given, backend="triton")
+        by_name.accumulate(expected, gradients, *given, backend="triton")
+    by_name.accumulate(row, gradients, *given, backend="triton")
     captured(True)
     gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
-    ops.accumulate(row, gradients, *given, backend="triton")
+    by_name.accumulate(row, gradients, *given, backend="triton")
     assert torch.equal(row, expected)
 
 
@@ -102,18 +104,18 @@ def test_elements_beyond_2_31():
     values = torch.randn(2, 3000).bfloat16()
     one = torch.ones(2, dtype=torch.float64)
     for k in range(2):
-        ops.accumulate(
+        by_name.accumulate(
             accumulators[k], [values[k]], [far], [3000], overwrite=True, backend="triton"
         )
         assert torch.equal(accumulators[k, far : far + 3000], values[k])
-    products = ops.gramian(
+    products = by_name.gramian(
         accumulators, [far], [3000], scale=one, history=history, history_scale=one,
         backend="triton",
     )  # fmt: skip
     exact = values.double() @ values.double().T
     assert torch.allclose(products.total, exact, rtol=1e-5, atol=1e-5)
     output = torch.empty(3000)
-    ops.combine(
+    by_name.combine(
         accumulators, [output], [far], [3000], weights=one, scale=one, finite=torch.tensor(True),
         per_tensor=products.per_tensor, history=history, backend="triton",
     )  # fmt: skip
@@ -130,7 +132,7 @@ def test_masks_beyond_2_31():
     values = accumulators[:, far : far + 3000] = torch.randn(2, 3000).bfloat16()
     kept = values.masked_fill(~trained[:3000], 0.0)
     given = {"scale": torch.ones(2, dtype=torch.float64), "mask": mask}
-    products = ops.gramian(
+    products = by_name.gramian(
         accumulators, [far], [3000], **given, history=accumulators,
         history_scale=given["scale"], backend="triton",
     )  # fmt: skip
@@ -138,7 +140,7 @@ def test_masks_beyond_2_31():
     for sums in (products.total, products.cross, products.cross_per_tensor[0]):
         assert torch.allclose(sums, exact, rtol=1e-5, atol=1e-5)
     output, given["finite"] = torch.empty(3000), torch.tensor(True)
-    ops.combine(
+    by_name.combine(
         accumulators, [output], [far], [3000], **given, weights=given["scale"],
         per_tensor=products.per_tensor, backend="triton",
     )  # fmt: skip
@@ -146,8 +148,8 @@ def test_masks_beyond_2_31():
     picked = []
     for backend in ("triton", "python"):
         output = torch.empty(3000)
-        ops.graddrop(
-            accumulators, [output], [far], [3000], **given, seed=1, draws=torch.tensor(2),
+        by_name.graddrop(
+            accumulators, [output], [far], [3000], **given, seed=1, counter=torch.tensor(2),
             backend=backend,
         )  # fmt: skip
         picked.append(output)
@@ -233,10 +235,10 @@ def test_what_stands_in_the_way_is_said(monkeypatch):
     assert "not on mps" in ops.unavailable("triton", torch.device("mps"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(ops, "_cuda_unavailable", lambda device: "not here")
+    monkeypatch.setattr(backends, "_cuda_unavailable", lambda device: "not here")
     turing = torch.device("cuda", 7)
     assert "8.0, this GPU has 7.5" in ops.unavailable("triton", turing)
-    assert ops.choose_backend("auto", turing, "gramian") == "python"
-    ops._too_old.cache_clear()
-    monkeypatch.setattr(ops, "_is_installed", lambda module: False)
+    assert ops.backend_for("auto", turing).name == "python"
+    backends._too_old.cache_clear()
+    monkeypatch.setattr(backends, "_is_installed", lambda module: False)
     assert "pip install triton" in ops.unavailable("triton", torch.device("cuda"))

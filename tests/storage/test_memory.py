@@ -6,7 +6,7 @@ from torch import nn
 
 from bench.memory import peak_bytes
 from gcond_kernels import GCondFused
-from gcond_kernels.python import blocks
+from gcond_kernels.python import chunks
 from gcond_kernels.storage import collect
 
 WIDTH = 256
@@ -16,7 +16,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 @pytest.fixture(autouse=True)
 def _small_scratch(monkeypatch):
     """Scratch memory is bounded (8 MB) whatever the model; beside this small one it would show."""
-    monkeypatch.setattr(blocks, "SCRATCH_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(chunks, "SCRATCH_ELEMENTS", 1 << 14)
     monkeypatch.setattr(collect, "BUCKET_BYTES", WIDTH * WIDTH)  # a quarter of a layer
 
 

@@ -1,0 +1,201 @@
+"""The backends: which can serve a device, and the operations of the chosen one."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from gcond_kernels.ops.types import TaskGradients
+
+# In the order in which "auto" tries them on a GPU, and in which one stands in for another.
+BACKENDS = ("cuda", "triton", "python")
+MODULES = {
+    "cuda": "gcond_kernels.cuda",
+    "triton": "gcond_kernels.triton_kernels",
+    "python": "gcond_kernels.python",
+}
+OPERATIONS = (
+    "accumulate",
+    "gramian",
+    "arbitrate",
+    "combine",
+    "graddrop",
+    "resolve",
+)
+
+
+class Backend:
+    """A backend on a device; its operations are attributes that check nothing.
+
+    An operation that it lacks is that of the next backend in `BACKENDS` which has it and can serve
+    the device. A module is imported when its first operation is called.
+
+    Attributes:
+        name: one of `BACKENDS`.
+        device: where the tensors lie.
+        requested: by which name it was found, "auto" for example.
+    """
+
+    def __init__(self, name: str, device: torch.device, requested: str) -> None:
+        self.name, self.device, self.requested = name, device, requested
+
+    def __getattr__(self, operation: str) -> Callable[..., Any]:
+        if operation.startswith("_"):  # asked for by copy and pickle
+            raise AttributeError(operation)
+        function: Callable[..., Any] = getattr(self.module(self.serves(operation)), operation)
+        return function
+
+    def serves(self, operation: str) -> str:
+        """Return the name of the backend that serves an operation."""
+        for name in BACKENDS[BACKENDS.index(self.name) :]:
+            usable = name == self.name or unavailable(name, self.device) is None
+            if usable and hasattr(self.module(name), operation):
+                return name
+        return self.name
+
+    def resolves_at_once(self, gradients: TaskGradients) -> bool:
+        """Return whether it has a `resolve` of its own that takes these gradients."""
+        module = self.module(self.name)
+        return hasattr(module, "resolve") and bool(module.resolves_at_once(gradients))
+
+    def module(self, name: str) -> ModuleType:
+        """Return the module of a backend."""
+        return importlib.import_module(MODULES[name])
+
+
+def backend_for(requested: str | Backend, device: torch.device) -> Backend:
+    """Return the backend that serves a device.
+
+    Args:
+        requested: "auto", one of `BACKENDS`, or what this function returned. "auto" reads the
+            environment variable GCOND_BACKEND and, where that is unset or "auto" too, takes the
+            first of `BACKENDS` that can serve a GPU; on a CPU always "python".
+        device: of the tensors.
+
+    Raises:
+        RuntimeError: the requested backend cannot serve the device. Nothing is chosen instead.
+    """
+    if isinstance(requested, Backend):
+        if requested.device == device:
+            return requested
+        requested = requested.requested
+    name, source = requested, f"backend={requested!r}"
+    if name == "auto":
+        name = os.environ.get("GCOND_BACKEND", "") or "auto"
+        source = f"GCOND_BACKEND={name}"
+    if name == "auto":
+        candidates = BACKENDS if device.type == "cuda" else ("python",)
+        name = next(backend for backend in candidates if unavailable(backend, device) is None)
+    elif reason := unavailable(name, device):
+        raise RuntimeError(f"{source} cannot be used on {device}: {reason}")
+    return _backend(name, device, requested)
+
+
+_backend = functools.lru_cache(maxsize=64)(Backend)
+
+
+def unavailable(backend: str, device: torch.device) -> str | None:
+    """Return why a backend cannot serve tensors on a device, or None where it can."""
+    if backend == "python":
+        return None
+    if backend == "triton":
+        return _triton_unavailable(device)
+    if backend == "cuda":
+        return _cuda_unavailable(device)
+    return f"there is no such backend; choose from {', '.join(('auto', *BACKENDS))}"
+
+
+@functools.cache
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None  # 20 µs where there is none
+
+
+def _triton_unavailable(device: torch.device) -> str | None:
+    if not _is_installed("triton"):
+        return "Triton is not installed: pip install triton (Linux only)"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cuda":
+        if interpreted:
+            return "TRITON_INTERPRET=1 is set, and interpreted its kernels reach CPU tensors alone"
+        return _too_old(device)
+    if device.type != "cpu":
+        return f"its kernels run on CUDA and ROCm devices, not on {device.type}"
+    if not interpreted:
+        return (
+            "its kernels need a GPU; with TRITON_INTERPRET=1 in the environment they run on the "
+            "CPU, interpreted, which is for tests"
+        )
+    import triton
+
+    if isinstance(triton.language.zeros, triton.JITFunction):
+        return "TRITON_INTERPRET=1 was set after Triton was imported, which then takes no notice"
+    return None
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    """Return why Triton's kernels do not run on a GPU: before Ampere there is no bfloat16."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return None
+    return f"its kernels need compute capability 8.0, this GPU has {major}.{minor}"
+
+
+def _cuda_unavailable(device: torch.device) -> str | None:
+    if not _is_installed("gcond_kernels._cuda"):
+        return (
+            "its CUDA C++ extension is not built: GCOND_BUILD_CUDA=1 pip install . compiles it "
+            "(needs nvcc)"
+        )
+    if device.type == "cpu":
+        if os.environ.get("GCOND_CUDA_HOST") == "1":
+            return _cuda_import_problem()
+        return (
+            "its kernels need a GPU; with GCOND_CUDA_HOST=1 in the environment they run on the "
+            "CPU, compiled for it, which is for tests"
+        )
+    if device in _cuda_works_on:
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"its kernels run on NVIDIA GPUs, not on {'ROCm' if torch.version.hip else device}"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _cuda_problem(device)
+
+
+def _cuda_import_problem() -> str | None:
+    """Return why the extension, which is there, cannot be used: another system or torch."""
+    try:
+        importlib.import_module("gcond_kernels.cuda")
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return f"its extension is there, but cannot be imported: {error}"
+    return None
+
+
+# Where the compiled kernels are known to run. What failed, for want of memory say, is tried again.
+_cuda_works_on: set[torch.device] = set()
+
+
+def _cuda_problem(device: torch.device) -> str | None:
+    """Return why the compiled kernels do not run on a GPU: its driver, or its architecture."""
+    if problem := _cuda_import_problem():
+        return problem
+    from gcond_kernels import _cuda
+
+    with torch.cuda.device(device):
+        problem = _cuda.problem_on(device.index)
+    if problem:
+        return f"{problem} (built for {_cuda.ARCHITECTURES})"
+    _cuda_works_on.add(device)
+    return None

@@ -1,0 +1,144 @@
+"""Operations as torch library operators, for graphs: `torch.ops.gcond_kernels.*`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
+from typing import Any, NamedTuple, TypeVar, cast, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from gcond_kernels.ops import types
+from gcond_kernels.ops.backends import Backend
+from gcond_kernels.ops.contexts import operation
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_library = torch.library.Library("gcond_kernels", "DEF")  # what it holds is unregistered with it
+_OBJECTS = (
+    types.TaskGradients,
+    types.Layout,
+    types.Momentum,
+    types.Rescale,
+    types.SignDropout,
+    types.ArbitrationState,
+    types.Settings,
+)
+_LIST, _NUMBER = "list of tensors or None", "number or tensor"
+_NAMES = {Sequence[Tensor | None]: _LIST, float | Tensor: _NUMBER}
+
+
+def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
+    """Register an operation as a torch library operator, which traced calls go through.
+
+    Eager calls do not: the dispatcher would cost more than the launch. A schema knows no argument
+    objects. It lists their fields, in order; an operation's signature says how they are put
+    together.
+
+    Args:
+        schema: arguments and results of the operator. A list of tensors or None is two arguments,
+            the tensors and a flag for each place; a number or a tensor is two, the number and the
+            tensor or None. For a result None the operator returns an empty vector.
+        fake: has the operation's parameters; returns its results without values.
+    """
+
+    def decorate(function: F) -> F:
+        run, hints = operation(function), get_type_hints(function)
+        parameters = {name: _kind_of(hints[name]) for name in signature(function).parameters}
+        defaults = {
+            name: parameter.default
+            for name, parameter in signature(function).parameters.items()
+            if parameter.default is not parameter.empty
+        }
+        _library.define(schema)
+        name = schema.partition("(")[0]
+        flat_run = operation(_with_objects(function, parameters))
+        _library.impl(name, flat_run, "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            f"gcond_kernels::{name}", _with_objects(fake, parameters), lib=_library
+        )
+        registered = getattr(torch.ops.gcond_kernels, name)
+
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            if not is_traced(args[0]):
+                return run(*args, **options)
+            given = {**defaults, **dict(zip(parameters, args, strict=False)), **options}
+            flat = [part for name, kind in parameters.items() for part in _apart(given[name], kind)]
+            results = registered(*flat)
+            if results is None:
+                return None
+            return hints["return"](*[None if part.shape == (0,) else part for part in results])
+
+        return cast(F, call)
+
+    return decorate
+
+
+def is_traced(first: Tensor | types.TaskGradients) -> bool:
+    """Return whether a call with this first argument must show in a graph."""
+    if torch.compiler.is_compiling():
+        return True
+    tensor = first.accumulators if isinstance(first, types.TaskGradients) else first
+    return type(tensor) not in (Tensor, torch.nn.Parameter)  # fake tensors, for example
+
+
+class _Kind(NamedTuple):
+    """What a parameter takes: an argument object and its fields, or a value."""
+
+    type: Any
+    fields: tuple[tuple[str, _Kind], ...] = ()
+
+
+def _kind_of(hint: Any) -> _Kind:
+    for member in (hint, *get_args(hint)):
+        if member in _OBJECTS:
+            fields = get_type_hints(member).items()
+            return _Kind(member, tuple((name, _kind_of(field)) for name, field in fields))
+    return _Kind(_NAMES.get(hint, "plain value"))  # torch.compile compares no types
+
+
+def _apart(value: Any, kind: _Kind) -> list[Any]:
+    """Return the operator's arguments that make up one of the operation's."""
+    if kind.fields:
+        parts: list[Any] = []
+        for name, field in kind.fields:
+            parts += _apart(None if value is None else getattr(value, name), field)
+        return parts
+    if kind.type is _LIST:
+        return [[part for part in value if part is not None], [part is not None for part in value]]
+    if kind.type is _NUMBER:
+        return [1.0, value] if isinstance(value, Tensor) else [float(value), None]
+    return [value.requested if isinstance(value, Backend) else value]
+
+
+def _together(parts: Iterator[Any], kind: _Kind) -> Any:
+    """Return one of the operation's arguments from the operator's."""
+    if kind.fields:
+        values = {name: _together(parts, field) for name, field in kind.fields}
+        return None if next(iter(values.values())) is None else kind.type(**values)
+    value = next(parts)
+    if kind.type is _LIST:
+        present = iter(value)
+        return [next(present) if flag else None for flag in next(parts)]
+    if kind.type is _NUMBER:
+        tensor = next(parts)
+        return value if tensor is None else tensor
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _with_objects(
+    function: Callable[..., Any], parameters: dict[str, _Kind]
+) -> Callable[..., tuple[Tensor, ...] | None]:
+    """Return an operation as a function of the operator's arguments, and with its results."""
+
+    def call(*flat: Any) -> tuple[Tensor, ...] | None:
+        parts = iter(flat)
+        results = function(**{name: _together(parts, kind) for name, kind in parameters.items()})
+        if results is None:
+            return None
+        return tuple([results[0].new_empty(0) if part is None else part for part in results])
+
+    return call
