@@ -57,6 +57,8 @@ from gcond_kernels.storage.shared_parameters import (
     bool_tensor,
     is_selected,
 )
+from gcond_kernels.storage.state_order import reordered
+from gcond_kernels.storage.state_view import StateView
 from gcond_kernels.storage.trainable_mask import check_mask
 
 Loss: TypeAlias = "Tensor | Callable[[], Tensor]"
@@ -387,17 +389,15 @@ class GCondFused(torch.optim.Optimizer):
     @property
     def state(self) -> Any:
         """The state of each parameter: of the base, and under "gcond" what is kept beside it."""
-        return saving.StateView(self.base, self._kept_of)
+        return StateView(self.base, self._kept_of)
 
     @state.setter
     def state(self, state: Any) -> None:
         self.base.state = state
 
     def _kept_of(self, parameter: Tensor) -> dict[str, Any]:
-        if parameter not in self._storage:
-            return {}
-        place = [s.parameter is parameter for s in self._storage.segments].index(True)
-        return saving.of_parameter(self._saved(alone=True), place)
+        place = self._storage.places.get(parameter)
+        return {} if place is None else self._saved(alone=True).entry(place)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -1459,7 +1459,7 @@ class GCondFused(torch.optim.Optimizer):
                 "tasks": list(self._weights),
                 "method_name": type(o.method).__name__,
                 "granularity": o.granularity,
-                "method": saving.written(
+                "method": saving.to_json(
                     {k: v for k, v in state.items() if not by_tensor or k in shared}
                 ),
                 "counters": now.counters.tolist(),
@@ -1508,7 +1508,7 @@ class GCondFused(torch.optim.Optimizer):
         self._follow_parameters()
         self._fit_method_state(self._device())
         with fixed_precision():
-            state = saving.with_own(self.base, self._saved())
+            state = saving.add_to_base(self.base, self._saved())
         # For those who look into a file; loading reads the groups.
         state[saving.KEY] = {"version": saving.VERSION, "counters": now.counters}
         self._forget_initialized()
@@ -1537,15 +1537,15 @@ class GCondFused(torch.optim.Optimizer):
                 "a part of this window is on its way to the other ranks: load a state between "
                 "step() and backward()"
             )
-        state_dict = saving.in_own_order(state_dict, self.base.param_groups)
-        common, entries = saving.own_of(state_dict)
+        state_dict = reordered(state_dict, self.base.param_groups)
+        common, entries = saving.read(state_dict)
         self._check_own(common)
         saving.check_form(self.base, state_dict)
         self._follow_parameters()
         restored = saving.Restored(entries, list(self._parameters()), common)
         restored.check(self._storage)
         with fixed_precision():
-            self._load_own(restored, saving.without_own(state_dict))
+            self._load_own(restored, saving.remove_from_base(state_dict))
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -1576,7 +1576,7 @@ class GCondFused(torch.optim.Optimizer):
         if new:  # frozen here
             storage.append(new)
         shard_of = self._strategy.local_shard if self._strategy.shards_state else None
-        restored.fill(storage, shard_of)
+        restored.write_to(storage, shard_of)
         window = common["window"]
         fresh = new_method_state(o, len(self._weights), len(storage.segments), self._device())
         now.method_state = restored.method_state(storage, fresh, shared)

@@ -33,9 +33,10 @@ class GradientStorage:
     Args:
         tasks: K, the number of tasks.
         dtype: of the accumulators.
-        shards: into how many shards history and momentum are divided.
+        shards: number of shards of history and momentum. Where it is above 1, this process keeps
+            one, [K, N' / shards] and [N' / shards], which `ShardStrategy` alone lays out.
         has_dtensors: whether parameters may be DTensors.
-        masks: of parameters, which elements are trainable: bool, in their shape.
+        masks: parameter → its trainable elements, bool in its shape.
 
     Attributes:
         accumulators: [K, N'] of `dtype`, the sums of this window's gradients.
@@ -51,10 +52,7 @@ class GradientStorage:
         parameter_tasks: [T, K] bool, tasks that ever had a gradient other than zero for a tensor.
         was_shared: [T] int8, whether a tensor was shared in the last window; -1 before its first.
         mask: [N' / 32] int32, a bit for each trainable element; None where all are.
-        shards: where above 1, this process keeps one shard of history and momentum, [K, N' /
-            shards] and [N' / shards], and `Sharded` alone divides them.
-        sharded_layout: the segments and the N' that history and momentum were divided with.
-        has_dtensors: whether parameters may be DTensors.
+        sharded_layout: the segments and the N' with which history and momentum were sharded.
     """
 
     def __init__(
@@ -244,20 +242,18 @@ class GradientStorage:
     def gradients_from(
         self, result: Tensor, outputs: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """Return each `.grad` from a result [N']: a view of it, or a copy of another type.
+        """Return each `.grad` from the resolved gradient [N'] of all tensors; None as in outputs.
 
-        Args:
-            result: the resolved gradient of all tensors.
-            outputs: T tensors; None where there is no gradient.
+        It is a view of the result where that is of the gradient's type, else a copy.
         """
-        return [
-            None
-            if output is None
-            else s.view(result)
-            if dtype == result.dtype
-            else s.empty(dtype, result.device).copy_(s.view(result))
-            for s, dtype, output in zip(self.segments, self.gradient_dtypes(), outputs, strict=True)
-        ]
+        gradients: list[Tensor | None] = []
+        columns = zip(self.segments, self.gradient_dtypes(), outputs, strict=True)
+        for segment, dtype, output in columns:
+            view = segment.view(result)
+            if output is not None and dtype != result.dtype:
+                view = segment.empty(dtype, result.device).copy_(view)
+            gradients.append(None if output is None else view)
+        return gradients
 
     def assign_gradients(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Assign local gradients to `.grad`; return those that are not None."""

@@ -1,27 +1,34 @@
-"""The graphs of the losses, which are let go of as soon as they were passed back through."""
+"""The graphs of losses: freed after their backward pass, and checked where losses share them."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+# A custom autograd function is checked so many times, and so many nodes from each loss: a fused
+# loss is near, and the search costs time in every micro-batch.
+ENOUGH_CHECKS = 16
+NEAR = 32
 
-class PassedBack(torch.autograd.Function):
-    """Stands in for the graph of a loss that was freed, and says so where it is used again."""
+
+class FreedGraph(torch.autograd.Function):
+    """Takes the place of a freed graph, and raises an error where it is passed back through."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, _anchor: Tensor) -> Tensor:
         """Return the loss itself, with this as its graph."""
         ctx.mark_dirty(loss)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    def backward(_ctx: Any, *_gradients: Any) -> Any:
         """Raise the error."""
         raise RuntimeError(
             "this loss was given to GCondFused.backward, which has freed its graph: back-propagate "
@@ -30,89 +37,79 @@ class PassedBack(torch.autograd.Function):
 
 
 def free(losses: Iterable[Tensor]) -> None:
-    """Let go of the graphs of losses that were passed back through.
+    """Free the graphs of losses after their backward passes.
 
-    A graph that several losses share is kept by autograd until the last of them was passed back
-    through, which frees what it reaches. What the others have for themselves, a head or a forward
-    pass, is freed when nothing refers to it any more: so each loss is detached, in place. Used
-    again it raises, as any loss does that was passed back through.
-    """
-    detached = [loss for loss in losses if detach(loss)]
-    if not detached:
-        return
-    # Its value is as it was: who has saved it, detached, may still pass back through what he made.
-    kept = _unsafe_preserve_version_counter(tuple(detached))
-    with torch.inference_mode(False), torch.enable_grad(), kept:
-        for loss in detached:
-            PassedBack.apply(loss, loss.new_zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
-
-
-def detach(loss: Tensor) -> bool:
-    """Detach a loss from its graph, in place; return whether that was possible.
+    A graph that several losses share is kept by autograd until the last backward pass, which frees
+    what it reaches. What the others have for themselves, a head or a forward pass, is freed when
+    nothing refers to it any more: so each loss is detached, in place. Used again it raises, as any
+    loss does after its backward pass.
 
     A parameter has no graph, a view cannot be detached, and subclasses have ways of their own.
     """
-    if type(loss) is not Tensor or loss.grad_fn is None or loss._is_view():
-        return False
-    loss.detach_()
-    return True
-
-
-# So often a function is looked at before it is trusted, and so far from the losses: a fused loss is
-# near them, and every micro-batch pays for the way.
-ENOUGH_LOOKS = 16
-NEAR = 32
+    detached = [
+        loss.detach_()
+        for loss in losses
+        if type(loss) is Tensor and loss.grad_fn is not None and not loss._is_view()
+    ]
+    if not detached:
+        return
+    # The value is as it was: where it was saved, detached, what was made of it stays valid.
+    unchanged = _unsafe_preserve_version_counter(tuple(detached))
+    with torch.inference_mode(False), torch.enable_grad(), unchanged:
+        for loss in detached:
+            FreedGraph.apply(loss, loss.new_zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
 
 
 class SharedFunctions:
-    """What the custom autograd functions have saved that several losses share.
+    """Checks what the custom autograd functions have saved that several losses share.
 
     The backward pass of some overwrites it: a fused cross entropy multiplies a saved gradient in
-    place. The second loss would find what the first has left, and autograd has no way to tell.
+    place. The second loss would read what the first has left, which autograd does not detect.
 
     Args:
         losses: with graphs that may share a part.
-        looks: by the name of a function, how often it was found to overwrite nothing.
-        everywhere: whether to look at whole graphs, and not near the losses alone.
+        checks: by the name of a function, how often it was found to overwrite nothing.
+        everywhere: whether to search whole graphs, and not near the losses alone.
     """
 
-    def __init__(self, losses: Sequence[Tensor], looks: dict[str, int], everywhere: bool) -> None:
+    def __init__(self, losses: Sequence[Tensor], checks: dict[str, int], everywhere: bool) -> None:
         seen: dict[Any, int] = {}
         for loss in losses:
             for node in nodes_of(loss, None if everywhere else NEAR):
                 seen[node] = seen.get(node, 0) + 1
         custom = torch.autograd.function.BackwardCFunction
         shared = [n for n, count in seen.items() if count > 1 and isinstance(n, custom)]
-        self._nodes = [n for n in shared if looks.get(type(n).__name__, 0) < ENOUGH_LOOKS]
-        self._looks = looks
+        self._nodes = [n for n in shared if checks.get(type(n).__name__, 0) < ENOUGH_CHECKS]
+        self._checks = checks
         self._sums = self._read()
 
     def _read(self) -> Tensor:
-        """A sum of each tensor that is saved, all of them in one tensor."""
-        tensors = [t for node in self._nodes for t in node.saved_tensors if t is not None]
-        sums = [t.detach().abs().sum(dtype=torch.float64) for t in tensors if t.is_floating_point()]
+        """Return a sum of each saved tensor, all of them in one tensor."""
+        saved = chain.from_iterable([node.saved_tensors for node in self._nodes])
+        tensors = [t.detach() for t in saved if t is not None and t.is_floating_point()]
+        sums = [t.abs().sum(dtype=torch.float64) for t in tensors]
         return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device="cpu")
 
     def check(self) -> None:
         """Raise a RuntimeError if a backward pass has overwritten what was saved."""
         names = sorted({type(node).__name__ for node in self._nodes})
         if self._nodes and not torch.equal(self._read(), self._sums):
-            functions = " or ".join(name.removesuffix("Backward") for name in names)
+            functions = " or ".join([name.removesuffix("Backward") for name in names])
             raise RuntimeError(
                 f"a backward pass of {functions} overwrites what its forward pass has saved, so it "
                 "can be passed back through once, and losses share it: give the losses as "
                 "functions, each with a forward pass of its own"
             )
-        self._looks.update({name: self._looks.get(name, 0) + 1 for name in names})
+        self._checks.update({name: self._checks.get(name, 0) + 1 for name in names})
 
 
 def nodes_of(loss: Tensor, most: int | None) -> set[Any]:
-    """Return the nodes of a loss's graph, the nearest first, so many at most; None is all."""
+    """Return at most so many nodes of a loss's graph, the nearest first; None is all."""
     found: set[Any] = set()
-    left = deque([loss.grad_fn])
-    while left and (most is None or len(found) < most):
-        node = left.popleft()
+    queue = deque([loss.grad_fn])
+    while queue and (most is None or len(found) < most):
+        node = queue.popleft()
         if node is not None and node not in found:
             found.add(node)
-            left.extend(following for following, _ in node.next_functions)
+            queue.extend(map(itemgetter(0), node.next_functions))
     return found

@@ -246,7 +246,7 @@ def kept_of(optimizer: GCondFused) -> dict[str, Any]:
     state = copy.deepcopy(optimizer.state_dict())
     own = [entry["gcond"] for entry in state["state"].values()]
     for entry in own:
-        for name in ("sums", "touched"):  # of the window
+        for name in ("accumulators", "window_tasks"):  # of the window
             entry.pop(name, None)
     for group in state["param_groups"]:
         for name in ("counters", "window"):

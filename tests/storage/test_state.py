@@ -172,10 +172,10 @@ def test_between_windows_the_accumulators_are_not_saved(backend):
     model, x = model_of(), batches(3)
     optimizer = optimizer_of(model, backend=backend)
     train(model, optimizer, x)
-    assert not any("sums" in own for own in kept_in(optimizer.state_dict()))
+    assert not any("accumulators" in own for own in kept_in(optimizer.state_dict()))
     train(model, optimizer, x[:1])
     for p, own in zip(model.parameters(), kept_in(optimizer.state_dict()), strict=True):
-        assert [own["sums"][task].shape for task in ("0", "1")] == [p.shape] * 2
+        assert [own["accumulators"][task].shape for task in ("0", "1")] == [p.shape] * 2
 
 
 def wider() -> nn.Module:
@@ -316,7 +316,7 @@ def test_a_state_of_another_version_is_refused_and_nothing_changes():
     later["param_groups"][0]["gcond"]["version"] = 99
     # Until version 3 all of it was at the top, and the rest the state of the base.
     older = optimizer.base.state_dict() | {"gcond": {"version": 3, "accumulator": {}, "window": {}}}
-    for state, words in ((later, "format 99, this version reads 4"), (older, "an older version")):
+    for state, words in ((later, "format 99, this version reads 5"), (older, "an older version")):
         with pytest.raises(ValueError, match=words):
             optimizer.load_state_dict(state)
         assert same(before, optimizer.state_dict())
