@@ -1235,7 +1235,7 @@ class GCondFused(torch.optim.Optimizer):
         self.resolve()
         assert now.finite is not None
         if self._loss_scale is not None and not now.told:
-            self._loss_scale.tell(~now.finite | now.nonfinite.any())
+            self._loss_scale.report(~now.finite | now.nonfinite.any())
             now.told = True
         step_if(now.finite, self.base)
         self._data_parallel.broadcast_buffers()

@@ -1,4 +1,4 @@
-"""Stepping the wrapped optimizer, or leaving the step out, as a flag on the device says."""
+"""A step of the wrapped optimizer that a flag on the device leaves out."""
 
 from __future__ import annotations
 
@@ -13,28 +13,34 @@ from gcond_kernels.storage.dtensor import local_shard
 
 
 def step_if(wanted: Tensor, base: torch.optim.Optimizer) -> None:
-    """Steps the optimizer where `wanted` is True; else parameters and state stay as they are.
+    """Step the optimizer where `wanted` is True; else parameters and state stay as they are.
 
-    - torch's fused optimizers take the flag with them: their kernels leave the step out.
-    - With `capturable=True`, or while a CUDA graph is captured, the step is made and undone on the
-      device, from copies of parameters and state that live as long as the step.
-    - Any other optimizer counts its steps on the host, which has to know: it reads the flag, and
-      on a GPU waits for it, once a step.
+    - torch's fused optimizers get the flag: their kernels leave the step out.
+    - With `capturable=True`, or while a CUDA graph is captured, the step is made and rolled back on
+      the device, from copies of parameters and state that live as long as the step.
+    - Any other optimizer counts its steps on the host, which reads the flag: on a GPU it
+      synchronizes with the device once a step.
 
     Args:
         wanted: [] bool.
         base: any torch optimizer.
     """
     if takes_flag(base):
-        step_with_flag(wanted, base)
-    elif undoes_on_device(wanted.device, base):
-        step_and_undo(wanted, base)
+        # The attributes through which torch's GradScaler does the same.
+        base.grad_scale = None  # type: ignore[attr-defined]
+        base.found_inf = (~wanted).to(torch.float32)  # type: ignore[attr-defined]
+        try:
+            step_base(base)
+        finally:
+            del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
+    elif rolls_back_on_device(wanted.device, base):
+        step_or_roll_back(wanted, base)
     elif bool(wanted):
         step_base(base)
 
 
 def step_base(base: torch.optim.Optimizer) -> None:
-    """Step the optimizer, as it is.
+    """Step the optimizer.
 
     Raises:
         RuntimeError: it needs what accumulated gradients do not have.
@@ -47,20 +53,23 @@ def step_base(base: torch.optim.Optimizer) -> None:
             raise
         raise RuntimeError(
             f"{type(base).__name__}.step failed ({error}): it needs a closure that computes the "
-            "loss anew, or a graph of the gradient, and a resolved gradient has neither. Take a "
-            "base optimizer that goes by .grad alone, such as torch.optim.AdamW"
+            "loss anew, or a graph of the gradient, and a resolved gradient has neither. Use a "
+            "base optimizer that needs .grad alone, such as torch.optim.AdamW"
         ) from error
 
 
 def step_of_zeros(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
-    """Step these parameters alone, by nothing; gradients and options are then as before."""
-    of_others = [(p, p.grad) for group in base.param_groups for p in group["params"]]
+    """Step some parameters alone, with gradients and a learning rate of zero.
+
+    So the optimizer makes their state. Gradients and options are then as before.
+    """
+    gradients = [(p, p.grad) for group in base.param_groups for p in group["params"]]
     options = [
         {k: (v, copy.deepcopy(v)) for k, v in group.items() if k != "params"}
         for group in base.param_groups
     ]
     try:
-        for p, _ in of_others:
+        for p, _ in gradients:
             p.grad = None
         for p in parameters:
             p.grad = torch.zeros_like(p)
@@ -75,18 +84,18 @@ def step_of_zeros(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> 
             for key, (own, value) in values.items():
                 # The tensor itself: a CUDA graph may read it.
                 group[key] = own.copy_(value) if isinstance(own, Tensor) else value
-        for p, gradient in of_others:
+        for p, gradient in gradients:
             p.grad = gradient
 
 
 def takes_flag(base: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer's own kernels leave a step out where `found_inf` is 1."""
+    """Return whether the optimizer's own kernels leave a step out where `found_inf` is 1."""
     if not getattr(base, "_step_supports_amp_scaling", False):
         return False
     if not all(group.get("fused") for group in base.param_groups):
         return False
-    # torch's fused SGD allocates its buffers unfilled and fills them in the first step: where that
-    # is left out, the second would read what happened to be there.
+    # torch's fused SGD allocates its buffers unfilled and fills them in the first step: if that is
+    # left out, the second reads whatever was in that memory.
     return not isinstance(base, torch.optim.SGD) or not any(
         group["momentum"] and base.state.get(p, {}).get("momentum_buffer") is None
         for group in base.param_groups
@@ -95,38 +104,29 @@ def takes_flag(base: torch.optim.Optimizer) -> bool:
     )
 
 
-def step_with_flag(wanted: Tensor, base: torch.optim.Optimizer) -> None:
-    """By the attributes through which torch's GradScaler tells a fused optimizer."""
-    base.grad_scale = None  # type: ignore[attr-defined]
-    base.found_inf = (~wanted).to(torch.float32)  # type: ignore[attr-defined]
-    try:
-        step_base(base)
-    finally:
-        del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
-
-
-def undoes_on_device(device: torch.device, base: torch.optim.Optimizer) -> bool:
-    """Whether the host must not, or need not, know of a step that is left out."""
+def rolls_back_on_device(device: torch.device, base: torch.optim.Optimizer) -> bool:
+    """Return whether the host must not, or need not, know of a step that is left out."""
     capturable = all(group.get("capturable") for group in base.param_groups)
     return capturable or tables.is_capturing(device)
 
 
 @torch.no_grad()
-def step_and_undo(wanted: Tensor, base: torch.optim.Optimizer) -> None:
-    """Makes the step, then puts back what it changed where it was not wanted.
+def step_or_roll_back(wanted: Tensor, base: torch.optim.Optimizer) -> None:
+    """Make the step, then roll back what it changed where it was not wanted.
 
-    State that the step has added had no value before, which only the host can put back: it reads
-    the flag then, in an optimizer's first step.
+    State that the step has added had no value before, which only the host can restore: it reads the
+    flag then, in an optimizer's first step.
 
     Raises:
-        RuntimeError: this is a first step, and a CUDA graph is being captured.
+        RuntimeError: state lies on another device, or this is a first step and a CUDA graph is
+            captured.
     """
     before = {key: local_shard(value).clone() for key, value in changed_by_step(base).items()}
     for (_, name), value in before.items():
         if value.device != wanted.device:
             raise RuntimeError(
                 f"{type(base).__name__} keeps {name!r} on {value.device}, where a step cannot be "
-                f"undone as {wanted.device} says: use fused=True or capturable=True"
+                f"rolled back by a flag on {wanted.device}: use fused=True or capturable=True"
             )
     step_base(base)
     after = changed_by_step(base)
@@ -149,12 +149,12 @@ def step_and_undo(wanted: Tensor, base: torch.optim.Optimizer) -> None:
 
 
 def changed_by_step(base: torch.optim.Optimizer) -> dict[tuple[Tensor, str], Tensor]:
-    """Every parameter with a gradient, named "", and the tensors of its state by their names."""
-    found: dict[tuple[Tensor, str], Tensor] = {}
+    """Return every parameter with a gradient, named "", and the tensors of its state by name."""
+    changed: dict[tuple[Tensor, str], Tensor] = {}
     for group in base.param_groups:
         for p in group["params"]:
             if p.grad is not None:
-                found[p, ""] = p
+                changed[p, ""] = p
                 state = base.state.get(p, {})
-                found.update({(p, k): v for k, v in state.items() if isinstance(v, Tensor)})
-    return found
+                changed.update({(p, k): v for k, v in state.items() if isinstance(v, Tensor)})
+    return changed

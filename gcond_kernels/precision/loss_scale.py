@@ -1,4 +1,4 @@
-"""Loss scaling by torch's GradScaler, without the host."""
+"""Loss scaling by torch's GradScaler, without reading its scale on the host."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from gcond_kernels.ops.contexts import fixed_precision
 
 
 class LossScale:
-    """What GCondFused needs of a `torch.amp.GradScaler` that is enabled.
+    """The interface of GCondFused to an enabled `torch.amp.GradScaler`.
 
-    The scaler looks for overflows in the gradients of optimizers. It is shown one of a single
-    number, whose gradient is infinite where a task's gradient is not finite.
+    The scaler looks for overflows in the gradients of optimizers. It is given an optimizer of a
+    single number, whose gradient is infinite where a task's gradient is not finite.
 
     Args:
-        scaler: the user's; he calls its `update` after each step.
+        scaler: the user's, who calls its `update` after each step.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
@@ -26,25 +26,24 @@ class LossScale:
         self._probe: torch.optim.Optimizer | None = None
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss times the scale."""
+        """Return the loss times the scale."""
         scaled: Tensor = self.scaler.scale(loss)
         return scaled
 
     @fixed_precision
     def inverse(self, device: torch.device) -> Tensor:
-        """1 / scale as it is now, [] float32 on the device."""
+        """Return 1 / scale as it is now, [] float32 on the device."""
         if self._one.device != device:
             self._one = torch.ones((), dtype=torch.float32, device=device)
-        scale: Tensor = self.scaler.scale(self._one)
-        # By way of float64, as torch does: a float32 quotient may err on a GPU.
-        return scale.double().reciprocal().float()
+        # In float64, as torch does: a float32 quotient may be inexact on a GPU.
+        return self.scaled(self._one).double().reciprocal().float()
 
     @fixed_precision
-    def tell(self, overflow: Tensor) -> None:
-        """Lets the scaler know whether there was an overflow; [] bool.
+    def report(self, overflow: Tensor) -> None:
+        """Report to the scaler whether there was an overflow; [] bool.
 
         Raises:
-            RuntimeError: it was told already since its last `update`.
+            RuntimeError: its `update` was not called since the last report.
         """
         self.inverse(overflow.device)  # a scaler that has not scaled anything yet has no scale
         if self._probe is None:

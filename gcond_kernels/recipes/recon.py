@@ -1,4 +1,4 @@
-"""Layers in which tasks conflict most, as a table, and a model in which each task has its own."""
+"""Recon: layers by their conflicts, and a model in which each task has some layers of its own."""
 
 from __future__ import annotations
 
@@ -6,29 +6,28 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from inspect import signature
-from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
 
 from gcond_kernels.diagnostics.recorder import Recorder
-from gcond_kernels.diagnostics.records import shortened
+from gcond_kernels.diagnostics.records import check_count, shortened
 from gcond_kernels.storage.names import without_wrappers
 
-MOST_COLUMNS = 80
+COLUMNS = 80  # of a table at most
 
 
 class SplitModel(nn.Module):
-    """A model per task; they share everything but the layers that each has for itself.
+    """A model for each task; they share everything but the layers that each has for itself.
 
-    `split_conflicting_layers` makes it. What is shared is there once: the models hold the same
+    `split_conflicting_layers` makes it. What is shared exists once: the models hold the same
     modules, parameters and buffers, so that `.to()`, `train()`, `state_dict()` (with the shared
-    ones under each model's name, as torch has it of tied weights), `copy.deepcopy`, `torch.save`
-    and `torch.compile` do what they do of any model, and so does activation checkpointing.
-    `parameters()` and `named_parameters()` give shared ones once, by the name in the first model:
+    ones under each model's name, as torch does with tied weights), `copy.deepcopy`, `torch.save`,
+    `torch.compile` and activation checkpointing work as with any model. `parameters()` and
+    `named_parameters()` give shared ones once, by the name in the first model:
     "models.0.body.0.weight"; a layer of the second task is "models.1.body.2.weight".
 
-    The modules that a split layer lies in exist once per task too, with the same parameters and
+    The modules that contain a split layer exist once per task too, with the same parameters and
     buffers: any other attribute that is set on one of them is set for its task alone.
 
     Attributes:
@@ -44,26 +43,25 @@ class SplitModel(nn.Module):
         self.tasks = tuple(tasks)
         self.layers = tuple(layers)
         self.models = nn.ModuleList(models)
-        self._places = {task: place for place, task in enumerate(self.tasks)}
-        # A model that is told the task already, say to choose its head, is told it as before.
-        self._tells = "task" in signature(self.models[0].forward).parameters
+        # A model that takes the task already, to choose its head for example, gets it as before.
+        self._takes_task = "task" in signature(self.models[0].forward).parameters
 
     def for_task(self, task: str) -> nn.Module:
-        """The model of one task: of the class, and with the names, that it was split from.
+        """Return the model of one task: of the class, and with the names, that it was split from.
 
         Raises:
             KeyError: there is no such task.
         """
-        if task not in self._places:
+        if task not in self.tasks:
             raise KeyError(f"unknown task {task!r}: the tasks are {list(self.tasks)}")
-        return self.models[self._places[task]]
+        return self.models[self.tasks.index(task)]
 
     def forward(self, *args: Any, task: str | None = None, **kwargs: Any) -> Any:
-        """Runs the model of one task.
+        """Run the model of one task.
 
         Args:
             *args: what the model takes.
-            task: its name. It is handed on only where the model's own forward has an argument
+            task: its name. It is passed on only where the model's own forward has an argument
                 called task.
             **kwargs: what the model takes.
 
@@ -73,21 +71,21 @@ class SplitModel(nn.Module):
         """
         if task is None:
             raise TypeError(
-                f"say whose layers are to run, model(..., task=...): one of {list(self.tasks)}"
+                f"name the task whose layers run, model(..., task=...): one of {list(self.tasks)}"
             )
-        if self._tells:
+        if self._takes_task:
             kwargs["task"] = task
         return self.for_task(task)(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        """The tasks and layers, for print(model)."""
+        """Return the tasks and layers, for print(model)."""
         return f"tasks={list(self.tasks)}, layers={list(self.layers)}"
 
 
 def split_conflicting_layers(
     model: nn.Module, layers: Iterable[str], tasks: Iterable[str]
 ) -> SplitModel:
-    """A copy of the model in which each task has some layers for itself.
+    """Return a copy of the model in which each task has some layers for itself.
 
     Recon (Shi et al. 2023, "Recon: Reducing Conflicting Gradients from the Root for Multi-Task
     Learning", arXiv 2302.11289): a model is trained for a while, the layers in which the gradients
@@ -99,17 +97,17 @@ def split_conflicting_layers(
         ...
         optimizer.backward({t: loss(model(x, task=t), y[t]) for t, loss in losses.items()})
 
-    Every task's layers start with the values of the model that is given. Training starts over
-    where that is a new one, as above, or has its pretrained weights loaded once more; it goes on
-    where it is the trained one.
+    Every task's layers start with the values of the given model. Training starts over where that
+    is a new one, as above, or has its pretrained weights loaded once more; it continues where it is
+    the trained one.
 
     Args:
         model: is not changed. Split it before it is compiled or wrapped (FSDP2,
-            DistributedDataParallel), which hold on to the modules that they are given.
+            DistributedDataParallel), which keep references to the modules that they are given.
         layers: names as in `model.named_modules()`: those of parameters without their last part.
-            With a layer all that is in it becomes task-specific; a parameter of the model itself is
-            in none, and stays shared. A module that is reached by several names may be given by
-            any; it stays one for all its uses, once per task.
+            With a layer everything in it becomes task-specific; a parameter of the model itself is
+            in none, and stays shared. A module with several names may be given by any; it stays one
+            module for all its uses, once per task.
         tasks: names, any strings; a mapping gives its keys.
 
     Returns:
@@ -117,57 +115,55 @@ def split_conflicting_layers(
 
     Raises:
         TypeError: model is no module; layers or tasks are one string, or not of strings.
-        ValueError: there are none of them, or a task is there twice; a layer is unknown, is the
-            whole model, has no parameters, or lies in another; a parameter of a layer is tied to
-            one outside of them, as embeddings often are; a shared module refers to a layer, or to
-            what that lies in, by an attribute that is no submodule, and so would always use the
-            first task's.
+        ValueError: there are none of them, or a task is repeated; a layer is unknown, is the whole
+            model, has no parameters, or is in another; a parameter of a layer is tied to one
+            outside of them, as embeddings often are; a shared module refers to a layer, or to what
+            contains it, by an attribute that is no submodule, and so would always use the first
+            task's.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {model!r}")
-    layers = list(dict.fromkeys(_names("layers", layers)))
-    tasks = _names("tasks", tasks)
-    if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
-        raise ValueError(f"tasks: {twice[0]!r} is there twice")
+    layers = list(dict.fromkeys(_checked_names("layers", layers)))
+    tasks = _checked_names("tasks", tasks)
+    if repeated := sorted({task for task in tasks if tasks.count(task) > 1}):
+        raise ValueError(f"tasks: {repeated[0]!r} is there twice")
     first = copy.deepcopy(model)
-    chosen = _chosen(first, layers)
-    _check_nesting(chosen)
-    outside = _Outside(first, chosen)
-    _check_ties(chosen, outside)
-    _check_references(chosen, outside)
-    models = [first, *(outside.model_of_another_task(first) for _ in tasks[1:])]
-    return SplitModel(models, list(chosen), tasks)
+    split = _Split(first, _selected(first, layers))
+    split.check_ties()
+    split.check_references()
+    models = [first, *(split.model_of_another_task() for _ in tasks[1:])]
+    return SplitModel(models, list(split.layers), tasks)
 
 
 def conflict_table(recorder: Recorder, threshold: float = 0.0, most: int | None = None) -> str:
-    """The layers by their number of conflicts, highest first, as text of 80 columns.
+    """Return the layers by their number of conflicts, highest first, as text of 80 columns.
 
     A line per layer: its rank; s(l), how often two tasks conflicted in it; how often two were
     compared; the share of the one in the other; and its name, without its middle where it is long.
-    On a GPU this waits for the device.
+    On a GPU this synchronizes with the device.
 
     Args:
-        recorder: its `layers(threshold=threshold)` are the rows.
+        recorder: its `layers(threshold=threshold)` are shown.
         threshold: a pair with a cosine below it is a conflict. Recon (Shi et al. 2023, arXiv
             2302.11289) counts in this way, with a threshold of 0 or a little less.
-        most: so many layers at most, 1 or more; None for all.
+        most: the largest number of layers, 1 or more; None for all.
 
     Raises:
-        ValueError: most is no such number.
+        ValueError: `most` is out of its range.
     """
-    if most is not None and (not isinstance(most, Integral) or isinstance(most, bool) or most < 1):
-        raise ValueError(f"most must be a whole number, 1 or more, or None, not {most!r}")
+    if most is not None:
+        check_count("most", most, 1)
     layers = recorder.layers(threshold=threshold)
     title = f"Conflicts by layer: pairs of tasks with a cosine below {threshold:g}"
     if not layers:
         return f"{title}\nno layer had a gradient of two tasks"
     numbers = [("rank", "conflicts", "compared", "share")]
-    for rank, row in enumerate(layers[:most], 1):
-        share = f"{100.0 * row['share']:.1f} %"
-        numbers.append((str(rank), str(row["conflicts"]), str(row["compared"]), share))
+    for rank, layer in enumerate(layers[:most], 1):
+        share = f"{100.0 * layer['share']:.1f} %"
+        numbers.append((str(rank), str(layer["conflicts"]), str(layer["compared"]), share))
     widths = [max(len(line[column]) for line in numbers) for column in range(4)]
-    room = max(MOST_COLUMNS - sum(widths) - 2 * len(widths), 1)
-    names = ["layer", *(shortened(row["layer"], room) for row in layers[:most])]
+    length = max(COLUMNS - sum(widths) - 2 * len(widths), 1)
+    names = ["layer", *(shortened(layer["layer"], length) for layer in layers[:most])]
     lines = [
         "  ".join([*(text.rjust(width) for text, width in zip(line, widths, strict=True)), name])
         for line, name in zip(numbers, names, strict=True)
@@ -177,95 +173,131 @@ def conflict_table(recorder: Recorder, threshold: float = 0.0, most: int | None 
     return "\n".join([title, *lines])
 
 
-def _names(what: str, names: object) -> list[str]:
-    """A list of strings, at least one."""
+def _checked_names(option: str, names: object) -> list[str]:
+    """Return a list of strings, one or more."""
     if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"{what} must be a list of names, not {names!r}")
-    listed = list(names)
-    for name in listed:
+        raise TypeError(f"{option} must be a list of names, not {names!r}")
+    checked = list(names)
+    for name in checked:
         if not isinstance(name, str):
-            raise TypeError(f"{what}: a name must be a string, not {name!r}")
-    if not listed:
-        raise ValueError(f"{what} must have at least one name")
-    return listed
+            raise TypeError(f"{option}: a name must be a string, not {name!r}")
+    if not checked:
+        raise ValueError(f"{option} must have at least one name")
+    return checked
 
 
-def _chosen(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
-    """The layers of these names; of a module that is given by two only the first."""
+def _selected(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the layers by these names; a module of two names by the first of them."""
     known = dict(model.named_modules(remove_duplicate=False))
-    chosen: dict[str, nn.Module] = {}
     plain = dict(zip(without_wrappers(list(known)), known, strict=True))
+    selected: dict[str, nn.Module] = {}
     for given in layers:
-        # A recorder's names are without what wrappers add: here there may be some, or not.
+        # A recorder's names are without what wrappers add; the model's may have it.
         name = given if given in known else plain.get(without_wrappers([given])[0], given)
-        if given == "":
-            raise ValueError(
-                "layers: '' is the whole model, which leaves nothing to share: train a model per "
-                "task, or name the layers in it"
-            )
-        if name in model._parameters:
-            raise ValueError(
-                f"layers: {name!r} is a parameter of the model itself, in no layer: leave it out, "
-                "or put it into a module"
-            )
-        if name not in known:
-            close = get_close_matches(name, [other for other in known if other], 1, 0.0)
-            hint = f": did you mean {close[0]!r}?" if close else ", which has none"
-            raise ValueError(f"layers: there is no {name!r} in {type(model).__name__}{hint}")
-        if next(known[name].parameters(), None) is None:
-            raise ValueError(f"layers: {name!r} has no parameters that tasks could conflict in")
-        if known[name] not in chosen.values():
-            chosen[name] = known[name]
-    return chosen
-
-
-def _check_nesting(chosen: dict[str, nn.Module]) -> None:
-    for outer, around in chosen.items():
-        within = set(around.modules()) - {around}
-        for inner, module in chosen.items():
-            if module in within:
+        error = _error_in(name, model, known)
+        if error:
+            raise ValueError(f"layers: {error}")
+        if known[name] not in selected.values():
+            selected[name] = known[name]
+    for outer, module in selected.items():
+        for inner, other in selected.items():
+            if other is not module and other in set(module.modules()):
                 raise ValueError(
                     f"layers: {inner!r} is in {outer!r}, with which it becomes task-specific "
                     "already: leave one of them out"
                 )
+    return selected
 
 
-class _Outside:
-    """What tasks go on to share: all that is reached without passing through a chosen layer.
+def _error_in(name: str, model: nn.Module, known: dict[str, nn.Module]) -> str | None:
+    """Return what is wrong with a layer's name; None where nothing is."""
+    if name == "":
+        return (
+            "'' is the whole model, which leaves nothing to share: train a model per task, or name "
+            "the layers in it"
+        )
+    if name in model._parameters:
+        return (
+            f"{name!r} is a parameter of the model itself, in no layer: leave it out, or put it "
+            "into a module"
+        )
+    if name not in known:
+        close = get_close_matches(name, [other for other in known if other], 1, 0.0)
+        hint = f": did you mean {close[0]!r}?" if close else ", which has none"
+        return f"there is no {name!r} in {type(model).__name__}{hint}"
+    if next(known[name].parameters(), None) is None:
+        return f"{name!r} has no parameters that tasks could conflict in"
+    return None
+
+
+class _Split:
+    """Which modules and tensors of a model are shared when some layers become task-specific.
 
     Attributes:
-        around: the modules that a chosen layer lies in, by their names. Each task gets its own,
+        model: the first task's.
+        layers: the task-specific layers, by their names.
+        containers: the modules that contain one of these, by their names. Each task gets its own,
             with the parameters and buffers of the first.
         shared: all other modules, by their names.
-        tensors: the parameters and buffers of both, by their names.
+        tensors: the parameters and buffers of containers and shared modules, by their names.
     """
 
-    def __init__(self, model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-        layers = set(chosen.values())
-        self.around: dict[str, nn.Module] = {}
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
+        self.model, self.layers = model, layers
+        self.containers: dict[str, nn.Module] = {}
         self.shared: dict[str, nn.Module] = {}
         self.tensors: dict[str, Tensor] = {}
-        for path, module in _walk("", model, set(layers)):
-            holds = not layers.isdisjoint(module.modules())
-            (self.around if holds else self.shared)[path] = module
+        specific = set(layers.values())
+        for path, module in _walk("", model, set(specific)):
+            contains = not specific.isdisjoint(module.modules())
+            (self.containers if contains else self.shared)[path] = module
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     self.tensors[_join(path, name)] = tensor
 
-    def model_of_another_task(self, model: nn.Module) -> nn.Module:
-        """The model once more, with nothing copied but the chosen layers and what is around."""
+    def model_of_another_task(self) -> nn.Module:
+        """Return a copy of the model in which the layers and their containers alone are copied."""
         kept = (*self.shared.values(), *self.tensors.values())
-        another = copy.deepcopy(model, {id(value): value for value in kept})
-        for path, module in self.around.items():
+        another = copy.deepcopy(self.model, {id(value): value for value in kept})
+        for path, module in self.containers.items():
             own = another.get_submodule(path)
-            # The dictionaries too: what `.to()` puts into one reaches all tasks.
+            # The dictionaries too: what `.to()` assigns in one holds for all tasks.
             own._parameters, own._buffers = module._parameters, module._buffers
             own._non_persistent_buffers_set = module._non_persistent_buffers_set
         return another
 
+    def check_ties(self) -> None:
+        """Check that no parameter would have to be both shared and task-specific."""
+        known = {id(tensor): name for name, tensor in self.tensors.items()}
+        for layer, module in self.layers.items():
+            for name, parameter in module.named_parameters():
+                if id(parameter) in known:
+                    raise ValueError(
+                        f"layers: {_join(layer, name)!r} is tied to {known[id(parameter)]!r}, "
+                        f"which is outside of {layer!r}: name the layers of both, or neither, or "
+                        "untie them"
+                    )
+
+    def check_references(self) -> None:
+        """Check that no shared module refers to a module of the first task's own."""
+        shared = set(self.shared.values())
+        own = {id(module): name for name, module in self.containers.items()}
+        for layer, module in self.layers.items():
+            own |= {id(part): layer for part in module.modules() if part not in shared}
+        reached: dict[int, Any] = {id(tensor): tensor for tensor in self.tensors.values()}
+        for path, module in self.shared.items():
+            copy.deepcopy(module, reached)  # adds all that it reaches
+            if found := reached.keys() & own.keys():
+                layer = min(own[key] for key in found) or "the model"
+                raise ValueError(
+                    f"layers: {path!r} is to be shared and refers to {layer!r} by an attribute "
+                    "that is no submodule of it, so that all tasks would use the first one's: name "
+                    "it too, or remove the reference"
+                )
+
 
 def _walk(path: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by their names, except those seen before and what is in those alone."""
+    """Return all modules by their names, except those seen before and what is in those alone."""
     if module not in seen:
         seen.add(module)
         yield path, module
@@ -275,33 +307,3 @@ def _walk(path: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def _check_ties(chosen: dict[str, nn.Module], outside: _Outside) -> None:
-    """Raises where a parameter would have to be shared and each task's own."""
-    known = {id(tensor): name for name, tensor in outside.tensors.items()}
-    for layer, module in chosen.items():
-        for name, parameter in module.named_parameters():
-            if id(parameter) in known:
-                raise ValueError(
-                    f"layers: {_join(layer, name)!r} is tied to {known[id(parameter)]!r}, which "
-                    f"is outside of {layer!r}: name the layers of both, or neither, or untie them"
-                )
-
-
-def _check_references(chosen: dict[str, nn.Module], outside: _Outside) -> None:
-    """Raises where a shared module would go past the choice, to what is the first task's."""
-    shared = set(outside.shared.values())
-    own = {id(module): name for name, module in outside.around.items()}
-    for layer, module in chosen.items():
-        own |= {id(part): layer for part in module.modules() if part not in shared}
-    reached: dict[int, Any] = {id(tensor): tensor for tensor in outside.tensors.values()}
-    for path, module in outside.shared.items():
-        copy.deepcopy(module, reached)  # notes all that it meets
-        if found := reached.keys() & own.keys():
-            layer = min(own[key] for key in found) or "the model"
-            raise ValueError(
-                f"layers: {path!r} is to be shared and refers to {layer!r} by an attribute that is "
-                "no submodule of it, so that all tasks would use the first one's: name it too, or "
-                "take the reference away"
-            )

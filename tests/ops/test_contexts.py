@@ -506,9 +506,9 @@ def test_a_loss_scale_can_be_used_after_a_context(context):
         with context():
             scale = LossScale(scaler)
             inverse = scale.inverse(CPU)
-            scale.tell(overflow)
+            scale.report(overflow)
             scaler.update()
-        scale.tell(overflow)
+        scale.report(overflow)
         scaler.update()
         return inverse, scaler.get_scale()
 

@@ -30,7 +30,7 @@ def by_flag_or_host(wanted, base):
     base_step.step_if(wanted, base)
 
 
-WAYS = {"as it chooses": by_flag_or_host, "undone": base_step.step_and_undo}
+WAYS = {"as it chooses": by_flag_or_host, "rolled back": base_step.step_or_roll_back}
 
 
 def with_gradients(model, seed):
@@ -79,11 +79,11 @@ def test_who_takes_the_flag():
 def test_who_is_undone_on_the_device():
     p = list(model_of().parameters())
     capturable = torch.optim.AdamW(p, lr=0.1, capturable=True)
-    assert base_step.undoes_on_device(torch.device("cpu"), capturable)
+    assert base_step.rolls_back_on_device(torch.device("cpu"), capturable)
     groups = [{"params": p[:1], "capturable": True}, {"params": p[1:]}]
-    assert not base_step.undoes_on_device(torch.device("cpu"), torch.optim.AdamW(groups, lr=0.1))
-    assert not base_step.undoes_on_device(torch.device("cpu"), BASES["AdamW"](p))
-    assert not base_step.undoes_on_device(torch.device("cpu"), BASES["SGD"](p))
+    assert not base_step.rolls_back_on_device(torch.device("cpu"), torch.optim.AdamW(groups, lr=0.1))
+    assert not base_step.rolls_back_on_device(torch.device("cpu"), BASES["AdamW"](p))
+    assert not base_step.rolls_back_on_device(torch.device("cpu"), BASES["SGD"](p))
 
 
 def test_an_error_in_the_step_leaves_no_flag_behind():

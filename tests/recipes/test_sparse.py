@@ -65,7 +65,7 @@ def test_every_neuron_has_as_many_as_asked_for(case, seed, k, block, ties):
             module.weight.copy_(module.weight.round())
     weight, neurons = module.weight.detach().clone(), neurons_of(module, shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse, "BLOCK", block)
+        patch.setattr(sparse, "CHUNK", block)
         mask = neuron_mask(module, k)
     assert list(mask) == [module.weight]
     chosen = mask[module.weight]
