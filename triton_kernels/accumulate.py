@@ -9,12 +9,12 @@ from torch import Tensor
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.types import Layout
 from gcond_kernels.triton_kernels.memory import (
-    ALIGNED,
     NO_TENSOR,
-    at_element,
-    locate,
+    elements_of,
+    load_chunk,
+    load_float32,
     plan_of,
-    read,
+    pointers,
 )
 
 CHUNK = 2048
@@ -22,51 +22,39 @@ WARPS = 4
 
 
 @triton.jit
-def add_chunk(
-    accumulator, offset, address, kind, first, size, scale, OVERWRITE, TYPES, CHUNK, WIDE
-):
-    """Sets a piece of a segment to scale · gradient, or adds that; rounded once."""
-    lanes = tl.arange(0, CHUNK)
-    inside = True if WIDE else lanes < size - first
-    target = at_element(accumulator, offset + first, WIDE)
-    total = read(address, kind, first + lanes, inside, TYPES, WIDE) * scale
+def add_chunk(accumulator_ptr, chunk, scale, OVERWRITE, TYPES, BLOCK_SIZE, ALIGNED):
+    """Set a chunk of a segment to scale · gradient, or add that; rounded once."""
+    elements = elements_of(chunk, BLOCK_SIZE, ALIGNED)
+    target_ptr = pointers(accumulator_ptr, 0, elements)
+    offsets, mask = chunk.first + elements.offsets, elements.mask
+    total = load_float32(chunk.address, chunk.dtype_code, offsets, mask, TYPES, ALIGNED) * scale
     if not OVERWRITE:
-        total += tl.load(target + lanes, mask=inside, other=0.0).to(tl.float32)
-    tl.store(target + lanes, total.to(target.dtype.element_ty), mask=inside)
+        total += tl.load(target_ptr, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target_ptr, total.to(target_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def accumulate_kernel(
-    accumulator,  # [N'] float32 or bfloat16
-    table,  # [T, 4] int64: address, kind, offset, size
-    chunks,  # [C, 2] int32: tensor, piece
+    accumulator_ptr,  # [N'] float32 or bfloat16
+    table_ptr,  # [T, 4] int64: address, dtype code, offset, size
+    chunks_ptr,  # [C, 2] int32: tensor, number of the chunk within it
     scale,  # float32
-    scale_tensor,  # [] of any floating type; read where SCALE_TENSOR
-    SCALE_TENSOR: tl.constexpr,
+    scale_ptr,  # [] of any floating type, which replaces `scale`; or None
     OVERWRITE: tl.constexpr,
     TYPES: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    """One piece of one tensor."""
-    tensor, first = locate(chunks, CHUNK)
-    address, kind = tl.load(table + 4 * tensor), tl.load(table + 4 * tensor + 1)
-    offset, size = tl.load(table + 4 * tensor + 2), tl.load(table + 4 * tensor + 3)
-    aligned, kind = kind & ALIGNED, kind & (ALIGNED - 1)
-    if SCALE_TENSOR:
-        scale = tl.load(scale_tensor).to(tl.float32)
+    """Add one chunk of one gradient to the accumulator."""
+    chunk = load_chunk(table_ptr, chunks_ptr, BLOCK_SIZE)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr).to(tl.float32)
     # Where there is no gradient zero is written, whatever the scale is.
-    scale = tl.where(kind == NO_TENSOR, 0.0, scale)
-    if (kind != NO_TENSOR) | OVERWRITE:
-        if (aligned != 0) & (size - first >= CHUNK):
-            add_chunk(
-                accumulator, offset, address, kind, first, size, scale,
-                OVERWRITE, TYPES, CHUNK, True,
-            )  # fmt: skip
+    scale = tl.where(chunk.dtype_code == NO_TENSOR, 0.0, scale)
+    if (chunk.dtype_code != NO_TENSOR) | OVERWRITE:
+        if chunk.is_full:
+            add_chunk(accumulator_ptr, chunk, scale, OVERWRITE, TYPES, BLOCK_SIZE, True)
         else:
-            add_chunk(
-                accumulator, offset, address, kind, first, size, scale,
-                OVERWRITE, TYPES, CHUNK, False,
-            )  # fmt: skip
+            add_chunk(accumulator_ptr, chunk, scale, OVERWRITE, TYPES, BLOCK_SIZE, False)
 
 
 def accumulate(
@@ -76,19 +64,11 @@ def accumulate(
     scale: float | Tensor,
     overwrite: bool,
 ) -> None:
-    """Adds `scale · gradient` to each gradient's segment; see `gcond_kernels.ops.accumulate`."""
+    """Add `scale · gradient` to each gradient's segment; see `gcond_kernels.ops.accumulate`."""
     device = accumulator.device
-    plan = plan_of(
-        tables.keys_of(gradients),
-        layout.offsets,
-        layout.sizes,
-        accumulator.data_ptr() % tables.VECTOR_BYTES == 0,
-        CHUNK,
-        device,
-    )
+    plan = plan_of(gradients, layout, CHUNK, device, accumulator)
     if not plan.chunks.total:
         return
-    tables.keep_if_captured(plan.rows, plan.chunks.table)
     on_device = isinstance(scale, Tensor)
     with tables.guard(device):
         accumulate_kernel[(plan.chunks.total,)](
@@ -96,11 +76,10 @@ def accumulate(
             plan.rows,
             plan.chunks.table,
             1.0 if on_device else float(scale),
-            scale if on_device else accumulator,
-            SCALE_TENSOR=on_device,
+            scale if on_device else None,
             OVERWRITE=overwrite,
             TYPES=plan.types,
-            CHUNK=CHUNK,
+            BLOCK_SIZE=CHUNK,
             num_warps=WARPS,
             enable_fp_fusion=True,
         )

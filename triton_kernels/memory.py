@@ -1,12 +1,14 @@
-"""Reading and writing tensors whose address and type stand in a table.
+"""What the kernels share: tables of addresses, and access to memory in vectors of 16 bytes.
 
-`TYPES` has a bit for every type that occurs. Each of them costs one access, of which all but
-the right one are switched off for the whole program: no branch, and no bytes moved for them.
-Such a switch, unlike a mask that differs from lane to lane, leaves accesses 16 bytes wide.
+A table holds the address and the dtype code of every tensor. `TYPES` has a bit for each dtype code
+that occurs; a kernel compiles one access for each of these, and masks off all but the right one.
+Such a mask is the same for the whole program, so that it moves no bytes and keeps the access 16
+bytes wide, which a mask that differs between the elements of a vector does not.
 """
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,12 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gcond_kernels.ops import launch_tables as tables
-from gcond_kernels.ops.types import WORD_BITS as REFERENCE_BITS
+from gcond_kernels.ops import types
 
 NO_TENSOR = tl.constexpr(tables.NO_TENSOR)
-ALIGNED = tl.constexpr(tables.ALIGNED)
-WORD_BITS = tl.constexpr(REFERENCE_BITS)
+ALIGNED_BIT = tl.constexpr(tables.ALIGNED)
+WORD_BITS = tl.constexpr(types.WORD_BITS)
 VECTOR_ELEMENTS = tl.constexpr(tables.VECTOR_ELEMENTS)
+DTYPES = tl.constexpr((tl.float32, tl.bfloat16, tl.float16, tl.float64))  # of each dtype code
 
 # Addresses that travel with one launch, where no table can be copied to the device.
 ADDRESSES = 64
@@ -29,149 +32,193 @@ ADDRESS_SHIFT = 1 << 62
 SHIFT = tl.constexpr(ADDRESS_SHIFT)
 
 
-def plan_of(*arguments: Any) -> tables.Plan:
-    """`tables.plan`; while a CUDA graph is captured, also for tensors that are new to it."""
+class Storage(NamedTuple):
+    """The flat storage that a launch works on."""
+
+    accumulators_ptr: Any  # [K, N'] float32 or bfloat16
+    history_ptr: Any  # [K, N'] float32, bfloat16 or float16; or None
+    momentum_ptr: Any  # [N'] float32, or None
+    mask_ptr: Any  # [⌈N' / 32⌉] int32, a bit for each trainable element; or None
+    stride: Any  # N', int64
+
+
+class Chunk(NamedTuple):
+    """The part of a tensor that one program works on."""
+
+    tensor: Any  # the tensor's number
+    first: Any  # its first element in the chunk
+    start: Any  # where that element lies in flat storage
+    remaining: Any  # how many elements there are from it to the end of the tensor
+    address: Any  # of the tensor
+    dtype_code: Any  # of the tensor, or NO_TENSOR
+    is_full: Any  # whether no element is missing and every vector is aligned
+
+
+class Elements(NamedTuple):
+    """The elements that a device function works on."""
+
+    start: Any  # where they start in flat storage, int64
+    offsets: Any  # from there
+    mask: Any  # which of them exist
+    ALIGNED: Any  # whether every vector of them is aligned, in every row of flat storage
+
+
+def plan_of(
+    tensors: Sequence[Tensor | None] | None,
+    layout: types.Layout,
+    length: int,
+    device: torch.device,
+    *storage: Tensor | None,
+) -> tables.Plan:
+    """Return the tables of a launch over all tensors, also while a CUDA graph is captured.
+
+    Args:
+        tensors: T tensors, or None for a launch that works on flat storage alone.
+        layout: where the segment of each lies in flat storage.
+        length: elements of a chunk.
+        device: where the tables are to lie.
+        storage: the flat storage of the launch.
+    """
+    keys = tables.no_keys(len(layout.sizes)) if tensors is None else tables.keys_of(tensors)
+    arguments = (keys, *layout, tables.is_aligned(*storage), length, device)
     try:
         plan = tables.plan(*arguments)
     except tables.CaptureMissError:
-        return tables.plan_under_capture(with_addresses, *arguments)
-    if plan.rows.is_cuda:
-        load_writer(plan.rows.device)
+        plan = tables.plan_under_capture(with_addresses, *arguments)
+    else:
+        if device.type == "cuda":
+            load_writer(device)
+    tables.keep_if_captured(plan.rows, plan.chunks.table, plan.chunks.first)
     return plan
 
 
 @functools.cache
 def load_writer(device: torch.device) -> None:
-    """Loads the kernel that captures need: older drivers load none during a capture."""
+    """Load the kernel that captures need: older drivers load none during a capture."""
     with_addresses(torch.zeros((1, 4), dtype=torch.int64, device=device), (0,))
 
 
 def with_addresses(table: Tensor, addresses: tables.Addresses) -> Tensor:
-    """A copy of a plan's rows [T, 4] with these addresses, made by launches alone."""
+    """Return a copy of a table [T, 4] with these addresses, made by launches alone."""
     tensors = len(addresses)
     padded = -(-tensors // ADDRESSES) * ADDRESSES
-    rows = table.new_empty((padded, 4))
-    rows[:tensors].copy_(table)
+    copy = table.new_empty((padded, 4))
+    copy[:tensors].copy_(table)
     with tables.guard(table.device):
         for first in range(0, tensors, ADDRESSES):
             moved = [2 * a + 1 + ADDRESS_SHIFT for a in addresses[first : first + ADDRESSES]]
             moved += [1 + ADDRESS_SHIFT] * (ADDRESSES - len(moved))
-            write_addresses[(1,)](rows, first, tuple(moved), num_warps=1)
-    return rows[:tensors]
+            write_addresses[(1,)](copy, first, tuple(moved), num_warps=1)
+    return copy[:tensors]
 
 
 @triton.jit(do_not_specialize=["first"])
-def write_addresses(rows, first, addresses):
-    """Writes a tuple of addresses into the first column of rows [T, 4], from row `first` on."""
+def write_addresses(table_ptr, first, addresses):
+    """Write a tuple of addresses into the first column of a table [T, 4], from `first` on."""
     for number in tl.static_range(len(addresses)):
-        place = rows + 4 * (tl.cast(first, tl.int64) + number)
-        tl.store(place, (addresses[number] - SHIFT) >> 1)
+        entry_ptr = table_ptr + 4 * (tl.cast(first, tl.int64) + number)
+        tl.store(entry_ptr, (addresses[number] - SHIFT) >> 1)
 
 
 @triton.jit
-def locate(chunks, LENGTH: tl.constexpr):
-    """This program's tensor, and the first element of it that the program takes. Both int64."""
-    entry = chunks + 2 * tl.program_id(0).to(tl.int64)
-    return tl.load(entry).to(tl.int64), tl.load(entry + 1).to(tl.int64) * LENGTH
+def locate(chunks_ptr, BLOCK_SIZE):
+    """Return this program's tensor and the first element of its chunk, both int64."""
+    entry_ptr = chunks_ptr + 2 * tl.program_id(0).to(tl.int64)
+    return tl.load(entry_ptr).to(tl.int64), tl.load(entry_ptr + 1).to(tl.int64) * BLOCK_SIZE
 
 
 @triton.jit
-def pointer(address, dtype: tl.constexpr, WIDE: tl.constexpr):
-    """An address from a table as a pointer; `WIDE` promises that it is a vector boundary."""
-    typed = address.to(tl.pointer_type(dtype))
-    if WIDE:
-        typed = tl.multiple_of(typed, 16)
-    return typed
+def load_chunk(table_ptr, chunks_ptr, BLOCK_SIZE):
+    """Return this program's `Chunk`."""
+    tensor, first = locate(chunks_ptr, BLOCK_SIZE)
+    entry_ptr = table_ptr + 4 * tensor
+    address, code = tl.load(entry_ptr), tl.load(entry_ptr + 1)
+    start, remaining = tl.load(entry_ptr + 2) + first, tl.load(entry_ptr + 3) - first
+    is_full = ((code & ALIGNED_BIT) != 0) & (remaining >= BLOCK_SIZE)
+    return Chunk(tensor, first, start, remaining, address, code & (ALIGNED_BIT - 1), is_full)
 
 
 @triton.jit
-def at_element(base, element, WIDE: tl.constexpr):
-    """`base` moved on by `element`, an int64; `WIDE` promises that it is a vector boundary.
+def elements_of(chunk, BLOCK_SIZE, ALIGNED):
+    """Return the `Elements` of a chunk; ALIGNED for one that is full."""
+    offsets = tl.arange(0, BLOCK_SIZE)
+    mask = True if ALIGNED else offsets < chunk.remaining
+    return Elements(chunk.start, offsets, mask, ALIGNED)
 
-    The promise holds for the value made here and for no other: said of an argument it would
-    be lost when the function is inlined.
+
+@triton.jit
+def pointers(base_ptr, row_start, elements):
+    """Return pointers to elements of the row of flat storage that starts at `row_start`.
+
+    The alignment is stated of the value made here: of an argument it would be lost in inlining.
     """
-    moved = base + element
-    if WIDE:
-        moved = tl.multiple_of(moved, 16)
-    return moved
+    start_ptr = base_ptr + (row_start + elements.start)
+    if elements.ALIGNED:
+        start_ptr = tl.multiple_of(start_ptr, 16)
+    return start_ptr + elements.offsets
 
 
 @triton.jit
-def throughout(condition, at):
-    """A condition of the whole program as a mask for elements `at`.
+def uniform_mask(condition, offsets):
+    """Return a condition of the whole program as a mask of the offsets' shape.
 
-    Said this way round because Triton's interpreter spreads a comparison as an integer, which
-    is no mask; compiled it is the condition itself.
+    By `where`, because Triton's interpreter broadcasts a comparison as an integer.
     """
-    return tl.where(condition, tl.full(at.shape, 1, tl.int1), tl.full(at.shape, 0, tl.int1))
+    return tl.where(
+        condition, tl.full(offsets.shape, 1, tl.int1), tl.full(offsets.shape, 0, tl.int1)
+    )
 
 
 @triton.jit
-def trained(mask, start, group, within, inside):
-    """Whether elements `start + group + within` of a row are trained, of a mask [N' / 32].
+def trainable_bits(mask_ptr, start, vectors, within, mask):
+    """Return the trainable mask's bits of elements `start + vectors + within`.
 
-    One word is loaded for each element of `group`, and holds the bits of all of `within`.
+    One word is loaded for each of `vectors` and must hold the bits of all of `within`.
     """
-    bit = (start % WORD_BITS).to(tl.uint32) + group
-    word = tl.load(mask + start // WORD_BITS + bit // WORD_BITS, mask=inside, other=0)
+    bit = (start % WORD_BITS).to(tl.uint32) + vectors
+    word = tl.load(mask_ptr + start // WORD_BITS + bit // WORD_BITS, mask=mask, other=0)
     return (word >> (bit % WORD_BITS + within)) & 1 != 0
 
 
 @triton.jit
-def trained_of_piece(mask, start, at, inside, LENGTH: tl.constexpr, WIDE: tl.constexpr):
-    """Which of the elements `start + at` are trained, `at` those of a piece."""
-    if WIDE:
-        # From a vector boundary on, the elements of a vector have their bits in one word.
-        group = tl.arange(0, LENGTH // VECTOR_ELEMENTS)[:, None] * VECTOR_ELEMENTS
+def trainable_elements(mask_ptr, elements):
+    """Return which elements of a chunk are trainable."""
+    if elements.ALIGNED:  # then the elements of a vector have their bits in one word
+        COUNT: tl.constexpr = elements.offsets.shape[0]
+        vectors = tl.arange(0, COUNT // VECTOR_ELEMENTS)[:, None] * VECTOR_ELEMENTS
         within = tl.arange(0, VECTOR_ELEMENTS)[None, :]
-        kept = trained(mask, start, group, within, True).reshape(LENGTH)
+        bits = trainable_bits(mask_ptr, elements.start, vectors, within, True).reshape(COUNT)
     else:
-        kept = trained(mask, start, at, 0, inside)
-    return kept
+        bits = trainable_bits(mask_ptr, elements.start, elements.offsets, 0, elements.mask)
+    return bits
 
 
 @triton.jit
-def read(address, kind, at, inside, TYPES: tl.constexpr, WIDE: tl.constexpr):
-    """Elements `at` as float32; zero where not `inside` and where there is no tensor."""
-    value = tl.zeros(at.shape, tl.float32)
-    if TYPES & 1:
-        of_type = inside & throughout(kind == 0, at)
-        value += tl.load(pointer(address, tl.float32, WIDE) + at, mask=of_type, other=0.0)
-    if TYPES & 2:
-        of_type = inside & throughout(kind == 1, at)
-        half = tl.load(pointer(address, tl.bfloat16, WIDE) + at, mask=of_type, other=0.0)
-        value += half.to(tl.float32)
-    if TYPES & 4:
-        of_type = inside & throughout(kind == 2, at)
-        half = tl.load(pointer(address, tl.float16, WIDE) + at, mask=of_type, other=0.0)
-        value += half.to(tl.float32)
-    if TYPES & 8:
-        of_type = inside & throughout(kind == 3, at)
-        double = tl.load(pointer(address, tl.float64, WIDE) + at, mask=of_type, other=0.0)
-        value += double.to(tl.float32)
-    return value
+def typed_pointer(address, dtype, ALIGNED):
+    """Return an address as a pointer; ALIGNED states that it is a vector boundary."""
+    typed_ptr = address.to(tl.pointer_type(dtype))
+    if ALIGNED:
+        typed_ptr = tl.multiple_of(typed_ptr, 16)
+    return typed_ptr
 
 
 @triton.jit
-def write(address, kind, at, value, inside, TYPES: tl.constexpr, WIDE: tl.constexpr):
-    """Writes float32 values to elements `at`, rounded to the tensor's own type."""
-    if TYPES & 1:
-        tl.store(
-            pointer(address, tl.float32, WIDE) + at, value, mask=inside & throughout(kind == 0, at)
-        )
-    if TYPES & 2:
-        half = value.to(tl.bfloat16)
-        tl.store(
-            pointer(address, tl.bfloat16, WIDE) + at, half, mask=inside & throughout(kind == 1, at)
-        )
-    if TYPES & 4:
-        half = value.to(tl.float16)
-        tl.store(
-            pointer(address, tl.float16, WIDE) + at, half, mask=inside & throughout(kind == 2, at)
-        )
-    if TYPES & 8:
-        double = value.to(tl.float64)
-        tl.store(
-            pointer(address, tl.float64, WIDE) + at, double, mask=inside & throughout(kind == 3, at)
-        )
+def load_float32(address, dtype_code, offsets, mask, TYPES, ALIGNED):
+    """Return elements of a tensor as float32; zeros outside the mask and where there is none."""
+    values = tl.zeros(offsets.shape, tl.float32)
+    for code in tl.static_range(4):
+        if (TYPES >> code) & 1:
+            source_ptr = typed_pointer(address, DTYPES[code], ALIGNED)
+            selected = mask & uniform_mask(dtype_code == code, offsets)
+            values += tl.load(source_ptr + offsets, mask=selected, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def store_float32(values, address, dtype_code, offsets, mask, TYPES, ALIGNED):
+    """Write float32 values to elements of a tensor, rounded to its dtype."""
+    for code in tl.static_range(4):
+        if (TYPES >> code) & 1:
+            target_ptr = typed_pointer(address, DTYPES[code], ALIGNED)
+            selected = mask & uniform_mask(dtype_code == code, offsets)
+            tl.store(target_ptr + offsets, values.to(DTYPES[code]), mask=selected)

@@ -29,21 +29,21 @@ class Case:
     """One variant of one kernel, as a launch would have it.
 
     Attributes:
-        room: module of the kernel, in `gcond_kernels.triton_kernels`.
+        module: of the kernel, in `gcond_kernels.triton_kernels`.
         kernel: its name.
         arguments: name → Triton type. Pointers are taken to be divisible by 16, as the launcher
             finds them to be.
-        constants: the constexpr arguments.
+        constants: the constexpr arguments, and the pointers that are None.
         warps: per program.
         loads: bytes that a thread of the main body loads at least 16 at a time; None: not said.
         stores: the same for stores.
         fused: whether multiplications and additions are fused.
     """
 
-    room: str
+    module: str
     kernel: str
     arguments: dict[str, str]
-    constants: dict[str, int | bool]
+    constants: dict[str, int | bool | None]
     warps: int
     loads: int | None = None
     stores: int | None = None
@@ -51,9 +51,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        types = [self.arguments[a][1:] for a in ("accumulator", "accumulators", "history") if
-                 a in self.arguments]  # fmt: skip
-        options = [f"{key}={int(value)}" for key, value in self.constants.items()]
+        stored = ("accumulator_ptr", "accumulators_ptr", "history_ptr")
+        types = [self.arguments[name][1:] for name in stored if name in self.arguments]
+        options = [
+            f"{key}={value if value is None else int(value)}"
+            for key, value in self.constants.items()
+        ]
         return f"{self.kernel}[{','.join(types + options)}]"
 
 
@@ -79,6 +82,12 @@ class Finding:
     narrow_products: int
 
 
+def given(**arguments: str | None) -> tuple[dict[str, str], dict[str, None]]:
+    """Return arguments by name, and the pointers that are None, which are constants."""
+    present = {name: dtype for name, dtype in arguments.items() if dtype is not None}
+    return present, {name: None for name, dtype in arguments.items() if dtype is None}
+
+
 def accumulate_cases() -> Iterator[Case]:
     from gcond_kernels.triton_kernels.accumulate import CHUNK, WARPS
 
@@ -88,21 +97,22 @@ def accumulate_cases() -> Iterator[Case]:
             if by_tensor and grads != ["bf16"]:
                 continue
             kept = 0 if overwrite else BYTES[row]
+            arguments, absent = given(
+                accumulator_ptr=f"*{row}",
+                table_ptr="*i64",
+                chunks_ptr="*i32",
+                scale="fp32",
+                scale_ptr="*fp32" if by_tensor else None,
+            )
             yield Case(
                 "accumulate",
                 "accumulate_kernel",
+                arguments,
                 {
-                    "accumulator": f"*{row}",
-                    "table": "*i64",
-                    "chunks": "*i32",
-                    "scale": "fp32",
-                    "scale_tensor": "*fp32",
-                },
-                {
-                    "SCALE_TENSOR": bool(by_tensor),
+                    **absent,
                     "OVERWRITE": bool(overwrite),
                     "TYPES": sum(TYPES[g] for g in grads),
-                    "CHUNK": CHUNK,
+                    "BLOCK_SIZE": CHUNK,
                 },
                 WARPS,
                 loads=each * (kept + sum(BYTES[g] for g in grads)),
@@ -111,7 +121,7 @@ def accumulate_cases() -> Iterator[Case]:
 
 
 def gramian_cases() -> Iterator[Case]:
-    from gcond_kernels.triton_kernels.gramian import SUM_BLOCK, SUM_WARPS, WARPS, vector_elements
+    from gcond_kernels.triton_kernels.gramian import WARPS, vector_elements
 
     # K, accumulators, history, momentum, mask
     variants = [(K, "fp32", "bf16", 0, 0) for K in range(1, 9)]
@@ -121,80 +131,87 @@ def gramian_cases() -> Iterator[Case]:
     variants += [(K, "bf16", "bf16", 1, 0) for K in (5, 8)] + [(8, "fp32", "fp32", 0, 0)]
     variants += [(2, "fp32", None, 0, 1), (4, "bf16", "bf16", 0, 1), (8, "bf16", "fp32", 1, 1)]
     for K, row, history, momentum, mask in variants:
-        rows, crosses = K + momentum, 0 if history is None else K * K
-        products = rows * (rows + 1) // 2 + crosses
+        R, crosses = K + momentum, 0 if history is None else K * K
+        products = R * (R + 1) // 2 + crosses
         vector = vector_elements(products)
-        # Rows of two bytes are read 16 bytes at a time only where a thread holds eight elements.
+        # Two-byte dtypes are read 16 bytes at a time only where a thread holds eight elements.
         wide = [b for b in [BYTES[row]] * K + [4] * momentum if b * vector >= 16]
         wide += [BYTES[history]] * K if history and BYTES[history] * vector >= 16 else []
+        arguments, absent = given(
+            accumulators_ptr=f"*{row}",
+            history_ptr=history and f"*{history}",
+            momentum_ptr="*fp32" if momentum else None,
+            mask_ptr="*i32" if mask else None,
+            table_ptr="*i64",
+            chunks_ptr="*i32",
+            partials_ptr="*fp32",
+            stride="i64",
+            chunk_count="i32",
+        )
+        sizes = {"BLOCK_SIZE": 32768, "LANES": 32 * WARPS, "VECTOR": vector}
         yield Case(
             "gramian",
             "products_kernel",
-            {
-                "accumulators": f"*{row}",
-                "history": f"*{history or row}",
-                "momentum": "*fp32",
-                "mask": "*i32",
-                "table": "*i64",
-                "chunks": "*i32",
-                "partials": "*fp32",
-                "stride": "i64",
-                "chunk_count": "i32",
-            },
-            {
-                "K": K,
-                "HISTORY": int(history is not None),
-                "MOMENTUM": momentum,
-                "MASK": bool(mask),
-                "LENGTH": 32768,
-                "LANES": 32 * WARPS,
-                "VECTOR": vector,
-            },
+            arguments,
+            {**absent, "K": K, **sizes},
             WARPS,
             loads=vector * sum(wide),
         )
+    yield from list_product_cases()
+    yield from sum_cases()
+
+
+def list_product_cases() -> Iterator[Case]:
+    from gcond_kernels.triton_kernels.gramian import WARPS
+
     for lists, types in ((1, 1), (1, 2), (1, 15), (2, 1), (2, 3)):
         bytes_each = sum(BYTES[name] for name, bit in TYPES.items() if types & bit)
+        arguments, _ = given(
+            table_ptr="*i64",
+            chunks_ptr="*i32",
+            partials_ptr="*fp32",
+            tensors="i32",
+            chunk_count="i32",
+        )
+        sizes = {"BLOCK_SIZE": 4096, "LANES": 32 * WARPS, "VECTOR": 8}
         yield Case(
             "gramian",
             "list_products_kernel",
-            {
-                "table": "*i64",
-                "chunks": "*i32",
-                "partials": "*fp32",
-                "tensors": "i32",
-                "chunk_count": "i32",
-            },
-            {
-                "LISTS": lists,
-                "TYPES": types,
-                "LENGTH": 4096,
-                "LANES": 32 * WARPS,
-                "VECTOR": 8,
-            },
+            arguments,
+            {"LISTS": lists, "TYPES": types, **sizes},
             WARPS,
             loads=8 * lists * bytes_each,
         )
-    for K, rows, scaled in ((2, 2, True), (8, 9, True), (2, 2, False)):
-        yield Case(
-            "gramian",
-            "sum_kernel",
-            dict.fromkeys(("scale", "history_scale", "per_tensor", "gramian"), "*fp64")
-            | {"cross": "*fp64", "cross_per_tensor": "*fp64"}
-            | {"partials": "*fp32", "first": "*i32", "tensors": "i32", "chunk_count": "i32"},
-            {"K": K, "ROWS": rows, "SCALED": scaled, "BLOCK": SUM_BLOCK},
-            SUM_WARPS,
-            fused=False,
+
+
+def sum_cases() -> Iterator[Case]:
+    from gcond_kernels.triton_kernels.gramian import SUM_BLOCK, SUM_WARPS
+
+    for K, R, scaled, crossed in (
+        (2, 2, True, True),
+        (8, 9, True, True),
+        (3, 4, True, False),
+        (2, 2, False, False),
+    ):
+        arguments, absent = given(
+            partials_ptr="*fp32",
+            first_ptr="*i32",
+            scale_ptr="*fp64" if scaled else None,
+            history_scale_ptr="*fp64" if crossed else None,
+            total_ptr="*fp64",
+            cross_ptr="*fp64" if crossed else None,
+            per_tensor_ptr="*fp64",
+            cross_per_tensor_ptr="*fp64" if crossed else None,
+            tensors="i32",
+            chunk_count="i32",
         )
+        constants = {**absent, "K": K, "R": R, "BLOCK_SIZE": SUM_BLOCK}
+        yield Case("gramian", "sum_kernel", arguments, constants, SUM_WARPS, fused=False)
 
 
 def arbitrate_cases() -> Iterator[Case]:
     from gcond_kernels.triton_kernels.arbitrate import warps_for
 
-    states = ("gramian", "cross", "scale", "norm_ema", "history_gramian", "history_rows")
-    arguments = dict.fromkeys(
-        (*states, "history_scale", "settings", "weights", "rows", "events"), "*fp64"
-    ) | {"winners": "*i64", "finite": "*i1", "max_iterations": "i32"}
     for K, window, smooth, rest in (
         (1, 3, True, True),
         (2, 3, True, True),
@@ -205,9 +222,30 @@ def arbitrate_cases() -> Iterator[Case]:
         (32, 5, True, True),
         (64, 3, True, True),
     ):
+        arguments, absent = given(
+            gramian_ptr="*fp64",
+            cross_ptr="*fp64" if rest else None,
+            scale_ptr="*fp64",
+            norm_ema_ptr="*fp64",
+            winners_ptr="*i64",
+            history_gramian_ptr="*fp64",
+            history_coefficients_ptr="*fp64",
+            history_scale_ptr="*fp64",
+            settings_ptr="*fp64",
+            weights_ptr="*fp64",
+            coefficients_ptr="*fp64",
+            events_ptr="*fp64",
+            finite_ptr="*i1",
+            max_iterations="i32",
+        )
         power = 1 << (K - 1).bit_length()
-        constants = {"K": K, "KP": power, "WINDOW": window, "WP": 8 if window > 4 else 4}
-        constants |= {"CROSS": rest, "CAP": rest, "SMOOTH": smooth, "RESOLVED": rest}
+        blocks = {
+            "K": K,
+            "BLOCK_K": power,
+            "WINDOW": window,
+            "BLOCK_WINDOW": 8 if window > 4 else 4,
+        }
+        constants = {**absent, **blocks, "CAP": rest, "SMOOTH": smooth, "RESOLVED": rest}
         yield Case(
             "arbitrate", "arbitrate_kernel", arguments, constants, warps_for(power), fused=False
         )
@@ -217,84 +255,76 @@ def combine_cases() -> Iterator[Case]:
     from gcond_kernels.triton_kernels.combine import CHUNK, MOST_UNROLLED, WARPS
 
     each = CHUNK // (32 * WARPS)
-    double = ("weights", "scale", "factors", "clipping", "settings")
     variants = [
-        # K, accumulators, history, momentum, mask, outputs, clipped, signs
-        *[(K, "fp32", "bf16", 1, 0, ["fp32"], 1, 0) for K in range(1, 9)],
-        *[(K, "fp32", "bf16", 1, 1, ["fp32"], 1, 0) for K in (1, 2, 5, 8)],
-        (2, "fp32", "bf16", 0, 0, ["fp32"], 0, 0),
-        (2, "fp32", None, 0, 0, ["bf16"], 0, 0),
-        (2, "fp32", None, 0, 1, ["fp32"], 0, 0),
-        (2, "fp32", "bf16", 1, 0, ["bf16", "fp32"], 0, 1),
-        (3, "bf16", "bf16", 1, 0, ["bf16"], 0, 0),
-        (3, "bf16", "bf16", 1, 1, ["bf16"], 0, 1),
-        (2, "fp32", "fp32", 0, 0, list(TYPES), 0, 0),
-        (2, "fp32", "fp16", 0, 0, ["fp16"], 0, 0),
-        (8, "fp32", "bf16", 0, 0, list(TYPES), 1, 0),
-        (8, "bf16", "bf16", 0, 1, list(TYPES), 1, 0),
-        (11, "fp32", "bf16", 1, 0, ["fp32"], 0, 0),
-        (11, "fp32", "bf16", 1, 1, ["fp32"], 0, 0),
+        # K, accumulators, history, momentum, mask, outputs, clipped
+        *[(K, "fp32", "bf16", 1, 0, ["fp32"], 1) for K in range(1, 9)],
+        *[(K, "fp32", "bf16", 1, 1, ["fp32"], 1) for K in (1, 2, 5, 8)],
+        (2, "fp32", "bf16", 0, 0, ["fp32"], 0),
+        (2, "fp32", None, 0, 0, ["bf16"], 0),
+        (2, "fp32", None, 0, 1, ["fp32"], 0),
+        (2, "fp32", "bf16", 1, 0, ["bf16", "fp32"], 0),
+        (3, "bf16", "bf16", 1, 0, ["bf16"], 0),
+        (3, "bf16", "bf16", 1, 1, ["bf16"], 0),
+        (2, "fp32", "fp32", 0, 0, list(TYPES), 0),
+        (2, "fp32", "fp16", 0, 0, ["fp16"], 0),
+        (8, "fp32", "bf16", 0, 0, list(TYPES), 1),
+        (8, "bf16", "bf16", 0, 1, list(TYPES), 1),
+        (11, "fp32", "bf16", 1, 0, ["fp32"], 0),
+        (11, "fp32", "bf16", 1, 1, ["fp32"], 0),
     ]
-    for K, row, history, momentum, mask, outputs, clipped, signs in variants:
+    for K, row, history, momentum, mask, outputs, clipped in variants:
         read = K * BYTES[row] + 4 * momentum
         written = sum(BYTES[o] for o in outputs) + 4 * momentum
         written += K * BYTES[history] if history else 0
+        arguments, absent = given(
+            accumulators_ptr=f"*{row}",
+            history_ptr=history and f"*{history}",
+            momentum_ptr="*fp32" if momentum else None,
+            mask_ptr="*i32" if mask else None,
+            table_ptr="*i64",
+            chunks_ptr="*i32",
+            weights_ptr="*fp64",
+            scale_ptr="*fp64",
+            finite_ptr="*i1",
+            factors_ptr="*fp64" if momentum or clipped else None,
+            clipping_ptr="*fp64" if clipped else None,
+            settings_ptr="*fp64",
+            weight_stride="i32",
+            stride="i64",
+        )
+        # In a loop that is not unrolled each instruction stands once for all tasks.
+        unrolled = K <= MOST_UNROLLED.value
         yield Case(
             "combine",
             "combine_kernel",
-            dict.fromkeys(double, "*fp64")
-            | {
-                "accumulators": f"*{row}",
-                "history": f"*{history or row}",
-                "momentum": "*fp32",
-                "mask": "*i32",
-                "table": "*i64",
-                "chunks": "*i32",
-                "finite": "*i1",
-                "weight_stride": "i32",
-                "stride": "i64",
-            },
-            {
-                "K": K,
-                "MOST_UNROLLED": MOST_UNROLLED,
-                "HISTORY": history is not None,
-                "MOMENTUM": bool(momentum),
-                "MASK": bool(mask),
-                "FACTORS": bool(momentum or signs or clipped),
-                "CLIP": bool(clipped),
-                "SIGNS": bool(signs),
-                "TYPES": sum(TYPES[o] for o in outputs),
-                "CHUNK": CHUNK,
-            },
+            arguments,
+            {**absent, "K": K, "TYPES": sum(TYPES[o] for o in outputs), "BLOCK_SIZE": CHUNK},
             WARPS,
-            # In a loop that is not unrolled each instruction stands once for all rows.
-            loads=each * read if K <= MOST_UNROLLED else None,
-            stores=each * written if K <= MOST_UNROLLED else None,
+            loads=each * read if unrolled else None,
+            stores=each * written if unrolled else None,
         )
-    for K, momentum, norms, signs in (
-        (2, 1, False, False),
-        (2, 1, True, True),
-        (8, 0, True, False),
-    ):
-        names = ("per_tensor", "weights", "parameter_norms", "settings", "factors", "squares")
-        yield Case(
-            "combine",
-            "factor_kernel",
-            dict.fromkeys(names, "*fp64")
-            | {"table": "*i64", "finite": "*i1", "momentum_steps": "*i64", "weight_stride": "i32"},
-            {"K": K, "RP": 4 if K == 2 else 8, "MOMENTUM": momentum, "NORMS": norms,
-             "SIGNS": signs},
-            1,
-            fused=False,
-        )  # fmt: skip
-    yield Case(
-        "combine",
-        "clipping_kernel",
-        {"squares": "*fp64", "settings": "*fp64", "clipping": "*fp64", "tensors": "i32"},
-        {"BLOCK": 1024},
-        4,
-        fused=False,
+    yield from factor_cases()
+
+
+def factor_cases() -> Iterator[Case]:
+    for K, momentum, clipped in ((2, True, False), (2, True, True), (8, False, True)):
+        arguments, absent = given(
+            table_ptr="*i64",
+            per_tensor_ptr="*fp64" if clipped else None,
+            weights_ptr="*fp64",
+            finite_ptr="*i1",
+            steps_ptr="*i64" if momentum else None,
+            settings_ptr="*fp64",
+            factors_ptr="*fp64",
+            squares_ptr="*fp64" if clipped else None,
+            weight_stride="i32",
+        )
+        constants = {**absent, "K": K, "BLOCK_R": 4 if K == 2 else 8}
+        yield Case("combine", "factor_kernel", arguments, constants, 1, fused=False)
+    arguments, _ = given(
+        squares_ptr="*fp64", settings_ptr="*fp64", clipping_ptr="*fp64", tensors="i32"
     )
+    yield Case("combine", "clipping_kernel", arguments, {"BLOCK_SIZE": 1024}, 4, fused=False)
 
 
 def graddrop_cases() -> Iterator[Case]:
@@ -315,30 +345,30 @@ def graddrop_cases() -> Iterator[Case]:
         (11, "bf16", 1, 1, ["bf16"]),
     ]
     for K, row, momentum, mask, outputs in variants:
+        arguments, absent = given(
+            accumulators_ptr=f"*{row}",
+            momentum_ptr="*fp32" if momentum else None,
+            mask_ptr="*i32" if mask else None,
+            table_ptr="*i64",
+            chunks_ptr="*i32",
+            scale_ptr="*fp64",
+            finite_ptr="*i1",
+            counter_ptr="*i64",
+            factors_ptr="*fp64" if momentum else None,
+            settings_ptr="*fp64",
+            leak="fp32",
+            seed="i64",
+            first="i64",
+            stride="i64",
+        )
+        unrolled = K <= MOST_UNROLLED.value
         yield Case(
             "graddrop",
             "graddrop_kernel",
-            dict.fromkeys(("scale", "factors", "settings"), "*fp64")
-            | dict.fromkeys(("table", "draws"), "*i64")
-            | dict.fromkeys(("mask", "chunks"), "*i32")
-            | dict.fromkeys(("seed", "first_place", "stride"), "i64")
-            | {
-                "accumulators": f"*{row}",
-                "momentum": "*fp32",
-                "finite": "*i1",
-                "leak": "fp32",
-            },
-            {
-                "K": K,
-                "MOST_UNROLLED": MOST_UNROLLED,
-                "MOMENTUM": bool(momentum),
-                "MASK": bool(mask),
-                "TYPES": sum(TYPES[o] for o in outputs),
-                "CHUNK": CHUNK,
-            },
+            arguments,
+            {**absent, "K": K, "TYPES": sum(TYPES[o] for o in outputs), "BLOCK_SIZE": CHUNK},
             WARPS,
-            # In loops that are not unrolled each instruction stands once for all rows.
-            loads=each * (K * BYTES[row] + 4 * momentum) if K <= MOST_UNROLLED else None,
+            loads=each * (K * BYTES[row] + 4 * momentum) if unrolled else None,
             stores=each * (sum(BYTES[o] for o in outputs) + 4 * momentum),
             fused=False,
         )
@@ -381,7 +411,7 @@ def compile_case(case: Case, target: str) -> Finding:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(import_module(f"gcond_kernels.triton_kernels.{case.room}"), case.kernel)
+    kernel = getattr(import_module(f"gcond_kernels.triton_kernels.{case.module}"), case.kernel)
     names = list(inspect.signature(kernel.fn).parameters)
     assert set(names) == {*case.arguments, *case.constants}, case.name
     divisible = [n for n, t in case.arguments.items() if t.startswith("*")]
