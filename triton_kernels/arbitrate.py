@@ -34,8 +34,10 @@ class Problem(NamedTuple):
     X: Any  # [K, K], the cross-Gramian with the last step's gradients
     norms: Any  # [K], of the gradients
     average: Any  # [K], the moving averages of the norms
-    history_S: Any  # [K, K], the Gramian of the last step
-    history_C: Any  # [K, K], the coefficients of the history in the last step's gradients
+    history_gramian: Any  # [K, K], the Gramian of the last step
+    history_coefficients: (
+        Any  # [K, K], the coefficients of the history in the last step's gradients
+    )
 
 
 @triton.jit
@@ -120,10 +122,10 @@ def moving_average(old, norms, active, settings_ptr):
 @triton.jit
 def stability(C, problem, square, task):
     """Return max(0, cos(g̃, h)) of a gradient and its history (eq. 7); 0 where h is rounding."""
-    h = row_of(problem.history_C, task)
+    h = row_of(problem.history_coefficients, task)
     along_h = tl.sum(problem.X * h[None, :], axis=1)
-    squared_h = tl.sum(tl.sum(problem.history_S * h[None, :], axis=1) * h, axis=0)
-    largest = tl.sum(tl.abs(h) * tl.sqrt(diagonal_of(problem.history_S)), axis=0)
+    squared_h = tl.sum(tl.sum(problem.history_gramian * h[None, :], axis=1) * h, axis=0)
+    largest = tl.sum(tl.abs(h) * tl.sqrt(diagonal_of(problem.history_gramian)), axis=0)
     product = tl.sum(row_of(C, task) * along_h, axis=0)
     lengths = square * squared_h
     comparable = (squared_h > largest * largest * RESIDUE) & (lengths > 0.0)
@@ -291,7 +293,6 @@ def arbitrate_kernel(  # noqa: PLR0913 - a kernel's launch takes no objects
     i, j = index[:, None], index[None, :]
     vector_mask, matrix_mask = index < K, (i < K) & (j < K)
     vector, matrix = entry * K + index, entry * K * K + i * K + j
-    winners_ptr += entry * WINDOW
 
     # What is not finite is decided on as if there were no task at all, and no state is written.
     S = tl.load(gramian_ptr + matrix, mask=matrix_mask, other=0.0)
@@ -302,12 +303,13 @@ def arbitrate_kernel(  # noqa: PLR0913 - a kernel's launch takes no objects
     norms = tl.sqrt(diagonal_of(S))
     average = tl.load(norm_ema_ptr + vector, mask=vector_mask, other=0.0)
     average = moving_average(average, norms, active, settings_ptr)
-    history_S = tl.load(history_gramian_ptr + matrix, mask=matrix_mask, other=0.0)
-    history_C = tl.load(history_coefficients_ptr + matrix, mask=matrix_mask, other=0.0)
+    past_gramian = tl.load(history_gramian_ptr + matrix, mask=matrix_mask, other=0.0)
+    past = tl.load(history_coefficients_ptr + matrix, mask=matrix_mask, other=0.0)
     X = tl.zeros([BLOCK_K, BLOCK_K], tl.float64)
     if cross_ptr is not None:
         X = tl.load(cross_ptr + matrix, mask=matrix_mask, other=0.0)
-    recent = tl.load(winners_ptr + place, mask=place < WINDOW, other=-1)
+    problem = Problem(S, X, norms, average, past_gramian, past)
+    recent = tl.load(winners_ptr + entry * WINDOW + place, mask=place < WINDOW, other=-1)
     own = tl.where(active, 1.0, 0.0).to(tl.float64)
     if CAP:
         cap = tl.load(settings_ptr + NORM_CAP)
@@ -315,7 +317,7 @@ def arbitrate_kernel(  # noqa: PLR0913 - a kernel's launch takes no objects
 
     C, recent, count = resolve_conflicts(
         own,
-        Problem(S, X, norms, average, history_S, history_C),
+        problem,
         recent,
         events_ptr + entry * 5 * max_iterations,
         max_iterations,
@@ -331,7 +333,7 @@ def arbitrate_kernel(  # noqa: PLR0913 - a kernel's launch takes no objects
     tl.debug_barrier()
     tl.store(norm_ema_ptr + vector, average, mask=vector_mask & uniform_mask(is_finite, index))
     if WINDOW > 0:
-        store_winners(winners_ptr, recent, count, is_finite, WINDOW)
+        store_winners(winners_ptr + entry * WINDOW, recent, count, is_finite, WINDOW)
     both_active = active[:, None] & active[None, :]
     tl.store(history_gramian_ptr + matrix, S, mask=matrix_mask & both_active)
     kept = tl.where(i == j, 1.0, 0.0).to(tl.float64)

@@ -293,7 +293,7 @@ def combine_cases() -> Iterator[Case]:
             stride="i64",
         )
         # In a loop that is not unrolled each instruction stands once for all tasks.
-        unrolled = K <= MOST_UNROLLED.value
+        unrolled = MOST_UNROLLED.value >= K
         yield Case(
             "combine",
             "combine_kernel",
@@ -361,7 +361,7 @@ def graddrop_cases() -> Iterator[Case]:
             first="i64",
             stride="i64",
         )
-        unrolled = K <= MOST_UNROLLED.value
+        unrolled = MOST_UNROLLED.value >= K
         yield Case(
             "graddrop",
             "graddrop_kernel",
