@@ -52,9 +52,10 @@ class Update(NamedTuple):
 @triton.jit
 def add_task(total, task, storage, update, elements):
     """Return total + weight · accumulator; of an active task keep the accumulator as history."""
-    scale = tl.load(update.scale_ptr + task)
-    active = (scale != 0.0) & update.is_finite
-    weight = (tl.load(update.weights_ptr + task) * scale * update.fresh).to(tl.float32)
+    scale_ptr = update.scale_ptr + task
+    active = (tl.load(scale_ptr) != 0.0) & update.is_finite
+    weight = tl.load(update.weights_ptr + task) * tl.load(scale_ptr)
+    weight = (weight * update.fresh).to(tl.float32)
     weighted = (weight != 0.0) & update.is_finite
     needed = weighted
     if storage.history_ptr is not None:

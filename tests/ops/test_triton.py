@@ -166,9 +166,8 @@ def test_a_piece_beyond_2_31_elements():
     plan = tables.plan(tables.keys_of([gradient]), (0,), (size,), True, accumulating.CHUNK, HERE)
     last = plan.chunks.table[-2:].contiguous()  # the others would take the interpreter hours
     accumulating.accumulate_kernel[(2,)](
-        row, plan.rows, last, 1.0, row, SCALE_TENSOR=False, OVERWRITE=True, TYPES=plan.types,
-        CHUNK=accumulating.CHUNK,
-    )  # fmt: skip
+        row, plan.rows, last, 1.0, None, True, plan.types, accumulating.CHUNK
+    )
     assert torch.equal(row[-3000:], gradient[-3000:])
 
 
