@@ -16,9 +16,12 @@ KILLS = 20
 # No multiple of a window's length or of the distance of checkpoints: the run ends inside a window.
 UNTIL = 1201
 
-pytestmark = pytest.mark.skipif(
-    "forkserver" not in multiprocessing.get_all_start_methods(), reason="there is no fork here"
-)
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(
+        "forkserver" not in multiprocessing.get_all_start_methods(), reason="there is no fork here"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def processes():
     """Makes processes by forking one that has only made the imports, which take seconds."""
     context = multiprocessing.get_context("forkserver")
     # The first optimizer that is made imports torch._dynamo.
-    context.set_forkserver_preload(["torch._dynamo", "pytest", "training_process"])
+    context.set_forkserver_preload(["torch._dynamo", "pytest", "tests.helpers.training_process"])
     return context
 
 

@@ -27,6 +27,7 @@ def run(ranks, *options):
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 def test_it_learns_and_goes_on_from_its_checkpoint(tmp_path):
     first = run(2, "--steps", "20", "--checkpoint", str(tmp_path))
     assert first.count("the same on 2 ranks") == 3

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from gcond_kernels import ops
-from tests.helpers import training_ranks as t
+from tests.helpers import distributed_training as t
 from tests.helpers.ranks import Ranks
 
 GPUS = min(4, torch.cuda.device_count()) if torch.cuda.is_available() else 0
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.distributed,
     pytest.mark.skipif(GPUS < 2, reason=f"it takes two GPUs, there are {GPUS}"),
 ]
 
@@ -24,28 +25,20 @@ def ranks(tmp_path_factory, request):
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("options", [{"max_norm": 0.5}, {"mode": "stochastic"}])
-@pytest.mark.parametrize("way", ["shard", "replicate", "fsdp"])
-def test_ranks_decide_alike_and_as_one_process_that_sees_all(ranks, way, options, backend):
+@pytest.mark.parametrize("parallelism", [*t.STRATEGIES, "fsdp"])
+def test_ranks_decide_as_one_process_that_sees_all_data(ranks, parallelism, options, backend):
     reason = ops.unavailable(backend, torch.device("cuda:0"))
     if reason:
         pytest.skip(f"{backend}: {reason}")
-    said = ranks(t.train, way, {**options, "backend": backend})
-    for parameters, decisions in said:
-        assert all(torch.equal(parameters[name], said[0][0][name]) for name in parameters)
-        assert decisions == said[0][1]
-    alone, _ = t.train_alone(GPUS, options)
-    for name, parameter in alone.items():
-        # Other matrix products than the CPU's, carried on over 20 steps.
-        torch.testing.assert_close(said[0][0][name], parameter, rtol=0, atol=1e-3, msg=name)
+    parameters, _ = t.of_all(ranks(t.train, parallelism, {**options, "backend": backend}))
+    # Other matrix products than the CPU's, carried on over 20 steps.
+    t.assert_close(parameters, t.train_alone(GPUS, options)[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("way", ["shard", "replicate"])
-def test_unlike_numbers_of_micro_batches(ranks, way):
-    per_rank = [[2, 3, 0, 1][:GPUS], [0, 3, 1, 1][:GPUS], [3, 0, 2, 2][:GPUS]]
-    said = ranks(t.short_windows, way, per_rank)
-    alone, micro_batches = t.short_windows_alone(per_rank)
-    for parameters, counts in said:
-        assert counts == micro_batches
-        for name, parameter in alone.items():
-            assert torch.equal(parameters[name], said[0][0][name])
-            torch.testing.assert_close(parameters[name], parameter, rtol=0, atol=1e-3, msg=name)
+@pytest.mark.parametrize("strategy", t.STRATEGIES)
+def test_other_numbers_of_micro_batches(ranks, strategy):
+    counts = [[2, 3, 0, 1][:GPUS], [0, 3, 1, 1][:GPUS], [3, 0, 2, 2][:GPUS]]
+    parameters, decisions = t.of_all(ranks(t.train, strategy, None, None, counts))
+    alone, decisions_alone = t.train_alone(GPUS, counts=counts)
+    assert decisions[-1].micro_batches == decisions_alone[-1].micro_batches
+    t.assert_close(parameters, alone, atol=1e-3)

@@ -18,9 +18,8 @@ class Ranks:
         pairs = [multiprocessing.Pipe() for _ in range(size)]
         self.pipes = [here for here, _ in pairs]
         there = [pipe for _, pipe in pairs]
-        self.processes = start(
-            size, serve, lambda rank: (str(folder / "store"), there[rank], backend)
-        )
+        arguments = [(str(folder / "store"), pipe, backend) for pipe in there]
+        self.processes = start(size, serve, arguments)
         for pipe in there:
             pipe.close()
 
@@ -44,7 +43,7 @@ class Ranks:
 
 
 def start(size, function, arguments):
-    """Processes that run `function(rank, size, *arguments(rank))`."""
+    """Processes that run `function(rank, size, *arguments[rank])`."""
     context = multiprocessing.get_context("forkserver")
     # What takes seconds to import, and is imported by the first optimizer or model of its kind.
     context.set_forkserver_preload(
@@ -52,7 +51,7 @@ def start(size, function, arguments):
     )
     processes = []
     for rank in range(size):
-        process = context.Process(target=function, args=(rank, size, *arguments(rank)), daemon=True)
+        process = context.Process(target=function, args=(rank, size, *arguments[rank]), daemon=True)
         process.start()
         processes.append(process)
     return processes
