@@ -263,6 +263,7 @@ def spread_model(way):
     return whole, list(theirs.values())
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("way", ["fsdp", "columns", "replicated"])
 def test_dtensors(ranks, way):
     for whole, expected in ranks(spread_model, way):
