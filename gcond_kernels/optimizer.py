@@ -1255,6 +1255,12 @@ class GCondFused(torch.optim.Optimizer):
         gradients = [p.grad for p, _ in self._parameters() if p.requires_grad]
         return bool(gradients) and all(g is not None and is_zero([g]) for g in gradients)
 
+    def _prepare_saving(self) -> None:
+        """Let the base make the state that a TrainingState needs; all ranks call it."""
+        if self._strategy.any_rank(self._now.resolved or any(self._storage.counts)):
+            raise RuntimeError("a TrainingState is saved and loaded between windows: call step()")
+        self._initialize_base()
+
     def _initialize_base(self) -> None:
         """Let the base make the state that it has not; it goes when the state dict is made."""
         now = self._now

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from gcond_kernels.optimizer import GCondFused
+from gcond_kernels.storage.names import labels_of
 from gcond_kernels.storage.state import is_plain
+
+if TYPE_CHECKING:
+    from gcond_kernels.optimizer import GCondFused
 
 
 class TrainingState:
@@ -29,12 +32,13 @@ class TrainingState:
         optimizer: of its parameters.
 
     Raises:
+        TypeError: the optimizer is no GCondFused.
         ValueError: the optimizer has parameters that are not in the model, or its base a state dict
             of a form of its own.
     """
 
     def __init__(self, model: nn.Module, optimizer: GCondFused) -> None:
-        if not isinstance(optimizer, GCondFused):
+        if not hasattr(optimizer, "_strategy"):
             raise TypeError(f"optimizer must be a GCondFused, not {optimizer!r}")
         if not is_plain(optimizer.base.state_dict()):
             raise ValueError(
@@ -43,8 +47,9 @@ class TrainingState:
                 "torch.save"
             )
         of_model = set(model.parameters())
-        for parameter, name in optimizer._parameters():
-            if parameter not in of_model:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for p, name in zip(parameters, labels_of(optimizer.param_groups), strict=True):
+            if p not in of_model:
                 raise ValueError(f"{name} of the optimizer is no parameter of the model")
         self.model = model
         self.optimizer = optimizer
@@ -57,12 +62,8 @@ class TrainingState:
         """
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
-        optimizer = self.optimizer
-        in_window = optimizer._now.resolved or any(optimizer._storage.counts)
-        if optimizer._strategy.any_rank(in_window):
-            raise RuntimeError("a TrainingState is saved and loaded between windows: call step()")
-        optimizer._initialize_base()
-        model_state, state = get_state_dict(self.model, optimizer)
+        self.optimizer._prepare_saving()
+        model_state, state = get_state_dict(self.model, self.optimizer)
         return {"model": model_state, "optimizer": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -74,16 +75,10 @@ class TrainingState:
                 place by then what fits, and raises itself where sizes do not, or where it lacks
                 what is kept here: the model is not to be used after either.
         """
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            set_model_state_dict,
-            set_optimizer_state_dict,
-        )
+        from torch.distributed.checkpoint import state_dict as torchs
 
-        set_model_state_dict(self.model, state_dict["model"])
-        set_optimizer_state_dict(
-            self.model,
-            self.optimizer,
-            state_dict["optimizer"],
-            options=StateDictOptions(strict=False),
+        torchs.set_model_state_dict(self.model, state_dict["model"])
+        options = torchs.StateDictOptions(strict=False)
+        torchs.set_optimizer_state_dict(
+            self.model, self.optimizer, state_dict["optimizer"], options=options
         )
