@@ -14,7 +14,6 @@ from gcond_kernels import _cuda
 from gcond_kernels.cuda.launch import Cut, cut, parts, place_of
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.types import Gramians, TaskGradients
-from gcond_kernels.python.gramian import gramian as gramian_by_matrix_products
 
 
 class Sums(NamedTuple):
@@ -57,8 +56,6 @@ def gramian(
     """Gramian, cross-Gramian, and both per tensor; see `gcond_kernels.ops.gramian`."""
     accumulators, (offsets, sizes), scale, history, mask = gradients
     tasks, device = accumulators.shape[0], accumulators.device
-    if tasks > _cuda.MOST_TASKS_IN_REGISTERS:
-        return gramian_by_matrix_products(gradients, history_scale, momentum)
     with tables.guard(device):
         which = cut(offsets, sizes, tables.chunk_length(sum(sizes)), device)
         which.keep_if_captured()

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.types import Gramians, Layout, TaskGradients
-from gcond_kernels.python.gramian import gramian as gramian_by_matrix_products
 from gcond_kernels.triton_kernels.memory import (
     ALIGNED_BIT,
     Elements,
@@ -26,10 +25,6 @@ from gcond_kernels.triton_kernels.memory import (
 )
 
 WARPS = 4
-# One product of every pair must stay in registers: of more tasks they do not, and a matrix product
-# is the better tool.
-MOST_TASKS = 8
-
 SUM_BLOCK = 1024
 SUM_WARPS = 4
 
@@ -266,8 +261,6 @@ def gramian(
     """Return Gramian, cross-Gramian, and both per tensor; see `gcond_kernels.ops.gramian`."""
     accumulators, layout, scale, history, mask = gradients
     K, device = len(scale), accumulators.device
-    if K > MOST_TASKS:
-        return gramian_by_matrix_products(gradients, history_scale, momentum)
     R = K + (momentum is not None)
     products = R * (R + 1) // 2 + (K * K if history is not None else 0)
     length = tables.chunk_length(sum(layout.sizes))

@@ -11,8 +11,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gcond_kernels.ops.types import TaskGradients
+from gcond_kernels.ops.types import Gramians, TaskGradients
 
 # In the order in which "auto" tries them on a GPU, and in which one stands in for another.
 BACKENDS = ("cuda", "triton", "python")
@@ -29,6 +30,9 @@ OPERATIONS = (
     "graddrop",
     "resolve",
 )
+
+# Of so many tasks a kernel keeps every product in registers; of more, matrix products are faster.
+MOST_TASKS = 8
 
 
 class Backend:
@@ -59,6 +63,15 @@ class Backend:
             if usable and hasattr(self.module(name), operation):
                 return name
         return self.name
+
+    def gramian(
+        self, gradients: TaskGradients, history_scale: Tensor | None, momentum: Tensor | None
+    ) -> Gramians:
+        """Return its Gramians; of more than `MOST_TASKS` tasks those of the reference."""
+        few = len(gradients.scale) <= MOST_TASKS
+        module = self.module(self.serves("gramian") if few else "python")
+        gramians: Gramians = module.gramian(gradients, history_scale, momentum)
+        return gramians
 
     def resolves_at_once(self, gradients: TaskGradients) -> bool:
         """Return whether it has a `resolve` of its own that takes these gradients."""
