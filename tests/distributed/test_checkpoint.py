@@ -135,7 +135,9 @@ def test_a_state_on_disk_that_was_taken_in_a_window_is_refused_where_it_has_no_p
     there = {"optimizer": torchs.get_optimizer_state_dict(twin, other)}
     dcp.load(there, checkpoint_id=str(tmp_path))
     before = copy.deepcopy(own_of(other.state_dict()))
-    with pytest.raises(ValueError, match="has no accumulators in the state, which was taken in the middle"):
+    with pytest.raises(
+        ValueError, match="has no accumulators in the state, which was taken in the middle"
+    ):
         torchs.set_optimizer_state_dict(twin, other, there["optimizer"])
     assert same(before, own_of(other.state_dict()))
     assert not other.base.state

@@ -1,7 +1,7 @@
 """A small training in the ranks of a process group, in any parallelism, or in one process."""
 
+from collections import namedtuple
 from itertools import zip_longest
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -255,31 +255,15 @@ def parameters_of(model):
     return {name.removeprefix("module."): full(p) for name, p in model.named_parameters()}
 
 
-class Decision(NamedTuple):
-    weights: dict
-    conflicts: list
-    winners: list
-    norm_ema: dict
-    gradient_norm: float
-    tensor_weights: dict
-    micro_batches: dict
-    state: dict
+OF_REPORT = ("weights", "conflicts", "winners", "norm_ema", "gradient_norm", "micro_batches")
+Decision = namedtuple("Decision", [*OF_REPORT, "tensor_weights", "state"])
 
 
 def decision_of(optimizer):
     report = optimizer.report()
     by_tensor = {name.removeprefix("module."): w for name, w in report.tensor_weights.items()}
     state = {key: value.tolist() for key, value in optimizer._now.method_state.items()}
-    return Decision(
-        report.weights,
-        report.conflicts,
-        report.winners,
-        report.norm_ema,
-        report.gradient_norm,
-        by_tensor,
-        report.micro_batches,
-        state,
-    )
+    return Decision(*(getattr(report, name) for name in OF_REPORT), by_tensor, state)
 
 
 def train(parallelism, options=None, steps=STEPS, counts=None):
