@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gcond_kernels import GCond, ops
 from gcond_kernels.methods import Method
+from gcond_kernels.methods.method import Comparison
 from gcond_kernels.ops.mask import trainable
 from gcond_kernels.storage.layout import ALIGNMENT
 
@@ -98,8 +99,8 @@ class Storage:
 
     def arbitrate(self, products: ops.Gramians, backend: str) -> ops.Arbitration:
         """The weights that follow from the products."""
-        return self.method.resolve(
-            products.total, products.cross, self.scale, self.state, backend=backend
+        return self.method.decide(
+            Comparison(products.total, products.cross, self.scale, backend=backend), self.state
         )
 
     def combine(

@@ -14,6 +14,7 @@ from torch import Tensor
 from bench.clock import Run
 from bench.inputs import BETA, Gradients, Storage
 from gcond_kernels import methods
+from gcond_kernels.methods.method import Comparison
 
 FOREACH, LOOP = "torch foreach", "torch loop"
 PUBLISHED = "published code"
@@ -106,7 +107,9 @@ class Plain:
         """All inner products, the decision, and the write; the host reads the weights."""
         S, X = self.products(pair).double()
         storage = self.storage
-        decision = storage.method.resolve(S, X, storage.scale, storage.state, backend="python")
+        decision = storage.method.decide(
+            Comparison(S, X, storage.scale, backend="python"), storage.state
+        )
         combine(decision.weights.tolist())
 
 

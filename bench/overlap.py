@@ -149,7 +149,7 @@ class Training:
 
     def _resolve(self) -> None:
         """What the last `backward` of a window calls, by the clock; then `step`, for nothing."""
-        if self.optimizer._now.resolved:
+        if self.optimizer._window.resolved:
             return
         self.sent = self.optimizer._strategy.sent
         self._full = self.micro_batches.now()

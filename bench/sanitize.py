@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import GCond, ops
+from gcond_kernels.methods.method import Comparison
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -420,7 +421,9 @@ def check_arbitrate(check: Check) -> None:
         ) -> list[Tensor]:
             decisions = []
             for gramian, cross in steps:
-                decisions += method.resolve(gramian, cross, scale, state, backend=backend)
+                decisions += method.decide(
+                    Comparison(gramian, cross, scale, backend=backend), state
+                )
             return [*decisions, *state.values()]
 
         scale = torch.ones(tasks, dtype=torch.float64)

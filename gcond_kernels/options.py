@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+import math
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gcond_kernels.checks import (
-    check_choice,
-    check_method,
-    check_range,
-    check_steps,
-    check_storage,
-    check_update,
-    checked_weight,
-    plain_name,
-)
 from gcond_kernels.lion_lars import LionLars
 from gcond_kernels.methods import GCond, Method
-from gcond_kernels.methods.method import Function
+from gcond_kernels.methods.function import Function
+from gcond_kernels.ops.checks import ACCUMULATOR_DTYPES
+from gcond_kernels.storage.shared_parameters import is_selected
 
 
 @dataclass(frozen=True)
@@ -42,16 +37,29 @@ class Options:
     def checked(cls, tasks: int, **options: Any) -> Options:
         """Return the options as plain Python values.
 
+        Args:
+            tasks: how many there are.
+            options: one for each field.
+
         Raises:
             TypeError, ValueError: one is out of its range, or two do not go together.
         """
         o = cls(**{**options, "method": method_of(options["method"])})
         check_steps(o.accumulation_steps, o.mode, tasks)
         check_choice("granularity", o.granularity, ("model", "tensor"))
-        check_range("momentum", o.momentum, 0.0, 1.0, open_low=False)
-        check_update(o.update, o.max_norm)
-        check_method(o.method, o.granularity, o.update, o.max_norm)
-        check_storage(torch.float32, o.history_dtype)
+        check_number("momentum", o.momentum, "[0, 1)", 0.0 <= _number(o.momentum) < 1.0)
+        if o.max_norm is not None:
+            check_number("max_norm", o.max_norm, "(0, inf)", 0.0 < _number(o.max_norm) < math.inf)
+        if o.update is not None and not isinstance(o.update, LionLars):
+            raise TypeError(f"update must be None or LionLars(...), not {o.update!r}")
+        if o.update is not None and o.max_norm is not None:
+            raise ValueError(
+                "max_norm does not go with update=LionLars(...): the size of that update is set "
+                "by its coefficient and clip"
+            )
+        sized_by = "max_norm" if o.max_norm is not None else None
+        o.method.check(o.granularity, "update=LionLars(...)" if o.update else sized_by)
+        check_choice("history_dtype", o.history_dtype, ACCUMULATOR_DTYPES)
         return replace(
             o,
             accumulation_steps=int(o.accumulation_steps),
@@ -65,6 +73,21 @@ class Options:
         return self.history_dtype if self.method.needs_history else None
 
 
+@dataclass
+class OptionsInUse:
+    """The options of this window, those of the next, and what takes effect at once.
+
+    Attributes:
+        current: those of this window.
+        assigned: those of the next one.
+        on_nonfinite: what is done about gradients that are not finite.
+    """
+
+    current: Options
+    assigned: Options
+    on_nonfinite: str
+
+
 class Assignable:
     """An attribute that may be assigned at any time, and takes effect from the next window on."""
 
@@ -72,7 +95,7 @@ class Assignable:
         self._name = name
 
     def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
-        return self if optimizer is None else getattr(optimizer._now.assigned, self._name)
+        return self if optimizer is None else getattr(optimizer._options.assigned, self._name)
 
     def __set__(self, optimizer: Any, value: object) -> None:
         optimizer._assign(self._name, value)
@@ -100,14 +123,23 @@ class TaskWeights(MutableMapping[str, float]):
     ::
 
         optimizer.tasks["ssim"] = 0.2  # numbers of numpy, and tensors of one element, too
+
+    Raises:
+        TypeError, ValueError: it is no mapping of names to weights, or all of them are 0.
     """
 
     def __init__(self, weights: Mapping[Any, Any]) -> None:
+        if not isinstance(weights, Mapping):
+            raise TypeError(f"tasks must map each task's name to its loss weight, not {weights!r}")
+        if not weights:
+            raise ValueError("tasks must name at least one task")
         # As they were given: `active_tasks` is looked up in mappings of the user's own.
         self.keys_given = list(weights)
         self._weights = {plain_name(task): checked_weight(task, weights[task]) for task in weights}
         if len(self._weights) < len(self.keys_given):
             raise ValueError(f"tasks: two names are the same, {list(map(plain_name, weights))}")
+        if not any(self._weights.values()):
+            raise ValueError("tasks: at least one loss weight must be above 0")
 
     def __getitem__(self, task: Any) -> float:
         return self._weights[plain_name(task)]
@@ -142,6 +174,37 @@ class TaskWeights(MutableMapping[str, float]):
         return repr(self._weights)
 
 
+def plain_name(task: object) -> str:
+    """Return a task's name as a plain string, also of numpy's strings and of enumerations.
+
+    Raises:
+        TypeError: it is no string.
+    """
+    if type(task) is str:
+        return task
+    if isinstance(task, str):
+        return str.__str__(task)
+    if isinstance(task, Enum):
+        return plain_name(task.value) if isinstance(task.value, str) else task.name
+    raise TypeError(f"tasks: a name must be a string, not {task!r}")
+
+
+def checked_weight(task: object, weight: Any) -> float:
+    """Return a loss weight as a plain number.
+
+    Raises:
+        ValueError: it is none, or negative, or not finite.
+    """
+    plain = weight
+    if isinstance(weight, Tensor) and weight.numel() == 1:
+        plain = weight.detach().item()
+    elif hasattr(weight, "item") and getattr(weight, "size", None) == 1:  # of numpy
+        plain = weight.item()
+    if not 0.0 <= _number(plain) < math.inf:
+        raise ValueError(f"tasks: the loss weight of {task!r} must be 0 or more, not {weight!r}")
+    return float(plain)
+
+
 def method_of(method: object) -> Method:
     """Return the method that was asked for; a function of the user's own as one."""
     if method is None:
@@ -151,23 +214,69 @@ def method_of(method: object) -> Method:
     if isinstance(method, type) and issubclass(method, Method):
         raise TypeError(f"method must be {method.__name__}(...), not the class itself")
     if callable(method) and not isinstance(method, type):
-        function: Callable[[Tensor], Tensor] = method
-        return Function(function)
+        return Function(method)
     raise TypeError(
         "method must be one of gcond_kernels.methods, such as GCond() or PCGrad(), or a function "
         f"from a Gramian [K, K] to weights [K], not {method!r}"
     )
 
 
-def schedule(
-    tasks: int, accumulation_steps: int, mode: Literal["exact", "stochastic"]
-) -> list[tuple[int, ...]]:
-    """Return the active tasks of every micro-batch in a window.
+def _number(value: object) -> float:
+    """Return a number as a float; NaN, which is in no range, for what is none."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
 
-    In stochastic mode every task has one block; where the tasks do not divide the window evenly
-    the first blocks are one longer.
-    """
-    if mode == "exact":
-        return [tuple(range(tasks))] * accumulation_steps
-    length, longer = divmod(accumulation_steps, tasks)
-    return [(task,) for task in range(tasks) for _ in range(length + (task < longer))]
+
+def check_number(option: str, value: object, bounds: str, holds: bool) -> None:
+    """Raise a ValueError where a number is not within its bounds."""
+    if not holds:
+        raise ValueError(f"{option} must be a number in {bounds}, not {value!r}")
+
+
+def check_choice(option: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise a ValueError where a value is not one of the allowed ones."""
+    if value not in allowed:
+        raise ValueError(f"{option} must be {' or '.join(map(repr, allowed))}, not {value!r}")
+
+
+def check_count(option: str, value: object) -> None:
+    """Raise a ValueError where a value is not a whole number, 0 or more."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 0:
+        raise ValueError(f"{option} must be a whole number, 0 or more, not {value!r}")
+
+
+def check_steps(accumulation_steps: object, mode: str, tasks: int) -> None:
+    """Raise a ValueError where no window can have so many micro-batches."""
+    check_choice("mode", mode, ("exact", "stochastic"))
+    if not _number(accumulation_steps) >= 1.0 or not isinstance(accumulation_steps, Integral):
+        raise ValueError(
+            f"accumulation_steps must be a whole number above 0, not {accumulation_steps!r}"
+        )
+    if mode == "stochastic" and int(accumulation_steps) < tasks:
+        raise ValueError(
+            f"accumulation_steps={accumulation_steps} is too few for {tasks} tasks in stochastic "
+            f"mode, which gives every task a block of micro-batches: use at least {tasks}, or "
+            "mode='exact'"
+        )
+
+
+def check_nonfinite(on_nonfinite: object, grad_scaler: object) -> None:
+    """Raise an error where this cannot be done about gradients that are not finite."""
+    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+        raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, not {grad_scaler!r}")
+    check_choice("on_nonfinite", on_nonfinite, ("skip", "drop_task", "raise"))
+    if on_nonfinite == "raise" and grad_scaler is not None and grad_scaler.is_enabled():
+        raise ValueError(
+            "on_nonfinite='raise' does not go with grad_scaler: a scaler finds its scale by "
+            "overflows, which are no faults; use 'skip'"
+        )
+
+
+def check_selected(method: Method, names: Sequence[str]) -> None:
+    """Raise a ValueError where parameters whose gradients a method compares are not there."""
+    for one in method.parameters or ():
+        if not any(is_selected(name, [one]) for name in names):
+            raise ValueError(
+                f"{type(method).__name__}: parameters has {one!r}, which is no parameter or module "
+                "of base. It must be made of model.named_parameters() for its names, which start "
+                f"with {', '.join(map(repr, names[:3]))}"
+            )

@@ -8,7 +8,7 @@ from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from pytorch_optimizer import Lookahead, OrthoGrad, ScheduleFreeWrapper
 from torch import nn
 from torch.nn.utils import parametrizations, prune

@@ -763,7 +763,7 @@ def test_a_method_assigned_is_that_of_an_optimizer_made_with_it():
     average = optimizer.report().norm_ema
     optimizer.thresholds = (-0.9, -0.6, -0.1)
     assert optimizer.method == GCond(dominance_window=2, thresholds=(-0.9, -0.6, -0.1))
-    assert optimizer._now.method_state["norm_ema"].tolist() == list(average.values())
+    assert optimizer._resolver.method_state["norm_ema"].tolist() == list(average.values())
     optimizer.momentum = 0.9
     optimizer.granularity = "tensor"
     optimizer.backward(losses_of(model, x[0]))
@@ -914,7 +914,7 @@ def test_a_sum_that_leaves_float16_is_no_step(choice, method, momentum):
     )  # fmt: skip
     optimizer.backward({"a": (p * 100).sum(), "b": (p * 200).sum()})
     optimizer.step()
-    state = {k: v.clone() for k, v in optimizer._now.method_state.items()}
+    state = {k: v.clone() for k, v in optimizer._resolver.method_state.items()}
     momentum_before = copy.deepcopy(optimizer._storage.momentum)
     before = p.detach().clone()
     losses = {"a": (p * 40000).sum(), "b": (p * 40000).sum()}
@@ -928,7 +928,7 @@ def test_a_sum_that_leaves_float16_is_no_step(choice, method, momentum):
     assert optimizer.report().skipped
     assert torch.equal(p, before)
     for name, value in state.items():
-        assert torch.equal(value, optimizer._now.method_state[name]), name
+        assert torch.equal(value, optimizer._resolver.method_state[name]), name
     if momentum:
         assert torch.equal(momentum_before, optimizer._storage.momentum)
 

@@ -22,6 +22,7 @@ from examples.demo.scenes import Batch, Scene
 from examples.demo.summary import cosines, incidence, means, zone_shares
 from gcond_kernels import GCond, GCondFused
 from gcond_kernels.methods import Method
+from gcond_kernels.methods.method import Comparison
 
 # Gradients are recorded in a part of the steps.
 RECORDED = {"photos": 1 / 3, "digits": 0.5}
@@ -294,7 +295,7 @@ def replay(recorded: Recorded, method: GCond) -> Replay:
     state, ones = method.new_state(K, CPU), torch.ones(K, dtype=torch.float64)
     found = Replay([], [], [], torch.empty(len(recorded.gramians), K))
     for step, (S, X) in enumerate(zip(recorded.gramians, recorded.crosses, strict=True)):
-        decision = method.resolve(S, X, ones, state, "python")
+        decision = method.decide(Comparison(S, X, ones, backend="python"), state)
         difference = decision.weights - ones
         found.cosines.append(smallest_cosine(S))
         found.winners.extend(int(e[3]) for e in decision.events if e[3] >= 0)

@@ -4,12 +4,13 @@ import dataclasses
 
 from gcond_kernels.methods.aligned_mtl import AlignedMTL
 from gcond_kernels.methods.cagrad import CAGrad
+from gcond_kernels.methods.checks import refuse_assignment
 from gcond_kernels.methods.gcond import GCond
 from gcond_kernels.methods.graddrop import GradDrop
 from gcond_kernels.methods.gradnorm import GradNorm
 from gcond_kernels.methods.gradvac import GradVac
 from gcond_kernels.methods.imtl_g import IMTLG
-from gcond_kernels.methods.method import Known, Method, State, refuse_assignment
+from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.mgda import MGDA
 from gcond_kernels.methods.nash_mtl import NashMTL
 from gcond_kernels.methods.pcgrad import PCGrad

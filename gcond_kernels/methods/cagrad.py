@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.method import Known, Method, State, check_number
+from gcond_kernels.methods.checks import check_number
+from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.normalized import (
     cosines,
     from_normalized,

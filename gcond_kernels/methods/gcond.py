@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
-from gcond_kernels.methods.method import Known, Method, State
+from gcond_kernels.methods.method import Comparison, Destination, Known, Method, State
 from gcond_kernels.ops.contexts import fixed_precision
-from gcond_kernels.ops.types import ArbitrationState, Settings
+from gcond_kernels.ops.types import ArbitrationState, Settings, TaskGradients
 
 
 @dataclass(frozen=True, kw_only=True)
 class GCond(Settings, Method):
-    """GCond (Limarenko et al., IEEE Access 2026, arXiv 2509.07252).
+    """The GCond method (Limarenko et al., IEEE Access 2026, arXiv 2509.07252).
 
     The pair of tasks with the smallest cosine c is resolved first, and again until no
     cosine is below θ_weak or `max_iterations` is reached. In the critical zone
@@ -24,64 +24,95 @@ class GCond(Settings, Method):
     the winner; in the mild zone both give way, ever less towards θ_weak; in between the
     winner gives way less and less towards θ_crit.
 
-    The arguments are those of `Settings`.
+    Args:
+        history_dtype: torch.bfloat16 or torch.float32, of the last step's gradients, with which
+            stability compares.
+
+    The other arguments are those of `gcond_kernels.ops.types.Settings`: thresholds, remap_power,
+    arbitration, max_iterations, tolerance, dominance_window, tie_breaking_weights, norm_ema_beta,
+    norm_ema_start, norm_cap, history and eps.
+
+    Raises:
+        ValueError: an option is out of its range; the message names it.
     """
 
+    history_dtype: torch.dtype = torch.bfloat16
+
     shared_state: ClassVar[frozenset[str]] = frozenset({"history_scale"})
+    bounded_weights: ClassVar[bool] = True
+    compares_single_task: ClassVar[bool] = True  # it keeps an average of each task's norm
+    fuses_operations: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.history_dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(
+                "GCond: history_dtype must be torch.bfloat16 or torch.float32, not "
+                f"{self.history_dtype!r}"
+            )
 
     @classmethod
     def published(cls, **overrides: Any) -> GCond:
-        """Settings that reproduce the implementation its authors published."""
-        settings: dict[str, Any] = {
-            "history": "resolved",
-            "norm_ema_start": 1.0,
-            "tolerance": 0.0,
-        }
+        """Return the settings that reproduce the implementation its authors published."""
+        settings: dict[str, Any] = {"history": "resolved", "norm_ema_start": 1.0, "tolerance": 0.0}
         return cls(**(settings | overrides))
 
     @classmethod
     def paper(cls, **overrides: Any) -> GCond:
-        """Settings of the paper's experiments; there, momentum 0.9 stands on the optimizer."""
+        """Return the paper's settings; there, momentum 0.9 stands on the optimizer."""
         settings: dict[str, Any] = {"dominance_window": 0, "max_iterations": 3}
         return cls(**(settings | overrides))
 
     @property
     def needs_history(self) -> bool:
-        """Whether last step's gradients are kept: 2 bytes per parameter and task."""
+        """Whether it compares with the last step's gradients: 2 bytes per parameter and task."""
         return self.tie_breaking_weights[0] > 0.0
 
     @fixed_precision
     def new_state(self, tasks: int, device: torch.device) -> State:
-        """The state before the first step: small tensors on `device`, changed in place."""
-        start = self.norm_ema_start or 0.0
+        """Return the state before the first step: the fields of `ArbitrationState`, by name."""
 
         def float64(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         return {
-            "norm_ema": float64(tasks) + start,
+            "norm_ema": float64(tasks) + (self.norm_ema_start or 0.0),
             "winners": torch.full((self.dominance_window,), -1, dtype=torch.int64, device=device),
             "history_gramian": float64(tasks, tasks),
             "history_coefficients": torch.eye(tasks, dtype=torch.float64, device=device),
             "history_scale": float64(tasks),
         }
 
+    def decide(self, comparison: Comparison, state: State) -> ops.Arbitration:
+        """Return one weight per task, of one Gramian or a batch; see `ops.arbitrate`."""
+        return ops.arbitrate(
+            comparison.gramian,
+            comparison.cross,
+            comparison.scale,
+            state=ArbitrationState(**state),
+            settings=self,
+            backend=comparison.backend,
+        )
+
     def resolve(
         self,
-        gramian: Tensor,
-        cross: Tensor | None,
-        scale: Tensor,
+        gradients: TaskGradients,
+        destination: Destination,
         state: State,
-        backend: str = "auto",
-        known: Known | None = None,
-        chosen: Tensor | None = None,
-    ) -> ops.Arbitration:
-        """One weight per task from S, [K, K] or [B, K, K], the cross-Gramian with the history."""
-        return ops.arbitrate(
-            gramian, cross, scale, state=ArbitrationState(**state), settings=self, backend=backend
+        max_norm: float | None,
+    ) -> tuple[ops.Gramians, ops.Arbitration]:
+        """Compare, decide and write in one operation; see `ops.resolve`."""
+        return ops.resolve(
+            gradients,
+            destination.outputs,
+            state=ArbitrationState(**state),
+            settings=self,
+            momentum=destination.momentum,
+            max_norm=max_norm,
+            backend=destination.backend,
         )
 
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
-        """The weights where there is no history."""
+        """Return the weights where there is no history."""
         scale = gramian.new_ones(gramian.shape[-1])
-        return self.resolve(gramian, None, scale, state).weights
+        return self.decide(Comparison(gramian, None, scale), state).weights

@@ -8,8 +8,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.method import Known, Method, State, check_number, check_seed
+from gcond_kernels import ops
+from gcond_kernels.methods.checks import check_number, check_seed
+from gcond_kernels.methods.method import (
+    Comparison,
+    Destination,
+    Known,
+    Method,
+    State,
+    without_events,
+)
 from gcond_kernels.ops.contexts import fixed_precision
+from gcond_kernels.ops.types import SignDropout, TaskGradients
 
 
 @dataclass(frozen=True)
@@ -18,7 +28,7 @@ class GradDrop(Method):
 
     Z. Chen et al., "Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout",
     NeurIPS 2020, arXiv 2010.06808, with f the identity: the positive sign is picked with
-    probability P = (1 + Σ_k ĝ_k / Σ_k |ĝ_k|) / 2. It is no function of the Gramian and has no
+    probability P = (1 + Σ_k g_k / Σ_k |g_k|) / 2. It is no function of the Gramian and has no
     weights: what it does is `gcond_kernels.ops.graddrop`. Parameters of one task keep their
     gradient.
 
@@ -32,20 +42,65 @@ class GradDrop(Method):
     leak: float = 0.0
     seed: int = 0
 
-    shared_state: ClassVar[frozenset[str]] = frozenset({"draws"})
+    shared_state: ClassVar[frozenset[str]] = frozenset({"counter"})
+    adds_magnitudes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number(self, "leak", self.leak, 0.0, 1.0)
         check_seed(self, self.seed)
 
+    def check(self, granularity: str, sized_by: str | None) -> None:
+        """Raise a ValueError where other options of the optimizer do not go with this method."""
+        super().check(granularity, sized_by)
+        if granularity == "tensor":
+            raise ValueError(
+                "granularity='tensor' does not go with GradDrop, which decides by elements"
+            )
+        if sized_by is not None:
+            raise ValueError(
+                f"{sized_by} needs the norm of a gradient before it is written, which the Gramian "
+                "does not hold for GradDrop: clip between backward() and step(), e.g. with "
+                "torch.nn.utils.clip_grad_norm_"
+            )
+
     @fixed_precision
     def new_state(self, tasks: int, device: torch.device) -> State:
-        """How many steps there were."""
-        return {"draws": torch.zeros((), dtype=torch.int64, device=device)}
+        """Return the random counter: how many steps there were."""
+        return {"counter": torch.zeros((), dtype=torch.int64, device=device)}
+
+    def __call__(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
+        """Raise a TypeError: there are no weights."""
+        return self.weights(gramian, {}, Known(losses=losses))
 
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
-        """Raises: there are none."""
+        """Raise a TypeError: there are none."""
         raise TypeError(
-            "GradDrop picks signs element by element: it has no weights, and a Gramian does not "
-            "tell its result. See gcond_kernels.ops.graddrop"
+            "GradDrop picks signs element by element: it has no weights, and no Gramian determines "
+            "its result. See gcond_kernels.ops.graddrop"
         )
+
+    def decide(self, comparison: Comparison, state: State) -> ops.Arbitration:
+        """Return weights of 1, by which elements are bounded, where all gradients are finite."""
+        finite = comparison.gramian.isfinite().all()
+        return without_events(torch.ones_like(comparison.scale), finite)
+
+    def apply(
+        self,
+        gradients: TaskGradients,
+        destination: Destination,
+        weights: Tensor,
+        decision: ops.Arbitration,
+        state: State,
+    ) -> ops.Arbitration:
+        """Write the gradient by sign dropout; its weights are reported as NaN."""
+        counter = state["counter"]
+        ops.graddrop(
+            gradients,
+            destination.outputs,
+            finite=decision.finite,
+            dropout=SignDropout(self.seed, counter, self.leak, destination.first),
+            momentum=destination.momentum,
+            backend=destination.backend,
+        )
+        counter += decision.finite
+        return decision._replace(weights=torch.full_like(decision.weights, torch.nan))

@@ -9,8 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.method import Known, Method, PositiveLosses, State, check_number
+from gcond_kernels.methods.checks import check_number
+from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.normalized import norms
+from gcond_kernels.methods.positive_losses import PositiveLosses
 from gcond_kernels.ops.contexts import fixed_precision
 
 # Of Adam, which trains the weights.

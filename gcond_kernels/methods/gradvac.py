@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.method import Known, Method, State, check_number, check_seed
+from gcond_kernels.methods.checks import check_number, check_seed
+from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.normalized import cosines, from_normalized, norms
 from gcond_kernels.methods.pcgrad import random_orders
 from gcond_kernels.methods.solvers import identity

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.method import Known, Method, State, check_seed
+from gcond_kernels.methods.checks import check_seed
+from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.solvers import identity
 from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.ops.random import start_of, uniform

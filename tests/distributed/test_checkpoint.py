@@ -46,9 +46,9 @@ def all_of(model, optimizer):
         storage.momentum,
         storage.counts,
         storage.window_tasks,
-        optimizer._now.method_state,
+        optimizer._resolver.method_state,
     )
-    begun = optimizer.report().step if optimizer._now.last else any(storage.counts)
+    begun = optimizer.report().step if optimizer._resolver.last else any(storage.counts)
     return copy.deepcopy((parts, state, groups, kept if begun else None))
 
 

@@ -103,7 +103,7 @@ def torch_prints_all():
 
 def everything(model, optimizer):
     """Parameters, rate, states of the base and of the optimizer itself, to the bit, as text."""
-    base, storage, now = optimizer.base, optimizer._storage, optimizer._now
+    base, storage, now = optimizer.base, optimizer._storage, optimizer._resolver
     kept = []
     if now.counters[0]:
         kept = [storage.history, storage.momentum, storage.momentum_steps, storage.parameter_tasks]
@@ -206,7 +206,7 @@ def train_on(parallelism, folder, save_after=None, steps=t.STEPS, options=None, 
     start = 0
     if save_after is None:
         dcp.load(state, checkpoint_id=folder)
-        start = int(optimizer._now.counters[0])
+        start = int(optimizer._resolver.counters[0])
     decisions = []
     for step in range(start, steps):
         t.window(optimizer, model, t.numbers_of(step, 0, 4)[data::of])

@@ -127,7 +127,7 @@ def test_parameters_whose_names_differ_by_that_of_a_wrapper(tmp_path):
 def kept_by_name(optimizer):
     """What is kept of each parameter: state of the method, mask, which tasks use it."""
     storage, shared = optimizer._storage, optimizer.method.shared_state
-    state = {k: v for k, v in optimizer._now.method_state.items() if k not in shared}
+    state = {k: v for k, v in optimizer._resolver.method_state.items() if k not in shared}
     return {
         segment.name: (
             {key: value[i] for key, value in state.items()},

@@ -21,7 +21,7 @@ from gcond_kernels.methods import (
     Sum,
     UPGrad,
 )
-from gcond_kernels.methods.method import Known, fresh_state
+from gcond_kernels.methods.method import Comparison, Known, fresh_state
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,10 +54,15 @@ def test_weights_are_those_of_the_cpu(method, tasks):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if again else "default")
         try:
-            found = method.resolve(moved[0], None, moved[1], state, "auto", Known(losses=moved[2]))
+            found = method.decide(
+                Comparison(moved[0], None, moved[1], backend="auto", known=Known(losses=moved[2])),
+                state,
+            )
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    expected = method.resolve(S, None, scale, on_cpu, "auto", Known(losses=losses))
+    expected = method.decide(
+        Comparison(S, None, scale, backend="auto", known=Known(losses=losses)), on_cpu
+    )
     torch.testing.assert_close(found.weights.cpu(), expected.weights, rtol=1e-6, atol=1e-9)
     for key, value in on_cpu.items():
         torch.testing.assert_close(state[key].cpu(), value, rtol=1e-6, atol=1e-9)
@@ -128,10 +133,10 @@ def test_a_graph_holds_a_step(method):
     with torch.cuda.graph(graph):
         optimizer.backward(losses_of(model, x))
         optimizer.step()
-    before = int(optimizer._now.counters[0])
+    before = int(optimizer._resolver.counters[0])
     for _ in range(4):
         graph.replay()
-    assert int(optimizer._now.counters[0]) == before + 4
-    if "counter" in optimizer._now.method_state:
-        assert int(optimizer._now.method_state["counter"]) == before + 4
+    assert int(optimizer._resolver.counters[0]) == before + 4
+    if "counter" in optimizer._resolver.method_state:
+        assert int(optimizer._resolver.method_state["counter"]) == before + 4
     assert not optimizer.report().skipped

@@ -262,7 +262,7 @@ Decision = namedtuple("Decision", [*OF_REPORT, "tensor_weights", "state"])
 def decision_of(optimizer):
     report = optimizer.report()
     by_tensor = {name.removeprefix("module."): w for name, w in report.tensor_weights.items()}
-    state = {key: value.tolist() for key, value in optimizer._now.method_state.items()}
+    state = {key: value.tolist() for key, value in optimizer._resolver.method_state.items()}
     return Decision(*(getattr(report, name) for name in OF_REPORT), by_tensor, state)
 
 

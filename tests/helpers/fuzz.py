@@ -236,7 +236,7 @@ class Watched(GCondFused):
     """Remembers what there was when a window was resolved."""
 
     def resolve(self) -> None:
-        if not self._now.resolved:
+        if not self._window.resolved:
             self.before = kept_of(self)
         super().resolve()
 

@@ -23,7 +23,7 @@ def patch() -> None:
     interpreter.GridExecutor._restore_args_dev = lambda *arguments: None
 
 
-def call_without_patching(self, *args, patched=set(), **kwargs):  # noqa: B006
+def call_without_patching(self, *args, patched=set(), **kwargs):
     module = id(self.fn.__globals__)
     if module not in patched:
         interpreter._patch_lang(self.fn)

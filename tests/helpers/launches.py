@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from gcond_kernels import GCond, ops
+from gcond_kernels.methods.method import Comparison
 from gcond_kernels.ops import backends
 from gcond_kernels.triton_kernels import memory
 from gcond_kernels.triton_kernels.graddrop import graddrop_kernel
@@ -80,8 +81,8 @@ def launch_everything() -> None:
     )
     for method in (GCond(), GCond(max_iterations=1, dominance_window=0), GCond(max_iterations=0)):
         state = method.new_state(2, torch.device("cpu"))
-        method.resolve(products.total, products.cross, one, state)
-        method.resolve(products.total, None, one, state)
+        method.decide(Comparison(products.total, products.cross, one), state)
+        method.decide(Comparison(products.total, None, one), state)
         own = state.pop("history_scale")
         states = {name: value.expand(3, *value.shape).clone() for name, value in state.items()}
         by_name.arbitrate(

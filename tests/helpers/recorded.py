@@ -7,6 +7,7 @@ import torch
 from gcond_kernels import GCond
 from gcond_kernels.diagnostics.recorder import Recorder
 from gcond_kernels.diagnostics.report import Resolution
+from gcond_kernels.methods.method import Comparison
 
 THRESHOLDS = (-0.8, -0.5, 0.0)
 NAMES = ("first.weight", "first.bias", "last.weight")
@@ -63,7 +64,7 @@ def resolved(gradients, number=1, names=NAMES, *, dropped=(), skipped=False, **o
     gramian = per_tensor.sum(0)
     method, scale = GCond(**options), torch.ones(K, dtype=torch.float64)
     state = method.new_state(K, torch.device("cpu"))
-    decision = method.resolve(gramian, gramian, scale, state, backend="python")
+    decision = method.decide(Comparison(gramian, gramian, scale, backend="python"), state)
     return resolution_of(number, names[: len(gradients)], gramian, per_tensor, decision, nonfinite)
 
 

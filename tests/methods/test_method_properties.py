@@ -29,7 +29,8 @@ from gcond_kernels.methods import (
     imtl_g,
     solvers,
 )
-from gcond_kernels.methods.method import Function, Known, fresh_state
+from gcond_kernels.methods.function import Function
+from gcond_kernels.methods.method import Comparison, Known, fresh_state
 from gcond_kernels.methods.pcgrad import random_orders
 from gcond_kernels.methods.solvers import FLOAT64_ROUNDING
 from tests.conftest import slow
@@ -62,7 +63,7 @@ def resolve(method, S, state, losses=None):
     if method.needs_losses and losses is None:
         losses = S.new_ones(S.shape[-1])
     known = Known(FLOAT64_ROUNDING, losses)
-    return method.resolve(S, None, S.new_ones(S.shape[-1]), state, known=known)
+    return method.decide(Comparison(S, None, S.new_ones(S.shape[-1]), known=known), state)
 
 
 def random_gramian(tasks, seed=0, family="conflicting"):
@@ -324,7 +325,7 @@ def test_gradients_of_float32_are_dependent_sooner_than_those_of_float64():
     assert torch.allclose(method(S), root * float64([1e4, 1e4]), rtol=1e-6)
     assert torch.allclose(method(S.float()).double(), root * float64([1024.0, 1024.0]), rtol=1e-2)
     # Nobody said that these are of float64.
-    untold = method.resolve(S, None, S.new_ones(2), {}).weights
+    untold = method.decide(Comparison(S, None, S.new_ones(2)), {}).weights
     assert torch.allclose(untold, root * float64([1024.0, 1024.0]), rtol=1e-2)
 
 
@@ -589,7 +590,7 @@ def test_gradnorm_says_whose_loss_is_not_positive_and_changes_nothing(batch, los
         before = {name: value.clone() for name, value in state.items()}
         known = Known(losses=float64(losses), tasks=("pose", "depth"))
         with pytest.raises(ValueError, match=f"GradNorm .* positive, but {said}. .* constant"):
-            method.resolve(S, None, S.new_ones(2), state, known=known)
+            method.decide(Comparison(S, None, S.new_ones(2), known=known), state)
         assert all(torch.equal(value, before[name]) for name, value in state.items())
         after = resolve(method, S, state, float64([1.0, 2.0 + step]))  # it can go on
         assert bool(after.finite)

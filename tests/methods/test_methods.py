@@ -25,7 +25,7 @@ from gcond_kernels.methods import (
     Sum,
     UPGrad,
 )
-from gcond_kernels.methods.method import Known, fresh_state
+from gcond_kernels.methods.method import Comparison, Known, fresh_state
 from gcond_kernels.methods.pcgrad import projected
 from gcond_kernels.methods.solvers import FLOAT32_ROUNDING, FLOAT64_ROUNDING
 from tests.conftest import slow
@@ -86,7 +86,7 @@ def weigh(method, S, rounding):
         return method(S)
     state = fresh_state(method, len(S), (), S.device)
     known = Known(rounding, None)
-    return method.resolve(S, None, S.new_ones(len(S)), state, known=known).weights
+    return method.decide(Comparison(S, None, S.new_ones(len(S)), known=known), state).weights
 
 
 # ---- Values that can be checked by hand, or that others have published.
@@ -509,7 +509,7 @@ def test_gradvac_in_every_order_over_several_steps(monkeypatch, their_orders, fa
         monkeypatch.setattr(
             "gcond_kernels.methods.gradvac.random_orders", lambda *_, order=order: order
         )
-        w = ours.resolve(S, None, S.new_ones(tasks), state).weights
+        w = ours.decide(Comparison(S, None, S.new_ones(tasks)), state).weights
         # Sines of nearly anti-parallel gradients: 1 − φ² is 1e-6, to 1e-10.
         assert close(w * lengths(S), theirs(S) * lengths(S), 1e-7)
         assert torch.allclose(state["target_cosines"], theirs._phi_t, rtol=1e-7, atol=1e-9)

@@ -9,6 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gcond_kernels import GCond, ops
+from gcond_kernels.methods.method import Comparison
 from tests.helpers.naive import NaiveGCond
 
 METHODS = st.builds(
@@ -53,7 +54,7 @@ def arbitrate(method, g, previous, state, present=None, backend="python"):
     mask = torch.tensor(present, dtype=torch.float64)
     scaled = torch.from_numpy(g) * mask[:, None]
     cross = scaled @ torch.from_numpy(previous).T
-    return method.resolve(scaled @ scaled.T, cross, mask, state, backend)
+    return method.decide(Comparison(scaled @ scaled.T, cross, mask, backend=backend), state)
 
 
 @pytest.mark.quick
@@ -191,8 +192,9 @@ def test_anti_parallel_gradients_give_the_winner_alone(backend, factor, arbitrat
     gramian = torch.from_numpy((g @ g.T).astype(np.float32)).double()
     method = GCond(arbitration=arbitration)
     state = method.new_state(2, torch.device("cpu"))
-    decision = method.resolve(
-        gramian, torch.zeros(2, 2).double(), torch.ones(2).double(), state, backend
+    decision = method.decide(
+        Comparison(gramian, torch.zeros(2, 2).double(), torch.ones(2).double(), backend=backend),
+        state,
     )
     winner = int(decision.events[0, 3])
     resolved = decision.weights.numpy() @ g
@@ -216,8 +218,11 @@ def test_rounding_left_of_a_cancelled_gradient_is_no_conflict(backend, seed, fac
     S[2, 1] = S[1, 2] = S[2, 1] * (1 + other)
     method = GCond()
     state = method.new_state(3, torch.device("cpu"))
-    decision = method.resolve(
-        torch.from_numpy(S), torch.zeros(3, 3).double(), torch.ones(3).double(), state, backend
+    decision = method.decide(
+        Comparison(
+            torch.from_numpy(S), torch.zeros(3, 3).double(), torch.ones(3).double(), backend=backend
+        ),
+        state,
     )
     # No weight may leave the order of magnitude that the ratio of the norms explains.
     assert decision.weights.abs().max() < 3 * (1 + max(-factor, -1 / factor))
@@ -295,7 +300,9 @@ def test_cosines_beyond_minus_one_by_rounding_are_ties(backend):
     S[2, 3] = S[3, 2] = -1.0 - 1e-7
     method = GCond(max_iterations=1)
     scale = torch.ones(4, dtype=torch.float64)
-    decision = method.resolve(S, None, scale, method.new_state(4, torch.device("cpu")), backend)
+    decision = method.decide(
+        Comparison(S, None, scale, backend=backend), method.new_state(4, torch.device("cpu"))
+    )
     assert decision.events[0, :3].tolist() == [0, 1, -1]
 
 
@@ -305,7 +312,7 @@ def test_a_cosine_of_the_critical_threshold_is_critical_in_the_smooth_form_alone
     for arbitration, zone in (("smooth", 2), ("zones", 1)):
         method = GCond(thresholds=(-0.5, -0.25, 0.0), arbitration=arbitration)
         state = method.new_state(2, torch.device("cpu"))
-        decision = method.resolve(S, None, scale, state, backend)
+        decision = method.decide(Comparison(S, None, scale, backend=backend), state)
         assert decision.events[0, 4] == zone
         winner = int(decision.events[0, 3])
         assert decision.coefficients[winner].tolist() == [float(k == winner) for k in range(2)]
@@ -335,9 +342,13 @@ def test_wrong_shapes_are_refused(backend):
     method = GCond()
     state = method.new_state(2, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"cross must be \[2, 2\]"):
-        method.resolve(torch.eye(2).double(), torch.eye(3).double(), torch.ones(2).double(), state)
+        method.decide(
+            Comparison(torch.eye(2).double(), torch.eye(3).double(), torch.ones(2).double()), state
+        )
     with pytest.raises(ValueError, match=r"scale must be \[2\] float64"):
-        method.resolve(torch.eye(2).double(), None, torch.ones(2), state, backend)
+        method.decide(
+            Comparison(torch.eye(2).double(), None, torch.ones(2), backend=backend), state
+        )
 
 
 @pytest.mark.parametrize(
@@ -397,7 +408,7 @@ def test_a_history_that_was_projected_away_is_no_measure_of_stability(backend):
     state["history_gramian"][1, 0] += 1e-12
     S = torch.tensor([[1.0, -0.9], [-0.9, 1.0]], dtype=torch.float64)
     X = torch.tensor([[1.0, -1.0 + 1e-6], [0.0, 0.5]], dtype=torch.float64)
-    decision = method.resolve(S, X, torch.ones(2).double(), state, backend)
+    decision = method.decide(Comparison(S, X, torch.ones(2).double(), backend=backend), state)
     assert decision.events[0, 3] == 1  # not 0, at a "cosine" of 0.7
 
 
@@ -408,7 +419,7 @@ def test_a_stability_is_at_most_one(backend):
     state["history_gramian"].copy_(torch.eye(2))
     S = torch.tensor([[1.0, -0.9], [-0.9, 1.0]], dtype=torch.float64)
     X = torch.tensor([[1.0, 0.0], [0.0, 1.0 + 1e-6]], dtype=torch.float64)
-    decision = method.resolve(S, X, torch.ones(2).double(), state, backend)
+    decision = method.decide(Comparison(S, X, torch.ones(2).double(), backend=backend), state)
     assert decision.events[0, 3] == 0  # a tie: the first
 
 
@@ -440,9 +451,11 @@ def test_a_batch_is_its_entries_one_by_one(backend, method, tasks, batch, with_c
         scale[step % tasks] = 0.0 if step == 1 else 0.5  # in one of the steps a task sits out
         S, X = gramians(seed + step, tasks, batch, scale)
         X = X if with_cross else None
-        decision = method.resolve(S, X, scale, of_all, backend=backend)
+        decision = method.decide(Comparison(S, X, scale, backend=backend), of_all)
         alone = [
-            method.resolve(S[b], None if X is None else X[b], scale, states[b], backend=backend)
+            method.decide(
+                Comparison(S[b], None if X is None else X[b], scale, backend=backend), states[b]
+            )
             for b in range(batch)
         ]
         for whole, parts in zip(decision, zip(*alone, strict=True), strict=True):
@@ -458,11 +471,13 @@ def test_one_entry_that_is_not_finite_leaves_the_state_of_all(backend, bad, entr
     state = stacked([warm_state(method, 3, b) for b in range(3)])
     one = torch.ones(3, dtype=torch.float64)
     S, X = gramians(0, 3, 3, one)
-    assert method.resolve(S, X, one, state, backend=backend).finite.tolist() == [True] * 3
+    assert (
+        method.decide(Comparison(S, X, one, backend=backend), state).finite.tolist() == [True] * 3
+    )
     before = {name: value.clone() for name, value in state.items()}
     S, X = gramians(1, 3, 3, one)
     S[entry, 1, 2] = S[entry, 2, 1] = bad
-    decision = method.resolve(S, X, 2.0 * one, state, backend=backend)
+    decision = method.decide(Comparison(S, X, 2.0 * one, backend=backend), state)
     assert decision.finite.tolist() == [False] * 3
     assert (decision.weights == 0.0).all()
     assert all(torch.equal(value, before[name]) for name, value in state.items())
@@ -473,9 +488,9 @@ def test_a_batch_of_other_shapes_is_refused(backend):
     one, S = torch.ones(2, dtype=torch.float64), torch.eye(2).double().expand(3, 2, 2)
     state = stacked([method.new_state(2, torch.device("cpu"))] * 3)
     with pytest.raises(ValueError, match=r"gramian must be \[K, K\] or \[B, K, K\]"):
-        method.resolve(S[None], None, one, state, backend=backend)
+        method.decide(Comparison(S[None], None, one, backend=backend), state)
     with pytest.raises(ValueError, match=r"cross must be \[3, 2, 2\]"):
-        method.resolve(S.contiguous(), S[:2].contiguous(), one, state, backend=backend)
+        method.decide(Comparison(S.contiguous(), S[:2].contiguous(), one, backend=backend), state)
     for name, shape in (
         ("norm_ema", "3, 2"),
         ("winners", "3, 3"),
@@ -483,4 +498,4 @@ def test_a_batch_of_other_shapes_is_refused(backend):
     ):
         broken = state | {name: state[name][:2]}
         with pytest.raises(ValueError, match=rf"{name} must be \[{shape}\]"):
-            method.resolve(S.contiguous(), None, one, broken, backend=backend)
+            method.decide(Comparison(S.contiguous(), None, one, backend=backend), broken)

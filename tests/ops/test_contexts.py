@@ -23,7 +23,8 @@ from gcond_kernels import (
 )
 from gcond_kernels.diagnostics.recorder import Recorder
 from gcond_kernels.methods import GradDrop
-from gcond_kernels.methods.method import Function, Known, Method, fresh_state
+from gcond_kernels.methods.function import Function
+from gcond_kernels.methods.method import Comparison, Known, Method, fresh_state
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.contexts import fixed_precision, operation
 from gcond_kernels.precision.loss_scale import LossScale
@@ -422,7 +423,10 @@ def test_a_method_computes_the_same_bits(method, context, batch):
 
         def run():
             steps = [
-                method.resolve(S, None, scale, state, "python", Known(losses=losses / step))
+                method.decide(
+                    Comparison(S, None, scale, backend="python", known=Known(losses=losses / step)),
+                    state,
+                )
                 for step in (1, 2, 3)
             ]
             given = losses if method.needs_losses else None
@@ -448,7 +452,7 @@ def test_a_state_that_is_made_in_a_context_is_as_any(method, context):
 def test_the_state_of_graddrop_is_no_inference_tensor():
     with torch.inference_mode():
         state = GradDrop().new_state(2, CPU)
-    state["draws"] += 1
+    state["counter"] += 1
 
 
 def test_a_default_device_of_the_users_own_tensors_stays():
@@ -461,7 +465,7 @@ def test_a_default_device_of_the_users_own_tensors_stays():
     S = torch.eye(2, dtype=torch.float64)
     with torch.device("meta"):
         Function(function)(S)
-        Function(function).resolve(S.to("meta"), None, S[0].to("meta"), {})
+        Function(function).decide(Comparison(S.to("meta"), None, S[0].to("meta")), {})
     assert seen == ["cpu", "meta"]
 
 
@@ -476,7 +480,9 @@ def test_a_recorder_holds_the_same_numbers(context):
         J = small(3, 2, 5)
         per_tensor, kept = J @ J.mT, Recorder(["x", "y"], (-0.8, -0.5, 0.0), 2)
         S, scale, number = per_tensor.sum(0), torch.ones(2, dtype=torch.float64), torch.tensor(1)
-        decision = METHOD.resolve(S, None, scale, fresh_state(METHOD, 2, (), CPU), "python")
+        decision = METHOD.decide(
+            Comparison(S, None, scale, backend="python"), fresh_state(METHOD, 2, (), CPU)
+        )
         dropped = torch.tensor([False, False])
 
         def run():
@@ -492,7 +498,7 @@ def test_a_recorder_holds_the_same_numbers(context):
 
 def test_a_recorder_goes_on_outside_of_inference_mode():
     kept, S = Recorder(["x", "y"], (-0.8, -0.5, 0.0), 2), torch.eye(2, dtype=torch.float64)
-    decision = Sum().resolve(S, None, S[0], {})
+    decision = Sum().decide(Comparison(S, None, S[0]), {})
     for context in (torch.inference_mode, nullcontext):
         with context():
             kept.record(resolution_of(1, ["a"], S, S[None], decision, torch.tensor([False] * 2)))
@@ -552,7 +558,7 @@ def test_the_context_is_left_and_entered_again(context):
             assert state_of_torch() == FIXED
         assert state_of_torch() == before
         with pytest.raises(ZeroDivisionError), fixed_precision():
-            1 / 0  # noqa: B018
+            1 / 0
         assert state_of_torch() == before
 
 

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gcond_kernels import GCond, GCondFused, LionLars, ops
+from gcond_kernels.methods.method import Comparison
 from gcond_kernels.ops import backends
 from tests.helpers import by_name
 from tests.helpers.flat import layout_of, misaligned, packed_layout_of, random_mask, rows, unwritten
@@ -298,11 +299,11 @@ def test_up_to_64_tasks_are_arbitrated_and_more_are_an_error():
         scale = torch.ones(tasks, dtype=torch.float64)
         if tasks > 64:
             with pytest.raises(ValueError, match="up to 64 tasks, not 65: use backend='python'"):
-                method.resolve(g @ g.T, None, scale, state, backend="cuda")
+                method.decide(Comparison(g @ g.T, None, scale, backend="cuda"), state)
             return
-        weights = method.resolve(g @ g.T, None, scale, state, backend="cuda").weights
+        weights = method.decide(Comparison(g @ g.T, None, scale, backend="cuda"), state).weights
         state = method.new_state(tasks, CPU)
-        expected = method.resolve(g @ g.T, None, scale, state, backend="python").weights
+        expected = method.decide(Comparison(g @ g.T, None, scale, backend="python"), state).weights
         assert torch.allclose(weights, expected, rtol=1e-9)
 
 

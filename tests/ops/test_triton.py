@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gcond_kernels import ops
+from gcond_kernels.methods.method import Comparison
 from gcond_kernels.ops import backends
 from tests.helpers import by_name
 from tests.helpers.flat import layout_of, random_mask, rows
@@ -199,8 +200,9 @@ def test_too_many_tasks_to_arbitrate_are_refused_with_the_number():
 
     state = GCond().new_state(65, HERE)
     with pytest.raises(ValueError, match="up to 64 tasks, not 65"):
-        GCond().resolve(
-            torch.eye(65).double(), None, torch.ones(65).double(), state, backend="triton"
+        GCond().decide(
+            Comparison(torch.eye(65).double(), None, torch.ones(65).double(), backend="triton"),
+            state,
         )
 
 
@@ -217,7 +219,11 @@ def test_many_tasks_arbitrate_as_the_reference_does(tasks):
     for backend in ("python", "triton"):
         state = method.new_state(tasks, HERE)
         state["norm_ema"] += torch.linspace(0.5, 2.0, tasks).double()
-        decisions.append(method.resolve(g @ g.T, None, torch.ones(tasks).double(), state, backend))
+        decisions.append(
+            method.decide(
+                Comparison(g @ g.T, None, torch.ones(tasks).double(), backend=backend), state
+            )
+        )
     a, b = decisions
     assert torch.equal(a.events[:, [0, 1, 3, 4]], b.events[:, [0, 1, 3, 4]])
     assert torch.allclose(a.weights, b.weights, rtol=1e-9, atol=1e-12)

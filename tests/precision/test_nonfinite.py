@@ -162,7 +162,7 @@ def test_drop_task_with_a_task_of_weight_zero_alone_left(backend):
 def test_raise_names_task_and_parameter_and_changes_nothing(backend, bad, place, tasks):
     run = Run(backend, on_nonfinite="raise")
     run.step(gradients(1))
-    now, storage = run.optimizer._now, run.optimizer._storage
+    now, storage = run.optimizer._resolver, run.optimizer._storage
 
     def kept():
         small = [storage.parameter_tasks, storage.was_shared, storage.momentum_steps, now.counters]

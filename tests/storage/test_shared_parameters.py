@@ -237,7 +237,7 @@ def test_history_starts_anew_where_tasks_come_to_share_more():
     for b_uses_q in (False, False, True, True):
         loss_b = -(p * d).sum() + (q.sum() if b_uses_q else 0.0)
         optimizer.backward({"a": (p * d).sum() + 5 * q.sum(), "b": loss_b})
-        seen.append(optimizer._now.method_state["history_gramian"].clone())
+        seen.append(optimizer._resolver.method_state["history_gramian"].clone())
         optimizer.step()
     assert [float(S[0, 0]) for S in seen] == [1.0, 1.0, 51.0, 51.0]
     assert optimizer._storage.was_shared.tolist() == [1, 1]
@@ -336,7 +336,7 @@ def test_each_tensor_is_resolved_as_if_it_were_the_only_one(backend):
         return written, optimizer
 
     together, optimizer = run([0, 1, 2], "tensor")
-    state = optimizer._now.method_state
+    state = optimizer._resolver.method_state
     assert optimizer.report().conflicts
     assert {c.parameter for c in optimizer.report().conflicts} <= {
         f"parameter {t}" for t in range(3)
@@ -345,7 +345,7 @@ def test_each_tensor_is_resolved_as_if_it_were_the_only_one(backend):
         alone, other = run([t], "model")
         for step in range(steps):
             assert torch.equal(together[step][t], alone[step][0])
-        own = other._now.method_state
+        own = other._resolver.method_state
         for key in ("norm_ema", "winners", "history_gramian"):
             assert torch.equal(state[key][t], own[key]), key
     row = optimizer.recorder.rows()[-1]
@@ -396,8 +396,8 @@ def test_training_goes_on_to_the_same_bits(method, granularity, at):
     train(resumed, other, x[at:])
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
-    for key, value in optimizer._now.method_state.items():
-        assert torch.equal(value, other._now.method_state[key]), key
+    for key, value in optimizer._resolver.method_state.items():
+        assert torch.equal(value, other._resolver.method_state[key]), key
     assert torch.equal(optimizer._storage.parameter_tasks, other._storage.parameter_tasks)
     assert torch.equal(optimizer._storage.was_shared, other._storage.was_shared)
 
@@ -432,7 +432,7 @@ def test_a_gradient_that_is_not_finite_leaves_all_as_it_was(method, granularity,
     model = net()
     optimizer = optimizer_of(model, method=method, granularity=granularity, momentum=0.9)
     train(model, optimizer, inputs(4))
-    before = through_a_file([model.state_dict(), optimizer._now.method_state])
+    before = through_a_file([model.state_dict(), optimizer._resolver.method_state])
     momentum = optimizer._storage.momentum.clone()
     for batch in inputs(2, seed=9):
         losses = losses_of(model, batch)
@@ -442,7 +442,7 @@ def test_a_gradient_that_is_not_finite_leaves_all_as_it_was(method, granularity,
     optimizer.step()
     assert optimizer.report().skipped
     assert optimizer.report().nonfinite_tasks == ["b"]
-    after = [model.state_dict(), optimizer._now.method_state]
+    after = [model.state_dict(), optimizer._resolver.method_state]
     for was, now in zip(before, after, strict=True):
         for key, value in was.items():
             assert torch.equal(value, now[key]), key
@@ -618,7 +618,7 @@ def test_what_is_no_method_is_refused():
             optimizer_of(model, method=wrong)
     with pytest.raises(ValueError, match="granularity must be 'model' or 'tensor'"):
         optimizer_of(model, granularity="layer")
-    with pytest.raises(ValueError, match="granularity='tensor' says nothing of GradDrop"):
+    with pytest.raises(ValueError, match="granularity='tensor' does not go with GradDrop"):
         optimizer_of(model, method=GradDrop(), granularity="tensor")
     for options in ({"max_norm": 1.0}, {"update": LionLars()}):
         with pytest.raises(ValueError, match="before it is written"):
@@ -670,7 +670,7 @@ def test_gradnorm_may_look_at_one_layer_alone():
     names = [name for name in SHARED if name.startswith("body.2")]
     state = fresh_state(method, 3, (), torch.device("cpu"))
     method.weights(gramian_of(gradients, names), state, Known(losses=losses))
-    found = optimizer._now.method_state["task_weights"]
+    found = optimizer._resolver.method_state["task_weights"]
     torch.testing.assert_close(found, state["task_weights"], rtol=1e-4, atol=1e-6)
     assert (found - 1.0).abs().max() > 0.1
 
@@ -706,21 +706,21 @@ def test_losses_are_means_over_the_micro_batches_that_count():
     other.load_state_dict(through_a_file(optimizer.state_dict()))
     for one in (optimizer, other):
         one.step()  # the last task has one micro-batch of its two
-        first = one._now.method_state["initial_losses"].tolist()
+        first = one._resolver.method_state["initial_losses"].tolist()
         assert first == pytest.approx(means, rel=1e-6)
-        assert one._now.losses.tolist() == [0.0] * 3
+        assert one._resolver.losses.tolist() == [0.0] * 3
 
 
 def test_a_loss_that_gradnorm_cannot_use_is_said_before_a_state_changes():
     model, (x,) = net(), inputs(1)
     optimizer = optimizer_of(model, method=GradNorm(lr=0.1), accumulation_steps=1)
     train(model, optimizer, [x])
-    before = {name: value.clone() for name, value in optimizer._now.method_state.items()}
+    before = {name: value.clone() for name, value in optimizer._resolver.method_state.items()}
     parameters = [p.clone() for p in model.parameters()]
     losses = losses_of(model, x)
     with pytest.raises(ValueError, match=r"GradNorm .* the loss of task 'b' is -.* constant"):
         optimizer.backward({**losses, "b": losses["b"] - 100.0})
-    state = optimizer._now.method_state
+    state = optimizer._resolver.method_state
     assert all(torch.equal(state[name], value) for name, value in before.items())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), parameters, strict=True))
 
@@ -730,7 +730,7 @@ def test_the_mean_loss_of_a_task_without_a_micro_batch_is_unknown():
     optimizer = optimizer_of(model, method=GradNorm(), mode="stochastic", accumulation_steps=3)
     optimizer.backward({"a": losses_of(model, inputs(1)[0])["a"]})
     optimizer.step()
-    first = optimizer._now.method_state["initial_losses"]
+    first = optimizer._resolver.method_state["initial_losses"]
     assert first[0] > 0.0
     assert first[1:].tolist() == [0.0, 0.0]
 
@@ -742,7 +742,7 @@ def test_random_orders_go_on_where_they_were():
         model = net()
         optimizer = optimizer_of(model, method=PCGrad(seed=seed))
         train(model, optimizer, inputs(20))
-        assert int(optimizer._now.method_state["counter"]) == 10
+        assert int(optimizer._resolver.method_state["counter"]) == 10
         runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
@@ -943,7 +943,7 @@ def test_a_method_of_the_users_own_may_keep_a_state(granularity):
     assert list(optimizer.report().weights.values()) == [0.75] * 3
     other = optimizer_of(copy.deepcopy(model), method=Slowed(), granularity=granularity)
     other.load_state_dict(through_a_file(optimizer.state_dict()))
-    assert (other._now.method_state["steps"] == 2).all()
+    assert (other._resolver.method_state["steps"] == 2).all()
     assert repr(Slowed()) == "Slowed()"  # no address: ranks compare it
     assert Slowed()(torch.eye(2)).tolist() == [0.5, 0.5]
 

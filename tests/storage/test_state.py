@@ -362,7 +362,7 @@ def test_parameters_in_another_order_are_matched_by_their_names(backend, at, spl
 def kept_by_name(optimizer):
     """What is kept of each parameter: state of the method, mask, who had a gradient of it."""
     storage, shared = optimizer._storage, optimizer.method.shared_state
-    state = {k: v for k, v in optimizer._now.method_state.items() if k not in shared}
+    state = {k: v for k, v in optimizer._resolver.method_state.items() if k not in shared}
     return {
         segment.name: (
             {key: value[t].clone() for key, value in state.items()},

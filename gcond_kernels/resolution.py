@@ -1,0 +1,408 @@
+"""The resolution of a window: from the accumulators to the gradient of every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gcond_kernels import ops
+from gcond_kernels.diagnostics.report import Resolution
+from gcond_kernels.distributed.strategy import LocalGradients, SingleProcess
+from gcond_kernels.lion_lars import averaged_norms
+from gcond_kernels.methods.method import Comparison, Destination, Known, fresh_state
+from gcond_kernels.ops import launch_tables as tables
+from gcond_kernels.ops.types import Rescale, TaskGradients
+from gcond_kernels.options import OptionsInUse, TaskWeights
+from gcond_kernels.precision import overflow
+from gcond_kernels.precision.nonfinite import describe, nonfinite_tasks, without_tasks
+from gcond_kernels.storage.accumulator import GradientStorage
+from gcond_kernels.storage.shared_parameters import SharedParameters
+from gcond_kernels.storage.sharing import Sharing
+
+NOTHING_CHANGED = (
+    "Nothing was changed; to go on, set optimizer.on_nonfinite to 'skip' or 'drop_task' and call "
+    "step()"
+)
+
+
+class Outcome(NamedTuple):
+    """What a resolution computed.
+
+    Attributes:
+        products: the inner products of all ranks.
+        decision: the weights.
+        shared: which tensors were compared.
+        gradients: T local gradients, written; None where there is none.
+    """
+
+    products: ops.Gramians
+    decision: ops.Arbitration
+    shared: SharedParameters
+    gradients: list[Tensor | None]
+
+
+class Resolver:
+    """Resolves windows, and keeps what a resolution needs from one to the next.
+
+    Args:
+        storage: the accumulators, with history and momentum.
+        strategy: how several ranks come to one gradient.
+        options: those of this window and the next.
+        tasks: the loss weights.
+        device: of the parameters.
+
+    Attributes:
+        method_state: the small tensors of the method.
+        counters: [2 + K] int64: resolutions, those that were skipped, and of each task those in
+            which its gradient was not finite. On the device, so that replays of a CUDA graph count.
+        nonfinite: [K] bool: tasks whose gradient was not finite in the last resolution.
+        losses: [K] float64: the sum of each task's losses in this window; None where not needed.
+        last: the last resolution.
+    """
+
+    def __init__(
+        self,
+        storage: GradientStorage,
+        strategy: SingleProcess,
+        options: OptionsInUse,
+        tasks: TaskWeights,
+        device: torch.device,
+    ) -> None:
+        self.storage = storage
+        self.strategy = strategy
+        self.options = options
+        self.tasks = tasks
+        self.sharing = Sharing(storage)
+        self.counters = torch.zeros(2 + len(tasks), dtype=torch.int64, device=device)
+        self.nonfinite = torch.zeros(len(tasks), dtype=torch.bool, device=device)
+        self.method_state = self.fresh_state()
+        self.losses = self._new_losses()
+        self.last: Resolution | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "last": None}
+
+    # What is kept between windows.
+
+    @property
+    def device(self) -> torch.device:
+        """Where the small tensors lie."""
+        return self.counters.device
+
+    def fresh_state(self) -> dict[str, Tensor]:
+        """Return the method's state before its first step, as the assigned options want it."""
+        o = self.options.assigned
+        batch = (len(self.storage.segments),) if o.granularity == "tensor" else ()
+        return fresh_state(o.method, len(self.tasks), batch, self.device)
+
+    def _new_losses(self) -> Tensor | None:
+        if not self.options.assigned.method.needs_losses:
+            return None
+        return torch.zeros(len(self.tasks), dtype=torch.float64, device=self.device)
+
+    def renew(self) -> None:
+        """Let the assigned options take effect: make what they need, keep what they still need."""
+        before, o = self.options.current, self.options.assigned
+        self.options.current = o
+        self.storage.configure(o.history, o.momentum > 0.0)
+        state = self.fresh_state()
+        if type(o.method) is type(before.method) and o.granularity == before.granularity:
+            old = self.method_state
+            state = {name: carried_over(old.get(name), new) for name, new in state.items()}
+        self.method_state = state
+        if self.losses is None or len(self.losses) < len(self.tasks) or not o.method.needs_losses:
+            self.losses = self._new_losses()
+        self.sharing.selection_found = False
+
+    def add_task(self) -> None:
+        """Count for one task more, the last one."""
+        self.nonfinite = torch.cat([self.nonfinite, torch.zeros_like(self.nonfinite[:1])])
+        self.counters = torch.cat([self.counters, torch.zeros_like(self.counters[:1])])
+        self.last = None
+
+    def follow_layout(self, places: Sequence[int]) -> None:
+        """Let what is kept follow the tensors, by their places before; -1 is a new one."""
+        self._move_to(self.storage.accumulators.device)
+        self._arrange_state(places)
+        self.sharing.forget()
+
+    def _move_to(self, device: torch.device) -> None:
+        """Let what was made before the parameters were moved follow them."""
+        if self.device == device:
+            return
+        self.counters = self.counters.to(device)
+        self.nonfinite = self.nonfinite.to(device)
+        self.method_state = {name: value.to(device) for name, value in self.method_state.items()}
+        if self.losses is not None:
+            self.losses = self.losses.to(device)
+
+    def restore(self, counters: Sequence[int], losses: Sequence[float] | None) -> None:
+        """Take over the counters, and the sums of the losses, of a state that is loaded."""
+        self.counters = torch.tensor(counters, dtype=torch.int64, device="cpu").to(self.device)
+        if self.losses is not None and losses is not None:
+            sums = torch.tensor(losses, dtype=torch.float64, device="cpu")
+            self.losses = sums.to(self.device)
+        self.last = None
+        self.sharing.forget()
+
+    def _arrange_state(self, places: Sequence[int]) -> None:
+        o, state = self.options.current, self.method_state
+        if o.granularity == "model":
+            return
+        batch = (len(places),)
+        new = fresh_state(o.method, len(self.tasks), batch, self.device)
+        for name, value in new.items():
+            if name not in o.method.shared_state:
+                for t, place in enumerate(places):
+                    if 0 <= place < len(state[name]):
+                        value[t] = state[name][place]
+                state[name] = value
+
+    def fit_state(self) -> None:
+        """Make a state for each tensor, also for those that are new."""
+        o, tensors = self.options.current, len(self.storage.segments)
+        own = [v for k, v in self.method_state.items() if k not in o.method.shared_state]
+        if o.granularity == "tensor" and own and len(own[0]) != tensors:
+            self._arrange_state([*range(len(own[0])), *[-1] * tensors][:tensors])
+
+    # One resolution.
+
+    def prepare(self, scale: Tensor) -> LocalGradients:
+        """Return what is to be resolved here: what may fail for want of memory comes first.
+
+        Args:
+            scale: [K] float64, what makes a sum of gradients their mean.
+        """
+        local = self.strategy.local_gradients(scale, self.options.current.momentum)
+        self._move_to(scale.device)
+        self.fit_state()
+        return local
+
+    def run(self, local: LocalGradients, counts: Sequence[int]) -> Outcome:
+        """Resolve the window's conflicts, and write the gradients.
+
+        Args:
+            local: of `prepare`.
+            counts: micro-batches of each task in the window.
+
+        Raises:
+            FloatingPointError: with on_nonfinite="raise": a gradient is not finite, or the resolved
+                one does not fit into the type of `.grad`; nothing has changed.
+        """
+        o = self.options.current
+        target = Destination(local.outputs, local.momentum, None, local.first, o.backend)
+        if self._is_one_operation(counts):
+            fused: Any = o.method
+            products, decision = fused.resolve(
+                local.gradients, target, self.method_state, o.max_norm
+            )
+            shared = self._shared_parameters(products, counts)
+        else:
+            products, decision, shared = self._run_in_turn(local, target, counts)
+        return Outcome(products, decision, shared, self.strategy.gather(local))
+
+    def _is_one_operation(self, counts: Sequence[int]) -> bool:
+        """Return whether nothing is to be done between the operations of a resolution."""
+        o = self.options.current
+        return (
+            o.method.fuses_operations
+            and self.strategy.size == 1
+            and self.options.on_nonfinite == "skip"
+            and o.update is None
+            and all(counts)
+            and self._compares_all()
+            and not self._halves()
+        )
+
+    def _compares_all(self) -> bool:
+        """Return whether the host knows that tasks are compared over all tensors together."""
+        return self.options.current.granularity == "model" and self.sharing.all_shared
+
+    def _run_in_turn(
+        self, local: LocalGradients, target: Destination, counts: Sequence[int]
+    ) -> tuple[ops.Gramians, ops.Arbitration, SharedParameters]:
+        """Compare, decide and write, with what lies between."""
+        o, K, gradients, momentum = (
+            self.options.current,
+            len(self.tasks),
+            local.gradients,
+            local.momentum,
+        )
+        # What needs the norm of the result needs its products with the momentum.
+        wants_norm = momentum is not None and (o.update is not None or o.max_norm is not None)
+        products = ops.gramian(
+            gradients._replace(layout=local.counted),
+            history_scale=self.method_state.get("history_scale"),
+            momentum=momentum.buffer if momentum is not None and wants_norm else None,
+            backend=o.backend,
+        )
+        if self._compares_all():
+            products = products._replace(cross_per_tensor=None)  # so it need not be sent to others
+        squares = None if o.update is None else self.strategy.squared_norms(o.backend)  # [T]
+        products, squares, losses = self.strategy.sum_over_ranks(products, squares, self.losses)
+        products, scale = self._treat_nonfinite(products, gradients.scale)
+        gradients = gradients._replace(scale=scale)
+        before = self._snapshot()
+        shared = self._shared_parameters(products, counts)
+        self.sharing.clear_absent(local.outputs, counts, products.total)
+        S, X = shared.gramians(products, K)
+        known = Known(losses=self._mean_losses(losses, counts), tasks=tuple(self.tasks))
+        selected = shared.selected_gramian(products, K)
+        comparison = Comparison(S, X, scale, selected, known, o.backend)
+        decision = o.method.decide(comparison, self.method_state)
+        decision = self._checked(decision, gradients, products, shared)
+        self._undo_if_not_finite(before, decision.finite)
+        weights = shared.weights(decision.weights)
+        if o.max_norm is not None:
+            target = target._replace(rescale=Rescale(o.max_norm, products.per_tensor))
+        decision = o.method.apply(gradients, target, weights, decision, self.method_state)
+        if o.update is not None and squares is not None:
+            norms = averaged_norms(products.per_tensor, weights, target.momentum)
+            o.update.apply(local.outputs, norms, squares.sqrt(), decision.finite)
+        return products, decision, shared
+
+    def _shared_parameters(self, products: ops.Gramians, counts: Sequence[int]) -> SharedParameters:
+        method, state = self.options.current.method, self.method_state
+        shared, changed = self.sharing.update(
+            products,
+            counts,
+            by_tensor=self.options.current.granularity == "tensor",
+            single=method.compares_single_task,
+            selected=method.parameters,
+        )
+        if not shared.by_tensor and "history_gramian" in state:
+            # Norms of the history are known of the tensors alone that were compared before.
+            history = state["history_gramian"]
+            history.copy_(torch.where(changed, 0.0, history))
+        return shared
+
+    def _mean_losses(self, sums: Tensor | None, counts: Sequence[int]) -> Tensor | None:
+        """Return the mean loss of each task, [K]; NaN of a task without a micro-batch."""
+        if sums is None:
+            return None
+        holders = self.strategy.losses_per_micro_batch
+        shares = tuple(1.0 / (count * holders) if count else float("nan") for count in counts)
+        share = tables.settings_tensor(shares, sums.device)
+        tables.keep_if_captured(share)
+        return sums * share
+
+    # Numbers that are not finite.
+
+    def _treat_nonfinite(
+        self, products: ops.Gramians, scale: Tensor
+    ) -> tuple[ops.Gramians, Tensor]:
+        """Leave out the tasks whose gradient is not finite, or raise, where that is wanted."""
+        if self.options.on_nonfinite == "skip":
+            return products, scale
+        self.nonfinite = nonfinite_tasks(products.total)
+        if self.options.on_nonfinite == "drop_task":
+            return without_tasks(products, scale, self.nonfinite)
+        if tables.is_capturing(scale.device):
+            raise RuntimeError(
+                "on_nonfinite='raise' asks the device in every step, which a CUDA graph cannot: "
+                "use 'skip' or 'drop_task'"
+            )
+        names = [segment.name for segment in self.storage.segments]
+        where = describe(products.per_tensor, tuple(self.tasks), names)
+        if where is None and bool(self.nonfinite.any()):
+            where = "a task on another rank"
+        if where is not None:
+            raise FloatingPointError(
+                f"the gradient holds a NaN, an infinity, or values beyond 1e19 in {where}. "
+                f"{NOTHING_CHANGED}"
+            )
+        return products, scale
+
+    def _halves(self) -> list[int]:
+        """Return the places of tensors whose `.grad` is float16."""
+        dtypes = self.storage.gradient_dtypes()
+        pairs = enumerate(zip(dtypes, self.storage.window_tasks, strict=True))
+        return [t for t, (dtype, hit) in pairs if hit and dtype == torch.float16]
+
+    def _checked(
+        self,
+        decision: ops.Arbitration,
+        gradients: TaskGradients,
+        products: ops.Gramians,
+        shared: SharedParameters,
+    ) -> ops.Arbitration:
+        """Return the decision; where the result is not finite in its type, it is to skip."""
+        o, K = self.options.current, len(self.tasks)
+        finite = decision.finite.all()  # one flag, or the same of each tensor
+        weights = shared.weights(decision.weights)
+        if not o.method.bounded_weights:
+            finite = finite & overflow.norms_fit(products, weights)
+        halves = self._halves()
+        clipped = o.max_norm is not None and o.max_norm <= overflow.LARGEST_HALF
+        if halves and not clipped and o.update is None:
+            sums, (offsets, sizes) = gradients.accumulators, gradients.layout
+            fit = overflow.halves_fit(
+                sums.abs() if o.method.adds_magnitudes else sums,
+                [(offsets[t], sizes[t]) for t in halves],
+                (weights.expand(len(sizes), K) * gradients.scale)[halves],
+                overflow.norms(products, weights)[halves],
+            )
+            finite = finite & self.strategy.on_all_ranks(fit)
+        kept = torch.where(finite, decision.weights, 0.0)
+        events = torch.where(finite, decision.events, float("nan"))
+        return decision._replace(weights=kept, events=events, finite=finite)
+
+    def _snapshot(self) -> list[tuple[Tensor, Tensor]]:
+        """Return what a decision changes before it is known to fit, beside copies of it."""
+        if self.options.current.method.bounded_weights and not self._halves():
+            return []
+        storage = self.storage
+        changed = (*self.method_state.values(), storage.parameter_tasks, storage.was_shared)
+        return [(tensor, tensor.clone()) for tensor in changed]
+
+    def _undo_if_not_finite(self, before: list[tuple[Tensor, Tensor]], finite: Tensor) -> None:
+        """Put the snapshot back where the result does not fit; raise where that is wanted."""
+        for tensor, old in before:
+            tensor.copy_(torch.where(finite, tensor, old))
+        if self.options.on_nonfinite == "raise" and before and not bool(finite):
+            name = type(self.options.current.method).__name__
+            raise FloatingPointError(
+                "the resolved gradient is not finite: the sum of the tasks' gradients leaves the "
+                f"range of .grad's type, or {name} has given a weight that is not finite. "
+                f"{NOTHING_CHANGED}"
+            )
+
+    def note(self, outcome: Outcome, counts: Sequence[int]) -> Resolution:
+        """Count a resolution, and return it for reports; all of it stays on the device."""
+        products, decision, shared, _ = outcome
+        if self.options.on_nonfinite == "skip":
+            self.nonfinite = nonfinite_tasks(products.total)
+        skipped = (~decision.finite).view(1)
+        self.counters += torch.cat([torch.ones_like(skipped), skipped, self.nonfinite])
+        self.sharing.note()
+        K, squares = len(self.tasks), products.total.diagonal()
+        self.last = Resolution(
+            counters=self.counters,
+            nonfinite=self.nonfinite,
+            counts=list(counts),
+            parameter_names=[segment.name for segment in self.storage.segments],
+            per_tensor=products.per_tensor[:, :K, :K],
+            squares=squares,
+            gramian=shared.shared_gramian(products, K),
+            decision=decision,
+            weights=shared.mean_weights(decision, squares),
+            shared=shared,
+            norm_ema=self.method_state.get("norm_ema"),
+            winners=self.method_state.get("winners"),
+            thresholds=self.options.current.method.thresholds,
+        )
+        return self.last
+
+
+def carried_over(old: Tensor | None, new: Tensor) -> Tensor:
+    """Return an entry of a method's state with what the old one had; of added tasks it is new."""
+    if old is None or old.dim() != new.dim() or old.dtype != new.dtype:
+        return new
+    if any(a > b for a, b in zip(old.shape, new.shape, strict=True)):
+        return new
+    result = new.clone()
+    result[tuple(slice(n) for n in old.shape)] = old.to(new.device)
+    return result
