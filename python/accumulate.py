@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.ops.types import Layout
-from gcond_kernels.python.chunks import chunk_length, chunks, in_memory_order
+from gcond_kernels.python.chunks import chunk_length, chunks, flat
 
 # What float32 holds exactly.
 WIDENED = {torch.float32, torch.bfloat16, torch.float16}
@@ -20,29 +20,29 @@ def accumulate(
     overwrite: bool,
 ) -> None:
     """Add `scale · gradient` to each gradient's segment; see `gcond_kernels.ops.accumulate`."""
-    present = []
-    for gradient, offset, size in zip(gradients, *layout, strict=True):
-        if gradient is not None:
-            present.append((gradient, accumulator[offset : offset + size]))
+    targets, addends = [], []
+    vectors = flat(gradients, layout)
+    for vector, offset, size in zip(vectors, *layout, strict=True):
+        if vector is not None:
+            targets.append(accumulator[offset : offset + size])
+            addends.append(vector)
         elif overwrite:
             accumulator[offset : offset + size].zero_()
     unscaled = isinstance(scale, float) and scale == 1.0
-    exact = {gradient.dtype for gradient, _ in present} <= WIDENED
-    if present and unscaled and exact and accumulator.dtype == torch.float32:
+    exact = {vector.dtype for vector in addends} <= WIDENED
+    if addends and unscaled and exact and accumulator.dtype == torch.float32:
         # Torch goes through the list by itself, and widens within an addition.
-        targets = [target for _, target in present]
-        addends = [gradient.detach().as_strided(target.shape, (1,)) for gradient, target in present]
         (torch._foreach_copy_ if overwrite else torch._foreach_add_)(targets, addends)
         return
     for tensor, start, stop, first in chunks(layout, chunk_length(1, accumulator.device)):
-        gradient, target = gradients[tensor], accumulator[start:stop]
-        if gradient is None:
+        vector = vectors[tensor]
+        if vector is None:
             continue
         # Widened before it is scaled: a small bf16 or fp16 value must not underflow.
-        addend = in_memory_order(gradient, first, stop - start).to(torch.float32)
+        addend = vector[first : first + stop - start].to(torch.float32)
         if not unscaled:
             addend = addend * scale
         if overwrite:
-            target.copy_(addend)
+            accumulator[start:stop] = addend
         else:
-            target.add_(addend)  # a bfloat16 accumulator is widened, added to, rounded once
+            accumulator[start:stop] += addend  # bfloat16 is widened, added to, rounded once

@@ -88,6 +88,9 @@ def _batch_of(pieces: Sequence[tuple[int, int, int, int, int]]) -> Batch:
     return Batch(first, last, tuple(partials), tuple(piece[1:] for piece in pieces))
 
 
-def in_memory_order(tensor: Tensor, start: int, length: int) -> Tensor:
-    """Return elements [length] from `start` on of a tensor without gaps, as its memory has them."""
-    return tensor.detach().as_strided((length,), (1,), tensor.storage_offset() + start)
+def flat(tensors: Sequence[Tensor | None], layout: Layout) -> list[Tensor | None]:
+    """Return tensors without gaps as vectors of their elements, in memory order."""
+    return [
+        None if tensor is None else tensor.detach().as_strided((size,), (1,))
+        for tensor, size in zip(tensors, layout.sizes, strict=True)
+    ]

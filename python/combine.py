@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gcond_kernels.ops.mask import trainable
 from gcond_kernels.ops.types import Momentum, Rescale, TaskGradients
-from gcond_kernels.python.chunks import chunk_length, chunks, in_memory_order
+from gcond_kernels.python.chunks import chunk_length, chunks, flat
 
 
 def combine(
@@ -31,14 +31,15 @@ def combine(
     decay, tensor_factors = factors.new_tensor(beta), factors.unbind()
     weight_lists = ((1.0 - beta) * weights * scale).expand(len(outputs), -1).tolist()
     to_keep = new_history(gradients)
+    targets = flat(outputs, layout)
     length = chunk_length(len(scale) + 2, accumulators.device)
     for tensor, start, stop, first in chunks(layout, length):
         for history, accumulator in to_keep:  # before the output, which may lie in an accumulator
             history[..., start:stop] = accumulator[..., start:stop]
-        output = outputs[tensor]
-        if output is None:
+        target = targets[tensor]
+        if target is None:
             continue
-        target = in_memory_order(output, first, stop - start)
+        target = target[first : first + stop - start]
         if momentum is None:
             total = (
                 target

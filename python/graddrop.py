@@ -8,7 +8,7 @@ from torch import Tensor
 from gcond_kernels.ops.mask import trainable
 from gcond_kernels.ops.random import start_of, uniform
 from gcond_kernels.ops.types import Momentum, SignDropout, TaskGradients
-from gcond_kernels.python.chunks import chunk_length, chunks, in_memory_order
+from gcond_kernels.python.chunks import chunk_length, chunks, flat
 from gcond_kernels.python.combine import count_steps, output_factors, write_zeros
 
 
@@ -29,9 +29,10 @@ def graddrop(
     scales = scale.to(torch.float32).tolist()
     origin = start_of(dropout.seed, dropout.counter)
     length = chunk_length(len(scales) + 6, accumulators.device)
+    targets = flat(outputs, layout)
     for tensor, start, stop, first in chunks(layout, length):
-        output = outputs[tensor]
-        if output is None:
+        target = targets[tensor]
+        if target is None:
             continue
         places = torch.arange(
             dropout.first + start, dropout.first + stop, device=accumulators.device
@@ -43,7 +44,7 @@ def graddrop(
             total = buffer.add_(total * (1.0 - momentum.beta))
         if mask is not None:
             total.masked_fill_(~trainable(mask, start, stop), 0.0)
-        torch.mul(total, factors[tensor], out=in_memory_order(output, first, stop - start))
+        torch.mul(total, factors[tensor], out=target[first : first + stop - start])
 
 
 def sum_of_one_sign(
