@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gcond_kernels.distributed.replicate import ReplicateStrategy
 from gcond_kernels.distributed.strategy import LocalGradients, momentum_of
-from gcond_kernels.ops.types import WORD_BITS, Layout, TaskGradients
+from gcond_kernels.ops.types import Layout, TaskGradients
 from gcond_kernels.storage.layout import Segment, as_matrix, moved
 
 
@@ -33,26 +33,23 @@ class ShardStrategy(ReplicateStrategy):
     def _length(self) -> int:
         return self.storage.accumulators.shape[1] // self.size
 
-    @property
-    def _first(self) -> int:
-        return self.group.rank * self._length
-
     def local_shard(self, full: Tensor) -> Tensor:
         """Return the view of a tensor [N'] that is this rank's shard."""
-        return full[self._first : self._first + self._length]
+        return full.tensor_split(self.size)[self.group.rank]
 
     def _shards(self) -> Tensor:
         """Return [K, n], this rank's shard of every accumulator."""
-        rows = self.storage.accumulators
-        if len(rows) == 1:
-            return self.local_shard(rows[0])[None]
-        return rows.view(-1)[: len(rows) * self._length].view(len(rows), self._length)
+        accumulators = self.storage.accumulators
+        K = len(accumulators)
+        if K == 1:
+            return self.local_shard(accumulators[0])[None]
+        return accumulators.view(-1)[: K * self._length].view(K, self._length)
 
     def _start_reduction(self, task: int) -> Any:
-        row = self.storage.accumulators[task]
-        # In place where nothing was sent before it; elsewhere in that row would be read meanwhile.
-        shard = self.local_shard(row) if task == 0 else self._shards()[task]
-        return self.group.start_sum_to_shards(shard, row)
+        full = self.storage.accumulators[task]
+        # In place where nothing was sent before it; elsewhere in it would be read meanwhile.
+        shard = self.local_shard(full) if task == 0 else self._shards()[task]
+        return self.group.start_sum_to_shards(shard, full)
 
     def _finish_reduction(self, task: int) -> None:
         if task == 0 and len(self.storage.accumulators) > 1 and self.group.rank > 0:
@@ -60,8 +57,10 @@ class ShardStrategy(ReplicateStrategy):
 
     def local_gradients(self, scale: Tensor, beta: float) -> LocalGradients:
         """Return this rank's shards, and where in them the tensors lie."""
-        storage, first = self.storage, self._first
+        storage, first = self.storage, self.group.rank * self._length
         self._fit_state()
+        # A copy, since kernels read whole vectors.
+        mask = None if storage.mask is None else self.local_shard(storage.mask).clone()
         gathered = self._new_result()
         offsets, sizes = self._counted(storage.layout)
         outputs = [
@@ -69,27 +68,18 @@ class ShardStrategy(ReplicateStrategy):
             for offset, size, touched in zip(offsets, sizes, storage.window_tasks, strict=True)
         ]
         layout = Layout.of([offset - first for offset in offsets], sizes)
-        gradients = TaskGradients(
-            self._shards(), layout, scale, storage.history, self._mask_shard()
-        )
-        return LocalGradients(
-            gradients, layout, momentum_of(storage, beta), outputs, first, gathered
-        )
+        gradients = TaskGradients(self._shards(), layout, scale, storage.history, mask)
+        momentum = momentum_of(storage, beta)
+        return LocalGradients(gradients, layout, momentum, outputs, first, gathered)
 
     def _counted(self, layout: Layout) -> Layout:
         """Return the part of each segment that lies in this rank's shard."""
-        first, last = self._first, self._first + self._length
+        first, last = (rank * self._length for rank in (self.group.rank, self.group.rank + 1))
         ends = [
             (min(max(offset, first), last), min(max(offset + size, first), last))
             for offset, size in zip(*layout, strict=True)
         ]
         return Layout.of([start for start, _ in ends], [stop - start for start, stop in ends])
-
-    def _mask_shard(self) -> Tensor | None:
-        """Return the mask of this rank's shard; a copy, since kernels read whole vectors."""
-        mask, words = self.storage.mask, self._length // WORD_BITS
-        first = self.group.rank * words
-        return None if mask is None else mask[first : first + words].clone()
 
     def _new_result(self) -> Tensor:
         """Return [N'] memory for the result, of the type of the gradients where that is one."""
@@ -137,10 +127,10 @@ class ShardStrategy(ReplicateStrategy):
     def _fit_state(self) -> None:
         """Shard history and momentum anew where the layout has changed, or there was none yet."""
         storage = self.storage
-        if storage.history is not None:
-            storage.history = self._sharded_anew(storage.history)
-        if storage.momentum is not None:
-            storage.momentum = self._sharded_anew(storage.momentum)
+        storage.history, storage.momentum = (
+            None if kept is None else self._sharded_anew(kept)
+            for kept in (storage.history, storage.momentum)
+        )
         storage.sharded_layout = storage.segments, storage.accumulators.shape[1]
 
     def _sharded_anew(self, kept: Tensor) -> Tensor:
