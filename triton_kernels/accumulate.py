@@ -73,7 +73,7 @@ def accumulate(
     with tables.guard(device):
         accumulate_kernel[(plan.chunks.total,)](
             accumulator,
-            plan.rows,
+            plan.table,
             plan.chunks.table,
             1.0 if on_device else float(scale),
             scale if on_device else None,

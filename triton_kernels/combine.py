@@ -227,7 +227,7 @@ def combine(
             history,
             buffer,
             mask,
-            plan.rows,
+            plan.table,
             plan.chunks.table,
             weights,
             scale,
@@ -267,10 +267,10 @@ def factors_of(
     tables.keep_if_captured(settings)
     if momentum is None and rescale is None:
         return settings, None, None
-    tensors, K = plan.rows.shape[0], weights.shape[-1]
+    tensors, K = plan.table.shape[0], weights.shape[-1]
     factors, squares = torch.empty((2, tensors), dtype=torch.float64, device=weights.device)
     factor_kernel[(tensors,)](
-        plan.rows,
+        plan.table,
         None if rescale is None else rescale.per_tensor.contiguous(),
         weights,
         finite,

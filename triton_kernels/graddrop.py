@@ -193,7 +193,7 @@ def graddrop(
             accumulators,
             buffer,
             mask,
-            plan.rows,
+            plan.table,
             plan.chunks.table,
             scale,
             finite,

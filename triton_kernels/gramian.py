@@ -274,7 +274,7 @@ def gramian(
                 history,
                 momentum,
                 mask,
-                plan.rows,
+                plan.table,
                 chunks.table,
                 partials,
                 accumulators.stride(0),
@@ -342,7 +342,7 @@ def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]
     with tables.guard(device):
         if chunks.total:
             list_products_kernel[(chunks.total,)](
-                plan.rows,
+                plan.table,
                 chunks.table,
                 partials,
                 len(sizes),

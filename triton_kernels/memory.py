@@ -88,7 +88,7 @@ def plan_of(
     else:
         if device.type == "cuda":
             load_writer(device)
-    tables.keep_if_captured(plan.rows, plan.chunks.table, plan.chunks.first)
+    tables.keep_if_captured(plan.table, plan.chunks.table, plan.chunks.first)
     return plan
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.methods.method import Known
-from gcond_kernels.ops.launch_tables import HostFlag
+from gcond_kernels.ops.host_flag import HostFlag
 
 
 class PositiveLosses:

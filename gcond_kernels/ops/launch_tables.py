@@ -1,6 +1,4 @@
-"""What kernels look up: where every tensor lies, and which piece of it each program takes.
-
-Shared by the backends that have kernels; it knows none of them.
+"""Tables that kernels read: where every tensor lies, and which chunk of it each program takes.
 
 A table of addresses is made once for a set of tensors and found again by the addresses
 themselves: gradients are allocated anew for every backward pass, mostly at the same places.
@@ -31,20 +29,22 @@ ALIGNED = 8
 VECTOR_BYTES = 16
 VECTOR_ELEMENTS = 8
 
-# Address sets remembered; beyond that the one not seen for longest is forgotten. A large model in
-# 128 buckets, each task with its own, has that many.
+# Sets of addresses remembered; a large model in 128 buckets, each task with its own, has that many.
 REMEMBERED = 1024
 
 # Tables that a CUDA graph has captured: it reads them at every replay, so they stay for good.
 _captured: dict[int, Tensor] = {}
 
+Addresses = tuple[int, ...]
+Types = tuple[torch.dtype | None, ...]
+
 
 class Chunks(NamedTuple):
-    """How the tensors are cut into pieces, one program each.
+    """The chunks of the tensors, one program each.
 
     Attributes:
-        table: [C, 2] int32: the tensor, and the number of the piece within it.
-        first: [T + 1] int32: the first piece of each tensor; the last entry is C.
+        table: [C, 2] int32: the tensor, and the number of the chunk within it.
+        first: [T + 1] int32: the first chunk of each tensor; the last entry is C.
         total: C.
     """
 
@@ -54,33 +54,28 @@ class Chunks(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a launch over all tensors needs to know.
+    """The tables of a launch over all tensors.
 
     Attributes:
-        rows: [T, 4] int64 on the device: address, kind, offset, size of each tensor.
+        table: [T, 4] int64 on the device: address, code, offset, size of each tensor.
         types: bit mask of the type codes that occur.
-        chunks: the pieces.
+        chunks: the chunks of the tensors.
     """
 
-    rows: Tensor
+    table: Tensor
     types: int
     chunks: Chunks
 
 
-DTYPE = attrgetter("dtype")
-Addresses = tuple[int, ...]
-Types = tuple[torch.dtype | None, ...]
-
-
 def keys_of(tensors: Sequence[Tensor | None]) -> tuple[Addresses, Types]:
-    """The address and the type of every tensor; 0 and None for None; one type if all are of it.
+    """Return the address and the type of every tensor, 0 and None for None; one type if all are.
 
     This is most of what a launch costs the host: two calls in C a tensor and no more.
     """
     try:
         addresses = tuple(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
-        types = set(map(DTYPE, tensors))
-        return addresses, tuple(types if len(types) == 1 else map(DTYPE, tensors))
+        types = tuple(map(attrgetter("dtype"), tensors))
+        return addresses, types[:1] if len(set(types)) == 1 else types
     except TypeError:  # there is a None; asking each of them first would cost as much again
         return (
             tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors]),
@@ -88,32 +83,36 @@ def keys_of(tensors: Sequence[Tensor | None]) -> tuple[Addresses, Types]:
         )
 
 
+def no_keys(tensors: int) -> tuple[Addresses, Types]:
+    """Return the keys for a launch that reads flat storage alone."""
+    return (0,) * tensors, (None,)
+
+
 @functools.lru_cache(maxsize=REMEMBERED)
 def plan(
     keys: tuple[Addresses, Types],
     offsets: tuple[int, ...],
     sizes: tuple[int, ...],
-    rows_aligned: bool,
+    storage_aligned: bool,
     length: int,
     device: torch.device,
 ) -> Plan:
-    """The plan for tensors at these addresses; a tensor each, and its segment of flat storage.
+    """Return the plan for tensors at these addresses.
 
     Args:
         keys: T addresses, and T types or the one of all, as `keys_of` gives them.
-        offsets: T starts of the segments, in elements.
+        offsets: T starts of the segments in flat storage, in elements.
         sizes: T lengths of the segments.
-        rows_aligned: whether every row of the flat storage starts at a vector boundary.
-        length: elements of a piece.
+        storage_aligned: whether every part [N'] of the flat storage starts at a vector boundary.
+        length: elements of a chunk.
         device: where the tables are to lie.
     """
-    kinds = kinds_of(keys, offsets, rows_aligned)
-    table = rows_without_addresses(kinds, offsets, sizes, device)
-    rows = np.stack([keys[0], kinds, offsets, sizes], 1).astype(np.int64)
-    chunks = chunk_table(sizes, length, device)
-    if not any(keys[0]):
-        return Plan(table, types_of(keys), chunks)
-    return Plan(to_device(rows, device), types_of(keys), chunks)
+    codes = codes_of(keys, offsets, storage_aligned)
+    table = table_without_addresses(codes, offsets, sizes, device)
+    if any(keys[0]):
+        columns = np.array([keys[0], codes, offsets, sizes], dtype=np.int64)
+        table = to_device(columns.T, device)
+    return Plan(table, type_mask(keys), chunk_table(sizes, length, device))
 
 
 def plan_under_capture(
@@ -121,11 +120,11 @@ def plan_under_capture(
     keys: tuple[Addresses, Types],
     offsets: tuple[int, ...],
     sizes: tuple[int, ...],
-    rows_aligned: bool,
+    storage_aligned: bool,
     length: int,
     device: torch.device,
 ) -> Plan:
-    """The same for tensors that are first met while a CUDA graph is captured.
+    """Return the plan for tensors that are first met while a CUDA graph is captured.
 
     Nothing can be copied from the host then, but launches are captured: `write(table, addresses)`
     returns a copy of the table with the addresses, which travel with its launches. The plan is not
@@ -134,55 +133,50 @@ def plan_under_capture(
     Raises:
         CaptureMissError: the operation has not run yet on tensors of these sizes and types.
     """
-    table = rows_without_addresses(kinds_of(keys, offsets, rows_aligned), offsets, sizes, device)
+    codes = codes_of(keys, offsets, storage_aligned)
+    table = table_without_addresses(codes, offsets, sizes, device)
     keep_if_captured(table)
-    return Plan(write(table, keys[0]), types_of(keys), chunk_table(sizes, length, device))
+    return Plan(write(table, keys[0]), type_mask(keys), chunk_table(sizes, length, device))
 
 
-def kinds_of(
-    keys: tuple[Addresses, Types], offsets: Sequence[int], rows_aligned: bool
+def codes_of(
+    keys: tuple[Addresses, Types], offsets: Sequence[int], storage_aligned: bool
 ) -> tuple[int, ...]:
-    """What a program has to know of each tensor: its type, or that there is none, and ALIGNED."""
+    """Return the code of each tensor: its type, or that there is none, and ALIGNED."""
     address, offset = np.array(keys[0], dtype=np.int64), np.array(offsets, dtype=np.int64)
     codes = [NO_TENSOR if dtype is None else TYPE_CODES[dtype] for dtype in keys[1]]
-    aligned = (address % VECTOR_BYTES == 0) & (offset % VECTOR_ELEMENTS == 0) & rows_aligned
+    aligned = (address % VECTOR_BYTES == 0) & (offset % VECTOR_ELEMENTS == 0) & storage_aligned
     return tuple((np.array(codes, dtype=np.int64) + ALIGNED * aligned).tolist())
 
 
-def types_of(keys: tuple[Addresses, Types]) -> int:
-    """Bit mask of the type codes that occur."""
+def type_mask(keys: tuple[Addresses, Types]) -> int:
+    """Return the bit mask of the type codes that occur."""
     return sum({1 << TYPE_CODES[dtype] for dtype in keys[1] if dtype is not None})
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
-def rows_without_addresses(
-    kinds: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
+def table_without_addresses(
+    codes: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    """The rows of a plan, [T, 4] int64, with zeros for the addresses."""
-    rows = np.array([(0, *row) for row in zip(kinds, offsets, sizes, strict=True)], dtype=np.int64)
-    return to_device(rows.reshape(-1, 4), device)
-
-
-def no_keys(tensors: int) -> tuple[Addresses, Types]:
-    """For launches that read flat storage alone."""
-    return (0,) * tensors, (None,)
+    """Return the table of a plan, [T, 4] int64, with zeros for the addresses."""
+    columns = np.array([(0,) * len(codes), codes, offsets, sizes], dtype=np.int64)
+    return to_device(columns.T, device)
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
 def chunk_table(sizes: tuple[int, ...], length: int, device: torch.device) -> Chunks:
-    """Cuts tensors of these sizes into pieces of `length` elements; empty tensors have none."""
+    """Return the chunks of `length` elements of tensors of these sizes; empty ones have none."""
     counts = -(-np.array(sizes, dtype=np.int64) // length)  # in integers: sizes may pass 2^31
     first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
     tensor = np.repeat(np.arange(len(sizes)), counts)
-    piece = np.arange(first[-1]) - first[tensor]
-    table = np.stack([tensor, piece], 1).astype(np.int32)
+    table = np.stack([tensor, np.arange(first[-1]) - first[tensor]], 1).astype(np.int32)
     return Chunks(
         to_device(table, device), to_device(first.astype(np.int32), device), int(first[-1])
     )
 
 
 def chunk_length(elements: int) -> int:
-    """Elements of a piece that is summed: few enough to give every multiprocessor work, else many.
+    """Return the elements of a chunk that is summed: few enough to occupy a GPU, else many.
 
     It depends on nothing but the number of elements: the same sums on every GPU.
     """
@@ -194,7 +188,7 @@ def chunk_length(elements: int) -> int:
 
 @functools.lru_cache(maxsize=REMEMBERED)
 def settings_tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Settings on the device, as float64, which kernel arguments are not."""
+    """Return settings on the device, as float64, which kernel arguments are not."""
     return to_device(np.array(values), device)
 
 
@@ -203,13 +197,13 @@ class CaptureMissError(RuntimeError):
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether what is launched now becomes part of a CUDA graph."""
+    """Return whether what is launched now becomes part of a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @fixed_precision  # a table is kept, and not to be an inference tensor
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """The array on the device, without waiting for it.
+    """Return an array on the device, without synchronizing with it.
 
     Raises:
         CaptureMissError: a CUDA graph is being captured: it could not hold the host's copy.
@@ -225,84 +219,21 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-class HostFlag:
-    """A flag of the device that the host learns of a little later, without waiting for it."""
-
-    def __init__(self) -> None:
-        self._known = False
-        self._host: Tensor | None = None  # [] bool in pinned memory, once there is need for it
-        self._copied: torch.cuda.Event | None = None  # while a copy is pending
-
-    def __reduce__(self) -> tuple[type[HostFlag], tuple[()]]:
-        return HostFlag, ()  # a copy has seen nothing yet: an event is of one process
-
-    def note(self, flag: Tensor) -> bool:
-        """Start a copy of a flag, [] bool; of a CPU's it is read at once.
-
-        Returns:
-            Whether it was noted: not while a CUDA graph is captured or a copy is pending, nor once
-            one is known to have been True.
-        """
-        device = flag.device
-        if device.type == "meta" or is_capturing(device):
-            return False
-        self._look()
-        if self._known or self._copied is not None:
-            return False
-        if self._is_on_host(device):
-            self._known = bool(flag)
-        else:
-            self._copied = self._start_copy(flag)
-        return True
-
-    @property
-    def known(self) -> bool:
-        """Whether a flag that was noted is known to be True; once it is, it stays so."""
-        self._look()
-        return self._known
-
-    def _look(self) -> None:
-        """Read the copy where it is there."""
-        if self._copied is None:
-            return
-        # Asked during a capture, an event makes CUDA give the capture up.
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return
-        if not self._copied.query():  # type: ignore[no-untyped-call]
-            return
-        assert self._host is not None
-        self._known = bool(self._host)
-        self._copied = None
-
-    def _is_on_host(self, device: torch.device) -> bool:
-        return device.type != "cuda"  # of others the host asks: there are no events of one kind
-
-    @fixed_precision  # the memory is kept
-    def _start_copy(self, flag: Tensor) -> torch.cuda.Event:
-        """Start a copy to the host; the event is done when that is."""
-        if self._host is None:
-            self._host = torch.zeros((), dtype=torch.bool, device="cpu", pin_memory=True)
-        self._host.copy_(flag, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(flag.device))
-        return event
-
-
 def keep_if_captured(*tables: Tensor) -> None:
-    """Holds on to tables that a graph under capture will read at every replay."""
+    """Keep tables that a graph under capture will read at every replay."""
     if is_capturing(tables[0].device):
         _captured.update((id(table), table) for table in tables)
 
 
 def guard(device: torch.device) -> AbstractContextManager[object]:
-    """Makes `device` the current one: Triton launches on the current device, not the tensors'."""
+    """Make a device the current one: Triton launches there, wherever the tensors are."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
 
 
 def is_aligned(*tensors: Tensor | None) -> bool:
-    """Whether every row of these tensors starts at a vector boundary."""
+    """Return whether each of these tensors, [N'] or [K, N'], is aligned in every row."""
     return all(
         tensor is None
         or (

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gcond_kernels import ops
 from gcond_kernels.ops import launch_tables as tables
+from gcond_kernels.ops.host_flag import HostFlag
 from gcond_kernels.storage.accumulator import GradientStorage
 from gcond_kernels.storage.shared_parameters import (
     SharedParameters,
@@ -29,7 +30,7 @@ class Sharing:
 
     def forget(self) -> None:
         """Forget what the host knows: the layout has changed, or a state was loaded."""
-        self._all_shared = tables.HostFlag()
+        self._all_shared = HostFlag()
         self._known_tasks: list[int] = []  # of each tensor, a bit for each task that uses it
         self.selection_found = False
 

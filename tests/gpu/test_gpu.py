@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gcond_kernels import GCond, GCondFused, LionLars, ops
-from gcond_kernels.ops.launch_tables import HostFlag
+from gcond_kernels.ops.host_flag import HostFlag
 from tests.helpers import by_name
 from tests.helpers.flat import layout_of
 

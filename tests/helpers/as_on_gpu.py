@@ -1,6 +1,6 @@
 """Flags that the host learns of late, as on a GPU, without one."""
 
-from gcond_kernels.ops.launch_tables import HostFlag
+from gcond_kernels.ops.host_flag import HostFlag
 
 
 class Event:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gcond_kernels.ops import launch_tables as tables
-from gcond_kernels.ops.launch_tables import HostFlag
+from gcond_kernels.ops.host_flag import HostFlag
 from tests.helpers.as_on_gpu import late_flags
 from tests.helpers.host_reads import HostReads
 

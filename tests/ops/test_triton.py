@@ -81,7 +81,7 @@ def test_tensors_that_a_capture_meets_first(captured):
     given = (layout.offsets, layout.sizes)
     expected = rows(layout, 1, 0)[0]
     row = expected.clone()
-    tables.rows_without_addresses.cache_clear()
+    tables.table_without_addresses.cache_clear()
     with pytest.raises(tables.CaptureMissError, match="before the capture"):
         by_name.accumulate(row, gradients, *given, backend="triton")
     captured(False)
@@ -167,7 +167,7 @@ def test_a_piece_beyond_2_31_elements():
     plan = tables.plan(tables.keys_of([gradient]), (0,), (size,), True, accumulating.CHUNK, HERE)
     last = plan.chunks.table[-2:].contiguous()  # the others would take the interpreter hours
     accumulating.accumulate_kernel[(2,)](
-        row, plan.rows, last, 1.0, None, True, plan.types, accumulating.CHUNK
+        row, plan.table, last, 1.0, None, True, plan.types, accumulating.CHUNK
     )
     assert torch.equal(row[-3000:], gradient[-3000:])
 
@@ -178,7 +178,7 @@ def test_what_is_not_aligned_is_marked(misplaced):
     plan = tables.plan(
         ((address,), (torch.float32,)), (offset,), (5,), misplaced != "row", 1024, HERE
     )
-    assert bool(plan.rows[0, 1] & tables.ALIGNED) == (misplaced == "nothing")
+    assert bool(plan.table[0, 1] & tables.ALIGNED) == (misplaced == "nothing")
     storage = torch.zeros(2, 33)
     assert tables.is_aligned(storage[0], None)
     assert not tables.is_aligned(storage[0], storage[1])
