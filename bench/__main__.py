@@ -7,25 +7,43 @@ import os
 import sys
 from collections.abc import Sequence
 
-# What `python -m bench WHAT` runs: a module of this package, its first arguments, and a sentence.
-COMMANDS = {
-    "all": ("app", [], "operations and training steps, beside others (the default)"),
-    "quick": (
-        "app",
-        "--models mobilenetv3_small --millions 1 --tasks 2 4 --seconds 0.2".split(),
-        "the same in about a minute, of small models",
-    ),
-    "operations": ("app", ["--sections", "operations"], "each operation by every backend"),
-    "training": ("app", ["--sections", "training"], "training steps, their time and memory"),
-    "counts": ("counts", [], "bytes, launches and host reads of each operation, counted"),
-    "host": ("host", [], "what a call over 300 tensors costs the host; needs no GPU"),
-    "weighting": ("weighting", [], "from a Gramian to weights, by every method"),
-    "overlap": ("overlap", [], "what exchanging gradients early gains, with two processes"),
-    "experiments": ("experiments", [], "the paper's open questions, three seeds; most of an hour"),
-    "compare": ("compare", [], "the ratios of two records: OLD.json NEW.json"),
-    "plot": ("plot", [], "the pictures of a record: FILE.json"),
-    "profiled": ("profiled", [], "some calls of each operation, for a profiler to look at"),
+from bench.recipe import Benchmark, run
+
+# What is measured by the one recipe: a module with a BENCHMARK, or sections of `sections`.
+BENCHMARKS = {
+    "all": "operations and training steps, beside others (the default)",
+    "quick": "the same in about a minute, of small models",
+    "operations": "each operation by every backend, beside a copy and others",
+    "training": "training steps beside plain accumulation and others, their time and memory",
+    "counts": "bytes, launches and host reads of each operation, counted and compared",
+    "host": "what a call over 300 tensors costs the host; needs no GPU",
+    "weighting": "from a Gramian to weights, by every method",
+    "overlap": "what exchanging gradients early gains, with two processes",
 }
+# Modules with a command line of their own.
+COMMANDS = {
+    "experiments": "the paper's open questions, three seeds; most of an hour: [a ... h]",
+    "compare": "the ratios of two records: OLD.json NEW.json",
+    "plot": "the pictures of a record: FILE.json",
+    "profiled": "some calls of each operation, for a profiler",
+}
+SECTIONS = {
+    "all": ("training", "operations"),
+    "quick": ("training", "operations"),
+    "operations": ("operations",),
+    "training": ("training",),
+}
+QUICK = [
+    "--models",
+    "mobilenetv3_small",
+    "--millions",
+    "1",
+    "--tasks",
+    "2",
+    "4",
+    "--seconds",
+    "0.2",
+]
 # Without a GPU their kernels run on the host; Triton reads this when it is imported.
 ON_THE_HOST = ("counts", "host")
 
@@ -34,15 +52,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     what = given.pop(0) if given and not given[0].startswith("-") else "all"
-    if what not in COMMANDS:
+    if what in COMMANDS:
+        return int(importlib.import_module(f"bench.{what}").main(given))
+    if what not in BENCHMARKS:
         print(f"{what!r} is none of:", file=sys.stderr)
-        for name, (_, _, sentence) in COMMANDS.items():
+        for name, sentence in {**BENCHMARKS, **COMMANDS}.items():
             print(f"  {name:<12} {sentence}", file=sys.stderr)
         return 2
+    return run(benchmark_of(what), what, [*(QUICK if what == "quick" else ()), *given])
+
+
+def benchmark_of(what: str) -> Benchmark:
+    """Return a benchmark."""
+    if what in SECTIONS:
+        from bench import sections
+
+        return sections.benchmark(*SECTIONS[what])
     if what in ON_THE_HOST:
         os.environ.update(TRITON_INTERPRET="1", GCOND_CUDA_HOST="1")
-    module, first, _ = COMMANDS[what]
-    return importlib.import_module(f"bench.{module}").main([*first, *given]) or 0
+    benchmark: Benchmark = importlib.import_module(f"bench.{what}").BENCHMARK
+    return benchmark
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""How the bench takes times: in turn, over memory that no cache holds, beside a copy."""
+"""The clock: competitors take turns, over memory that no cache holds, beside a copy."""
 
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -13,7 +12,7 @@ import torch
 Run = Callable[[], object]
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 31
-# A round is far longer than the clock's grain.
+# A round is far longer than the clock's resolution.
 SECONDS_OF_A_ROUND = 0.003
 # The tensors of a lap are so many times as large as the cache: when the lap comes back to the
 # first of them, nothing of it is left there.
@@ -25,44 +24,44 @@ LEAD = 3
 MOST_BYTES_OF_COPY = 1_000_000_000
 
 
-class Way(NamedTuple):
-    """A way of doing something.
+class Competitor(NamedTuple):
+    """One implementation of an operation.
 
     Attributes:
         calls: the same work, each on memory of its own.
-        waits: the host waits for the device within: no graph can capture it.
+        synchronizes: with the device, within a call: no graph can capture it.
         prepare: what is to be done before each of the calls, which is not timed.
     """
 
     calls: Sequence[Run]
-    waits: bool = False
+    synchronizes: bool = False
     prepare: Sequence[Run] = ()
 
 
 class Clock:
     """Times what runs on a device.
 
-    A lap goes once through all calls of a way. The ways take turns, round by round, so that what
-    disturbs the machine for a while disturbs them all; a round is some laps of one way.
+    A lap goes once through all calls of a competitor. Competitors take turns, round by round, so
+    that what disturbs the machine for a while disturbs them all; a round is some laps of one.
 
-    On a GPU a lap is a CUDA graph, so that what calls cost the host does not count; of a way that
-    waits for the device it is the calls themselves.
+    On a GPU a lap is a CUDA graph, so that what calls cost the host does not count; of a competitor
+    that synchronizes with the device it is the calls themselves.
 
     Args:
         device: where it runs.
-        seconds: time that the rounds of all ways of one comparison take together, about; there
-            are at least 5 rounds and at most 31.
+        seconds: time that the rounds of one comparison take together, about; there are at least 5
+            rounds and at most 31.
     """
 
     def __init__(self, device: torch.device, seconds: float) -> None:
         self.device, self.seconds = device, seconds
 
-    def times(self, ways: Mapping[str, Way]) -> dict[str, list[float]]:
-        """Seconds of one call of each way, in every round."""
-        timers = {name: self.timer_of(way) for name, way in ways.items()}
+    def times(self, competitors: Mapping[str, Competitor]) -> dict[str, list[float]]:
+        """Return the seconds of one call of each competitor, in every round."""
+        timers = {name: self.timer_of(each) for name, each in competitors.items()}
         repetitions, longest = {}, 0.0
         for name, timer in timers.items():
-            timer(1)  # the first is not like the others
+            timer(1)  # the first takes longer
             once = timer(1)
             repetitions[name] = max(1, math.ceil(SECONDS_OF_A_ROUND / max(once, 1e-7)))
             longest += once * repetitions[name]
@@ -70,34 +69,34 @@ class Clock:
         taken: dict[str, list[float]] = {name: [] for name in timers}
         for _ in range(rounds):
             for name, timer in timers.items():
-                taken[name].append(timer(repetitions[name]) / len(ways[name].calls))
+                taken[name].append(timer(repetitions[name]) / len(competitors[name].calls))
         return taken
 
-    def timer_of(self, way: Way) -> Callable[[int], float]:
-        """Seconds of a lap, as the mean of so many."""
-        if way.prepare:
-            return lambda repetitions: self.prepared_seconds(way, repetitions)
-        lap = self.lap_of(way)
+    def timer_of(self, competitor: Competitor) -> Callable[[int], float]:
+        """Return what times a lap, as the mean of so many."""
+        if competitor.prepare:
+            return lambda repetitions: self.prepared_seconds(competitor, repetitions)
+        lap = self.lap_of(competitor)
         return lambda repetitions: self.lap_seconds(lap, repetitions)
 
-    def lap_of(self, way: Way) -> Run:
-        """One call after the other; on a GPU as a graph where that can be had."""
+    def lap_of(self, competitor: Competitor) -> Run:
+        """Return one call after the other; on a GPU as a graph where that is possible."""
 
         def lap() -> None:
-            for call in way.calls:
+            for call in competitor.calls:
                 call()
 
-        if self.device.type != "cuda" or way.waits:
+        if self.device.type != "cuda" or competitor.synchronizes:
             return lap
         lap()  # a capture cannot compile, or make the tables that kernels look up
-        self.wait()
+        self.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             lap()
         return graph.replay
 
     def lap_seconds(self, lap: Run, repetitions: int) -> float:
-        """Seconds of a lap, mean of so many."""
+        """Return the seconds of a lap, mean of so many."""
         if self.device.type != "cuda":
             start = time.perf_counter()
             for _ in range(repetitions):
@@ -105,10 +104,7 @@ class Clock:
             return (time.perf_counter() - start) / repetitions
         for _ in range(min(LEAD, repetitions)):
             lap()
-        start_event, end_event = (
-            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            for _ in range(2)
-        )
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start_event.record()
         for _ in range(repetitions):
             lap()
@@ -116,29 +112,33 @@ class Clock:
         end_event.synchronize()
         return float(start_event.elapsed_time(end_event)) / 1e3 / repetitions
 
-    def prepared_seconds(self, way: Way, repetitions: int) -> float:
-        """The same where each call has to be prepared; on a GPU with the wait for its end."""
+    def prepared_seconds(self, competitor: Competitor, repetitions: int) -> float:
+        """Return the same where each call has to be prepared; on a GPU until it has ended."""
         taken = 0.0
         for _ in range(repetitions):
-            for prepare, call in zip(way.prepare, way.calls, strict=True):
+            for prepare, call in zip(competitor.prepare, competitor.calls, strict=True):
                 prepare()
-                self.wait()
-                start = time.perf_counter()
-                call()
-                self.wait()
-                taken += time.perf_counter() - start
+                taken += self.seconds_of(call)
         return taken / repetitions
 
-    def wait(self) -> None:
-        """Until the device has done all that it was given."""
+    def seconds_of(self, call: Run) -> float:
+        """Return the seconds of a call until the device has done it."""
+        self.synchronize()
+        start = time.perf_counter()
+        call()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def host_times(self, run: Run, calls: int = 20) -> list[float]:
-        """Seconds that the host takes to issue one call; the device may be at work still."""
+        """Return the seconds that the host takes to issue one call."""
         taken = []
         for _ in range(MOST_ROUNDS + 1):
-            self.wait()
+            self.synchronize()
             start = time.perf_counter()
             for _ in range(calls):  # few enough that no launch waits for a full queue
                 run()
@@ -146,8 +146,8 @@ class Clock:
         return taken[1:]
 
 
-def copies(bytes_moved: int, count: int, device: torch.device) -> Way:
-    """Calls that each read half of so many bytes and write half, `count` of them on memory apart.
+def copies(bytes_moved: int, count: int, device: torch.device) -> Competitor:
+    """Return calls that each read half of so many bytes and write half, on memory of their own.
 
     torch writes a large copy past the CPU's cache.
     """
@@ -156,25 +156,16 @@ def copies(bytes_moved: int, count: int, device: torch.device) -> Way:
     source = torch.ones(half * count, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
 
-    def copy_of(place: int) -> Run:
-        piece = slice(place * half, (place + 1) * half)
-        pair = target[piece], source[piece]
-
+    def copy_of(source: torch.Tensor, target: torch.Tensor) -> Run:
         def copy() -> None:
             for _ in range(times):
-                pair[0].copy_(pair[1])
+                target.copy_(source)
 
         return copy
 
-    return Way([copy_of(place) for place in range(count)])
+    return Competitor(list(map(copy_of, source.split(half), target.split(half))))
 
 
 def laps_of(bytes_of_one: int, cache: int) -> int:
-    """On how many pieces of memory in turn a call of so many bytes is timed."""
+    """Return on how many memories in turn a call of so many bytes is timed."""
     return max(1, math.ceil(LAP_OVER_CACHE * cache / max(1, bytes_of_one)))
-
-
-def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """The median and the quartiles around it."""
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": median, "low": low, "high": high}

@@ -1,25 +1,32 @@
-"""What changed between two records of figures: every figure that both have, as new over old.
+"""What changed between two records: every figure that both have, as new over old.
 
-    python bench/compare.py OLD.json NEW.json
-
-The files are those that `python -m gcond_kernels bench --output` and `bench/counts.py --output`
-write. Times depend on the machine; "fraction", the time of a copy over the time of the operation,
-hardly does, for the copy was timed in the same run. A ratio is called within the spread where the
-quartiles of old and new overlap. Counts that are as they were are not listed.
+Times depend on the machine; "fraction", the time of a copy over the time of the operation, hardly
+does, for the copy was timed in the same run. A ratio is called within the spread where the
+quartiles of old and new overlap. Counts that have not changed are not listed.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-Figure = dict[str, Any]
+from bench.record import Figure, InputError, read
+
 Name = tuple[tuple[str, str | int], ...]
 
 # Timed: a median with quartiles each.
-TIMES = {"seconds": "time"}
+TIMES = {
+    "seconds": "time",
+    "step": "step",
+    "resolve": "resolve",
+    "exposed": "exposed",
+    "reduce": "reduce",
+    "gather": "gather",
+    "gain": "gain",
+}
 SHARES = {"fraction": "fraction of copy", "relative": "relative to plain"}
 RATES = {"samples_per_second": "samples per second"}
 COUNTS = {
@@ -32,6 +39,8 @@ COUNTS = {
     "peak_bytes": "peak bytes",
     "bytes_per_parameter": "peak bytes per parameter",
     "bytes_per_parameter_and_task": "peak bytes per parameter and task",
+    "calls": "package calls",
+    "files": "files of the calls",
 }
 QUANTITIES = {**TIMES, **SHARES, **RATES, **COUNTS}
 PROBLEMS = ("skipped", "error")
@@ -41,10 +50,6 @@ DERIVED = ("moved_per_parameter", "budget_per_parameter", "backend", "backward_p
 FIRST = ("section", "operation", "what", "by", "model", "parameters", "tensors", "tasks")
 # Of a machine, what times depend on; the rest are versions.
 HARDWARE = ("device", "cpu", "compute_capability", "multiprocessors", "cache_bytes", "threads")
-
-
-class RecordError(Exception):
-    """A file is no record of figures."""
 
 
 class Change(NamedTuple):
@@ -64,14 +69,17 @@ class Change(NamedTuple):
         return self.new / self.old
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(given: Sequence[str]) -> int:
+    """Compare two records and return the exit status: 1 without a figure in common."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench compare", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("old", type=Path, help="the record to compare with")
     parser.add_argument("new", type=Path, help="the record that is compared")
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args(given)
     try:
         old, new = read(parsed.old), read(parsed.new)
-    except RecordError as error:
+    except InputError as error:
         print(error, file=sys.stderr)
         return 2
     other_machine = print_machines(old["machine"], new["machine"])
@@ -90,28 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if common else 1
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A record of figures.
-
-    Raises:
-        RecordError: the file cannot be read, or is none.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise RecordError(f"{path}: is not JSON: {error}") from error
-    figures = record.get("figures") if isinstance(record, dict) else None
-    if not isinstance(figures, list) or not all(isinstance(figure, dict) for figure in figures):
-        raise RecordError(f'{path}: has no list "figures": the bench writes one with --output')
-    if not isinstance(record.setdefault("machine", {}), dict):
-        raise RecordError(f'{path}: "machine" must be an object, by name what it was measured on')
-    return record
-
-
 def by_name(figures: Sequence[Figure], path: Path) -> dict[Name, Figure]:
-    """The figures by what identifies them; of two of one name the last, with a word."""
+    """Return the figures by what identifies them; of two of one name the last, with a message."""
     named: dict[Name, Figure] = {}
     for figure in figures:
         name = name_of(figure)
@@ -122,7 +110,7 @@ def by_name(figures: Sequence[Figure], path: Path) -> dict[Name, Figure]:
 
 
 def name_of(figure: Figure) -> Name:
-    """All fields of text and whole numbers that are no measured quantity, the known ones first."""
+    """Return all fields of text and whole numbers that are no quantity, the known ones first."""
     others = sorted(set(figure) - set(FIRST) - set(QUANTITIES) - set(PROBLEMS) - set(DERIVED))
     fields = [(field, figure.get(field)) for field in (*FIRST, *others)]
     return tuple(
@@ -133,7 +121,7 @@ def name_of(figure: Figure) -> Name:
 
 
 def text_of(name: Name) -> str:
-    """A figure's name to be read."""
+    """Return a figure's name to be read."""
     named = dict(name)
     words = [str(named.pop(field)) for field in FIRST[:5] if field in named]
     if "parameters" in named:
@@ -146,7 +134,7 @@ def text_of(name: Name) -> str:
 
 
 def changes(name: Name, old: Figure, new: Figure) -> Iterator[Change]:
-    """Every quantity that both figures have."""
+    """Return every quantity that both figures have."""
     for quantity in QUANTITIES:
         before, after = range_of(old.get(quantity)), range_of(new.get(quantity))
         if before is None or after is None:
@@ -157,7 +145,7 @@ def changes(name: Name, old: Figure, new: Figure) -> Iterator[Change]:
 
 
 def range_of(value: Any) -> tuple[float, float, float] | None:
-    """Low, median and high; a number alone is all three."""
+    """Return low, median and high; a number alone is all three."""
     if isinstance(value, Mapping) and {"low", "median", "high"} <= set(value):
         return value["low"], value["median"], value["high"]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -166,7 +154,7 @@ def range_of(value: Any) -> tuple[float, float, float] | None:
 
 
 def print_machines(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Says on what the two differ; returns whether these are different machines."""
+    """Print how the two differ; return whether these are different machines."""
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     for key in differing:
         print(f"{key}: {old.get(key)} -> {new.get(key)}")
@@ -179,7 +167,7 @@ def print_machines(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 
 def print_changes(all_changes: Sequence[Change], other_machine: bool) -> None:
-    """A line for each change; of counts that are as they were only how many."""
+    """Print a line for each change; of counts that have not changed only how many."""
     same = [c for c in all_changes if c.quantity in COUNTS and c.old == c.new]
     listed = [c for c in all_changes if c not in same]
     lines = [("figure", "quantity", "old", "new", "new/old", "")]
@@ -204,7 +192,7 @@ def print_changes(all_changes: Sequence[Change], other_machine: bool) -> None:
 
 
 def number(value: float, quantity: str) -> str:
-    """A quantity to be read, times in milliseconds."""
+    """Return a quantity to be read, times in milliseconds."""
     if quantity in TIMES:
         return f"{value * 1e3:.4g} ms"
     if quantity in COUNTS:
@@ -213,7 +201,7 @@ def number(value: float, quantity: str) -> str:
 
 
 def aligned(lines: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Columns side by side, numbers to the right."""
+    """Return columns side by side, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = [
@@ -226,7 +214,7 @@ def aligned(lines: Sequence[tuple[str, ...]]) -> Iterator[str]:
 def print_problems(
     names: Sequence[Name], olds: Mapping[Name, Figure], news: Mapping[Name, Figure]
 ) -> None:
-    """Figures of which one file has a reason instead of a value."""
+    """Print the figures of which one file has a reason instead of a value."""
     for name in names:
         for when, figure in (("old", olds[name]), ("new", news[name])):
             for problem in PROBLEMS:
@@ -235,12 +223,8 @@ def print_problems(
 
 
 def print_missing(path: Path, names: Sequence[Name]) -> None:
-    """Names the figures that one file alone has."""
+    """Print the names of the figures that one file alone has."""
     if names:
         print(f"\nonly in {path}:")
         for name in names:
             print(f"  {text_of(name)}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

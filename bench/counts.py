@@ -1,78 +1,57 @@
-"""Bytes, launches, waits of the host and allocations of every operation by every backend, counted.
-
-    python bench/counts.py [--output FILE.json]
+"""The counts of every operation by every backend: bytes, launches, host reads, allocations.
 
 On small CPU tensors, where Triton's kernels run interpreted and those in CUDA C++ by their driver
-on the host; no time is taken, so the counts are the same on every machine. tests/test_counts.py
-holds the code to those in bench/results/counts.json.
+on the host; no time is taken, so the counts are the same on every machine.
+tests/bench/test_counts.py holds the code to those in bench/results/counts.json.
 """
 
+from __future__ import annotations
+
 import argparse
-import functools
-import importlib.metadata
-import json
-import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-import gcond_kernels
-from bench.counting import Counts, count, interpreter_problem
+from bench import compare
+from bench.counting import Counts, Run, count, interpreter_problem
+from bench.recipe import Benchmark
+from bench.record import Figure
+from bench.table import Column, text
 from gcond_kernels import GCond, ops
 
-Run = Callable[[], object]
-Figure = dict[str, Any]
-
 RECORD = Path(__file__).parent / "results" / "counts.json"
-COMMAND = "python bench/counts.py --output bench/results/counts.json"
+COMMAND = "python -m bench counts --output bench/results/counts.json"
 CPU = torch.device("cpu")
 
-# Weights and biases in turn. The weights are of whole pieces, the biases end within one.
+# Weights and biases in turn. The weights are full chunks, the biases end within one.
 WEIGHT, BIAS, PAIRS = 8192, 100, 2
 PARAMETERS = PAIRS * (WEIGHT + BIAS)
 ALIGNMENT = 32
 TASKS = (2, 4, 8)
 
-ABOUT = {
-    "launches": (
-        "torch's operations that move bytes, and launches of kernels; for CUDA calls of the "
-        "extension, each as the launches that it makes on a GPU"
-    ),
-    "bytes_moved": (
-        "of torch's operations all that they are given and make, as if nothing stayed in a cache; "
-        "of Triton's kernels what they load and store, counted by its interpreter; null for CUDA: "
-        "compiled kernels do not count"
-    ),
-    "moved_per_parameter": "bytes_moved over all parameters",
-    "budget_per_parameter": (
-        "the fewest bytes that must move, with float32 gradients and momentum, bfloat16 history"
-    ),
-    "synchronisations": "reads of a tensor's value by the host",
-    "allocations": "storages that torch's operations made, of allocated_bytes together",
-}
+FOOT = """\
+launches: torch's operations that move bytes, and launches of kernels; for CUDA calls of the
+extension, each as the launches that it makes on a GPU. Bytes moved: of torch's operations all that
+they are given and make, as if nothing stayed in a cache; of Triton's kernels what they load and
+store, counted by its interpreter; none for CUDA. Fewest: the bytes that must move, with float32
+gradients and momentum, bfloat16 history. Allocations: storages that torch's operations made."""
 
 
-def main(given=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="write the counts as JSON to this file")
-    arguments = parser.parse_args(given)
+def figures(_: argparse.Namespace) -> Iterator[Figure]:
+    """Count every backend that there is."""
     quicken_interpreter()
-    counted = []
     for backend in ops.BACKENDS:
         if reason := ops.unavailable(backend, CPU):
             print(f"NOT COUNTED: backend {backend!r}: {reason}")
         else:
-            counted += figures(backend)
-    print(table(counted))
-    if arguments.output:
-        record = {"machine": versions(), "about": ABOUT, "figures": counted}
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            yield from figures_of(backend)
 
 
 def quicken_interpreter() -> None:
-    """As for the tests; what the kernels load and store stays the same."""
+    """Make Triton's interpreter as quick as for the tests; it loads and stores the same."""
     if ops.unavailable("triton", CPU):
         return
     from tests.helpers import interpreter
@@ -80,20 +59,6 @@ def quicken_interpreter() -> None:
     interpreter.patch()
     if problem := interpreter_problem():
         print(problem)
-
-
-def versions() -> dict[str, str | None]:
-    """Of what takes part."""
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "gcond_kernels": gcond_kernels.__version__,
-    }
 
 
 class Case(NamedTuple):
@@ -106,8 +71,8 @@ class Case(NamedTuple):
     run: Run
 
 
-def figures(backend: str) -> Iterator[Figure]:
-    """The counts of every operation by a backend.
+def figures_of(backend: str) -> Iterator[Figure]:
+    """Count every operation by a backend.
 
     Of first calls: on the CPU the tables that they make are NumPy's, and count nothing.
     """
@@ -116,7 +81,7 @@ def figures(backend: str) -> Iterator[Figure]:
 
 
 def figure_of(case: Case, counts: Counts) -> Figure:
-    """The counts of one operation; bytes per parameter stand beside the fewest."""
+    """Return the counts of one operation; bytes per parameter stand beside the fewest."""
     figure: Figure = {"section": "counts", **case._asdict()}
     del figure["run"]
     figure |= {"parameters": PARAMETERS, "tensors": 2 * PAIRS, **counts._asdict()}
@@ -131,7 +96,7 @@ FIRST, LATER = "first micro-batch", "later micro-batch"
 
 
 def budget(operation: str, what: str, tasks: int) -> int | None:
-    """The fewest bytes per parameter; of an operation on K×K numbers None."""
+    """Return the fewest bytes per parameter; None of an operation on K×K numbers."""
     gramian, graddrop = 4 * tasks + 2 * tasks, 4 * tasks + 8 + 4
     combine = graddrop + 2 * tasks
     return {
@@ -144,96 +109,84 @@ def budget(operation: str, what: str, tasks: int) -> int | None:
 
 
 def cases(backend: str) -> Iterator[Case]:
-    """All that is counted of a backend."""
+    """Return all that is counted of a backend."""
     sizes = [WEIGHT, BIAS] * PAIRS
     padded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-    offsets = [sum(padded[:place]) for place in range(len(padded))]
+    layout = ops.Layout.of([sum(padded[:place]) for place in range(len(padded))], sizes)
     accumulator, gradients = filled(1, sum(padded))[0], [filled(1, size)[0] for size in sizes]
     for what in (FIRST, LATER):
-        add = functools.partial(
+        run = partial(
             ops.accumulate,
             accumulator,
             gradients,
-            ops.Layout.of(offsets, sizes),
+            layout,
             overwrite=what == FIRST,
+            backend=backend,
         )
-        yield Case("accumulate", what, backend, 1, functools.partial(add, backend=backend))
+        yield Case("accumulate", what, backend, 1, run)
     for tasks in TASKS:
-        rows = filled(tasks, sum(padded))
-        rows -= 1.1 * rows.mean(0)  # there are conflicts to resolve
-        for operation, run in resolution(rows, offsets, sizes).items():
+        accumulators = filled(tasks, sum(padded))
+        accumulators -= 1.1 * accumulators.mean(0)  # there are conflicts to resolve
+        for operation, operate in resolution(accumulators, layout).items():
             at_once = backend == "cuda" and operation == "resolve"
             by = "cuda, one launch" if at_once else backend
-            yield Case(operation, "", by, tasks, functools.partial(run, backend=backend))
+            yield Case(operation, "", by, tasks, partial(operate, backend=backend))
 
 
-def resolution(
-    rows: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]
-) -> dict[str, Callable[..., object]]:
-    """The operations of a resolution with history and momentum; they are told the backend."""
-    outputs = [torch.zeros(size) for size in sizes]
-    scale = torch.ones(len(rows), dtype=torch.float64)
-    finite, draws = torch.tensor(True), torch.tensor(0)
-    steps = torch.zeros(len(sizes), dtype=torch.int64)
-    momentum = ops.Momentum(torch.zeros_like(rows[0]), steps, 0.9)
-    layout = ops.Layout.of(offsets, sizes)
-    gradients = ops.TaskGradients(rows, layout, scale, rows.bfloat16())
+def resolution(accumulators: torch.Tensor, layout: ops.Layout) -> dict[str, Callable[..., object]]:
+    """Return the operations of a resolution with history and momentum; they take the backend."""
+    tasks = len(accumulators)
+    outputs = [torch.zeros(size) for size in layout.sizes]
+    scale = torch.ones(tasks, dtype=torch.float64)
+    finite, counter = torch.tensor(True), torch.tensor(0)
+    steps = torch.zeros(len(outputs), dtype=torch.int64)
+    momentum = ops.Momentum(torch.zeros_like(accumulators[0]), steps, 0.9)
+    gradients = ops.TaskGradients(accumulators, layout, scale, accumulators.bfloat16())
     method = GCond()
-    state = ops.ArbitrationState(**method.new_state(len(rows), CPU))
-    gramian = functools.partial(ops.gramian, gradients, history_scale=scale)
-    products = gramian(backend="python")
+    kept = {"state": ops.ArbitrationState(**method.new_state(tasks, CPU)), "settings": method}
+    gramian = partial(ops.gramian, gradients, history_scale=scale)
+    S, X, *_ = gramian(backend="python")
+    written = {"finite": finite, "momentum": momentum}
+    dropout = ops.SignDropout(0, counter)
     return {
         "gramian": gramian,
-        "arbitrate": functools.partial(
-            ops.arbitrate, products.total, products.cross, scale, state=state, settings=method
-        ),
-        "combine": functools.partial(
-            ops.combine, gradients, outputs, weights=scale, finite=finite, momentum=momentum
-        ),
-        "graddrop": functools.partial(
-            ops.graddrop, gradients, outputs, finite=finite,
-            dropout=ops.SignDropout(0, draws), momentum=momentum,
-        ),
-        "resolve": functools.partial(
-            ops.resolve, gradients, outputs, state=state, settings=method, momentum=momentum
-        ),
-    }  # fmt: skip
+        "arbitrate": partial(ops.arbitrate, S, X, scale, **kept),
+        "combine": partial(ops.combine, gradients, outputs, weights=scale, **written),
+        "graddrop": partial(ops.graddrop, gradients, outputs, dropout=dropout, **written),
+        "resolve": partial(ops.resolve, gradients, outputs, momentum=momentum, **kept),
+    }
 
 
-def filled(rows: int, length: int) -> torch.Tensor:
-    """Numbers in [-0.5, 0.5) that look random, the same with every version of torch."""
-    places = torch.arange(rows * length).view(rows, length)
+def filled(count: int, length: int) -> torch.Tensor:
+    """Return numbers in [-0.5, 0.5) that look random, the same with every version of torch."""
+    places = torch.arange(count * length).view(count, length)
     return ((places * 7919 + places // length * 104729) % 10007).float() / 10007 - 0.5
 
 
-def table(counted: Sequence[Figure]) -> str:
-    """The counts as lines of text."""
-    lines = [
-        ("", "by", "K", "launches", "bytes/parameter", "fewest", "host reads", "allocations"),
-    ]
-    for figure in counted:
-        each = figure.get("moved_per_parameter")
-        lines.append(
-            (
-                f"{figure['operation']} {figure['what']}".strip(),
-                figure["by"],
-                str(figure["tasks"]),
-                str(figure["launches"]),
-                "" if each is None else f"{each:.2f}",
-                str(figure.get("budget_per_parameter", "")),
-                str(figure["synchronisations"]),
-                f"{figure['allocations']} ({figure['allocated_bytes'] / 1e3:.1f} kB)",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+def allocations_of(figure: Figure) -> str:
+    """Return how many storages were made, and their bytes."""
+    return f"{figure['allocations']} ({figure['allocated_bytes'] / 1e3:.1f} kB)"
 
 
-if __name__ == "__main__":
-    main()
+def moved_of(figure: Figure) -> str:
+    """Return the bytes per parameter."""
+    return f"{figure['moved_per_parameter']:.2f}" if "moved_per_parameter" in figure else ""
+
+
+COLUMNS = (
+    Column("", 28, lambda f: f"{f['operation']} {f['what']}".strip(), left=True),
+    Column("by", 16, text("by"), left=True),
+    Column("K", 2, text("tasks")),
+    Column("launches", 8, text("launches")),
+    Column("bytes/parameter", 15, moved_of),
+    Column("fewest", 6, text("budget_per_parameter")),
+    Column("host reads", 10, text("synchronisations")),
+    Column("allocations", 18, allocations_of),
+)
+BENCHMARK = Benchmark(
+    __doc__.splitlines()[0],
+    COLUMNS,
+    figures,
+    foot=lambda _: FOOT,
+    after=lambda path: compare.main([str(RECORD), str(path)]),
+)

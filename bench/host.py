@@ -1,37 +1,42 @@
-"""What the operations cost the host before their launches: 300 tensors, two tasks, tables known.
+"""The time that operations cost the host before their launches, and the calls of a step.
 
-    GCOND_CUDA_HOST=1 TRITON_INTERPRET=1 python bench/host_time.py [--output FILE.json]
+300 tensors, two tasks, tables known. Needs no GPU: the launches themselves, some microseconds each,
+are left out. Triton's are replaced by calls that do nothing; the CUDA backend is given tables
+without chunks, for which its driver on the host has next to nothing to do, but for the sums over
+all of them in gramian: these are timed apart ("sums on the host") and are no part of what a launch
+costs. Beside them stands one call of `data_ptr` for each of the 300 tensors, the least that any
+table of addresses costs in Python.
 
-Needs no GPU: the launches themselves, some microseconds each, are left out. Triton's are replaced
-by calls that do nothing; the CUDA backend is given tables of no pieces, for which its driver on
-the host has next to nothing to do, but for the sums over all of them in gramian: these are timed
-apart ("sums on the host") and are no part of what a launch costs. Beside them stands one call of
-`data_ptr` for each of the 300 tensors, the least that any table of addresses costs in Python.
+The calls are those of this package's functions in one `backward` and one `step` (142 tensors, two
+tasks, by the reference).
 """
+
+from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import os
-import platform
-import statistics
+import sys
 import timeit
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from rich.console import Console
-from rich.table import Table
 
 import gcond_kernels
-from bench.record import cpu_name
-from gcond_kernels import GCond, _cuda, ops
+from bench.recipe import Benchmark
+from bench.record import Figure, InputError, quartiles
+from bench.table import Column, text, timed
+from gcond_kernels import GCond, GCondFused, ops
 
 TENSORS, TASKS = 300, 2
+TENSORS_OF_A_STEP = 142
 ROUNDS, CALLS = 15, 200
 TARGET = 60e-6
+# Where the functions of the package are: below it, and the backends beside it.
+ROOT = Path(gcond_kernels.__file__).resolve().parents[1]
+FOLDERS = tuple(f"{ROOT / name}/" for name in ("gcond_kernels", "python", "triton_kernels", "csrc"))
 
 KERNELS = {
     "accumulate": ["accumulate_kernel"],
@@ -42,89 +47,115 @@ KERNELS = {
 }
 
 
-def main(given=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="write the figures as JSON to this file")
-    arguments = parser.parse_args(given)
-    without_launches()
-    figures = {name: seconds(call) for name, call in calls().items()}
-    figures["cuda: gramian, sums on the host"] = sums_on_host()
-    machine = {
-        "cpu": cpu_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "gcond_kernels": gcond_kernels.__version__,
-    }
-    table = Table(title=", ".join(f"{key} {value}" for key, value in machine.items()))
-    for heading in (f"{TENSORS} tensors", "median", "quartiles"):
-        table.add_column(heading)
-    for name, (low, median, high) in figures.items():
-        table.add_row(name, f"{median * 1e6:.1f} µs", f"{low * 1e6:.1f}-{high * 1e6:.1f} µs")
-    Console().print(table)
-    print(f"{ROUNDS} rounds of {CALLS} calls; target of accumulate: {TARGET * 1e6:.0f} µs")
-    if arguments.output:
-        named = {
-            n: dict(zip(("low", "median", "high"), f, strict=True)) for n, f in figures.items()
-        }
-        arguments.output.write_text(json.dumps({"machine": machine, "seconds": named}, indent=1))
-
-
-def calls() -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
-    sizes = (7,) * TENSORS
-    offsets = tuple(range(0, 32 * TENSORS, 32))
-    gradients = [torch.randn(size) for size in sizes]
-    timed: dict[str, Callable[[], object]] = {
-        "data_ptr of each": lambda: list(map(torch.Tensor.data_ptr, gradients))
-    }
+def check(_: argparse.Namespace) -> None:
+    """Raise InputError where a backend is missing."""
     for backend in ("triton", "cuda"):
-        timed |= operations(backend, gradients, offsets, sizes)
-    return timed
+        if reason := ops.unavailable(backend, torch.device("cpu")):
+            raise InputError(f"backend {backend!r}: {reason}")
 
 
-def operations(
-    backend: str, gradients: list[torch.Tensor], offsets: tuple[int, ...], sizes: tuple[int, ...]
-) -> dict[str, Callable[[], object]]:
-    """The operations of one backend, without and with the checks of the public functions."""
-    rows, history = torch.zeros(TASKS, 32 * TENSORS), torch.zeros(TASKS, 32 * TENSORS).bfloat16()
-    momentum, steps = torch.zeros(32 * TENSORS), torch.zeros(TENSORS, dtype=torch.int64)
-    scale, finite = torch.ones(TASKS, dtype=torch.float64), torch.tensor(True)
-    draws = torch.tensor(0)
-    small, method = torch.eye(TASKS, dtype=torch.float64), GCond()
-    state = method.new_state(TASKS, torch.device("cpu"))
-    room = ops.backend_for(backend, torch.device("cpu"))
-    layout, average = ops.Layout(offsets, sizes), ops.Momentum(momentum, steps, 0.9)
-    own = ops.TaskGradients(rows, layout, scale, history)
-    kept = ops.ArbitrationState(**state)
+def figures(_: argparse.Namespace) -> Iterator[Figure]:
+    """Count the calls, and time every operation of both backends."""
+    for operation, calls in package_calls().items():
+        yield figure_of(
+            operation,
+            "package",
+            tensors=TENSORS_OF_A_STEP,
+            calls=calls.total(),
+            files=len({file for file, _ in calls}),
+        )
+    without_launches()
+    gradients = [torch.randn(7) for _ in range(TENSORS)]
+    addresses = seconds(lambda: list(map(torch.Tensor.data_ptr, gradients)))
+    yield figure_of("data_ptr of each", "torch", seconds=addresses)
+    for backend in ("triton", "cuda"):
+        for operation, call in operations(backend, gradients).items():
+            yield figure_of(operation, backend, seconds=seconds(call))
+    yield figure_of("gramian, sums on the host", "cuda", seconds=sums_on_host())
+
+
+def figure_of(operation: str, by: str, tensors: int = TENSORS, **values: Any) -> Figure:
+    """Return a figure."""
+    head = {"section": "host", "operation": operation, "by": by}
+    return {**head, "tensors": tensors, "tasks": TASKS, **values}
+
+
+def package_calls() -> dict[str, Counter[tuple[str, str]]]:
+    """Return "backward" and "step" → how often each function of the package (file, name) is called.
+
+    Of the third window: what the first ones alone do is not counted.
+    """
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(16, 8)) for _ in range(TENSORS_OF_A_STEP)]
+    inputs = [torch.randn(16, 8) for _ in parameters]
+    base = torch.optim.SGD(parameters, lr=1e-3)
+    optimizer = GCondFused(base, {"a": 1.0, "b": 1.0}, backend="python")
+    found = {}
+    for _ in range(3):
+        products = [(p * x).sum() for p, x in zip(parameters, inputs, strict=True)]
+        losses = {"a": sum(products), "b": sum((p * p).sum() for p in parameters)}
+        found["backward"] = calls_of(lambda losses=losses: optimizer.backward(losses))
+        found["step"] = calls_of(optimizer.step)
+    return found
+
+
+def calls_of(run: Callable[[], object]) -> Counter[tuple[str, str]]:
+    """Return how often each function of the package is called."""
+    found: Counter[tuple[str, str]] = Counter()
+    resolved: dict[str, str] = {}  # the backends are reached by symbolic links
+
+    def profile(frame: Any, event: str, _: Any) -> None:
+        if event == "call":
+            name = frame.f_code.co_filename
+            if name not in resolved:
+                resolved[name] = str(Path(name).resolve())
+            if resolved[name].startswith(FOLDERS):
+                found[resolved[name], frame.f_code.co_name] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+def operations(name: str, gradients: list[torch.Tensor]) -> dict[str, Callable[[], object]]:
+    """Return the operations of a backend, without and with the checks around them."""
+    cpu = torch.device("cpu")
+    layout = ops.Layout.of(range(0, 32 * TENSORS, 32), [len(gradient) for gradient in gradients])
+    accumulators, scale = torch.zeros(TASKS, 32 * TENSORS), torch.ones(TASKS, dtype=torch.float64)
+    own = ops.TaskGradients(accumulators, layout, scale, accumulators.bfloat16())
+    finite, dropout = torch.tensor(True), ops.SignDropout(0, torch.tensor(0))
+    steps = torch.zeros(TENSORS, dtype=torch.int64)
+    momentum = ops.Momentum(torch.zeros(32 * TENSORS), steps, 0.9)
+    S, method = torch.eye(TASKS, dtype=torch.float64), GCond()
+    state = ops.ArbitrationState(**method.new_state(TASKS, cpu))
+    backend = ops.backend_for(name, cpu)
+    kept = {"state": state, "settings": method, "momentum": momentum}
     return {
-        f"{backend}: accumulate": lambda: room.accumulate(
-            rows[0], gradients, layout, 1.0, False
+        "accumulate": lambda: backend.accumulate(accumulators[0], gradients, layout, 1.0, False),
+        "gramian": lambda: backend.gramian(own, scale, None),
+        "arbitrate": lambda: backend.arbitrate(S, S, scale, state, method),
+        "combine": lambda: backend.combine(own, gradients, scale, finite, momentum, None),
+        "graddrop": lambda: backend.graddrop(own, gradients, finite, dropout, momentum),
+        "ops.accumulate, with its checks": lambda: ops.accumulate(
+            accumulators[0], gradients, layout, backend=backend
         ),
-        f"{backend}: gramian": lambda: room.gramian(
-            own, scale, None
+        "ops.resolve, with its checks": lambda: ops.resolve(
+            own, gradients, **kept, backend=backend
         ),
-        f"{backend}: arbitrate": lambda: room.arbitrate(small, small, scale, kept, method),
-        f"{backend}: combine": lambda: room.combine(
-            own, gradients, scale, finite, average, None
-        ),
-        f"{backend}: graddrop": lambda: room.graddrop(
-            own, gradients, finite, ops.SignDropout(0, draws), average
-        ),
-        f"{backend}: ops.accumulate, with its checks": lambda: ops.accumulate(
-            rows[0], gradients, layout, backend=backend
-        ),
-        f"{backend}: ops.resolve, with its checks": lambda: ops.resolve(
-            own, gradients, state=kept, settings=method, momentum=average, backend=backend
-        ),
-    }  # fmt: skip
+    }
 
 
-def sums_on_host() -> tuple[float, float, float]:
-    """What the driver on the host spends on the 10 sums of gramian for two tasks with history.
+def sums_on_host() -> dict[str, float]:
+    """Return what the host's driver spends on the 10 sums of gramian of two tasks with history.
 
     A call without the 4 that history adds is shorter by 4 of them.
     """
+    from gcond_kernels import _cuda
+
     whole = importlib.import_module("gcond_kernels.cuda.launch").cut(
         (0,), (7,), 4096, torch.device("cpu")
     )
@@ -132,7 +163,7 @@ def sums_on_host() -> tuple[float, float, float]:
     rows, scale = torch.zeros(TASKS, 32), torch.ones(TASKS, dtype=torch.float64)
     partials, matrix = torch.empty(10, 0), torch.empty(TASKS, TASKS, dtype=torch.float64)
 
-    def time_of(cross: torch.Tensor | None) -> tuple[float, float, float]:
+    def time_of(cross: torch.Tensor | None) -> dict[str, float]:
         return seconds(
             lambda: _cuda.gramian(
                 -1, 0, nothing, TASKS, rows, rows, None, None, scale, scale, partials, matrix,
@@ -140,13 +171,14 @@ def sums_on_host() -> tuple[float, float, float]:
             )
         )  # fmt: skip
 
-    pairs = zip(time_of(matrix), time_of(None), strict=True)
-    low, median, high = (10 / 4 * (with_crosses - without) for with_crosses, without in pairs)
-    return low, median, high
+    with_cross, without = time_of(matrix), time_of(None)
+    return {key: 10 / 4 * (with_cross[key] - without[key]) for key in with_cross}
 
 
 def without_launches() -> None:
-    """Replaces Triton's launches by nothing, and leaves those in CUDA C++ no pieces."""
+    """Replace Triton's launches by nothing, and leave those in CUDA C++ no chunks."""
+    from gcond_kernels import _cuda
+
     for operation, names in KERNELS.items():
         module = importlib.import_module(f"gcond_kernels.triton_kernels.{operation}")
         for name in names:
@@ -157,7 +189,7 @@ def without_launches() -> None:
     def of_no_pieces(*key: Any) -> Any:
         if key not in known:
             whole = cut(*key)
-            pieces = launch._cuda.Pieces(
+            pieces = _cuda.Pieces(
                 whole.segments, whole.chunks.table, whole.chunks.first, 0, 0, key[2]
             )
             known[key] = whole._replace(pieces=pieces)
@@ -171,18 +203,26 @@ class NoLaunch:
     """`kernel[grid](...)` that does nothing."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments, **options: None
+        return lambda *_, **__: None
 
 
-def seconds(call: Callable[[], object]) -> tuple[float, float, float]:
-    """Quartiles of the time of one call."""
+def seconds(call: Callable[[], object]) -> dict[str, float]:
+    """Return the time of one call."""
     call()
-    times = [t / CALLS for t in timeit.repeat(call, number=CALLS, repeat=ROUNDS)]
-    low, median, high = statistics.quantiles(times, n=4)
-    return low, median, high
+    return quartiles([t / CALLS for t in timeit.repeat(call, number=CALLS, repeat=ROUNDS)])
 
 
-if __name__ == "__main__":
-    if os.environ.get("GCOND_CUDA_HOST") != "1" or os.environ.get("TRITON_INTERPRET") != "1":
-        raise SystemExit("set GCOND_CUDA_HOST=1 and TRITON_INTERPRET=1 (make bench-host does)")
-    main()
+def calls_in(figure: Figure) -> str:
+    """Return the number of calls."""
+    return f"{figure['calls']} calls in {figure['files']} files" if "calls" in figure else ""
+
+
+COLUMNS = (
+    Column("  operation", 36, lambda figure: f"  {figure['operation']}", left=True),
+    Column("by", 8, text("by"), left=True),
+    Column("tensors", 7, text("tensors")),
+    Column("time (quartiles)", 24, timed("seconds")),
+    Column("", 0, calls_in),
+)
+FOOT = f"{ROUNDS} rounds of {CALLS} calls; target of accumulate: {TARGET * 1e6:.0f} us"
+BENCHMARK = Benchmark(__doc__.splitlines()[0], COLUMNS, figures, check=check, foot=lambda _: FOOT)

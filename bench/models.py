@@ -158,8 +158,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, C] to the same."""
         x = x + self.projection(self.attention(self.attention_norm(x)))
-        x = x + self.mlp(self.mlp_norm(x))
-        return x
+        return x + self.mlp(self.mlp_norm(x))
 
     def attention(self, x: Tensor) -> Tensor:
         """[B, L, C] to the same, of all heads side by side."""

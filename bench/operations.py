@@ -1,4 +1,4 @@
-"""What each operation costs: every backend, plain torch, TorchJD, the published code, a copy.
+"""The operations: every backend, plain torch, TorchJD, the published code, and a copy.
 
 Bytes that must move per parameter, with gradients of e bytes and K tasks: accumulate e + 4 in the
 first micro-batch, which overwrites, and e + 8 in a later one; gramian 4K + 2K with a bfloat16
@@ -9,7 +9,7 @@ history; combine 4K + 8 + 4 + 2K with momentum, float32 outputs and the new hist
 code move other bytes; the copy beside them is that of ours. In "resolution" TorchJD stands beside
 GCond with history and momentum, in "aggregation" beside the same method.
 
-Nobody's result is timed before it was checked: ours and plain torch's against float64 (accumulate
+Every result is checked before anything is timed: ours and plain torch's against float64 (accumulate
 against the same sum in float32, graddrop for being sums of one sign), TorchJD's against our methods
 of the same names, the published code's for being a combination of the gradients. What prepares the
 published code for a call, which is not timed, leaves a part of its accumulators in the cache.
@@ -17,33 +17,33 @@ published code for a call, which is not timed, leaves a part of its accumulators
 
 from __future__ import annotations
 
+import argparse
 import gc
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench import others
-from bench.clock import Clock, Run, Way, copies, laps_of, quartiles
+from bench.clock import Clock, Competitor, Run, copies, laps_of
 from bench.counting import count
 from bench.inputs import BETA, TOLERANCE, Gradients, Layout, Storage, layout_of
 from bench.models import shapes_of
-from bench.record import cache_bytes, free_bytes
+from bench.record import Figure, InputError, cache_bytes, free_bytes, quartiles
 from gcond_kernels import ops
 
-Figure = dict[str, Any]
-
+TASKS = (2, 4, 8, 16, 50)
+MODELS = ("mobilenetv3_small", "convnext_tiny", "convnext_base", "transformer_1b")
+MILLIONS = (1.0, 5.0, 25.0, 100.0, 400.0, 1000.0)
 EVEN = "even"
 # Weights and biases in turn, as in a model, where no model is named.
 PAIRS, BIAS = 150, 1024
 # Memory that torch and the graphs need beside the tensors.
 SPARE_BYTES = 2_000_000_000
-SECONDS_OF_A_COMPARISON = 2.0
 TASKS_OF_SIZES = 2
-# Of so many tasks variants are measured too: masks, weights of each tensor's own, graddrop.
+# Of so many tasks variants are measured too: masks, weights of each tensor, graddrop.
 TASKS_OF_VARIANTS = 2
 # The published code moves kilobytes per parameter, by the square of the tasks: what would take it
 # minutes is left out.
@@ -55,7 +55,7 @@ CPU_MODEL = "convnext_tiny"
 
 
 class Case(NamedTuple):
-    """What is measured: an operation on the tensors of a model, and so many tasks."""
+    """An operation on the tensors of a model, and so many tasks."""
 
     operation: str
     model: str
@@ -64,7 +64,7 @@ class Case(NamedTuple):
     what: str = ""
 
     def figure(self, by: str, **values: Any) -> Figure:
-        """A figure of this case by someone."""
+        """Return a figure of this case by one competitor."""
         ours = by.partition(",")[0] in ops.BACKENDS
         return {
             "section": "operations" if ours else "others",
@@ -80,13 +80,13 @@ class Case(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a figure is held to: at least `bound` of a fraction, at most that of all else."""
+    """A bound of a figure: at least `bound` of a fraction, at most that of all else."""
 
     quantity: str
     bound: float
 
     def judged(self, median: float) -> Figure:
-        """The fields of a figure that say so."""
+        """Return the fields of a figure with this median."""
         met = median >= self.bound if self.quantity == "fraction" else median <= self.bound
         return {"target": {self.quantity: self.bound}, "met": met}
 
@@ -99,48 +99,84 @@ EAGER = Target("seconds", 150e-6)
 ACCUMULATE = Target("seconds", 60e-6)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this section."""
+    group = parser.add_argument_group("operations")
+    group.add_argument(
+        "--models",
+        nargs="*",
+        choices=MODELS,
+        default=MODELS,
+        help="whose tensors the operations work on (default: all; what does not fit in memory "
+        "is left out, and reported)",
+    )
+    group.add_argument(
+        "--millions",
+        type=float,
+        nargs="*",
+        default=MILLIONS,
+        metavar="N",
+        help="parameters in even tensors, for cost against size with 2 tasks "
+        f"(default: {' '.join(f'{size:g}' for size in MILLIONS)})",
+    )
+    group.add_argument(
+        "--tasks",
+        type=int,
+        nargs="+",
+        default=TASKS,
+        metavar="K",
+        help=f"numbers of tasks (default: {' '.join(map(str, TASKS))})",
+    )
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise InputError where an option cannot be used."""
+    if min(options.tasks) < 2:
+        raise InputError(f"--tasks {min(options.tasks)}: a conflict takes two tasks or more")
+    if min(options.millions, default=1) < 1:
+        raise InputError("--millions must be 1 or more")
+
+
+def figures(options: argparse.Namespace) -> Iterator[Figure]:
+    """Measure all operations; what takes longest comes last."""
+    return Bench(options).figures()
+
+
 class Bench:
     """Measures operations on one device.
 
     Args:
-        device: where.
-        models: names of shape lists, see `shapes_of`.
-        sizes: parameters of models of even tensors beside those, for cost against N.
-        tasks: numbers of tasks K.
-        published: the module of the published implementation, if a user has it at hand.
-        seconds: about how long all rounds of a comparison take.
+        options: device, models, millions of parameters, tasks, published_code and seconds.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        models: Sequence[str],
-        sizes: Sequence[int],
-        tasks: Sequence[int],
-        published: ModuleType | None = None,
-        seconds: float = SECONDS_OF_A_COMPARISON,
-    ) -> None:
-        self.device, self.tasks, self.published = device, tasks, published
-        self.clock = Clock(device, seconds)
-        self.cache = cache_bytes(device)
-        self.backends = backends_of(device)
-        named = [(name, layout_of([count_of(s) for s in shapes_of(name)])) for name in models]
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.device, self.tasks = options.device, options.tasks
+        self.published = options.published_code
+        self.clock = Clock(self.device, options.seconds)
+        self.cache = cache_bytes(self.device)
+        self.backends = backends_of(self.device)
+        named = [(name, model_layout(name)) for name in options.models]
+        sizes = [round(millions * 1e6) for millions in options.millions]
         even = [(EVEN, layout_of(even_sizes(size))) for size in sizes]
         self.models = sorted(named + even, key=lambda model: model[1].parameters)
 
     def figures(self) -> Iterator[Figure]:
-        """All figures; what takes longest comes last."""
+        """Measure everything."""
         for tasks in self.tasks:
-            yield from self._safely(Case("arbitrate", EVEN, layout_of([1024]), tasks), self._tiny)
+            case = Case("arbitrate", EVEN, layout_of([1024]), tasks)
+            yield from self._safely(case, self._arbitrate)
         if self.device.type == "cuda":
             yield from self._host_figures()
         for model, layout in self.models:
-            yield from self._accumulate_figures(model, layout)
+            for dtype in (torch.float32, torch.bfloat16):
+                for turn in ("first", "later"):
+                    case = Case("accumulate", model, layout, 1, f"{str(dtype)[6:]}, {turn}")
+                    yield from self._safely(case, partial(self._accumulate, dtype, turn == "first"))
             for tasks in (TASKS_OF_SIZES,) if model == EVEN else self.tasks:
-                yield from self._safely(Case("resolution", model, layout, tasks), self._resolution)
+                yield from self._safely(Case("resolution", model, layout, tasks), self._operations)
 
     def _safely(self, case: Case, measure: Callable[[Case], Iterator[Figure]]) -> Iterator[Figure]:
-        """What goes wrong is a figure too: the others can be measured still."""
+        """Make a figure of an error: the others can be measured still."""
         try:
             yield from measure(case)
         except Exception as error:
@@ -150,7 +186,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def _lacking(self, tensors: int, budget: int) -> str | None:
-        """Says so where the tensors and the buffers of the copy are more than is free."""
+        """Return a reason where the tensors and the buffers of the copy are more than is free."""
         needed, free = tensors + min(budget, 2_000_000_000) + SPARE_BYTES, free_bytes(self.device)
         if needed <= free:
             return None
@@ -159,80 +195,66 @@ class Bench:
     def compare(
         self,
         case: Case,
-        ways: Mapping[str, Way],
+        competitors: Mapping[str, Competitor],
         budget: int,
         target: Target | None = None,
-        counted: Sequence[str] = (),
     ) -> Iterator[Figure]:
-        """Times ways of doing the same, and a copy of `budget` bytes; all take turns.
+        """Time competitors and a copy of `budget` bytes, in turn.
 
-        Args:
-            case: what is done.
-            ways: by whom.
-            budget: the fewest bytes that must move.
-            target: what ours are held to.
-            counted: of whom bytes, launches and reads by the host are counted as well: of all
-                that goes through torch's operations.
+        Bytes, launches and reads by the host are counted of all that goes through torch's
+        operations.
         """
-        counts = {by: counts_of(ways[by]) for by in counted}
-        every = dict(ways)
+        counts = {by: counts_of(each) for by, each in competitors.items() if is_counted(by)}
+        every = dict(competitors)
         if budget:
-            laps = len(next(iter(ways.values())).calls)
+            laps = len(next(iter(competitors.values())).calls)
             every["copy"] = copies(budget, laps, self.device)
         times = self.clock.times(every)
-        for by in ways:
+        for by in competitors:
             seconds = quartiles(times[by])
             figure = case.figure(by, bytes=budget, rounds=len(times[by]), seconds=seconds)
             if budget:
                 pairs = zip(times["copy"], times[by], strict=True)
                 figure["copy_seconds"] = quartiles(times["copy"])
                 figure["fraction"] = quartiles([copy / own for copy, own in pairs])
-            if target and self._is_judged(by):
+            # Ours have targets, on a GPU the kernels.
+            if target and (by.startswith(("triton", "cuda")) or self._is_reference_on_cpu(by)):
                 figure |= target.judged(figure[target.quantity]["median"])
             yield figure | counts.get(by, {})
 
-    def _is_judged(self, by: str) -> bool:
-        """Ours are held to targets, on a GPU the kernels."""
-        kernels = by.partition(",")[0] in ("triton", "cuda")
-        return kernels or (by == "python" and self.device.type == "cpu")
+    def _is_reference_on_cpu(self, by: str) -> bool:
+        return by == "python" and self.device.type == "cpu"
 
-    def _laps(self, bytes_of_one: int) -> int:
-        return laps_of(bytes_of_one, self.cache)
-
-    def _tiny(self, case: Case) -> Iterator[Figure]:
-        """Arbitrate, which moves next to nothing."""
+    def _arbitrate(self, case: Case) -> Iterator[Figure]:
+        """Measure arbitrate, which moves next to nothing."""
         storage = Storage(case.tasks, case.layout, self.device)
         products = storage.products_in_float64()
         exact = storage.arbitrate(products, "python").weights
-        ways = {}
+        runs: dict[str, Run] = {}
         for backend in self.backends:
-            storage.forget()
+            storage.reset()
             weights = storage.arbitrate(products, backend).weights
             if not torch.allclose(weights, exact):
                 raise AssertionError(f"arbitrate by {backend}: weights {weights}, not {exact}")
-            run = partial(storage.arbitrate, products, backend)
-            ways[backend] = Way([run], waits=backend == "python")
-        yield from self.compare(case, ways, 0, counted=python_of(ways))
+            runs[backend] = partial(storage.arbitrate, products, backend)
+        yield from self.compare(case, competitors_of([runs]), 0)
 
     def _host_figures(self) -> Iterator[Figure]:
-        """What single calls cost the host; accumulate also without the checks around it."""
-        layout = layout_of([count_of(shape) for shape in shapes_of(SMALL_MODEL)])
-        storage = Storage(2, layout, self.device)
-        case = Case("resolution", SMALL_MODEL, layout, 2, "host time")
+        """Measure single calls on the host; accumulate also without the checks around it."""
+        storage = Storage(2, model_layout(SMALL_MODEL), self.device)
+        gradients = Gradients(
+            layout_of(even_sizes(2_500_000, bias=128)), torch.float32, self.device
+        )
+        resolution = Case("resolution", SMALL_MODEL, storage.layout, 2, "host time")
+        accumulate = Case("accumulate", EVEN, gradients.layout, 1, "host time")
+        checked = accumulate._replace(what="host time with checks")
         for backend in self.backends:
-            run = partial(storage.resolve, backend)
-            yield from self._safely(case, partial(self._on_host, backend, run, EAGER))
-        layout = layout_of(even_sizes(2_500_000, bias=128))
-        gradients = Gradients(layout, torch.float32, self.device)
-        for backend in self.backends:
-            case = Case("accumulate", EVEN, layout, 1, "host time")
-            room = ops.backend_for(backend, self.device)
-            where = ops.Layout.of(layout.offsets, layout.sizes)
-            run = partial(room.accumulate, gradients.row, gradients.gradients, where, 1.0, False)
-            yield from self._safely(case, partial(self._on_host, backend, run, ACCUMULATE))
-            case = case._replace(what="host time with checks")
-            run = partial(gradients.accumulate, backend, False)
-            yield from self._safely(case, partial(self._on_host, backend, run, ACCUMULATE))
+            for case, run, target in (
+                (resolution, partial(storage.resolve, backend), EAGER),
+                (accumulate, gradients.unchecked(backend), ACCUMULATE),
+                (checked, partial(gradients.accumulate, backend, False), ACCUMULATE),
+            ):
+                yield from self._safely(case, partial(self._on_host, backend, run, target))
 
     def _on_host(self, backend: str, run: Run, target: Target, case: Case) -> Iterator[Figure]:
         run()
@@ -240,49 +262,37 @@ class Bench:
         judged = {} if backend == "python" else target.judged(seconds["median"])
         yield case.figure(backend, seconds=seconds, **judged)
 
-    def _accumulate_figures(self, model: str, layout: Layout) -> Iterator[Figure]:
-        """Accumulate, for gradients of two types, in a first and in a later micro-batch."""
-        for dtype in (torch.float32, torch.bfloat16):
-            for turn in ("first", "later"):
-                case = Case("accumulate", model, layout, 1, f"{str(dtype)[6:]}, {turn}")
-                yield from self._safely(case, partial(self._accumulate, dtype, turn == "first"))
-
     def _accumulate(self, dtype: torch.dtype, overwrite: bool, case: Case) -> Iterator[Figure]:
+        """Measure accumulate of gradients of one type."""
         budget = case.layout.parameters * (dtype.itemsize + (4 if overwrite else 8))
         size = Gradients.bytes_of(case.layout, dtype)
-        laps = self._laps(size)
+        laps = laps_of(size, self.cache)
         if lacking := self._lacking(size * laps, budget * laps):
             yield case.figure("all", skipped=lacking)
             return
         pool = [Gradients(case.layout, dtype, self.device) for _ in range(laps)]
-        runs = [self._accumulations(gradients, overwrite) for gradients in pool]
+        runs = [
+            {b: partial(each.accumulate, b, overwrite) for b in self.backends}
+            | others.accumulations(each, overwrite)
+            for each in pool
+        ]
         for by, run in runs[0].items():
-            before = pool[0].row.clone()
+            before = pool[0].accumulator.clone()
             run()
             pool[0].check(before, overwrite, by)
-        ways = ways_of(runs)
-        target = OPERATION if self._has_target(case) else None
-        yield from self.compare(case, ways, budget, target, counted_of(ways))
+        yield from self.compare(case, competitors_of(runs), budget, self._target(case))
 
-    def _accumulations(self, gradients: Gradients, overwrite: bool) -> dict[str, Run]:
-        runs: dict[str, Run] = {
-            backend: partial(gradients.accumulate, backend, overwrite) for backend in self.backends
-        }
-        return runs | others.accumulations(gradients, overwrite)
+    def _target(self, case: Case) -> Target | None:
+        """Return a target where caches and launches hardly count, so that the copy is a measure."""
+        large = case.layout.parameters >= LEAST_PARAMETERS_WITH_TARGET
+        few = case.tasks <= MOST_TASKS_WITH_TARGET
+        return OPERATION if self.device.type == "cuda" and few and large else None
 
-    def _has_target(self, case: Case) -> bool:
-        """Whether the caches and the launches hardly count, and so the copy is a measure."""
-        return (
-            self.device.type == "cuda"
-            and case.tasks <= MOST_TASKS_WITH_TARGET
-            and case.layout.parameters >= LEAST_PARAMETERS_WITH_TARGET
-        )
-
-    def _resolution(self, case: Case) -> Iterator[Figure]:
-        """Gramian, combine and a whole resolution."""
+    def _operations(self, case: Case) -> Iterator[Figure]:
+        """Measure gramian, combine, a full resolution and aggregation."""
         layout, tasks = case.layout, case.tasks
         size = Storage.bytes_of(tasks, layout)
-        laps = self._laps(size)
+        laps = laps_of(size, self.cache)
         # And what plain torch and TorchJD allocate within.
         needed = size * laps + 8 * layout.length
         if lacking := self._lacking(needed, layout.parameters * (12 * tasks + 12) * laps):
@@ -293,185 +303,146 @@ class Bench:
         yield from self._combine(case._replace(operation="combine"), pool)
         if tasks == TASKS_OF_VARIANTS and case.model != EVEN:
             yield from self._variants(case, pool)
-        yield from self._whole(case, pool)
+        yield from self._resolution(case, pool)
         yield from self._aggregation(case._replace(operation="aggregation"), pool)
 
     def _gramian(self, case: Case, pool: Sequence[Storage]) -> Iterator[Figure]:
         def runs_of(storage: Storage) -> dict[str, Run]:
             runs: dict[str, Run] = {b: partial(storage.gramian, b) for b in self.backends}
-            if not others.takes_long(storage):
-                runs |= others.products(storage)
-            return runs
+            return runs if others.takes_long(storage) else runs | others.products(storage)
 
         for by, run in runs_of(pool[0]).items():
             pool[0].check_products(gramians_of(run()), f"gramian by {by}")
-        ways = ways_of([runs_of(storage) for storage in pool])
-        target = OPERATION if self._has_target(case) else None
+        competitors = competitors_of(list(map(runs_of, pool)))
         budget = case.layout.parameters * 6 * case.tasks
-        yield from self.compare(case, ways, budget, target, counted_of(ways))
+        yield from self.compare(case, competitors, budget, self._target(case))
 
     def _combine(self, case: Case, pool: Sequence[Storage]) -> Iterator[Figure]:
         products = pool[0].products_in_float64()
         decision = pool[0].arbitrate(products, "python")
 
         def runs_of(storage: Storage) -> dict[str, Run]:
-            runs: dict[str, Run] = {
-                b: partial(storage.combine, products, decision, b) for b in self.backends
-            }
+            runs: dict[str, Run] = {b: partial(storage.combine, decision, b) for b in self.backends}
             return runs | others.combinations(storage, decision.weights.tolist())
 
         for by, run in runs_of(pool[0]).items():
-            pool[0].forget()
-            run()
-            pool[0].check_written(decision.weights, f"combine by {by}")
-            pool[0].check_kept(f"combine by {by}")
-        ways = ways_of([runs_of(storage) for storage in pool])
-        target = OPERATION if self._has_target(case) else None
+            pool[0].check_step(run, decision.weights, f"combine by {by}")
+        competitors = competitors_of(list(map(runs_of, pool)))
         budget = case.layout.parameters * (6 * case.tasks + 12)
-        yield from self.compare(case, ways, budget, target, counted_of(ways))
+        yield from self.compare(case, competitors, budget, self._target(case))
 
     def _variants(self, case: Case, pool: Sequence[Storage]) -> Iterator[Figure]:
-        """Gramian and combine with a mask and weights per tensor; graddrop."""
+        """Measure gramian and combine with a mask and weights per tensor, and graddrop."""
         total, tensors = case.layout.parameters, len(case.layout.sizes)
         words = -(-case.layout.length // 32)
         mask = torch.randint(-(2**31), 2**31, (words,), dtype=torch.int32, device=self.device)
         products = pool[0].products_in_float64()
         decision = pool[0].arbitrate(products, "python")
         each = decision._replace(weights=decision.weights.repeat(tensors, 1))
-        variants: list[tuple[str, str, int, Callable[[Storage, str], object]]] = [
-            ("gramian", "masked", total * 12 + total // 8, lambda s, b: s.gramian(b, mask)),
-            (
-                "combine",
-                "masked, weights per tensor",
+        variants: dict[tuple[str, str], tuple[int, Callable[[Storage, str], object]]] = {
+            ("gramian", "masked"): (total * 12 + total // 8, lambda s, b: s.gramian(b, mask)),
+            ("combine", "masked, weights per tensor"): (
                 total * 24 + total // 8,
-                lambda s, b: s.combine(products, each, b, mask),
+                lambda s, b: s.combine(each, b, mask),
             ),
-            ("graddrop", "", total * 20, lambda s, b: s.graddrop(b)),
-        ]
+            ("graddrop", ""): (total * 20, lambda s, b: s.graddrop(b)),
+        }
         for backend in self.backends:
-            self._check_variants(pool[0], mask, each, backend)
-        for operation, what, budget, run in variants:
+            check_variants(pool[0], mask, each, backend)
+        for (operation, what), (budget, run) in variants.items():
             runs = [{b: partial(run, storage, b) for b in self.backends} for storage in pool]
-            ways = ways_of(runs)
-            yield from self.compare(
-                case._replace(operation=operation, what=what), ways, budget, None, python_of(ways)
-            )
+            named = case._replace(operation=operation, what=what)
+            yield from self.compare(named, competitors_of(runs), budget)
 
-    def _check_variants(
-        self, storage: Storage, mask: Tensor, each: ops.Arbitration, backend: str
-    ) -> None:
-        storage.forget()
-        products = storage.gramian(backend, mask)
-        with storage.masked(mask):
-            storage.check_products(products, f"masked gramian by {backend}")
-        storage.combine(products, each, backend, mask)
-        with storage.masked(mask):
-            storage.check_written(each.weights[0], f"masked combine by {backend}")
-        storage.forget()
-        storage.graddrop(backend)
-        storage.check_dropped(f"graddrop by {backend}")
-
-    def _whole(self, case: Case, pool: Sequence[Storage]) -> Iterator[Figure]:
-        """A whole resolution, beside all others."""
-        weights = self._weights_of(pool[0])
+    def _resolution(self, case: Case, pool: Sequence[Storage]) -> Iterator[Figure]:
+        """Measure a full resolution, beside all others."""
+        pool[0].reset()
+        weights = pool[0].arbitrate(pool[0].products_in_float64(), "python").weights
         for by, run in self._resolutions(pool[0]).items():
-            pool[0].forget()
-            run()
             # Inner products of plain torch are float32 throughout, and so are the weights.
             tolerance = TOLERANCE if by.partition(",")[0] in ops.BACKENDS else others.TOLERANCE
-            pool[0].check_written(weights, f"resolution by {by}", tolerance)
-            pool[0].check_kept(f"resolution by {by}")
-        runs = [self._resolutions(storage) for storage in pool]
-        ways = ways_of(runs, ("python", others.FOREACH, others.LOOP))  # the host reads the weights
+            pool[0].check_step(run, weights, f"resolution by {by}", tolerance)
+        runs = list(map(self._resolutions, pool))
+        # The host reads the weights of plain torch.
+        competitors = competitors_of(runs, ("python", others.FOREACH, others.LOOP))
         theirs, failed = self._aggregations(case, pool)
-        ways |= theirs
+        competitors |= theirs
         if self.published is not None:
-            made, left_out = self._published(self.published, case, pool)
-            ways, failed = ways | made, failed + left_out
+            made, left_out = self._published(case, pool)
+            competitors, failed = competitors | made, failed + left_out
         budget = case.layout.parameters * (12 * case.tasks + 12)
-        target = self._target_of_whole(case)
-        yield from self.compare(case, ways, budget, target, counted_of(ways))
+        yield from self.compare(case, competitors, budget, self._target_of_resolution(case))
         yield from failed
         if others.takes_long(pool[0]):
             yield case.figure("plain torch", skipped="all pairs, one by one, take too long")
 
-    def _aggregation(self, case: Case, pool: Sequence[Storage]) -> Iterator[Figure]:
-        """Methods that TorchJD has too, by each of us."""
-        theirs, _ = self._aggregations(case, pool)
-        if not theirs:
-            return
-        ours = others.our_methods()
-
-        def runs_of(storage: Storage) -> dict[str, Run]:
-            return {
-                f"{backend}, {name}": partial(storage.aggregate, method, backend)
-                for name, method in ours.items()
-                for backend in self.backends
-            }
-
-        S = pool[0].products_in_float64().total
-        for by, run in runs_of(pool[0]).items():
-            pool[0].forget()
-            run()
-            # A solver may magnify the rounding of the inner products.
-            weights = ours[by.partition(", ")[2]](S)
-            pool[0].check_written(weights, f"aggregation by {by}", others.TOLERANCE)
-        runs = [runs_of(storage) for storage in pool]
-        ways = ways_of(runs, runs[0]) | theirs  # with the solvers, as TorchJD with its own
-        budget = case.layout.parameters * (8 * case.tasks + 4)
-        yield from self.compare(case, ways, budget, None, counted_of(ways))
-
-    def _target_of_whole(self, case: Case) -> Target | None:
+    def _target_of_resolution(self, case: Case) -> Target | None:
         if self.device.type == "cpu":
             small = case.tasks > 4 or case.model != CPU_MODEL
             return None if small else RESOLUTION_ON_CPU
         if case.model == SMALL_MODEL and case.tasks == 2:
             return GRAPH
-        return RESOLUTION if self._has_target(case) else None
-
-    def _weights_of(self, storage: Storage) -> Tensor:
-        """What GCond decides on the storage's gradients in its first step, in float64."""
-        storage.forget()
-        decision = storage.arbitrate(storage.products_in_float64(), "python")
-        return decision.weights
+        return RESOLUTION if self._target(case) else None
 
     def _resolutions(self, storage: Storage) -> dict[str, Run]:
-        """By each backend, in each form that can be had, and in plain torch."""
+        """Return a resolution by each backend, in each form, and by plain torch."""
         runs: dict[str, Run] = {}
         for backend in self.backends:
             if backend != "cuda":
                 runs[backend] = partial(storage.resolve, backend)
                 continue
             runs["cuda, apart"] = partial(storage.resolve_apart, backend)
-            # Would it be so with rows of one element? Then nothing but their size is against it.
-            short = storage.gradients()._replace(accumulators=storage.rows[:, :1])
-            if ops.backend_for("cuda", self.device).resolves_at_once(short):
+            if storage.can_resolve_at_once():
                 runs["cuda, one launch"] = storage.resolve_at_once
-        if not others.takes_long(storage):
-            runs |= others.resolutions(storage)
-        return runs
+        return runs if others.takes_long(storage) else runs | others.resolutions(storage)
+
+    def _aggregation(self, case: Case, pool: Sequence[Storage]) -> Iterator[Figure]:
+        """Measure methods that TorchJD has too, by both."""
+        theirs, _ = self._aggregations(case, pool)
+        if not theirs:
+            return
+        methods = others.our_methods()
+
+        def runs_of(storage: Storage) -> dict[str, Run]:
+            return {
+                f"{backend}, {name}": partial(storage.aggregate, method, backend)
+                for name, method in methods.items()
+                for backend in self.backends
+            }
+
+        S = pool[0].products_in_float64().total
+        for by, run in runs_of(pool[0]).items():
+            pool[0].reset()
+            run()
+            # A solver may magnify the rounding of the inner products.
+            weights = methods[by.partition(", ")[2]](S)
+            pool[0].check_written(weights, f"aggregation by {by}", others.TOLERANCE)
+        runs = list(map(runs_of, pool))
+        competitors = competitors_of(runs, runs[0]) | theirs  # with the solvers, as TorchJD's
+        budget = case.layout.parameters * (8 * case.tasks + 4)
+        yield from self.compare(case, competitors, budget)
 
     def _aggregations(
         self, case: Case, pool: Sequence[Storage]
-    ) -> tuple[dict[str, Way], list[Figure]]:
-        """TorchJD's, of the same gradients; and figures that say which of them take no part."""
+    ) -> tuple[dict[str, Competitor], list[Figure]]:
+        """Return TorchJD's, of the same gradients, and figures of those that take no part."""
         if reason := others.torchjd_missing():
             return {}, [case.figure("TorchJD", skipped=reason)]
-        runs = [others.aggregations(storage.rows) for storage in pool]
-        ways, failed = {}, []
+        runs = [others.aggregations(storage.accumulators) for storage in pool]
+        competitors, failed = {}, []
         for by, run in runs[0].items():
             try:
                 others.check_aggregation(by, run, pool[0])
-            except (AssertionError, RuntimeError) as error:
+            except (AssertionError, RuntimeError) as error:  # noqa: PERF203  # of one of three
                 failed.append(case.figure(by, error=f"{type(error).__name__}: {error}"))
             else:
-                ways[by] = Way([each[by] for each in runs], waits=True)
-        return ways, failed
+                competitors[by] = Competitor([each[by] for each in runs], synchronizes=True)
+        return competitors, failed
 
     def _published(
-        self, published: ModuleType, case: Case, pool: Sequence[Storage]
-    ) -> tuple[dict[str, Way], list[Figure]]:
-        """The published implementation's, of the same gradients; or a figure that says why not."""
+        self, case: Case, pool: Sequence[Storage]
+    ) -> tuple[dict[str, Competitor], list[Figure]]:
+        """Return the published code, of the same gradients; or a figure with the reason."""
         from bench.published import PublishedResolution
 
         layout, by = case.layout, others.PUBLISHED
@@ -482,7 +453,7 @@ class Bench:
         if lacking := self._lacking(len(pool) * layout.parameters * 16 * (case.tasks + 1), 0):
             return {}, [case.figure(by, skipped=lacking)]
         made = [
-            PublishedResolution(published, storage.layout.sizes, storage.packed(), BETA)
+            PublishedResolution(self.published, layout.sizes, storage.packed(), BETA)
             for storage in pool
         ]
         made[0].fill()
@@ -492,29 +463,43 @@ class Bench:
         except AssertionError as error:
             return {}, [case.figure(by, error=str(error))]
         runs, fills = [each.run for each in made], [each.fill for each in made]
-        return {by: Way(runs, waits=True, prepare=fills)}, []
+        return {by: Competitor(runs, synchronizes=True, prepare=fills)}, []
+
+
+def check_variants(storage: Storage, mask: Tensor, each: ops.Arbitration, backend: str) -> None:
+    """Check gramian and combine with a mask and weights per tensor, and graddrop."""
+    storage.reset()
+    products = storage.gramian(backend, mask)
+    with storage.masked(mask):
+        storage.check_products(products, f"masked gramian by {backend}")
+    storage.combine(each, backend, mask)
+    with storage.masked(mask):
+        storage.check_written(each.weights[0], f"masked combine by {backend}")
+    storage.reset()
+    storage.graddrop(backend)
+    storage.check_dropped(f"graddrop by {backend}")
 
 
 def backends_of(device: torch.device) -> list[str]:
-    """The backends that compute there; on a CPU the kernels are for tests, not for speed."""
+    """Return the backends to measure; on a CPU the kernels are for tests, not for speed."""
     if device.type == "cpu":
         return ["python"]
     return [backend for backend in ops.BACKENDS if ops.unavailable(backend, device) is None]
 
 
-def count_of(shape: Sequence[int]) -> int:
-    """Elements of a tensor."""
-    return torch.Size(shape).numel()
+def model_layout(name: str) -> Layout:
+    """Return the layout of a model's tensors."""
+    return layout_of([torch.Size(shape).numel() for shape in shapes_of(name)])
 
 
 def even_sizes(parameters: int, bias: int = BIAS) -> list[int]:
-    """Elements of weights and biases in turn, about `parameters` together."""
+    """Return elements of weights and biases in turn, about `parameters` together."""
     weight = max(1, round(parameters / PAIRS) - bias)
     return [weight, bias] * PAIRS
 
 
 def gramians_of(products: object) -> ops.Gramians:
-    """What an operation gave back: ours, or S and X [2, K, K] of plain torch."""
+    """Return ours, or S and X [2, K, K] of plain torch, as Gramians."""
     if isinstance(products, ops.Gramians):
         return products
     assert isinstance(products, Tensor)
@@ -522,25 +507,20 @@ def gramians_of(products: object) -> ops.Gramians:
     return ops.Gramians(total, cross, total[None], cross[None])
 
 
-def ways_of(
-    runs: Sequence[Mapping[str, Run]], waiting: Collection[str] = ("python",)
-) -> dict[str, Way]:
-    """Each way on all memories in turn; of the reference all operations wait for the device."""
-    return {by: Way([each[by] for each in runs], waits=by in waiting) for by in runs[0]}
+def competitors_of(
+    runs: Sequence[Mapping[str, Run]], synchronizing: Collection[str] = ("python",)
+) -> dict[str, Competitor]:
+    """Return each competitor on all memories in turn; the reference always synchronizes."""
+    return {by: Competitor([each[by] for each in runs], by in synchronizing) for by in runs[0]}
 
 
-def counts_of(way: Way) -> dict[str, int]:
-    """Bytes, launches, allocations and reads by the host of one call."""
-    if way.prepare:
-        way.prepare[0]()
-    return count(way.calls[0])._asdict()
+def counts_of(competitor: Competitor) -> dict[str, int]:
+    """Count bytes, launches, allocations and reads by the host of one call."""
+    if competitor.prepare:
+        competitor.prepare[0]()
+    return count(competitor.calls[0])._asdict()
 
 
-def counted_of(ways: Mapping[str, Way]) -> list[str]:
-    """Those that work by torch's operations alone, which can be counted."""
-    return [by for by in ways if by.partition(",")[0] not in ("triton", "cuda")]
-
-
-def python_of(ways: Mapping[str, Way]) -> list[str]:
-    """The reference, where it takes part."""
-    return [by for by in ways if by == "python"]
+def is_counted(by: str) -> bool:
+    """Return whether it works by torch's operations alone, which can be counted."""
+    return by.partition(",")[0] not in ("triton", "cuda")

@@ -1,4 +1,4 @@
-"""How others do the same: operations of plain torch, and TorchJD's aggregation."""
+"""The operations by others: plain torch, and TorchJD's aggregation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from bench.clock import Run
 from bench.inputs import BETA, Gradients, Storage
-from gcond_kernels import methods
-from gcond_kernels.methods.method import Comparison
+from gcond_kernels import methods, ops
 
 FOREACH, LOOP = "torch foreach", "torch loop"
 PUBLISHED = "published code"
@@ -34,18 +33,18 @@ MOST_OF_PAIRS = 500_000_000
 
 
 def accumulations(gradients: Gradients, overwrite: bool) -> dict[str, Run]:
-    """A micro-batch's gradients into the accumulator."""
-    rows, given = gradients.segments(), gradients.gradients
+    """Return what adds a micro-batch's gradients to the accumulator."""
+    segments, given = gradients.segments(), gradients.gradients
 
     def foreach() -> None:
         if overwrite:
-            torch._foreach_copy_(rows, given)
+            torch._foreach_copy_(segments, given)
         else:
-            torch._foreach_add_(rows, given)
+            torch._foreach_add_(segments, given)
 
     def loop() -> None:
-        for row, gradient in zip(rows, given, strict=True):
-            row.copy_(gradient) if overwrite else row.add_(gradient)
+        for segment, gradient in zip(segments, given, strict=True):
+            segment.copy_(gradient) if overwrite else segment.add_(gradient)
 
     return {FOREACH: foreach, LOOP: loop}
 
@@ -54,23 +53,21 @@ class Plain:
     """A resolution in plain torch: a list of gradients per task, as `.grad` would leave them.
 
     Args:
-        storage: whose rows it takes the gradients from, as views.
+        storage: whose accumulators it takes the gradients from, as views.
     """
 
     def __init__(self, storage: Storage) -> None:
-        places = list(zip(storage.layout.offsets, storage.layout.sizes, strict=True))
-
-        def split(row: Tensor) -> list[Tensor]:
-            return [row[first : first + size] for first, size in places]
+        def split(flat: Tensor) -> list[Tensor]:
+            return [flat[first : first + size] for first, size in zip(*storage.layout, strict=True)]
 
         self.storage = storage
-        self.gradients = [split(row) for row in storage.rows]
-        self.history = [split(row) for row in storage.history]
-        self.momentum = split(storage.momentum)
+        self.gradients = [split(flat) for flat in storage.accumulators]
+        self.history = [split(flat) for flat in storage.history]
+        self.momentum = split(storage.momentum.buffer)
         self.step = 0
 
     def products(self, pair: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]) -> Tensor:
-        """S and X [2, K, K] from inner products of pairs of gradients."""
+        """Return S and X [2, K, K] from inner products of pairs of gradients."""
         tasks = range(len(self.gradients))
         own = [
             [pair(self.gradients[i], self.gradients[j]) if i <= j else None for j in tasks]
@@ -78,10 +75,10 @@ class Plain:
         ]
         S = [[own[min(i, j)][max(i, j)] for j in tasks] for i in tasks]
         X = [[pair(self.gradients[i], self.history[j]) for j in tasks] for i in tasks]
-        return torch.stack([torch.stack([torch.stack(row) for row in M]) for M in (S, X)])  # type: ignore[arg-type]
+        return torch.stack([torch.stack([torch.stack(row) for row in M]) for M in (S, X)])
 
     def combine_foreach(self, weights: Sequence[float]) -> None:
-        """The weighted sum with momentum, and the new history, by torch's lists."""
+        """Write the weighted sum with momentum, and the new history, by torch's lists."""
         torch._foreach_mul_(self.momentum, BETA)
         for gradients, weight in zip(self.gradients, weights, strict=True):
             torch._foreach_add_(self.momentum, gradients, alpha=(1 - BETA) * weight)
@@ -92,7 +89,7 @@ class Plain:
             torch._foreach_copy_(old, gradients)
 
     def combine_loop(self, weights: Sequence[float]) -> None:
-        """The same, tensor by tensor."""
+        """Write the same, tensor by tensor."""
         self.step += 1
         correction = 1 - BETA**self.step
         for place, momentum in enumerate(self.momentum):
@@ -104,17 +101,17 @@ class Plain:
                 old[place].copy_(gradients[place])
 
     def resolve(self, pair: Callable[..., Tensor], combine: Callable[..., None]) -> None:
-        """All inner products, the decision, and the write; the host reads the weights."""
+        """Compute all inner products, decide, and write; the host reads the weights."""
         S, X = self.products(pair).double()
         storage = self.storage
-        decision = storage.method.decide(
-            Comparison(S, X, storage.scale, backend="python"), storage.state
+        decision = ops.arbitrate(
+            S, X, storage.scale, state=storage.state, settings=storage.method, backend="python"
         )
         combine(decision.weights.tolist())
 
 
 def products(storage: Storage) -> dict[str, Run]:
-    """All inner products in both ways."""
+    """Return all inner products by both."""
     plain = Plain(storage)
     return {
         FOREACH: partial(plain.products, dot_foreach),
@@ -123,12 +120,12 @@ def products(storage: Storage) -> dict[str, Run]:
 
 
 def takes_long(storage: Storage) -> bool:
-    """Whether all pairs of its gradients, one by one, take too long to be measured."""
-    return storage.layout.parameters * len(storage.rows) ** 2 > MOST_OF_PAIRS
+    """Return whether all pairs of gradients, one by one, take too long to be measured."""
+    return storage.layout.parameters * len(storage.accumulators) ** 2 > MOST_OF_PAIRS
 
 
 def combinations(storage: Storage, weights: Sequence[float]) -> dict[str, Run]:
-    """The write in both ways, each as from its first step on."""
+    """Return the write by both, each as from its first step on."""
     return {
         FOREACH: partial(Plain(storage).combine_foreach, weights),
         LOOP: partial(Plain(storage).combine_loop, weights),
@@ -136,7 +133,7 @@ def combinations(storage: Storage, weights: Sequence[float]) -> dict[str, Run]:
 
 
 def resolutions(storage: Storage) -> dict[str, Run]:
-    """A whole resolution in both ways, each as from its first step on."""
+    """Return a full resolution by both, each as from its first step on."""
     foreach, loop = Plain(storage), Plain(storage)
     return {
         FOREACH: partial(foreach.resolve, dot_foreach, foreach.combine_foreach),
@@ -145,7 +142,7 @@ def resolutions(storage: Storage) -> dict[str, Run]:
 
 
 def dot_foreach(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Inner product of two lists of tensors, by torch's lists as far as they go."""
+    """Return the inner product of two lists of tensors, by torch's lists as far as they go."""
     if a[0].dtype != b[0].dtype:
         b = [tensor.to(a[0].dtype) for tensor in b]
     products = torch._foreach_mul(tuple(a), tuple(b))
@@ -153,29 +150,29 @@ def dot_foreach(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 
 def dot_loop(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Inner product of two lists of tensors, one tensor after the other."""
+    """Return the inner product of two lists of tensors, one tensor after the other."""
     pairs = zip(a, b, strict=True)
     return torch.stack([torch.dot(x, y.to(x.dtype)) for x, y in pairs]).sum()
 
 
 def torchjd_missing() -> str | None:
-    """Why TorchJD takes no part; None where it does."""
+    """Return why TorchJD takes no part; None where it does."""
     if importlib.util.find_spec("torchjd") is None:
         return 'TorchJD is not installed: pip install "torchjd[cagrad,quadprog-projector]"'
     return None
 
 
-def aggregations(rows: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """TorchJD's aggregations of the gradients [K, N] into one [N], by name."""
-    room: Any = importlib.import_module("torchjd.aggregation")
-    made = {"PCGrad": room.PCGrad(), "UPGrad": room.UPGrad()}
-    if hasattr(room, "CAGrad"):  # which needs a solver of its own
-        made["CAGrad"] = room.CAGrad(c=CAGRAD_C)
-    return {f"TorchJD {name}": partial(aggregator, rows) for name, aggregator in made.items()}
+def aggregations(gradients: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Return TorchJD's aggregations of the gradients [K, N] into one [N], by name."""
+    theirs: Any = importlib.import_module("torchjd.aggregation")
+    made = {"PCGrad": theirs.PCGrad(), "UPGrad": theirs.UPGrad()}
+    if hasattr(theirs, "CAGrad"):  # which needs a solver of its own
+        made["CAGrad"] = theirs.CAGrad(c=CAGRAD_C)
+    return {f"TorchJD {name}": partial(aggregator, gradients) for name, aggregator in made.items()}
 
 
 def our_methods() -> dict[str, methods.Method]:
-    """Ours of the same names and settings."""
+    """Return our methods of the same names and settings."""
     return {
         "PCGrad": methods.PCGrad(),
         "UPGrad": methods.UPGrad(),
@@ -184,7 +181,7 @@ def our_methods() -> dict[str, methods.Method]:
 
 
 def check_aggregation(by: str, run: Callable[[], Tensor], storage: Storage) -> None:
-    """Compares a result of TorchJD's with that of our method of the same name.
+    """Compare a result of TorchJD's with that of our method of the same name.
 
     Its UPGrad adds 1e-4 of the trace to the diagonal of the Gramian, and so does this comparison.
     PCGrad goes through the tasks in random order, which matters from three tasks on: then all that
@@ -193,27 +190,27 @@ def check_aggregation(by: str, run: Callable[[], Tensor], storage: Storage) -> N
     name, result = by.removeprefix("TorchJD "), run()
     S = storage.products_in_float64().total
     if name == "PCGrad" and len(S) > 2:
-        packed = torch.cat([result[piece] for _, piece in storage.pieces()])
+        packed = torch.cat([result[chunk] for _, chunk in storage.chunks()])
         check_combination([packed], storage, by)
         return
     if name == "UPGrad":
         S = S + UPGRAD_REGULARISATION * S.trace() * torch.eye(len(S), device=S.device)
-    expected = our_methods()[name](S).to(result) @ storage.rows
-    # Where gradients cancel out the result is short: what counts is how long they are.
+    expected = our_methods()[name](S).to(result) @ storage.accumulators
+    # Where gradients cancel out the result is short: what counts is their norm.
     longest = S.diagonal().max().sqrt()
     if not bool((result - expected).norm() <= TORCHJD_TOLERANCE * longest):
         raise AssertionError(f"{by}: the result is another than that of our {name}")
 
 
 def check_combination(outputs: Sequence[Tensor], storage: Storage, who: str) -> None:
-    """Checks that a result is a combination of the gradients, up to the rounding of bfloat16.
+    """Check that a result is a combination of the gradients, up to the rounding of bfloat16.
 
-    Which one it is hangs, where pairs conflict alike, on rounding.
+    Where pairs conflict equally, rounding decides which one it is.
     """
-    rows = storage.packed()
+    gradients = storage.packed()
     result = torch.cat([output.view(-1) for output in outputs])
     S = storage.products_in_float64().total
-    found = torch.linalg.lstsq(S, (rows @ result).double()[:, None]).solution[:, 0]
-    residual = (result - found.to(result) @ rows).norm()
+    found = torch.linalg.lstsq(S, (gradients @ result).double()[:, None]).solution[:, 0]
+    residual = (result - found.to(result) @ gradients).norm()
     if not bool(residual <= BFLOAT16_TOLERANCE * S.diagonal().max().sqrt()):
         raise AssertionError(f"{who}: the result is no combination of the gradients")

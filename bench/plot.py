@@ -1,6 +1,4 @@
-"""Pictures of what `python -m gcond_kernels bench` measured.
-
-    python bench/plot.py bench.json [--output FOLDER]
+"""Pictures of the figures of operations.
 
     roofline.png        share of the copy's bandwidth that each operation reaches, by whom
     cost_by_size.png    time of a resolution against the number of parameters, 2 tasks
@@ -9,25 +7,21 @@
 Quartiles are drawn as bars or bands. What was not measured is not drawn.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-try:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Picture
-except ModuleNotFoundError:
-    sys.exit('bench/plot.py needs matplotlib: pip install "gcond-kernels[plot]"')
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Picture
 
+from bench.record import Figure, InputError, read
 from gcond_kernels.diagnostics.plots import BLACK, BLUE, GREY, VERMILION
 
-Figure = dict[str, Any]
-
 TASKS_OF_ROOFLINE = 2
-# Colours that colour-blind people can tell apart (Okabe and Ito), and a marker for each.
+# Colours that color-blind people can tell apart (Okabe and Ito), and a marker for each.
 GREEN, ORANGE, PURPLE, SKY, YELLOW = "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#b8a800"
 STYLES = {
     "python": (BLUE, "o", "this package, reference (plain torch)"),
@@ -44,47 +38,43 @@ STYLES = {
 }
 COPY = "copy of the bytes that this\npackage must move"
 DIM = "#666666"
+QUARTILES = ("median", "low", "high")
 
 
-def main(given=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(given: Sequence[str]) -> int:
+    """Draw the pictures of a record and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench plot", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("record", type=Path, help="JSON file that the bench wrote")
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="default: the folder of the record"
     )
-    arguments = parser.parse_args(given)
+    options = parser.parse_args(given)
     try:
-        record = json.loads(arguments.record.read_text())
-        figures = [f for f in record["figures"] if "seconds" in f and "operation" in f]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        print(f"{arguments.record} is no record of the bench: {error!r}", file=sys.stderr)
+        record = read(options.record)
+    except InputError as error:
+        print(error, file=sys.stderr)
         return 2
-    folder = arguments.output or arguments.record.absolute().parent
+    figures = [f for f in record["figures"] if "seconds" in f and "operation" in f]
+    folder = options.output or options.record.absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     about = record["machine"]
-    where = f"{about['device']}, torch {about['torch']}, commit {about['commit']}"
-    for name, draw in (
-        ("roofline", roofline),
-        ("cost_by_size", cost_by_size),
-        ("cost_by_tasks", cost_by_tasks),
-    ):
+    where = f"{about.get('device')}, torch {about.get('torch')}, commit {about.get('commit')}"
+    for draw in (roofline, cost_by_size, cost_by_tasks):
         picture = draw(figures)
         if picture is None:
-            print(f"{name}: nothing of it in {arguments.record}")
+            print(f"{draw.__name__}: nothing of it in {options.record}")
             continue
         picture.suptitle(where, fontsize=7, color=DIM)
-        picture.savefig(folder / f"{name}.png", dpi=150)
-        print(folder / f"{name}.png")
+        path = folder / f"{draw.__name__}.png"
+        picture.savefig(path, dpi=150)
+        print(path)
     return 0
 
 
 def roofline(figures: list[Figure]) -> Picture | None:
-    """Bars of copy time / time, an operation per group, of the largest model that has them."""
-    figures = [
-        f for f in figures if "fraction" in f and f["tasks"] in (1, TASKS_OF_ROOFLINE)
-        and "masked" not in f["what"] and f["operation"] != "graddrop" and f["by"] in STYLES
-        and not f["by"].startswith(("TorchJD", "published"))
-    ]  # fmt: skip
+    """Draw bars of copy time / time, an operation per group, of the largest model with them."""
+    figures = [figure for figure in figures if is_in_roofline(figure)]
     model = largest_model(f for f in figures if f["operation"] == "resolution")
     figures = [f for f in figures if f["model"] == model]
     if not figures:
@@ -100,7 +90,6 @@ def roofline(figures: list[Figure]) -> Picture | None:
         place = groups.index((figure["operation"], figure["what"]))
         y = place - 0.4 + height * (who.index(figure["by"]) + 0.5)
         bar(axes, figure, y, height)
-    size = figures[0]
     axes.set_yticks(range(len(groups)), [label_of(*group) for group in groups])
     axes.invert_yaxis()
     axes.axvline(100, color=BLACK, linewidth=1)
@@ -111,33 +100,49 @@ def roofline(figures: list[Figure]) -> Picture | None:
         "bandwidth of the fewest bytes that must move, in % of a copy's in the same run"
     )
     axes.set_xlim(0, max(112, 100 * max(f["fraction"]["high"] for f in figures) + 8))
-    axes.set_title(
-        f"{model}: {size['parameters'] / 1e6:.3g} M parameters in {size['tensors']} tensors, "
-        f"{TASKS_OF_ROOFLINE} tasks", fontsize=10, pad=16,
-    )  # fmt: skip
-    legend(picture, axes, [(STYLES[by][0], STYLES[by][2]) for by in who])
-    return finished(picture, axes)
+    title = f"{model}: {size_of(figures[0])}, {TASKS_OF_ROOFLINE} tasks"
+    axes.set_title(title, fontsize=10, pad=16)
+    handles = [axes.barh([0], [0], color=STYLES[by][0], label=STYLES[by][2]) for by in who]
+    picture.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return picture
+
+
+def is_in_roofline(figure: Figure) -> bool:
+    """Return whether a figure is a bar."""
+    return (
+        "fraction" in figure
+        and figure["tasks"] in (1, TASKS_OF_ROOFLINE)
+        and "masked" not in figure["what"]
+        and figure["operation"] != "graddrop"
+        and figure["by"] in STYLES
+        and not figure["by"].startswith(("TorchJD", "published"))
+    )
+
+
+def size_of(figure: Figure) -> str:
+    """Return the size of a figure's model."""
+    return f"{figure['parameters'] / 1e6:.3g} M parameters in {figure['tensors']} tensors"
 
 
 def bar(axes: Axes, figure: Figure, y: float, height: float) -> None:
+    """Draw a bar with its quartiles."""
     value = {key: 100 * share for key, share in figure["fraction"].items()}
     error = [[value["median"] - value["low"]], [value["high"] - value["median"]]]
-    colour = STYLES[figure["by"]][0]
-    axes.barh(y, value["median"], height * 0.9, color=colour, xerr=error, ecolor=GREY)
+    color = STYLES[figure["by"]][0]
+    axes.barh(y, value["median"], height * 0.9, color=color, xerr=error, ecolor=GREY)
     axes.text(value["high"] + 1, y, f"{value['median']:.0f}", va="center", fontsize=7)
 
 
 def cost_by_size(figures: list[Figure]) -> Picture | None:
-    """Lines of the time of a resolution over the parameters."""
+    """Draw the time of a resolution over the parameters."""
     chosen = [f for f in figures if f["operation"] == "resolution" and f["model"] == "even"]
-    return lines(
-        [f for f in chosen if not f["what"]], "parameters", "parameters",
-        "A resolution of 2 tasks, against the number of parameters (in 300 tensors)",
-    )  # fmt: skip
+    title = "A resolution of 2 tasks, against the number of parameters (in 300 tensors)"
+    return lines([f for f in chosen if not f["what"]], "parameters", "parameters", title)
 
 
 def cost_by_tasks(figures: list[Figure]) -> Picture | None:
-    """Lines of the time of a resolution over the tasks, of the largest model with most of them."""
+    """Draw the time of a resolution over the tasks, of the largest model with most of them."""
     chosen = [f for f in figures if f["operation"] == "resolution" and not f["what"]]
     counts: dict[str, set[int]] = {}
     for figure in chosen:
@@ -148,23 +153,22 @@ def cost_by_tasks(figures: list[Figure]) -> Picture | None:
     most = max(map(len, counts.values()))
     model = largest_model(f for f in chosen if len(counts.get(f["model"], ())) == most)
     chosen = [f for f in chosen if f["model"] == model]
-    size = f"{chosen[0]['parameters'] / 1e6:.3g} M parameters in {chosen[0]['tensors']} tensors"
-    return lines(chosen, "tasks", "tasks K", f"A resolution of {model}, {size}")
+    return lines(chosen, "tasks", "tasks K", f"A resolution of {model}, {size_of(chosen[0])}")
 
 
 def lines(figures: list[Figure], across: str, label: str, title: str) -> Picture | None:
-    """A line per way and one of the copy; both axes logarithmic."""
+    """Draw a line per competitor and one of the copy; both axes logarithmic."""
     who = [by for by in STYLES if any(f["by"] == by for f in figures)]
     if not who:
         return None
     picture = Picture(figsize=(8.2, 4.6), layout="constrained")
     axes = picture.subplots()
     for by in who:
-        colour, marker, name = STYLES[by]
-        own = sorted((f for f in figures if f["by"] == by), key=lambda f: f[across])
-        draw_line(axes, [(f[across], f["seconds"]) for f in own], colour, marker, name)
+        color, marker, name = STYLES[by]
+        own = {f[across]: f["seconds"] for f in figures if f["by"] == by}
+        draw_line(axes, own, color, marker=marker, label=name)
     copies = {f[across]: f["copy_seconds"] for f in figures if "copy_seconds" in f}
-    draw_line(axes, sorted(copies.items()), GREY, "", COPY, style="--")
+    draw_line(axes, copies, GREY, linestyle="--", label=COPY)
     axes.set_xscale("log")
     axes.set_yscale("log")
     xs = sorted({f[across] for f in figures})
@@ -178,43 +182,27 @@ def lines(figures: list[Figure], across: str, label: str, title: str) -> Picture
     picture.legend(
         *axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False
     )
-    return finished(picture, axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    return picture
 
 
-def draw_line(
-    axes: Axes, points: Iterable[tuple[float, dict[str, float]]], colour: str, marker: str,
-    name: str, style: str = "-",
-) -> None:  # fmt: skip
-    points = list(points)
-    x = [place for place, _ in points]
-    median, low, high = (
-        [1e3 * seconds[key] for _, seconds in points] for key in ("median", "low", "high")
-    )
-    axes.plot(x, median, color=colour, marker=marker, linestyle=style, label=name, markersize=6)
-    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+def draw_line(axes: Axes, times: dict[float, dict[str, float]], color: str, **style: str) -> None:
+    """Draw times with a band between the quartiles."""
+    x = sorted(times)
+    median, low, high = ([1e3 * times[place][key] for place in x] for key in QUARTILES)
+    axes.plot(x, median, color=color, markersize=6, **style)
+    axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def largest_model(figures: Iterable[Figure]) -> str | None:
+    """Return the model with the most parameters."""
     sizes = {f["model"]: f["parameters"] for f in figures if f["model"] != "even"}
     return max(sizes, key=sizes.__getitem__, default=None)
 
 
 def label_of(operation: str, what: str) -> str:
+    """Return the name of a group of bars."""
     if not what:
         return {"resolution": "whole\nresolution"}.get(operation, operation)
     dtype, _, turn = what.partition(", ")
     return f"{operation} {dtype}\n{turn} micro-batch"
-
-
-def legend(picture: Picture, axes: Axes, entries: list[tuple[str, str]]) -> None:
-    handles = [axes.barh([0], [0], color=colour, label=name) for colour, name in entries]
-    picture.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-
-
-def finished(picture: Picture, axes: Axes) -> Picture:
-    axes.spines[["top", "right"]].set_visible(False)
-    return picture
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,42 +1,39 @@
-"""The three operations that are bound by memory, a few times each, for a profiler to look at.
+"""The three operations that are bound by memory, a few times each, for a profiler.
 
-    ncu --csv --metrics dram__bytes.sum python bench/profiled.py --backend cuda
+    ncu --csv --metrics dram__bytes.sum python -m bench profiled --backend cuda
 
-Prints the bytes that each must move (see gcond_kernels/bench/operations.py), for comparison.
+Prints the bytes that each must move (see operations.py), for comparison.
 """
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 
-from bench.inputs import Gradients, Storage, layout_of
-from bench.models import shapes_of
-from bench.operations import count_of
+from bench.inputs import Gradients, Storage
+from bench.operations import model_layout
 
 # The first call compiles and makes tables; a profiler skips it.
 CALLS = 3
 
 
-def main(given=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(given: Sequence[str]) -> int:
+    """Call the operations."""
+    parser = argparse.ArgumentParser(prog="python -m bench profiled")
     parser.add_argument("--backend", choices=("triton", "cuda", "python"), required=True)
     parser.add_argument("--model", default="convnext_base", help="whose tensors")
     parser.add_argument("--tasks", type=int, default=2, metavar="K")
     parser.add_argument("--device", default="cuda")
-    arguments = parser.parse_args(given)
-    device, tasks = torch.device(arguments.device), arguments.tasks
-    layout = layout_of([count_of(shape) for shape in shapes_of(arguments.model)])
+    options = parser.parse_args(given)
+    device, tasks = torch.device(options.device), options.tasks
+    layout = model_layout(options.model)
     gradients = Gradients(layout, torch.float32, device)
     storage = Storage(tasks, layout, device)
     for _ in range(CALLS):
-        gradients.accumulate(arguments.backend, overwrite=False)
-        products = storage.gramian(arguments.backend)
-        decision = storage.arbitrate(products, "python")
-        storage.combine(products, decision, arguments.backend)
+        gradients.accumulate(options.backend, overwrite=False)
+        decision = storage.arbitrate(storage.gramian(options.backend), "python")
+        storage.combine(decision, options.backend)
     budgets = {"accumulate": 12, "gramian": 6 * tasks, "combine": 6 * tasks + 12}
     for operation, bytes_each in budgets.items():
         print(f"{operation}: {bytes_each * layout.parameters / 1e6:.1f} MB must move")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,8 +1,8 @@
 """The implementation that the authors of GCond published, from a file that the user has.
 
-It has no licence, so that nothing of it is part of this package: it is loaded from its path, and
-what it does is called by name. The defaults are its own; stated here is only what a comparison
-must have alike, the momentum and how micro-batches are accumulated.
+It has no licence, so that nothing of it is part of this package: it is loaded from its path and
+called by name. The defaults are its own; set here is only what a comparison must have in common,
+the momentum and how micro-batches are accumulated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OPTIONS = ("momentum_beta", "stochastic_accumulation")
 
 
 def load(path: Path) -> ModuleType:
-    """The published module from this path; nothing is written beside the file.
+    """Return the published module from this path; nothing is written beside the file.
 
     Raises:
         ValueError: the file cannot be read, does not run, or is not the published code.
@@ -48,7 +48,7 @@ def load(path: Path) -> ModuleType:
 
 
 def _missing(conductor: Any) -> str:
-    """What of the published class the adapters below need and this one lacks."""
+    """Return what the adapters below need and a class lacks."""
     if not inspect.isclass(conductor):
         return f"class {CLASS}"
     options = inspect.signature(conductor).parameters
@@ -63,22 +63,21 @@ class PublishedResolution:
     Args:
         module: from `load`.
         sizes: number of elements of each parameter, N in all.
-        rows: [K, N] task gradients; the parameters are made on their device.
+        gradients: [K, N] task gradients; the parameters are made on their device.
         momentum: of the published code.
     """
 
     def __init__(
-        self, module: ModuleType, sizes: Sequence[int], rows: Tensor, momentum: float = 0.9
+        self, module: ModuleType, sizes: Sequence[int], gradients: Tensor, momentum: float = 0.9
     ) -> None:
-        tasks = [f"task {k}" for k in range(len(rows))]
-        self._gradients = {
-            task: row.split(list(sizes)) for task, row in zip(tasks, rows, strict=True)
-        }
-        self._parameters = nn.ParameterList(torch.zeros(size, device=rows.device) for size in sizes)
+        self._gradients = {f"task {k}": g.split(list(sizes)) for k, g in enumerate(gradients)}
+        self._parameters = nn.ParameterList(
+            torch.zeros(size, device=gradients.device) for size in sizes
+        )
         self._conductor = getattr(module, CLASS)(
             self._parameters,
-            dict.fromkeys(tasks, _no_loss),
-            dict.fromkeys(tasks, 1.0),
+            dict.fromkeys(self._gradients, _no_loss),
+            dict.fromkeys(self._gradients, 1.0),
             accumulation_steps=1,
             momentum_beta=momentum,
             stochastic_accumulation=False,
@@ -86,7 +85,7 @@ class PublishedResolution:
         self._earlier = self._earlier_step()
 
     def _earlier_step(self) -> dict[str, Any]:
-        """The state after one step with these gradients."""
+        """Return the state after one step with these gradients."""
         conductor = self._conductor
         self._fill_accumulators()
         self.run()
@@ -104,7 +103,7 @@ class PublishedResolution:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Full accumulators, and the state after one earlier step, whatever was run before.
+        """Fill the accumulators and restore the state after one step.
 
         Gradients are cleared, as by the `zero_grad` that its documentation puts before a step.
         """
@@ -115,7 +114,7 @@ class PublishedResolution:
 
     @torch.no_grad()
     def run(self) -> None:
-        """From full accumulators to written `.grad`, as its `step` does once they are full."""
+        """Resolve full accumulators and write `.grad`, as its `step` does once they are full."""
         conductor = self._conductor
         resolved, _ = conductor._project()
         conductor._last_safe = resolved
@@ -124,11 +123,11 @@ class PublishedResolution:
 
     @property
     def outputs(self) -> list[Tensor]:
-        """What `run` has written to `.grad`, a tensor for each parameter."""
+        """The gradients that `run` has written, a tensor for each parameter."""
         return [parameter.grad for parameter in self._parameters]
 
 
-def _no_loss(output: Tensor, target: Tensor) -> Tensor:
+def _no_loss(*_: Tensor) -> Tensor:
     raise AssertionError("a resolution computes no loss")
 
 
@@ -136,44 +135,40 @@ class PublishedTraining:
     """Training with the published code around an optimizer.
 
     As it comes: for its forward passes it puts the model into evaluation mode, and on a GPU it
-    computes them in bfloat16 autocast.
+    computes them in bfloat16 autocast. It has no momentum here.
 
     Args:
         module: from `load`.
         model: what is trained.
-        loss_functions: task → function of the model's output and the target.
-        weights: task → loss weight, of the same tasks.
+        losses: task → function of the model's output and the target, and its weight.
         base: steps with the gradients that it has written.
         accumulation_steps: micro-batches per optimizer step.
         mode: "exact": each micro-batch has a loss of every task. "stochastic": a block of
             micro-batches per task; the number of tasks must divide that of micro-batches.
-        momentum: of the published code.
     """
 
     def __init__(
         self,
         module: ModuleType,
         model: nn.Module,
-        loss_functions: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
-        weights: Mapping[str, float],
+        losses: Mapping[str, tuple[Callable[[Tensor, Tensor], Tensor], float]],
         base: torch.optim.Optimizer,
         accumulation_steps: int,
         mode: Literal["exact", "stochastic"],
-        momentum: float = 0.9,
     ) -> None:
         self._base = base
         self._accumulation_steps = accumulation_steps
         self._conductor = getattr(module, CLASS)(
             model,
-            dict(loss_functions),
-            dict(weights),
+            {task: loss for task, (loss, _) in losses.items()},
+            {task: weight for task, (_, weight) in losses.items()},
             accumulation_steps=accumulation_steps,
-            momentum_beta=momentum,
+            momentum_beta=0.0,
             stochastic_accumulation=mode == "stochastic",
         )
 
     def window(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """One optimizer step over these micro-batches.
+        """Make one optimizer step over these micro-batches.
 
         Raises:
             ValueError: they are not as many as `accumulation_steps`.

@@ -55,7 +55,7 @@ def run(benchmark: Benchmark, what: str, given: Sequence[str]) -> int:
     parser.add_argument(
         "--output",
         type=Path,
-        default=OUTPUT / f"{what}.json",
+        default=OUTPUT / f"{'bench' if what == 'all' else what}.json",
         metavar="FILE",
         help="where the record goes (default: %(default)s); what was there is replaced",
     )

@@ -1,9 +1,9 @@
-"""What an optimizer step costs: plain accumulation, GCondFused, TorchJD, the published code.
+"""The training step: plain accumulation, GCondFused, TorchJD, the published code.
 
 All of them train copies of one model, with the same weights, batches and AdamW, on two losses that
-need the whole model; the batches are noise and lie on the device. Each method takes turns with
+need all of the model; the batches are noise and lie on the device. Each method takes turns with
 plain accumulation, a step each, so that drift of the machine cancels in "relative". Plain
-accumulation takes turns with itself too, which tells how much of a difference is noise.
+accumulation takes turns with itself too: that shows how much of a difference is noise.
 
 TorchJD is used as its users accumulate gradients: `autojac.backward` adds the Jacobian of each
 micro-batch to `.jac`, and one `jac_to_grad` a step aggregates the sum. The losses of a micro-batch
@@ -16,26 +16,25 @@ import argparse
 import gc
 import importlib
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from bench.clock import LEAST_ROUNDS, MOST_ROUNDS, Run, quartiles
+from bench.clock import LEAST_ROUNDS, MOST_ROUNDS, Clock, Run
 from bench.models import CLASSES, CONVNEXT, MODELS, TRANSFORMER, new_model
 from bench.others import torchjd_missing
-from bench.record import InputError
+from bench.published import PublishedTraining
+from bench.record import Figure, InputError, quartiles
 from gcond_kernels import GCondFused, Sum, ops
 from gcond_kernels.methods import Method
 
-Figure = dict[str, Any]
 Mode = Literal["exact", "stochastic"]
 Batch = tuple[Tensor, Tensor]  # what the model takes, and what the losses compare its result with
 Window = Callable[[Sequence[Batch]], object]
@@ -51,30 +50,30 @@ LONGER = 2.0
 # Accumulator and history of one more task, per parameter.
 BYTES_OF_A_TASK = 6.0
 LEARNING_RATE = 1e-4
-# Of the length of the whole gradient. In float32 the same is added in another order; in bfloat16
-# each task's backward pass is rounded for itself.
+# Of the norm of the full gradient. In float32 the same is added in another order; in bfloat16 each
+# task's backward pass is rounded for itself.
 ROUNDING = {"cpu": 1e-5, "cuda": 3e-2}
 TASKS_OF_MEMORY = (2, 4, 8)
 LAYERS_OF_MEMORY = 8
 
 
 def hard_loss(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy of the classes that a teacher decides for."""
+    """Return the cross-entropy of the classes that a teacher decides for."""
     return functional.cross_entropy(logits.float(), teacher.argmax(-1))
 
 
 def soft_loss(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy of the probabilities that it gives (arXiv 1503.02531)."""
+    """Return the cross-entropy of the probabilities that it gives (arXiv 1503.02531)."""
     return functional.cross_entropy(logits.float(), teacher)
 
 
 def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy of the tokens that follow."""
+    """Return the cross-entropy of the tokens that follow."""
     return functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
 
-def z_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Keeps the softmax's normalizer near 1 (arXiv 2204.02311)."""
+def z_loss(logits: Tensor, _: Tensor) -> Tensor:
+    """Return what keeps the softmax's normalizer near 1 (arXiv 2204.02311)."""
     return logits.float().logsumexp(-1).square().mean()
 
 
@@ -111,7 +110,7 @@ class Training:
 
     @property
     def tasks(self) -> dict[str, Task]:
-        """Two losses of which each needs the whole model."""
+        """Two losses of which each needs all of the model."""
         return IMAGE_TASKS if self.name in CONVNEXT else TEXT_TASKS
 
     @property
@@ -120,11 +119,11 @@ class Training:
         return {name: task.weight for name, task in self.tasks.items()}
 
     def new_model(self) -> nn.Module:
-        """With the same weights every time; on a GPU its forward pass is in bfloat16."""
+        """Return a model of the same weights; on a GPU its forward pass is in bfloat16."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model: nn.Module = new_model(self.name)
-        model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(device=self.device, memory_format=torch.channels_last)
         cast = torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
         model.forward = cast(model.forward)
         return model
@@ -136,7 +135,7 @@ class Training:
         return [self.new_batch(generator) for _ in range(self.accumulation_steps)]
 
     def new_batch(self, generator: torch.Generator) -> Batch:
-        """Noise; images have a teacher's probabilities of the classes, which are noise too."""
+        """Return noise; images have a teacher's probabilities of the classes, noise as well."""
         if self.name in TRANSFORMER:
             size = TRANSFORMER[self.name]
             shape = self.batch, size.context + 1
@@ -149,7 +148,7 @@ class Training:
 
 
 def plain(training: Training, model: nn.Module, base: torch.optim.Optimizer) -> Window:
-    """Accumulation of the weighted sum in `.grad`, and a step."""
+    """Return accumulation of the weighted sum in `.grad`, and a step."""
     tasks, steps = training.tasks.values(), training.accumulation_steps
 
     def window(batches: Sequence[Batch]) -> None:
@@ -157,7 +156,7 @@ def plain(training: Training, model: nn.Module, base: torch.optim.Optimizer) -> 
         for inputs, targets in batches:
             logits = model(inputs)
             total = sum(task.weight * task.loss(logits, targets) for task in tasks)
-            (total / steps).backward()  # type: ignore[union-attr]
+            (total / steps).backward()
         base.step()
 
     return window
@@ -171,7 +170,7 @@ def gcond(
     mode: Mode,
     method: Method | None = None,
 ) -> Window:
-    """The same with GCondFused around the optimizer, which averages gradients already."""
+    """Return the same with GCondFused around the optimizer, which averages gradients already."""
     tasks = training.tasks
     optimizer = GCondFused(
         base,
@@ -192,7 +191,7 @@ def gcond(
 
 
 def torchjd(training: Training, model: nn.Module, base: torch.optim.Optimizer) -> Window:
-    """The same with TorchJD's UPGrad."""
+    """Return the same with TorchJD's UPGrad."""
     autojac = importlib.import_module("torchjd.autojac")
     aggregator = importlib.import_module("torchjd.aggregation").UPGrad()
     parameters = list(model.parameters())
@@ -218,22 +217,16 @@ def published_code(
     module: ModuleType,
     mode: Mode,
 ) -> Window:
-    """The same with the code that the authors of the method published."""
-    from bench.published import PublishedTraining
-
-    losses = {name: task.loss for name, task in training.tasks.items()}
-    steps = training.accumulation_steps
-    trainer = PublishedTraining(
-        module, model, losses, training.weights, base, steps, mode, momentum=0.0
-    )
-    return trainer.window
+    """Return the same with the code that the authors of the method published."""
+    losses = {name: (task.loss, task.weight) for name, task in training.tasks.items()}
+    return PublishedTraining(module, model, losses, base, training.accumulation_steps, mode).window
 
 
-class Way(NamedTuple):
+class Competitor(NamedTuple):
     """One method of the comparison.
 
     Attributes:
-        by: whose it is.
+        by: its name.
         new_window: makes of a training, a model and an optimizer what takes a step.
         passes: backward passes of a micro-batch.
         skipped: why it is not measured.
@@ -245,35 +238,34 @@ class Way(NamedTuple):
     skipped: str | None = None
 
 
-def ways(training: Training, published: ModuleType | None) -> Iterator[Way]:
-    """All methods; plain accumulation first."""
+def competitors(training: Training, published: ModuleType | None) -> Iterator[Competitor]:
+    """Return all methods; plain accumulation first."""
     K = len(training.tasks)
-    yield Way("plain accumulation", plain, 1)
+    yield Competitor("plain accumulation", plain, 1)
     for by, mode in GCOND.items():
-        yield Way(by, partial(gcond, mode=mode), passes_of(mode, K))
-    yield Way("TorchJD UPGrad", torchjd, K, torchjd_missing())
-    if published is None:
-        return
-    for mode in GCOND.values():
-        new_window = partial(published_code, module=published, mode=mode)
-        yield Way(f"published code {mode}", new_window, passes_of(mode, K))
+        yield Competitor(by, partial(gcond, mode=mode), passes_of(mode, K))
+    yield Competitor("TorchJD UPGrad", torchjd, K, torchjd_missing())
+    if published is not None:
+        for mode in GCOND.values():
+            new_window = partial(published_code, module=published, mode=mode)
+            yield Competitor(f"published code {mode}", new_window, passes_of(mode, K))
 
 
 def passes_of(mode: Mode, tasks: int) -> int:
-    """Backward passes of a micro-batch."""
+    """Return the backward passes of a micro-batch."""
     return tasks if mode == "exact" else 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this section."""
+    """Add the options of this section."""
     group = parser.add_argument_group("training steps")
     group.add_argument(
         "--training-models",
-        nargs="+",
+        nargs="*",
         choices=MODELS,
         metavar="NAME",
         help=f"what is trained: {', '.join(MODELS)} (default: convnext_base on a GPU; the two pico "
-        "on a CPU)",
+        "on a CPU; without a name memory alone is measured)",
     )
     group.add_argument(
         "--batch", type=int, help="images, or sequences, of a micro-batch (default: what suits)"
@@ -289,8 +281,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_options(options: argparse.Namespace) -> None:
-    """Raises InputError where an option cannot be used."""
+def check(options: argparse.Namespace) -> None:
+    """Raise InputError where an option cannot be used."""
     for name in ("batch", "resolution", "accumulation_steps"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -303,40 +295,40 @@ def check_options(options: argparse.Namespace) -> None:
         )
 
 
-def trainings(device: torch.device, options: argparse.Namespace) -> list[Training]:
-    """What is to be trained; by default what a CPU, or a GPU, has done in about a minute."""
-    on_gpu = device.type == "cuda"
-    names = ["convnext_base"] if on_gpu else ["convnext_pico", "transformer_pico"]
+def trainings(options: argparse.Namespace) -> list[Training]:
+    """Return what is trained; by default what a CPU, or a GPU, has done in about a minute."""
+    on_gpu = options.device.type == "cuda"
+    names = options.training_models
+    if names is None:
+        names = ["convnext_base"] if on_gpu else ["convnext_pico", "transformer_pico"]
     images, sequences, resolution = (16, 4, 224) if on_gpu else (8, 2, 64)
     return [
         Training(
             name,
-            device,
+            options.device,
             options.batch or (images if name in CONVNEXT else sequences),
             options.resolution or resolution,
             options.accumulation_steps,
             options.seconds * LONGER,
         )
-        for name in options.training_models or names
+        for name in names
     ]
 
 
-def figures(
-    device: torch.device, options: argparse.Namespace, published: ModuleType | None
-) -> Iterator[Figure]:
-    """A figure for each method and model, and what more tasks take in memory.
+def figures(options: argparse.Namespace) -> Iterator[Figure]:
+    """Measure each method and model, and the memory of more tasks.
 
     "seconds" are those of an optimizer step; "samples_per_second" counts the samples of its
     micro-batches, each once however many losses it has; "peak_bytes" is the most that two steps
     have allocated beyond the weights and the batches, AdamW's state included.
     """
-    for training in trainings(device, options):
-        yield from training_figures(training, published)
-    yield from memory_figures(device)
+    for training in trainings(options):
+        yield from training_figures(training, options.published_code)
+    yield from memory_figures(options.device)
 
 
 def training_figures(training: Training, published: ModuleType | None) -> Iterator[Figure]:
-    """A figure for each method."""
+    """Measure each method."""
     parameters = [p.numel() for p in training.new_model().parameters()]
     head = {
         "section": "training",
@@ -351,30 +343,30 @@ def training_figures(training: Training, published: ModuleType | None) -> Iterat
     if training.name in CONVNEXT:
         head["resolution"] = training.resolution
     baseline = new_window(training, plain)[1]
-    for way in ways(training, published):
-        passes = way.passes * training.accumulation_steps
-        figure = {**head, "by": way.by, "backward_passes": passes}
-        if way.by in GCOND:
+    for competitor in competitors(training, published):
+        passes = competitor.passes * training.accumulation_steps
+        figure = {**head, "by": competitor.by, "backward_passes": passes}
+        if competitor.by in GCOND:
             figure["backend"] = ops.backend_for("auto", training.device).name
-        yield figure | measured(training, way, baseline)
+        yield figure | measured(training, competitor, baseline)
         gc.collect()
 
 
 def new_window(training: Training, made_by: Callable[..., Window]) -> tuple[nn.Module, Window]:
-    """A model of its own and what trains it with AdamW."""
+    """Return a model and what trains it with AdamW."""
     model = training.new_model()
     base = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     return model, made_by(training, model, base)
 
 
-def measured(training: Training, way: Way, baseline: Window) -> Figure:
-    """Times and memory of one method; or why there are none."""
-    if way.skipped is not None:
-        return {"skipped": way.skipped}
+def measured(training: Training, competitor: Competitor, baseline: Window) -> Figure:
+    """Return times and memory of one method; or why there are none."""
+    if competitor.skipped is not None:
+        return {"skipped": competitor.skipped}
     try:
-        if way.by in GCOND:
-            check_sum(training, GCOND[way.by])
-        model, window = new_window(training, way.new_window)
+        if competitor.by in GCOND:
+            check_sum(training, GCOND[competitor.by])
+        model, window = new_window(training, competitor.new_window)
         batches = training.batches
         peak = peak_bytes(lambda: (window(batches), window(batches)), training.device)
         seconds, relative = in_turns(training, partial(window, batches), partial(baseline, batches))
@@ -390,41 +382,31 @@ def measured(training: Training, way: Way, baseline: Window) -> Figure:
         "peak_bytes": peak,
         "bytes_per_parameter": peak / parameters,
     }
-    if way.by == "GCondFused stochastic" and parameters >= LEAST_PARAMETERS_WITH_TARGET:
+    if competitor.by == "GCondFused stochastic" and parameters >= LEAST_PARAMETERS_WITH_TARGET:
         met = figure["relative"]["median"] <= SLOWER_AT_MOST
         figure |= {"target": {"relative": SLOWER_AT_MOST}, "met": met}
     return figure
 
 
 def in_turns(training: Training, run: Run, baseline: Run) -> tuple[list[float], list[float]]:
-    """Seconds of every round, and as a multiple of the baseline's.
+    """Return the seconds of every round, and as a multiple of the baseline's.
 
     Each goes first in every second round: what one leaves in the caches the other finds there.
     """
-    once = sum(timed(each, training.device) for each in (run, baseline))
+    clock = Clock(training.device, training.seconds)
+    once = sum(map(clock.seconds_of, (run, baseline)))
     rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(training.seconds / once)))
     seconds, relative = [], []
     for number in range(rounds):
         order = (run, baseline) if number % 2 else (baseline, run)
-        taken = {each: timed(each, training.device) for each in order}
+        taken = {each: clock.seconds_of(each) for each in order}
         seconds.append(taken[run])
         relative.append(taken[run] / taken[baseline])
     return seconds, relative
 
 
-def timed(run: Run, device: torch.device) -> float:
-    """Seconds until the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def check_sum(training: Training, mode: Mode) -> None:
-    """Raises where GCondFused with the plain sum leaves other gradients than plain accumulation.
+    """Check that GCondFused with the plain sum leaves the gradients of plain accumulation.
 
     In stochastic mode the tasks see micro-batches of their own: these are all the same then.
     """
@@ -433,21 +415,21 @@ def check_sum(training: Training, mode: Mode) -> None:
         batches = batches[:1] * len(batches)
     expected = gradient_of(training, plain, batches)
     actual = gradient_of(training, partial(gcond, mode=mode, method=Sum()), batches)
-    # Differences first: the lengths of two float32 sums would hide a small one.
-    lengths = torch._foreach_norm(torch._foreach_sub(actual, expected) + tuple(expected))
-    squares = torch.stack(lengths).double().square().view(2, -1).sum(1)
+    # Differences first: the norms of two float32 sums would hide a small one.
+    norms = torch._foreach_norm(torch._foreach_sub(actual, expected) + tuple(expected))
+    squares = torch.stack(norms).double().square().view(2, -1).sum(1)
     error = float((squares[0] / squares[1]).sqrt())
     if not error <= ROUNDING[training.device.type]:
         raise AssertionError(
             f"with the plain sum the gradient differs from plain accumulation by {error:.2g} of "
-            "its length"
+            "its norm"
         )
 
 
 def gradient_of(
     training: Training, made_by: Callable[..., Window], batches: Sequence[Batch]
 ) -> list[Tensor]:
-    """`.grad` of every parameter after one step, which leaves the parameters alone."""
+    """Return `.grad` of every parameter after one step, which leaves the parameters alone."""
     model = training.new_model()
     made_by(training, model, torch.optim.SGD(model.parameters(), lr=0.0))(batches)
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -455,7 +437,7 @@ def gradient_of(
 
 @torch.no_grad()
 def check_losses(training: Training, model: nn.Module) -> None:
-    """Raises where a loss of the trained model is not finite."""
+    """Check that the losses of the trained model are finite."""
     inputs, targets = training.batches[0]
     logits = model(inputs)
     for name, task in training.tasks.items():
@@ -465,19 +447,20 @@ def check_losses(training: Training, model: nn.Module) -> None:
 
 
 def memory_figures(device: torch.device, width: int = 2048) -> Iterator[Figure]:
-    """Peak memory of steps with so many tasks, whose losses are functions.
+    """Measure the peak memory of steps with so many tasks, whose losses are functions.
 
     The model is a stack of linear layers under SGD, the batch so small that activations do not
-    count: what is left is what the method itself keeps.
+    count: what is left is what the method itself keeps, beyond the weights.
     """
-    before: Figure = {}
-    for tasks in TASKS_OF_MEMORY:
+    previous: Figure = {}
+    for tasks in (1, *TASKS_OF_MEMORY):
         torch.manual_seed(0)
         layers = [nn.Linear(width, width) for _ in range(LAYERS_OF_MEMORY)]
         model = nn.Sequential(*layers).to(device)
         parameters = sum(p.numel() for p in model.parameters())
         x = torch.ones(1, width, device=device)
-        peak = peak_bytes(two_steps(model, x, tasks), device)
+        steps = plain_steps(model, x) if tasks == 1 else two_steps(model, x, tasks)
+        peak = peak_bytes(steps, device)
         figure: Figure = {
             "section": "training",
             "operation": "memory of steps",
@@ -485,25 +468,40 @@ def memory_figures(device: torch.device, width: int = 2048) -> Iterator[Figure]:
             "parameters": parameters,
             "tensors": 2 * LAYERS_OF_MEMORY,
             "tasks": tasks,
-            "by": "GCondFused exact",
-            "backend": ops.backend_for("auto", device).name,
+            "by": "plain accumulation" if tasks == 1 else "GCondFused exact",
             "peak_bytes": peak,
             "bytes_per_parameter": peak / parameters,
         }
-        if before:
-            growth = (peak - before["peak_bytes"]) / (tasks - before["tasks"]) / parameters
+        if tasks > 1:
+            figure["backend"] = ops.backend_for("auto", device).name
+        if previous.get("tasks", 1) > 1:
+            growth = (peak - previous["peak_bytes"]) / (tasks - previous["tasks"]) / parameters
             # Sums of K×K numbers grow too, by some hundredths of a byte.
             figure |= {
                 "bytes_per_parameter_and_task": growth,
                 "target": {"bytes_per_parameter_and_task": BYTES_OF_A_TASK},
                 "met": round(growth, 1) <= BYTES_OF_A_TASK,
             }
-        before = figure
+        previous = figure
         yield figure
 
 
+def plain_steps(model: nn.Module, x: Tensor) -> Run:
+    """Return two steps of two micro-batches by plain accumulation."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def run() -> None:
+        for _ in range(2):
+            optimizer.zero_grad()
+            for _ in range(2):
+                model(x).square().mean().backward()
+            optimizer.step()
+
+    return run
+
+
 def two_steps(model: nn.Module, x: Tensor, tasks: int) -> Run:
-    """Steps of two micro-batches."""
+    """Return two steps of two micro-batches by GCondFused."""
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     weights = {f"task {k}": 1.0 for k in range(tasks)}
     optimizer = GCondFused(base, weights, accumulation_steps=2)
@@ -518,13 +516,13 @@ def two_steps(model: nn.Module, x: Tensor, tasks: int) -> Run:
 
 
 def peak_bytes(run: Run, device: torch.device | str) -> int:
-    """The most that `run` has allocated at any time, beyond what was there before."""
+    """Return the most that `run` has allocated at any time, beyond what was there before."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its start and end
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its start and end
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
         run()
     events = recording.profiler.kineto_results.events()

@@ -148,8 +148,11 @@ def test_a_window_is_one_step_of_the_base_optimizer(module, mode):
     model = nn.Linear(2, 1, bias=False)
     nn.init.ones_(model.weight)
     base = torch.optim.SGD(model.parameters(), lr=0.5)
-    losses = {"a": lambda out, y: out.sum() + y.sum(), "b": lambda out, y: 3.0 * out.sum()}
-    training = PublishedTraining(module, model, losses, {"a": 1.0, "b": 2.0}, base, 2, mode)
+    losses = {
+        "a": (lambda out, y: out.sum() + y.sum(), 1.0),
+        "b": (lambda out, _: 3.0 * out.sum(), 2.0),
+    }
+    training = PublishedTraining(module, model, losses, base, 2, mode)
     batches = [
         (torch.tensor([[1.0, 0.0]]), torch.zeros(1)),
         (torch.tensor([[0.0, 1.0]]), torch.zeros(1)),

@@ -20,9 +20,8 @@ from examples.demo.methods import PLAIN
 from examples.demo.methods import Method as DemoMethod
 from examples.demo.scenes import Batch, Scene
 from examples.demo.summary import cosines, incidence, means, zone_shares
-from gcond_kernels import GCond, GCondFused
+from gcond_kernels import GCond, GCondFused, ops
 from gcond_kernels.methods import Method
-from gcond_kernels.methods.method import Comparison
 
 # Gradients are recorded in a part of the steps.
 RECORDED = {"photos": 1 / 3, "digits": 0.5}
@@ -292,10 +291,11 @@ class Replay(NamedTuple):
 def replay(recorded: Recorded, method: GCond) -> Replay:
     """Resolve all steps of a recording."""
     K = recorded.gramians.shape[-1]
-    state, ones = method.new_state(K, CPU), torch.ones(K, dtype=torch.float64)
+    state = ops.ArbitrationState(**method.new_state(K, CPU))
+    ones = torch.ones(K, dtype=torch.float64)
     found = Replay([], [], [], torch.empty(len(recorded.gramians), K))
     for step, (S, X) in enumerate(zip(recorded.gramians, recorded.crosses, strict=True)):
-        decision = method.decide(Comparison(S, X, ones, backend="python"), state)
+        decision = ops.arbitrate(S, X, ones, state=state, settings=method, backend="python")
         difference = decision.weights - ones
         found.cosines.append(smallest_cosine(S))
         found.winners.extend(int(e[3]) for e in decision.events if e[3] >= 0)

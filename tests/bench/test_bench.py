@@ -4,24 +4,20 @@ import argparse
 import io
 import json
 import re
-import subprocess
-import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import __main__, operations, others, table
-from bench import add_arguments as bench_options
-from bench import record as machine
-from bench.clock import Clock, Way, copies, laps_of, quartiles
+from bench import __main__, operations, others, plot, record, sections, table, training
+from bench.clock import Clock, Competitor, copies, laps_of
 from bench.inputs import TOLERANCE, Gradients, Storage, layout_of
 from bench.operations import Bench, Case, Target, even_sizes, gramians_of
 from gcond_kernels import ops
 
 CPU = torch.device("cpu")
-BENCH = Path(__file__).parents[2] / "bench"
+ROOT = Path(__file__).parents[2]
 LAYOUT = layout_of([1000, 3, 1, 40])
 
 
@@ -34,13 +30,13 @@ def small_and_quick():
         yield
 
 
-def test_the_ways_take_turns_and_each_lap_goes_over_all_memory():
+def test_competitors_take_turns_and_each_lap_goes_over_all_memory():
     calls = []
-    ways = {
-        "a": Way([lambda: calls.append("a0"), lambda: calls.append("a1")]),
-        "b": Way([lambda: calls.append("b")], prepare=[lambda: calls.append("prepared")]),
+    competitors = {
+        "a": Competitor([lambda: calls.append("a0"), lambda: calls.append("a1")]),
+        "b": Competitor([lambda: calls.append("b")], prepare=[lambda: calls.append("prepared")]),
     }
-    times = Clock(CPU, seconds=1e-9).times(ways)
+    times = Clock(CPU, seconds=1e-9).times(competitors)
     assert {name: len(taken) for name, taken in times.items()} == {"a": 5, "b": 5}
     assert calls[:2] == ["a0", "a1"]
     assert calls.count("a0") == calls.count("a1")
@@ -53,11 +49,11 @@ def test_the_ways_take_turns_and_each_lap_goes_over_all_memory():
 def test_what_prepares_a_call_is_not_timed(monkeypatch):
     now = iter(range(1000))
     monkeypatch.setattr("bench.clock.time.perf_counter", lambda: next(now))
-    way = Way([lambda: None] * 3, prepare=[lambda: next(now)] * 3)
+    way = Competitor([lambda: None] * 3, prepare=[lambda: next(now)] * 3)
     assert Clock(CPU, 1.0).prepared_seconds(way, repetitions=2) == 3.0
 
 
-def test_on_a_gpu_a_lap_is_a_graph_unless_it_waits(monkeypatch):
+def test_on_a_gpu_a_lap_is_a_graph_unless_it_synchronizes(monkeypatch):
     calls, replays = [], []
 
     class Graph:
@@ -81,8 +77,8 @@ def test_on_a_gpu_a_lap_is_a_graph_unless_it_waits(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    captured = Way([lambda: calls.append("captured")] * 2)
-    waiting = Way([lambda: calls.append("waiting")], waits=True)
+    captured = Competitor([lambda: calls.append("captured")] * 2)
+    waiting = Competitor([lambda: calls.append("waiting")], synchronizes=True)
     times = Clock(torch.device("cuda"), 1.0).times({"captured": captured, "waiting": waiting})
     assert times == {"captured": [4.0] * 5, "waiting": [8.0] * 5}
     assert calls.count("captured") == 4  # before the capture, and in it
@@ -107,11 +103,11 @@ def test_a_copy_moves_half_of_the_bytes_each_way(moved, monkeypatch):
 def test_laps_are_larger_than_the_cache():
     assert laps_of(10, 100) == 40
     assert laps_of(1000, 100) == 1
-    assert machine.cache_bytes(CPU) >= 2**20
+    assert record.cache_bytes(CPU) >= 2**20
 
 
 def test_quartiles():
-    assert quartiles([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0}
+    assert record.quartiles([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0}
 
 
 def test_the_storage_conflicts_and_its_padding_is_zero():
@@ -121,14 +117,14 @@ def test_the_storage_conflicts_and_its_padding_is_zero():
     inside = torch.zeros(LAYOUT.length, dtype=torch.bool)
     for first, size in zip(LAYOUT.offsets, LAYOUT.sizes, strict=True):
         inside[first : first + size] = True
-    assert (storage.rows[:, ~inside] == 0).all()
-    assert (storage.rows[:, inside] != 0).all()
+    assert (storage.accumulators[:, ~inside] == 0).all()
+    assert (storage.accumulators[:, inside] != 0).all()
 
 
-def test_products_in_pieces_are_those_of_whole_rows(monkeypatch):
+def test_products_in_chunks_are_those_of_full_accumulators(monkeypatch):
     monkeypatch.setattr("bench.inputs.CHECKED_AT_ONCE", 64)
     storage = Storage(2, LAYOUT, CPU)
-    rows, history = storage.rows.double(), storage.history.double()
+    rows, history = storage.accumulators.double(), storage.history.double()
     torch.testing.assert_close(storage.products_in_float64().total, rows @ rows.T)
     torch.testing.assert_close(storage.products_in_float64().cross, rows @ history.T)
 
@@ -149,7 +145,7 @@ def test_wrong_products_are_found():
 def test_a_wrong_element_of_the_result_is_found(place, value):
     storage = Storage(2, LAYOUT, CPU)
     weights = storage.arbitrate(storage.products_in_float64(), "python").weights
-    storage.forget()
+    storage.reset()
     storage.resolve("python")
     storage.check_written(weights, "fine")
     storage.outputs[place[0]][place[1]] = value
@@ -159,7 +155,7 @@ def test_a_wrong_element_of_the_result_is_found(place, value):
 
 def test_a_result_that_was_not_written_is_found():
     storage = Storage(2, LAYOUT, CPU)
-    storage.forget()
+    storage.reset()
     with pytest.raises(AssertionError, match="off by inf"):
         storage.check_written(torch.ones(2), "who")
 
@@ -172,10 +168,10 @@ def test_accumulations_of_all_are_checked(dtype, overwrite):
     runs["python"] = lambda: gradients.accumulate("python", overwrite)
     assert len(runs) == 3
     for by, run in runs.items():
-        before = gradients.row.clone()
+        before = gradients.accumulator.clone()
         run()
         gradients.check(before, overwrite, by)
-    gradients.row[LAYOUT.offsets[1]] += 1.0
+    gradients.accumulator[LAYOUT.offsets[1]] += 1.0
     with pytest.raises(AssertionError, match="who: the accumulator of 3 elements"):
         gradients.check(before, overwrite, "who")
 
@@ -185,29 +181,29 @@ def test_plain_torch_does_the_same(tasks):
     storage = Storage(tasks, LAYOUT, CPU)
     for by, run in others.products(storage).items():
         storage.check_products(gramians_of(run()), by)
-    storage.forget()
+    storage.reset()
     weights = storage.arbitrate(storage.products_in_float64(), "python").weights
     ways = others.combinations(storage, weights.tolist()) | others.resolutions(storage)
     assert set(ways) == {others.FOREACH, others.LOOP}
     assert TOLERANCE < others.TOLERANCE < 0.01
     for made in (others.combinations(storage, weights.tolist()), others.resolutions(storage)):
         for by, run in made.items():
-            storage.forget()
+            storage.reset()
             run()
             storage.check_written(weights, by)
-            assert torch.equal(storage.history, storage.rows.bfloat16()), by
+            assert torch.equal(storage.history, storage.accumulators.bfloat16()), by
 
 
 def test_plain_torch_goes_on_as_ours_does():
     mine, theirs = Storage(2, LAYOUT, CPU), Storage(2, LAYOUT, CPU)
-    theirs.rows.copy_(mine.rows)
+    theirs.accumulators.copy_(mine.accumulators)
     for storage in (mine, theirs):
-        storage.forget()
+        storage.reset()
     foreach = others.resolutions(theirs)[others.FOREACH]
     for step in range(3):
-        mine.rows[1].add_(torch.randn(LAYOUT.length), alpha=0.3)  # the less stable one
-        mine.rows.mul_(1.5 + step)
-        theirs.rows.copy_(mine.rows)
+        mine.accumulators[1].add_(torch.randn(LAYOUT.length), alpha=0.3)  # the less stable one
+        mine.accumulators.mul_(1.5 + step)
+        theirs.accumulators.copy_(mine.accumulators)
         mine.resolve("python")
         foreach()
         for a, b in zip(mine.outputs, theirs.outputs, strict=True):
@@ -218,7 +214,7 @@ def test_plain_torch_goes_on_as_ours_does():
 def test_torchjd_is_checked_against_our_methods(tasks):
     assert others.torchjd_missing() is None
     storage = Storage(tasks, LAYOUT, CPU)
-    runs = others.aggregations(storage.rows)
+    runs = others.aggregations(storage.accumulators)
     assert list(runs) == ["TorchJD PCGrad", "TorchJD UPGrad", "TorchJD CAGrad"]
     for by, run in runs.items():
         others.check_aggregation(by, run, storage)
@@ -228,12 +224,12 @@ def test_torchjd_is_checked_against_our_methods(tasks):
 
 @pytest.mark.slow
 def test_a_rival_that_is_wrong_leaves_the_others(monkeypatch):
-    def wrong(by, run, storage):
+    def wrong(by, *_):
         if by == "TorchJD UPGrad":
             raise AssertionError("wrong")
 
     monkeypatch.setattr(others, "check_aggregation", wrong)
-    figures = list(tiny_bench(sizes=[310_000]).figures())
+    figures = list(tiny_bench(millions=[0.31]).figures())
     failed = [(f["operation"], f["by"]) for f in figures if "error" in f]
     assert failed == [("resolution", "TorchJD UPGrad")]
     timed = {f["by"] for f in figures if f["operation"] == "aggregation"}
@@ -243,14 +239,14 @@ def test_a_rival_that_is_wrong_leaves_the_others(monkeypatch):
 
 def test_what_is_kept_is_checked_too():
     storage = Storage(2, LAYOUT, CPU)
-    storage.forget()
+    storage.reset()
     storage.resolve("python")
     storage.check_kept("fine")
-    storage.momentum[LAYOUT.offsets[1]] *= 1.01
+    storage.momentum.buffer[LAYOUT.offsets[1]] *= 1.01
     with pytest.raises(AssertionError, match="who: the momentum"):
         storage.check_kept("who")
     storage.resolve("python")
-    storage.forget()
+    storage.reset()
     storage.resolve("python")
     storage.history[1, 5] += 1.0
     with pytest.raises(AssertionError, match="who: the history"):
@@ -258,21 +254,21 @@ def test_what_is_kept_is_checked_too():
 
 
 def test_variants_are_checked():
-    storage, bench = Storage(2, LAYOUT, CPU), tiny_bench()
+    storage = Storage(2, LAYOUT, CPU)
     mask = torch.randint(-(2**31), 2**31, (LAYOUT.length // 32,), dtype=torch.int32)
     decision = storage.arbitrate(storage.products_in_float64(), "python")
     each = decision._replace(weights=decision.weights.repeat(4, 1))
-    rows = storage.rows.clone()
-    bench._check_variants(storage, mask, each, "python")
-    assert torch.equal(storage.rows, rows)
+    rows = storage.accumulators.clone()
+    operations.check_variants(storage, mask, each, "python")
+    assert torch.equal(storage.accumulators, rows)
     storage.outputs[0][7] *= 1.1
     with pytest.raises(AssertionError, match="who: an element is no sum"):
         storage.check_dropped("who")
-    storage.forget()
+    storage.reset()
     products = storage.gramian("python")
     with pytest.raises(AssertionError, match="Gramian"), storage.masked(mask):
         storage.check_products(products, "unmasked")
-    storage.combine(products, decision, "python")
+    storage.combine(decision, "python")
     with pytest.raises(AssertionError, match="the result is off"), storage.masked(mask):
         storage.check_written(decision.weights, "unmasked")
 
@@ -280,8 +276,8 @@ def test_variants_are_checked():
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [2.0, -0.5]])
 def test_only_a_combination_of_the_gradients_counts_as_one(weights):
     storage = Storage(2, LAYOUT, CPU)
-    result = torch.tensor(weights) @ storage.rows
-    outputs = [result[piece].bfloat16().float() for _, piece in storage.pieces()]
+    result = torch.tensor(weights) @ storage.accumulators
+    outputs = [result[chunk].bfloat16().float() for _, chunk in storage.chunks()]
     others.check_combination(outputs, storage, "who")
     outputs[0][:100] = 0.0
     with pytest.raises(AssertionError, match="who: the result is no combination"):
@@ -297,13 +293,13 @@ def test_without_torchjd_the_figures_say_so(monkeypatch):
 
 
 def tiny_bench(**options) -> Bench:
-    given = {"models": [], "sizes": [], "tasks": [2], "seconds": 1e-6} | options
-    return Bench(CPU, **given)
+    given = {"models": [], "millions": [], "tasks": [2], "seconds": 1e-6, "published_code": None}
+    return Bench(argparse.Namespace(device=CPU, **given | options))
 
 
 @pytest.fixture(scope="module")
 def figures() -> list[dict]:
-    return list(tiny_bench(sizes=[310_000], tasks=[2]).figures())
+    return list(tiny_bench(millions=[0.31], tasks=[2]).figures())
 
 
 def test_every_operation_is_measured_beside_a_copy(figures):
@@ -363,7 +359,7 @@ def test_an_operation_that_is_wrong_is_not_timed(monkeypatch):
         return right(*arguments, weights=1.01 * weights, **options)
 
     monkeypatch.setattr(ops, "combine", wrong)
-    figures = list(tiny_bench(sizes=[310_000]).figures())
+    figures = list(tiny_bench(millions=[0.31]).figures())
     (error,) = [f for f in figures if "error" in f]
     assert "combine by python: the result is off" in error["error"]
     assert not [f for f in figures if f["operation"] == "combine"]
@@ -372,7 +368,7 @@ def test_an_operation_that_is_wrong_is_not_timed(monkeypatch):
 @pytest.mark.slow
 def test_what_does_not_fit_is_said(monkeypatch):
     monkeypatch.setattr("bench.operations.free_bytes", lambda device: 2_100_000_000)
-    figures = list(tiny_bench(sizes=[2_000_000_000]).figures())
+    figures = list(tiny_bench(millions=[2000]).figures())
     reasons = {f["skipped"] for f in figures if "skipped" in f}
     assert len(reasons) == 3  # of two types of gradients, and of the resolution
     assert all("of memory" in reason for reason in reasons)
@@ -397,16 +393,16 @@ def test_times_are_shown_in_a_unit_that_suits_them(seconds, text):
 def run_main(tmp_path, capsys, *options):
     output = tmp_path / "figures.json"
     code = __main__.main(
-        ["--sections", "operations", "--models", "--millions", "1", "--tasks", "2",
-         "--seconds", "1e-6", "--device", "cpu", "--output", str(output), *options]
+        ["operations", "--models", "--millions", "1", "--tasks", "2", "--seconds", "1e-6",
+         "--device", "cpu", "--output", str(output), *options]
     )  # fmt: skip
     return code, output, capsys.readouterr()
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory):
+def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    command = ["--output", str(folder / "figures.json"), "--sections", "operations"]
+    command = ["operations", "--output", str(folder / "figures.json")]
     command += ["--models", "mobilenetv3_small", "--millions", "1", "--tasks", "3", "2"]
     command += ["--seconds", "0.001", "--device", "cpu"]
     with redirect_stdout(io.StringIO()) as printed:
@@ -418,28 +414,27 @@ def record(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_command_writes_figures_with_machine_and_commit(record):
-    written = json.loads(record.read_text())
+def test_the_command_writes_figures_with_machine_and_commit(recorded):
+    written = record.read(recorded)
     assert {"device", "torch", "python", "commit", "gcond_kernels"} <= set(written["machine"])
-    assert written["command"].startswith("python -m bench")
+    assert written["command"].startswith("python -m bench operations --output")
     assert {f["model"] for f in written["figures"]} == {"even", "mobilenetv3_small"}
 
 
 @pytest.mark.slow
-def test_the_pictures_of_a_record(record):
-    command = [sys.executable, "-m", "bench", "plot", str(record)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCH.parent)
-    assert done.returncode == 0, done.stderr
+def test_the_pictures_of_a_record(recorded):
     for name in ("roofline", "cost_by_size", "cost_by_tasks"):
-        assert (record.parent / f"{name}.png").stat().st_size > 10_000
+        path = recorded.parent / f"{name}.png"
+        assert path.stat().st_size > 10_000
+        path.unlink()
+    assert plot.main([str(recorded)]) == 0
+    assert (recorded.parent / "roofline.png").is_file()
 
 
-def test_no_record_no_pictures(tmp_path):
+def test_without_a_record_there_are_no_pictures(tmp_path, capsys):
     (tmp_path / "other.json").write_text("[1]")
-    command = [sys.executable, "-m", "bench", "plot", str(tmp_path / "other.json")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCH.parent)
-    assert done.returncode == 2
-    assert "other.json is no record of the bench" in done.stderr
+    assert __main__.main(["plot", str(tmp_path / "other.json")]) == 2
+    assert 'other.json: has no list "figures"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -449,14 +444,12 @@ def test_no_record_no_pictures(tmp_path):
         (["--device", "nowhere"], "--device nowhere cannot be used"),
         (["--tasks", "1"], "--tasks 1: a conflict takes two tasks"),
         (["--seconds", "0"], "--seconds must be above 0"),
+        (["--millions", "0.1"], "--millions must be 1 or more"),
         (["--published-code", "nothing.py"], "--published-code: nothing.py"),
         (["--output", "no/such/folder/x.json"], "--output no/such/folder/x.json cannot be written"),
         (["--output", "."], "--output . cannot be written"),
         (["--device", "meta"], "--device meta cannot be used: only cpu and cuda"),
         (["--seconds", "nan"], "--seconds must be above 0"),
-        (["--batch", "0"], "--batch 0: must be 1 or more"),
-        (["--resolution", "30"], "--resolution 30: must be a multiple of 32"),
-        (["--accumulation-steps", "1"], "--accumulation-steps 1: stochastic mode"),
     ],
 )
 def test_bad_options_are_named_before_anything_is_measured(options, message, tmp_path, capsys):
@@ -467,14 +460,14 @@ def test_bad_options_are_named_before_anything_is_measured(options, message, tmp
 
 
 def test_an_interruption_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
-    def interrupted(self):
+    def interrupted(_):
         yield Case("arbitrate", "even", LAYOUT, 2).figure("python", skipped="for the test")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Bench, "figures", interrupted)
     code, output, printed = run_main(tmp_path, capsys)
     assert code == 130
-    assert len(json.loads(output.read_text())["figures"]) == 1
+    assert len(record.read(output)["figures"]) == 1
     assert "holds what was measured until then" in printed.out
 
 
@@ -485,12 +478,35 @@ def test_an_error_is_a_figure_and_an_exit_code(tmp_path, capsys, monkeypatch):
     assert "ZeroDivisionError" in output.read_text()
 
 
-@pytest.mark.parametrize("path", ["bench/gpu_check.sh"])
-def test_options_of_the_bench_that_others_pass_exist(path):
-    text = (BENCH.parent / path).read_text()
-    passed = re.findall(r"(?:-m bench --)(?:[^\n]*\\\n)*[^\n]*", text)
-    assert passed
+def test_an_unknown_command_prints_the_list(capsys):
+    assert __main__.main(["operation"]) == 2
+    printed = capsys.readouterr().err
+    assert "'operation' is none of:" in printed
+    for what in {**__main__.BENCHMARKS, **__main__.COMMANDS}:
+        assert f"  {what} " in printed
+
+
+def test_options_that_the_gpu_check_passes_exist():
+    text = (ROOT / "bench/gpu_check.sh").read_text()
+    passed = re.findall(r"-m bench --(?:[^\n]*\\\n)*[^\n]*", text)
     options = set(re.findall(r" (--[a-z-]+)", " ".join(passed).replace('"', " ")))
     parser = argparse.ArgumentParser()
-    bench_options(parser)
+    parser.add_argument("--output")
+    for section in (sections, operations, training):
+        section.add_arguments(parser)
+    assert passed
     assert options <= {option for action in parser._actions for option in action.option_strings}
+
+
+def test_every_result_has_a_command_that_makes_it():
+    """The table in bench/README.md lists all files, and its commands are known."""
+    text = (ROOT / "bench/README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", text, flags=re.MULTILINE)
+    results = ROOT / "bench/results"
+    files = {str(path.relative_to(results)) for path in results.rglob("*") if path.is_file()}
+    assert {name for name, _ in rows} == files
+    known = {**__main__.BENCHMARKS, **__main__.COMMANDS}
+    for name, command in rows:
+        for what in re.findall(r"python -m bench (\w+)", command):
+            assert what in known, name
+        assert re.search(r"python -m (bench|examples\.demo)|README\.md", command), name

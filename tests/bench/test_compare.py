@@ -1,12 +1,11 @@
 """The comparison of two records of figures: what counts as the same figure, ratios, exit codes."""
 
-import importlib
 import json
 from pathlib import Path
 
 import pytest
 
-compare = importlib.import_module("bench.compare")
+from bench import compare
 
 MACHINE = {"device": "A", "cpu": "B", "threads": 2, "torch": "2.13.0"}
 COMBINE = {

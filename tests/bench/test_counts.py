@@ -1,8 +1,6 @@
 """Bytes, launches, host reads and allocations: how they are counted, and that none has grown."""
 
 import functools
-import importlib
-import json
 import math
 from pathlib import Path
 
@@ -10,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from bench import counting as counts
+from bench import counting, record
+from bench import counts as recording
 from bench.counting import Counts, count
 from gcond_kernels import ops
 from tests.helpers import by_name
 
-recording = importlib.import_module("bench.counts")
-
-RECORD = json.loads(recording.RECORD.read_text(encoding="utf-8"))
+RECORD = record.read(recording.RECORD)
 COUNTED = Counts._fields
 IDENTITY = ("operation", "what", "by", "tasks", "parameters", "tensors")
 
@@ -126,7 +123,7 @@ def test_every_read_by_the_host_is_counted_once(read, times):
 
 def test_a_copy_to_the_host_waits():
     far, near = torch.ones(1, device="meta"), torch.ones(1)  # no GPU needs to be there
-    waits = functools.partial(counts._waits, torch.ops.aten._to_copy.default)
+    waits = functools.partial(counting._waits, torch.ops.aten._to_copy.default)
     assert waits([far], [far], [near])
     assert not waits([near], [near], [far])
     assert not waits([far], [far], [far])
@@ -134,7 +131,7 @@ def test_a_copy_to_the_host_waits():
 
 @pytest.mark.parametrize(("on_accelerator", "waits"), [(True, 1), (False, 2)])
 def test_beside_a_gpu_reads_of_cpu_tensors_are_no_waits(on_accelerator, waits):
-    tally = counts._Tally()
+    tally = counting._Tally()
     tally.waits.update(cpu=2, cuda=1 * on_accelerator)
     tally.on_accelerator = on_accelerator
     assert tally.counts().synchronisations == waits
@@ -175,7 +172,7 @@ def _cuda_functions():
         return []
     from gcond_kernels import _cuda
 
-    return [getattr(_cuda, name) for name in counts.LAUNCHES_OF_CALLS]
+    return [getattr(_cuda, name) for name in counting.LAUNCHES_OF_CALLS]
 
 
 BACKENDS = [pytest.param(backend, marks=needs(backend)) for backend in ops.BACKENDS]
@@ -202,11 +199,11 @@ def test_an_interpreter_of_another_make_is_told_apart(monkeypatch):
     import triton.runtime.interpreter as interpreter
 
     monkeypatch.delattr(interpreter.InterpreterBuilder, "create_masked_load")
-    counts.interpreter_problem.cache_clear()
+    counting.interpreter_problem.cache_clear()
     try:
-        assert "create_masked_load(self, ptrs, mask, ...)" in counts.interpreter_problem()
+        assert "create_masked_load(self, ptrs, mask, ...)" in counting.interpreter_problem()
     finally:
-        counts.interpreter_problem.cache_clear()
+        counting.interpreter_problem.cache_clear()
 
 
 @needs("triton")
@@ -223,8 +220,8 @@ def test_loads_and_stores_are_counted_with_older_signatures():
 
     pointers = TensorHandle(np.zeros(4, dtype=np.uint64), tl.pointer_type(tl.bfloat16))
     mask = TensorHandle(np.array([True, False, True, True]), tl.int1)
-    tally = counts._Tally()
-    with counts._accesses(Builder, tally):
+    tally = counting._Tally()
+    with counting._accesses(Builder, tally):
         builder = Builder()
         assert builder.create_masked_load(pointers, mask, None, None, None, False) == "loaded"
         assert builder.create_masked_store(pointers, None, mask, None, eviction=None) == "stored"
@@ -237,12 +234,12 @@ def test_calls_of_the_extension_count_as_the_launches_they_make():
     from gcond_kernels import _cuda
 
     functions = {name for name in dir(_cuda) if name.islower() and not name.startswith("_")}
-    assert functions - {"use_exchange", "problem_on"} == set(counts.LAUNCHES_OF_CALLS)
+    assert functions - {"use_exchange", "problem_on"} == set(counting.LAUNCHES_OF_CALLS)
 
 
 def test_the_sources_launch_as_often_as_is_counted():
     sources = Path(__file__).parents[2] / "csrc"
-    for name, launches in counts.LAUNCHES_OF_CALLS.items():
+    for name, launches in counting.LAUNCHES_OF_CALLS.items():
         file = {"factors": "combine", "clipping": "combine"}.get(name, name)
         text = (sources / f"{file}.cu").read_text(encoding="utf-8")
         # gramian and lists end in the sums, a launch that is written down in gramian.cu once.
@@ -267,9 +264,9 @@ def test_a_first_call_counts_as_any_other(backend):
 # ---- None has grown ---------------------------------------------------------------------------
 
 
-def differences(figures, record=RECORD):
+def differences(figures):
     """What differs from the record, a sentence each."""
-    recorded = {tuple(figure[field] for field in IDENTITY): figure for figure in record["figures"]}
+    recorded = {tuple(figure[field] for field in IDENTITY): figure for figure in RECORD["figures"]}
     said = []
     for figure in figures:
         named = f"{figure['operation']} {figure['what']}".strip()
@@ -292,19 +289,18 @@ def explained(said):
 
 @functools.cache
 def figures_of(backend):
-    return list(recording.figures(backend))
+    return list(recording.figures_of(backend))
 
 
 def skip_other_versions(backend):
     """Torch decides what its operations are made of, and Triton what can be counted."""
-    recorded, here = RECORD["machine"], recording.versions()
-    if backend == "python" and here["torch"].split("+")[0] != recorded["torch"].split("+")[0]:
+    here, recorded = torch.__version__, RECORD["machine"]["torch"]
+    if backend == "python" and here.split("+")[0] != recorded.split("+")[0]:
         pytest.skip(
-            f"operations of torch {here['torch']} were not counted: the record is of torch "
-            f"{recorded['torch']}"
+            f"operations of torch {here} were not counted: the record is of torch {recorded}"
         )
-    if backend == "triton" and counts.interpreter_problem():
-        pytest.skip(counts.interpreter_problem())
+    if backend == "triton" and counting.interpreter_problem():
+        pytest.skip(counting.interpreter_problem())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

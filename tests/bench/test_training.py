@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from bench import models, published, training
+from bench import models, training
 from bench.models import ConvNeXtSize, TransformerSize, new_model, shapes_of
+from bench.record import InputError
 from bench.training import Training
 from gcond_kernels import GCondFused
 
@@ -39,8 +40,8 @@ def small(name: str = "convnext_pico", **changes) -> Training:
 
 
 def measured(by: str, case: Training) -> dict:
-    (way,) = (way for way in training.ways(case, None) if way.by == by)
-    return training.measured(case, way, training.new_window(case, training.plain)[1])
+    (found,) = (each for each in training.competitors(case, None) if each.by == by)
+    return training.measured(case, found, training.new_window(case, training.plain)[1])
 
 
 @pytest.mark.parametrize("name", TOTALS)
@@ -119,22 +120,23 @@ def test_the_published_code_takes_part_where_it_is_given(monkeypatch):
     made = []
 
     class Stub:
-        def __init__(self, module, model, losses, weights, base, steps, mode, momentum):
-            made.append((module, list(losses), weights, steps, mode, momentum))
+        def __init__(self, module, model, losses, _base, steps, mode):
+            weights = {task: weight for task, (_, weight) in losses.items()}
+            made.append((module, weights, steps, mode))
             self.window = lambda batches: model(batches[0][0])
 
-    monkeypatch.setattr(published, "PublishedTraining", Stub)
+    monkeypatch.setattr(training, "PublishedTraining", Stub)
     module = ModuleType("grad_conductor")
     case = small()
-    last = list(training.ways(case, module))[-2:]
-    assert [(way.by, way.passes) for way in last] == [
+    last = list(training.competitors(case, module))[-2:]
+    assert [(each.by, each.passes) for each in last] == [
         ("published code exact", 2),
         ("published code stochastic", 1),
     ]
-    for way in last:
-        assert "seconds" in training.measured(case, way, lambda batches: None)
+    for each in last:
+        assert "seconds" in training.measured(case, each, lambda _: None)
     weights = {"hard": 0.5, "soft": 0.5}
-    assert made == [(module, ["hard", "soft"], weights, 4, m, 0.0) for m in ("exact", "stochastic")]
+    assert made == [(module, weights, 4, mode) for mode in ("exact", "stochastic")]
 
 
 def test_methods_take_turns():
@@ -187,18 +189,36 @@ def test_memory_grows_by_accumulator_and_history_of_a_task(monkeypatch, bytes_of
     monkeypatch.setattr(training, "BYTES_OF_A_TASK", bytes_of_a_task)
     monkeypatch.setattr(training, "TASKS_OF_MEMORY", (2, 4))
     figures = list(training.memory_figures(torch.device("cpu"), width=512))
-    assert [figure["tasks"] for figure in figures] == [2, 4]
-    assert [figure.get("met") for figure in figures] == [None, met]
-    assert figures[1]["bytes_per_parameter_and_task"] == pytest.approx(6.0, abs=0.1)
+    assert [figure["tasks"] for figure in figures] == [1, 2, 4]
+    assert [figure.get("met") for figure in figures] == [None, None, met]
+    assert figures[0]["by"] == "plain accumulation"
+    assert figures[2]["bytes_per_parameter_and_task"] == pytest.approx(6.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--batch 0", "--batch 0: must be 1 or more"),
+        ("--resolution 30", "--resolution 30: must be a multiple of 32"),
+        ("--accumulation-steps 1", "--accumulation-steps 1: stochastic mode"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        training.check(parsed(*options.split()))
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    training.add_arguments(parser)
+    return parser.parse_args(arguments, argparse.Namespace(device=torch.device("cpu"), seconds=2.0))
 
 
 def test_options_override_what_suits_the_device():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, default=2.0)
-    training.add_arguments(parser)
-    default = training.trainings(torch.device("cpu"), parser.parse_args([]))
-    assert [t.name for t in default] == ["convnext_pico", "transformer_pico"]
+    names = [each.name for each in training.trainings(parsed())]
+    assert names == ["convnext_pico", "transformer_pico"]
+    assert training.trainings(parsed("--training-models")) == []
     arguments = "--training-models convnext_tiny --batch 3 --resolution 96 --accumulation-steps 2"
-    (only,) = training.trainings(torch.device("cpu"), parser.parse_args(arguments.split()))
+    (only,) = training.trainings(parsed(*arguments.split()))
     assert (only.name, only.batch, only.resolution) == ("convnext_tiny", 3, 96)
     assert only.accumulation_steps == 2

@@ -466,7 +466,7 @@ def test_ctrl_c_leaves_pictures_of_what_was_done(after, tmp_path, monkeypatch, c
     draws = 0
     draw = Digits.micro_batch
 
-    def interrupted(*_):
+    def interrupted(self, generator):
         nonlocal draws
         draws += 1
         # In the middle of the window after so many steps; methods have 4 steps each.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.memory import peak_bytes
+from bench.training import peak_bytes
 from gcond_kernels import GCondFused
 from gcond_kernels.python import chunks
 from gcond_kernels.storage import collect
