@@ -53,7 +53,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bench.recipe import Benchmark
 from bench.record import Figure, InputError, cores, quartiles
 from bench.table import Column, text, timed
-from gcond_kernels import Distributed, GCondFused
+from gcond_kernels import GCondFused
 
 MODES = ("exact", "stochastic")
 STRATEGIES = ("shard", "replicate")
@@ -289,7 +289,8 @@ class Rank:
             dict.fromkeys(self.micro_batches.targets, 1.0),
             accumulation_steps=self.options.accumulation_steps,
             mode=mode,
-            distributed=Distributed(strategy, module=model),
+            module=model,
+            sync=strategy,
         )
         return Training(model, optimizer, self.micro_batches)
 
