@@ -124,7 +124,7 @@ def ranks_by_coordinate(coordinates: Sequence[object]) -> list[list[int]]:
 
 
 def shard_number(segments: Sequence[Segment]) -> int:
-    """Return the number of this rank's shard, where all parameters are sharded alike; else 0."""
+    """Return the number of this rank's shard, where all parameters have one placement; else 0."""
     number = 0
     if len({placement_of(segment) for segment in segments}) == 1:
         for place, size in zip(*shard_coordinate(segments[0].parameter), strict=True):
@@ -148,12 +148,12 @@ def description(segment: Segment) -> str:
 
 
 def digest(content: bytes) -> int:
-    """Return 63 bits that tell contents apart, the same in every process."""
+    """Return 63 bits that distinguish contents, the same in every process."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 def fingerprints(tensors: Sequence[Tensor]) -> list[list[float]]:
-    """Return two numbers of each tensor that tell other values or another order apart."""
+    """Return two numbers of each tensor that distinguish values and their order."""
     prints = []
     for tensor in tensors:
         sums = torch.zeros(2, dtype=torch.float64, device=tensor.device)
@@ -166,6 +166,6 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[list[float]]:
 
 
 def mask_fingerprints(storage: GradientStorage) -> list[list[float]]:
-    """Return a number of each tensor's mask that tells another one apart; nothing without one."""
+    """Return a number of each tensor's mask that distinguishes masks; nothing without one."""
     masks = [storage.mask_of(segment) for segment in storage.segments]
     return [[digest(mask.cpu().numpy().tobytes())] for mask in masks if mask is not None]

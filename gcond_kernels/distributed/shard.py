@@ -114,7 +114,9 @@ class ShardStrategy(ReplicateStrategy):
         self._fit_state()
         history, momentum = self.storage.history, self.storage.momentum
         return (
-            None if history is None else torch.stack([self._full(row).cpu() for row in history]),
+            None
+            if history is None
+            else torch.stack([self._full(shard).cpu() for shard in history]),
             None if momentum is None else self._full(momentum).cpu(),
         )
 
@@ -157,5 +159,5 @@ class ShardStrategy(ReplicateStrategy):
 
 
 def layout_of(segments: Sequence[Segment]) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Return what tells one layout of parameters from another: which lies where, in which order."""
+    """Return what distinguishes layouts of parameters: which lies where, in which order."""
     return [(id(s.parameter), s.offset, s.stride) for s in segments]

@@ -1,4 +1,4 @@
-"""Who resolves what: one process alone, and the interface of the strategies for several ranks."""
+"""The interface of the strategies for several ranks, and what one process does by itself."""
 
 from __future__ import annotations
 

@@ -12,7 +12,12 @@ import torch.distributed as dist
 
 from gcond_kernels import TrainingState
 from tests.conftest import slow
-from tests.distributed.test_strategies import METHODS, assert_masked_stay, assert_same_decisions
+from tests.distributed.test_strategies import (
+    METHODS,
+    assert_masked_stay,
+    assert_same_decisions,
+    train_mixed,
+)
 from tests.helpers import distributed_training as t
 from tests.helpers.ranks import join, start
 
@@ -305,29 +310,13 @@ def test_what_torch_saves_by_itself_resumes(run, tmp_path, before, after, flat):
     assert_same_decisions(later, decisions[4:])
 
 
-def train_mixed(strategy, folder):
-    """Five steps with parameters of all sorts; saved and loaded in their middle where asked."""
-    import torch.distributed.checkpoint as dcp
-
-    rank, size = t.world() if strategy else (0, 1)
-    base = {"net": t.Mixed, "base": torch.optim.SGD, "lr": 0.1}
-    model, optimizer = t.new_training(strategy, 4 // size, **base)
-    for step in range(5):
-        if step == 2 and folder:
-            dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
-            model, optimizer = t.new_training(strategy, 4 // size, **base)
-            dcp.load({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
-        t.window(optimizer, model, range(100 * step + rank, 100 * step + 4, size))
-    return t.parameters_of(model)
-
-
 @pytest.mark.parametrize(
     ("size", "strategy"), [(1, None), (2, "shard"), (2, "replicate"), (4, "shard")]
 )
 def test_checkpoint_of_parameters_of_all_sorts(run, tmp_path, size, strategy):
     """Scalars, channels-last weights and two types come back to the bit."""
-    resumed = run(size, train_mixed, strategy, str(tmp_path))
-    assert t.equal(resumed, run(size, train_mixed, strategy, None))
+    resumed = run(size, train_mixed, strategy, {}, str(tmp_path))
+    assert t.equal(resumed, run(size, train_mixed, strategy, {}))
 
 
 def frozen_since(parallelism, folder):

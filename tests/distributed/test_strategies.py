@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gcond_kernels import LionLars
+from gcond_kernels import LionLars, TrainingState
 from gcond_kernels.distributed.mesh import counted_range
 from gcond_kernels.methods import CAGrad, GCond, GradDrop, GradNorm, PCGrad
 from gcond_kernels.storage.dtensor import local_shard
@@ -268,12 +268,21 @@ def test_shards_pick_signs_of_their_own_and_replicas_the_same(ranks2):
 # Any parameters, in any number of tasks.
 
 
-def train_mixed(strategy, options):
-    """Five steps with parameters of all sorts: every rank a part of the same micro-batches."""
+def train_mixed(strategy, options, folder=None):
+    """Five steps with parameters of all sorts: every rank a part of the same micro-batches.
+
+    Where a folder is given it is saved there in the middle, and goes on in another optimizer.
+    """
+    import torch.distributed.checkpoint as dcp
+
     rank, size = t.world() if strategy else (0, 1)
-    base = {"base": torch.optim.SGD, "lr": 0.1, "momentum": 0.9}
-    model, optimizer = t.new_training(strategy, 4 // size, net=t.Mixed, **base, **options)
+    options = {"net": t.Mixed, "base": torch.optim.SGD, "lr": 0.1, **options}
+    model, optimizer = t.new_training(strategy, 4 // size, **options)
     for step in range(5):
+        if step == 2 and folder:
+            dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+            model, optimizer = t.new_training(strategy, 4 // size, **options)
+            dcp.load({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
         t.window(optimizer, model, range(100 * step + rank, 100 * step + 4, size))
     return t.parameters_of(model)
 

@@ -26,13 +26,13 @@ class Ranks:
     def __call__(self, function, *args):
         for pipe in self.pipes:
             pipe.send((function, args))
-        said = []
+        results = []
         for rank, pipe in enumerate(self.pipes):
             assert pipe.poll(100), f"rank {rank} does not answer"
-            said.append(pickle.loads(pipe.recv_bytes()))
-        failed = [f"rank {rank}: {text}" for rank, (fine, text) in enumerate(said) if not fine]
+            results.append(pickle.loads(pipe.recv_bytes()))
+        failed = [f"rank {rank}: {text}" for rank, (fine, text) in enumerate(results) if not fine]
         assert not failed, "\n".join(failed)
-        return [result for _, result in said]
+        return [result for _, result in results]
 
     def close(self):
         for pipe in self.pipes:
