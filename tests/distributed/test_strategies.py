@@ -276,7 +276,8 @@ def train_mixed(strategy, options, folder=None):
     import torch.distributed.checkpoint as dcp
 
     rank, size = t.world() if strategy else (0, 1)
-    options = {"net": t.Mixed, "base": torch.optim.SGD, "lr": 0.1, **options}
+    base = {"base": torch.optim.SGD, "lr": 0.1, "momentum": 0.9}
+    options = {"net": t.Mixed, **base, **options}
     model, optimizer = t.new_training(strategy, 4 // size, **options)
     for step in range(5):
         if step == 2 and folder:
