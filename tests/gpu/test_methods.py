@@ -110,10 +110,10 @@ def test_a_graph_holds_a_step(method):
     with torch.cuda.graph(graph):
         optimizer.backward(losses_of(model, x))
         optimizer.step()
-    before = int(optimizer._now.counters[0])
+    before = int(optimizer._resolver.counters[0])
     for _ in range(4):
         graph.replay()
-    assert int(optimizer._now.counters[0]) == before + 4
-    if "counter" in optimizer._now.method_state:
-        assert int(optimizer._now.method_state["counter"]) == before + 4
+    assert int(optimizer._resolver.counters[0]) == before + 4
+    if "counter" in optimizer._resolver.method_state:
+        assert int(optimizer._resolver.method_state["counter"]) == before + 4
     assert not optimizer.report().skipped

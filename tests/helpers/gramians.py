@@ -17,7 +17,7 @@ from gcond_kernels.methods import (
     Sum,
     UPGrad,
 )
-from gcond_kernels.methods.method import Known, fresh_state
+from gcond_kernels.methods.method import Comparison, Known, fresh_state
 from gcond_kernels.methods.solvers import FLOAT32_ROUNDING, FLOAT64_ROUNDING
 
 CPU = torch.device("cpu")
@@ -102,7 +102,7 @@ def resolve(method, S, state, losses=None, rounding=FLOAT64_ROUNDING, tasks=None
     if method.needs_losses and losses is None:
         losses = S.new_ones(S.shape[-1])
     known = Known(rounding, losses, tasks)
-    return method.resolve(S, None, S.new_ones(S.shape[-1]), state, known=known)
+    return method.decide(Comparison(S, None, S.new_ones(S.shape[-1]), known=known), state)
 
 
 def warm(method, tasks, batch=()):

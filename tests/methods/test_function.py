@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from gcond_kernels.methods.method import Function
+from gcond_kernels.methods.function import Function
 from tests.helpers.gramians import random_gramian, resolve
 
 
