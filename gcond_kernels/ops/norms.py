@@ -1,4 +1,4 @@
-"""Norms and cosines of plain lists of tensors."""
+"""Norms, cosines and Gramians of plain lists of tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def multi_tensor_norm(
     Raises:
         ValueError: a tensor is not floating or lies on another device.
     """
-    total, each = _multi_tensor_dot([tensors], backend)
+    total, each = multi_tensor_dot([tensors], backend)
     return (each if per_tensor else total)[..., 0, 0].sqrt()
 
 
@@ -50,12 +50,12 @@ def multi_tensor_cosine_similarity(
     """
     if [tensor.shape for tensor in a] != [tensor.shape for tensor in b]:
         raise ValueError("the two lists must hold tensors of the same shapes in the same order")
-    products, _ = _multi_tensor_dot([a, b], backend)
+    products, _ = multi_tensor_dot([a, b], backend)
     norms = products[0, 0].sqrt() * products[1, 1].sqrt()
     return torch.where(norms > 0.0, products[0, 1] / norms, 0.0)
 
 
-def _multi_tensor_dot(
+def multi_tensor_dot(
     lists: Sequence[Sequence[Tensor]], backend: str | Backend
 ) -> tuple[Tensor, Tensor]:
     """Return the Gramian [L, L], and that of each tensor [T, L, L], of L lists of T tensors."""

@@ -1,50 +1,68 @@
-"""The methods on a GPU: the weights of the CPU, and no synchronization with the device."""
+"""The methods on a real GPU: the weights of the CPU, and nothing that waits for the device."""
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
 from gcond_kernels import GCondFused
-from gcond_kernels.methods import GCond, GradDrop
-from gcond_kernels.methods.method import fresh_state
-from gcond_kernels.methods.solvers import FLOAT32_ROUNDING
-from tests.helpers.gramians import METHODS, random_gramian, resolve
+from gcond_kernels.methods import (
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    GCond,
+    GradDrop,
+    GradNorm,
+    GradVac,
+    NashMTL,
+    PCGrad,
+    Sum,
+    UPGrad,
+)
+from gcond_kernels.methods.method import Comparison, Known, fresh_state
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
 ]
 GPU = torch.device("cuda:0")
-BY_GRAMIAN = [method for method in METHODS if not isinstance(method, GCond)]
+WEIGHING = [
+    Sum(), PCGrad(), GradVac(), GradNorm(), CAGrad(), MGDA(), UPGrad(), AlignedMTL(), IMTLG(),
+    NashMTL(),
+]  # fmt: skip
 TASKS = {"a": 1.0, "b": 0.5, "c": 2.0}
 
 
-@contextmanager
-def no_synchronization(checked: bool):
-    """Within it what synchronizes with the device raises, if that is checked."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error" if checked else "default")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def gramians(count: int, tasks: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    J = torch.randn(count, tasks, 7, generator=generator, dtype=torch.float64)
+    J -= 1.2 * J.mean(1, keepdim=True)
+    return J @ J.mT
 
 
-@pytest.mark.parametrize("method", BY_GRAMIAN, ids=repr)
+@pytest.mark.parametrize("method", WEIGHING, ids=repr)
 @pytest.mark.parametrize("tasks", [2, 5])
 def test_weights_are_those_of_the_cpu(method, tasks):
-    S = torch.stack([random_gramian(tasks, seed) for seed in range(9)])
-    losses = torch.arange(1.0, tasks + 1.0).double()
+    S, losses = gramians(9, tasks), torch.arange(1.0, tasks + 1.0).double()
+    scale = torch.ones(tasks).double()
     on_cpu = fresh_state(method, tasks, (9,), S.device)
-    on_gpu = S.to(GPU), losses.to(GPU)
+    moved = S.to(GPU), scale.to(GPU), losses.to(GPU)
     for again in (False, True):  # the first time tables are copied to the device
         state = fresh_state(method, tasks, (9,), GPU)
-        with no_synchronization(checked=again):
-            found = resolve(method, on_gpu[0], state, on_gpu[1], FLOAT32_ROUNDING)
-    expected = resolve(method, S, on_cpu, losses, FLOAT32_ROUNDING)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if again else "default")
+        try:
+            found = method.decide(
+                Comparison(moved[0], None, moved[1], backend="auto", known=Known(losses=moved[2])),
+                state,
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    expected = method.decide(
+        Comparison(S, None, scale, backend="auto", known=Known(losses=losses)), on_cpu
+    )
     torch.testing.assert_close(found.weights.cpu(), expected.weights, rtol=1e-6, atol=1e-9)
     for key, value in on_cpu.items():
         torch.testing.assert_close(state[key].cpu(), value, rtol=1e-6, atol=1e-9)
@@ -70,8 +88,8 @@ def model_and_optimizer(method, granularity):
 
 
 @pytest.mark.parametrize("granularity", ["model", "tensor"])
-@pytest.mark.parametrize("method", [*METHODS, GradDrop()], ids=repr)
-def test_a_step_does_not_synchronize_and_is_that_of_the_cpu(method, granularity):
+@pytest.mark.parametrize("method", [*WEIGHING, GCond(), GradDrop()], ids=repr)
+def test_a_step_waits_for_nothing_and_is_that_of_the_cpu(method, granularity):
     """With heads, a mask, and each tensor by itself."""
     if isinstance(method, GradDrop):
         granularity = "model"
@@ -79,13 +97,18 @@ def test_a_step_does_not_synchronize_and_is_that_of_the_cpu(method, granularity)
     model, optimizer = model_and_optimizer(method, granularity)
     twin = copy.deepcopy(model).cpu()
     mask = {twin[0].weight: optimizer._storage._masks[model[0].weight].cpu()}
-    base = torch.optim.SGD(twin.named_parameters(), lr=0.01)
-    options = {"method": method, "granularity": granularity, "mask": mask, "momentum": 0.5}
-    other = GCondFused(base, TASKS, **options)
+    other = GCondFused(
+        torch.optim.SGD(twin.named_parameters(), lr=0.01), TASKS, method=method,
+        granularity=granularity, mask=mask, momentum=0.5,
+    )  # fmt: skip
     for number, batch in enumerate(x):
-        with no_synchronization(checked=number > 1):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")
+        try:
             optimizer.backward(losses_of(model, batch))
             optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         other.backward(losses_of(twin, batch.cpu()))
         other.step()
         if isinstance(method, GradDrop):
@@ -94,9 +117,9 @@ def test_a_step_does_not_synchronize_and_is_that_of_the_cpu(method, granularity)
             torch.testing.assert_close(p.cpu(), q, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [*METHODS, GradDrop()], ids=repr)
+@pytest.mark.parametrize("method", [*WEIGHING, GCond(), GradDrop()], ids=repr)
 def test_a_graph_holds_a_step(method):
-    """Replays count their random numbers up, as steps do."""
+    """Replays draw other random numbers, and count, as steps do."""
     x = torch.randn(16, 8, device=GPU)
     model, optimizer = model_and_optimizer(method, "model")
     stream = torch.cuda.Stream()

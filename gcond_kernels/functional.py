@@ -1,0 +1,268 @@
+"""Conflict resolution without the optimizer, for those who compute task gradients themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gcond_kernels import ops
+from gcond_kernels.methods import Method
+from gcond_kernels.methods.method import Comparison, Destination, fresh_state
+from gcond_kernels.ops import launch_tables
+from gcond_kernels.ops.contexts import fixed_precision
+from gcond_kernels.ops.norms import multi_tensor_dot
+from gcond_kernels.ops.types import Layout, TaskGradients
+from gcond_kernels.options import method_of
+from gcond_kernels.storage.collect import in_memory_order
+from gcond_kernels.storage.dtensor import is_dtensor
+from gcond_kernels.storage.layout import Segment, check_parameter, segments_of
+from gcond_kernels.storage.shared_parameters import SharedParameters
+
+Gradients: TypeAlias = "Sequence[Sequence[Tensor | None]] | Sequence[Tensor]"
+
+
+@fixed_precision
+def gramian(gradients: Gradients) -> Tensor:
+    """Return the inner products of the task gradients, S_ij = g_i · g_j.
+
+    ::
+
+        gradients = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+        S = gramian(gradients)
+        weights = gcond_kernels.UPGrad()(S)
+
+    Args:
+        gradients: as for `resolve_gradients`: K sequences of T tensors, or T Jacobians [K, ...], of
+            float32, bfloat16, float16 or float64. They are read where they are, not copied.
+
+    Returns:
+        [K, K] float64, on the device of the gradients. Squares are formed in float32: numbers
+        beyond 1e19 or below 1e-22 leave its range.
+
+    Raises:
+        TypeError, ValueError: the gradients do not go together; the message says which.
+    """
+    tasks = _by_task(gradients)
+    # What no task has a gradient for adds nothing; what some have is zero for the others.
+    columns = [column for column in zip(*tasks, strict=True) if any(g is not None for g in column)]
+    if not columns:
+        return torch.zeros((len(tasks), len(tasks)), dtype=torch.float64, device="cpu")
+    full = [_without_none(t, column) for t, column in enumerate(columns)]
+    return multi_tensor_dot([list(task) for task in zip(*full, strict=True)], "auto")[0]
+
+
+@fixed_precision
+def resolve_gradients(
+    parameters: Iterable[Tensor],
+    gradients: Gradients,
+    method: Method | Callable[[Tensor], Tensor] | None,
+    state: dict[str, Any] | None = None,
+) -> Tensor:
+    """Write the gradient that resolves the tasks' conflicts to `.grad`; return the weights.
+
+    ::
+
+        parameters = list(model.parameters())
+        state = {}
+        for x, y in loader:
+            losses = [loss_function(model(x), y) for loss_function in loss_functions]
+            gradients = [
+                torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                for loss in losses
+            ]
+            resolve_gradients(parameters, gradients, GCond(), state)
+            optimizer.step()
+
+    As in GCondFused, a parameter that one task alone has a gradient for takes no part in a conflict
+    and keeps that gradient, and a gradient of zeros is none. What was in `.grad` is replaced;
+    where no task has a gradient it becomes None. With several ranks reduce the gradients before.
+
+    Args:
+        parameters: T parameters on one device, no DTensors.
+        gradients: K sequences, one for each task, of T tensors in the parameters' shapes or None,
+            as `torch.autograd.grad` returns them; or T Jacobians, tensors [K, ...] with the tasks
+            in front, as `torch.func.vmap` and `jacrev` return them and TorchJD leaves them in
+            `.jac`. They are copied to float32: 4 bytes per parameter and task while this runs.
+        method: one of `gcond_kernels.methods`, or a function from the Gramian [K, K] to weights
+            [K]; None is `GCond()`.
+        state: what the method keeps from step to step (averages, history): pass the same dict, {}
+            at first, in every step; it is filled and changed in place, and may be saved. None
+            starts the method afresh.
+
+    Returns:
+        [K] float64 weights, on the device: the resolved gradient is Σ_k weights[k] · g_k. NaN for
+        GradDrop, which has none. Where a gradient holds a NaN or an infinity, all weights and all
+        of `.grad` are NaN, and the state stays as it is (but for GradDrop's counter): GradScaler
+        skips such a step.
+
+    Raises:
+        TypeError, ValueError: the gradients do not go with the parameters, the method needs what
+            only GCondFused knows (losses, names), or the state is of other tasks or parameters.
+            The message says which, and nothing has changed.
+    """
+    method = method_of(method)
+    _check_method(method)
+    segments, length = _segments(list(parameters))
+    tasks = _in_order(segments, _by_task(gradients))
+    memory = {} if state is None else state
+    _prepare_state(method, segments, len(tasks), length, memory)
+    has_any = [any(g is not None for g in column) for column in zip(*tasks, strict=True)]
+    outputs = [
+        segment.empty(segment.parameter.dtype, segment.parameter.device) if written else None
+        for segment, written in zip(segments, has_any, strict=True)
+    ]
+    accumulated = _accumulated(segments, tasks, length)._replace(history=memory["history"])
+    present = sum(any(g is not None for g in task) for task in tasks)
+    weights = _resolve(method, accumulated, outputs, memory["method"], present)
+    for segment, output in zip(segments, outputs, strict=True):
+        segment.parameter.grad = output
+    return weights
+
+
+def _resolve(
+    method: Method,
+    gradients: TaskGradients,
+    outputs: list[Tensor | None],
+    state: dict[str, Tensor],
+    present: int,
+) -> Tensor:
+    """Compare, decide and write; where something is not finite, write NaN and keep the state."""
+    K = len(gradients.accumulators)
+    products = ops.gramian(gradients, history_scale=state.get("history_scale"))
+    flags = (products.per_tensor.diagonal(dim1=1, dim2=2) > 0.0).sum(1) > 1  # [T]
+    if method.compares_single_task and present <= 1:
+        flags = flags | ~flags.any()
+    shared = SharedParameters(False, flags, False)
+    S, X = shared.gramians(products, K)
+    decision = method.decide(Comparison(S, X, gradients.scale), state)
+    finite = decision.finite & products.total.isfinite().all()
+    weights = torch.where(finite, decision.weights, torch.nan)
+    # What is not finite is to be seen in `.grad`: there is no step here that could be skipped.
+    decision = decision._replace(weights=weights, finite=torch.ones_like(finite))
+    scale = torch.where(finite, gradients.scale, torch.nan)
+    written = gradients._replace(scale=scale, history=None)
+    decision = method.apply(written, Destination(outputs), shared.weights(weights), decision, state)
+    if gradients.history is not None:
+        keep = finite & (gradients.scale > 0.0)[:, None]
+        new = gradients.accumulators.to(gradients.history.dtype)
+        gradients.history.copy_(torch.where(keep, new, gradients.history))
+    return decision.weights
+
+
+def _check_method(method: Method) -> None:
+    """Raise a ValueError where a method needs what is not known here."""
+    needs = "the losses" if method.needs_losses else None
+    if method.parameters is not None:
+        needs = f"names, for parameters={method.parameters}"
+    if needs:
+        raise ValueError(
+            f"{type(method).__name__} needs {needs}, which resolve_gradients does not have: use it "
+            "with GCondFused"
+        )
+
+
+def _by_task(gradients: Gradients) -> list[list[Tensor | None]]:
+    """Return K lists of T gradients, from those or from T Jacobians [K, ...]."""
+    given: list[Any] = list(gradients)
+    if not given:
+        raise ValueError("gradients are empty: give those of one task or more")
+    if not any(isinstance(entry, Tensor) for entry in given):
+        tasks = [list(task) for task in given]
+        lengths = [len(task) for task in tasks]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"every task needs as many gradients (None for none), not {lengths}")
+        return tasks
+    wrong = [t for t, entry in enumerate(given) if not isinstance(entry, Tensor) or not entry.dim()]
+    if wrong:
+        raise TypeError(
+            "gradients must be K sequences of T tensors, or T Jacobians of shape [K, ...], but "
+            f"gradients[{wrong[0]}] is neither"
+        )
+    tasks_of = [len(jacobian) for jacobian in given]
+    if len(set(tasks_of)) > 1:
+        raise ValueError(f"Jacobians must have the tasks in front, all as many, not {tasks_of}")
+    return [list(task) for task in zip(*(jacobian.unbind() for jacobian in given), strict=True)]
+
+
+def _without_none(place: int, column: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return every task's gradient of one parameter, with zeros for none."""
+    example = next(gradient for gradient in column if gradient is not None)
+    full = [torch.zeros_like(example) if gradient is None else gradient for gradient in column]
+    for task, gradient in enumerate(full):
+        if gradient.shape != example.shape:
+            raise ValueError(
+                f"gradient {place} of task {task} has shape {list(gradient.shape)}, that of others "
+                f"{list(example.shape)}"
+            )
+    return full
+
+
+def _segments(parameters: list[Tensor]) -> tuple[list[Segment], int]:
+    """Return a segment for each parameter, and the length of an accumulator."""
+    if not parameters:
+        raise ValueError("parameters are empty: give one or more")
+    named = [(parameter, f"parameter {t}") for t, parameter in enumerate(parameters)]
+    for parameter, name in named:
+        if is_dtensor(parameter):
+            raise ValueError(
+                f"{name} is a DTensor, whose gradients ranks have to exchange: use GCondFused"
+            )
+        check_parameter(parameter, name, parameters[0].device, False)
+    return segments_of(named)
+
+
+def _in_order(
+    segments: Sequence[Segment], tasks: Sequence[list[Tensor | None]]
+) -> list[list[Tensor | None]]:
+    """Return the gradients in memory order, or raise where they are not of the parameters."""
+    for k, task in enumerate(tasks):
+        if len(task) != len(segments):
+            raise ValueError(f"task {k} has {len(task)} gradients for {len(segments)} parameters")
+        for segment, gradient in zip(segments, task, strict=True):
+            if gradient is not None and gradient.shape != segment.shape:
+                raise ValueError(
+                    f"the gradient of {segment.name} for task {k} has shape "
+                    f"{list(gradient.shape)}, not {list(segment.shape)}"
+                )
+    device = segments[0].parameter.device
+    return [in_memory_order(segments, task, device) for task in tasks]
+
+
+def _accumulated(
+    segments: Sequence[Segment], tasks: Sequence[list[Tensor | None]], length: int
+) -> TaskGradients:
+    """Return a float32 copy of the gradients in flat storage."""
+    device = segments[0].parameter.device
+    layout = Layout(tuple(s.offset for s in segments), tuple(s.size for s in segments))
+    flat = torch.zeros((len(tasks), length), dtype=torch.float32, device=device)
+    for accumulator, task in zip(flat, tasks, strict=True):
+        ops.accumulate(accumulator, task, layout, overwrite=True)
+    present = tuple(float(any(g is not None for g in task)) for task in tasks)
+    return TaskGradients(flat, layout, launch_tables.settings_tensor(present, device))
+
+
+def _prepare_state(
+    method: Method, segments: Sequence[Segment], tasks: int, length: int, state: dict[str, Any]
+) -> None:
+    """Fill an empty state; check that another is of the same method, tasks and parameters."""
+    device = segments[0].parameter.device
+    identity = {
+        "method_name": type(method).__name__,
+        "tasks": tasks,
+        "shapes": [list(segment.shape) for segment in segments],
+    }
+    if not state:
+        history = None
+        if method.needs_history:
+            shape = (tasks, length)
+            history = torch.zeros(shape, dtype=method.history_dtype, device=device)
+        state.update(identity, method=fresh_state(method, tasks, (), device), history=history)
+    for name, value in identity.items():
+        if state.get(name) != value:
+            raise ValueError(
+                f"state has {name}={state.get(name)}, and this call {value}: give every method "
+                "and every list of parameters a state of its own"
+            )
