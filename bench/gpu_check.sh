@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in at most nine minutes: tests, figures, sanitizers, and
-# what Nsight Compute (ncu) says of the kernels where it is there.
+# Everything that needs an NVIDIA GPU, in at most ten minutes: tests, figures, sanitizers, and what
+# Nsight Compute (ncu) measures of the kernels where it is there.
 #
 #     bench/gpu_check.sh OUTDIR
 #
 # All parts run even where one fails; each leaves a log in OUTDIR, and the figures are in
 # OUTDIR/bench_<GPU>.json, with pictures where matplotlib is there. The exit status is 0 where all
 # parts passed; figures that the time does not do for are no failure. It works from a plain
-# checkout: PYTHON (default python3) needs torch, triton, numpy and pytest, not this package. The
-# CUDA C++ kernels are compiled for the GPU at hand, which needs nvcc, pybind11 and ninja; without
-# them that part fails, and the others go on with Triton alone. PUBLISHED_CODE may name the GCond
-# authors' grad_conductor.py, to be measured too; TorchJD is where it is installed.
+# checkout: PYTHON (default python3) needs torch, triton, numpy, pytest and hypothesis, not this
+# package. The CUDA C++ kernels are compiled for the GPU at hand, which needs nvcc, pybind11 and
+# ninja; without them that part fails, and the others go on with Triton alone. PUBLISHED_CODE may
+# name the GCond authors' grad_conductor.py, to be measured too; TorchJD is where it is installed.
 set -euo pipefail
 
 if [ $# -ne 1 ]; then
@@ -24,21 +24,13 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)')
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-# Not in the checkout, where `import gcond_kernels` would find the package without its backends.
+# In a copy, in which the extension is compiled too: the checkout stays as it is.
+(cd "$root" && cp -R gcond_kernels python triton_kernels csrc bench tests pyproject.toml setup.py "$work")
+rm -f "$work"/gcond_kernels/_cuda.*.so
 cd "$work"
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 PYTHONPATH="$work${PYTHONPATH:+:$PYTHONPATH}"
 export PATH="$PATH:/usr/local/cuda/bin"
-
-# As an installation would lay it out, but for the compiled module, which is made here for this GPU.
-site=$work/site/gcond_kernels
-mkdir "$work/site"
-cp -R "$root/gcond_kernels" "$site"
-rm -f "$site"/_cuda.*.so
-cp -R "$root/python" "$site/python"
-cp -R "$root/triton_kernels" "$site/triton_kernels"
-mkdir "$site/cuda"
-cp "$root"/csrc/*.py "$site/cuda"
-export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
+export GIT_DIR="$root/.git" GIT_WORK_TREE="$root" # the commit of the figures is that of the checkout
 
 notes=$work/notes # a line for each part: one that runs beside others has no variables to set
 began=$SECONDS
@@ -78,12 +70,7 @@ finish() {
     exit 0
 }
 
-pytest() { # NAME ARGUMENTS...
-    local name=$1
-    shift
-    part "$name" "$python" -m pytest -q --rootdir="$root" -c "$root/pyproject.toml" \
-        -p no:cacheprovider "$@"
-}
+pytest=("$python" -m pytest -q -p no:cacheprovider)
 
 sanitizer() { # TOOL BACKEND
     local name=$1_$2
@@ -94,14 +81,14 @@ sanitizer() { # TOOL BACKEND
     fi
     local variables=(TMPDIR="$work/$name") # it keeps files there that two must not share
     mkdir "$work/$name"
+    # Every tensor has memory of its own: memcheck sees an access beyond it.
     if [ "$1" = memcheck ]; then variables+=(PYTORCH_NO_CUDA_MEMORY_CACHING=1); fi
     # Triton starts compilers, which are no matter for the checker.
     part "$name" env "${variables[@]}" compute-sanitizer --tool "$1" --error-exitcode 1 \
-        --target-processes application-only "$python" "$root/bench/sanitize.py" --backend "$2"
+        --target-processes application-only "${pytest[@]}" -m "gpu and sanitize" -k "$2" tests/ops tests/gpu
 }
 
-# Versions, and whether there is a GPU at all.
-cat >"$work/versions.py" <<'END'
+cat >versions.py <<'END'
 import platform, subprocess, sys
 try:
     subprocess.run(["nvidia-smi"], timeout=20)
@@ -117,7 +104,7 @@ properties = torch.cuda.get_device_properties(0)
 print(properties.name, f"with compute capability {properties.major}.{properties.minor}")
 END
 allow 20
-if ! part versions "$python" "$work/versions.py"; then
+if ! part versions "$python" versions.py; then
     for name in build tests_gpu benchmark ncu sanitizers tests_kernels; do
         note "$name" "not run" 0
     done
@@ -128,45 +115,39 @@ import torch
 major, minor = torch.cuda.get_device_capability()
 print(f"{major}{minor}", torch.cuda.get_device_name(0))') || true
 
-# The build works in a copy: the checkout stays as it is. Without pyproject.toml, which asks for a
-# recent setuptools, and without a package index: nothing is fetched.
-mkdir "$work/source"
-cp -R "$root/setup.py" "$root/csrc" "$work/source"
-cat >"$work/build.sh" <<'END'
+# Without pyproject.toml, which asks for a recent setuptools, and without a package index: nothing is
+# fetched.
+cat >build.sh <<'END'
 set -euo pipefail
-cd "$1/source"
+mkdir source
+cp -R setup.py csrc source
 command -v nvcc || echo "nvcc not found on PATH or in /usr/local/cuda/bin"
-PIP_NO_INDEX=1 GCOND_BUILD_CUDA=1 GCOND_CUDA_ARCHS=$2 "$3" -W ignore setup.py --quiet \
-    build_ext --build-lib "$1/site"
-"$3" -c 'import gcond_kernels.cuda; print("built for", gcond_kernels._cuda.ARCHITECTURES)'
+(cd source && PIP_NO_INDEX=1 GCOND_BUILD_CUDA=1 GCOND_CUDA_ARCHS=$1 "$2" -W ignore setup.py --quiet \
+    build_ext --build-lib ..)
+"$2" -c 'import gcond_kernels.cuda; print("built for", gcond_kernels._cuda.ARCHITECTURES)'
 END
 allow 85
 backends=(triton)
-if part build bash "$work/build.sh" "$work" "$architecture" "$python"; then
+if part build bash build.sh "$architecture" "$python"; then
     backends+=(cuda)
 else
-    rm -f "$site"/_cuda.*.so
+    rm -f gcond_kernels/_cuda.*.so
 fi
 
 # Once without a checker: it compiles Triton's kernels, which the checkers then find compiled.
-allow 35
-for backend in "${backends[@]}"; do
-    part "sanitize_$backend" "$python" "$root/bench/sanitize.py" --backend "$backend" || true
-done
-
-allow 100
-pytest tests_gpu -m gpu "$root/tests/gpu" || true
+allow 135
+part tests_sanitize "${pytest[@]}" -m "gpu and sanitize" tests/ops tests/gpu || true
+part tests_gpu "${pytest[@]}" -m gpu tests/gpu || true
 
 # A training step, then the operations from small to large: should the time not do, what was
-# measured until then is kept. The package is imported from elsewhere, the commit is that of here.
+# measured until then is kept.
 figures=$out/bench_${gpu//[^A-Za-z0-9]/-}.json
 allow 200
 published=()
 if [ -n "${PUBLISHED_CODE:-}" ]; then published=(--published-code "$PUBLISHED_CODE"); fi
-part benchmark env GIT_DIR="$root/.git" GIT_WORK_TREE="$root" \
-    "$python" -m bench --output "$figures" --tasks 2 4 8 --seconds 0.3 \
+part benchmark "$python" -m bench --output "$figures" --tasks 2 4 8 --seconds 0.3 \
     --models mobilenetv3_small convnext_base --millions 16 1000 "${published[@]}" || true
-# Stopped is not failed: the figures until then are kept.
+# Stopped is not failed: the figures until then are kept, and drawn here.
 sed -i -E '/^benchmark /s/failed: (stopped after)/\1/' "$notes"
 if "$python" -c 'import matplotlib' 2>/dev/null; then
     "$python" -m bench plot "$figures" || note pictures "failed" 0
@@ -187,7 +168,7 @@ else
 fi
 
 # All at once: most of what they do is on the CPU.
-allow 55
+allow 100
 checks=()
 for backend in "${backends[@]}"; do
     for tool in memcheck racecheck synccheck; do
@@ -205,16 +186,12 @@ for backend in "${backends[@]}"; do
     done
 done
 
-# Last, because they gain most from the time that is left over.
+# Last, because they gain most from the time that is left over, and most of it goes into compiling,
+# on the CPU.
 allow 20
-if "$python" -c 'import hypothesis' 2>/dev/null; then
-    processes=()
-    # Most of the time goes into compiling, on the CPU.
-    if "$python" -c 'import xdist' 2>/dev/null; then processes=(-n 8); fi
-    pytest tests_kernels "${processes[@]}" -m "slow or not slow" \
-        "$root"/tests/ops/test_{accumulate,gramian,arbitrate,combine}.py "$root"/tests/test_traces.py "$root"/tests/precision/test_{nonfinite,amp}.py "$root"/tests/storage/test_collect.py || true
-else
-    echo "hypothesis is not installed for $python: of the tests only tests/gpu was run"
-    note tests_kernels "failed: no hypothesis" 0
-fi
+processes=()
+if "$python" -c 'import xdist' 2>/dev/null; then processes=(-n 8); fi
+part tests_kernels "${pytest[@]}" "${processes[@]}" -m "slow or not slow" \
+    tests/ops/test_{accumulate,gramian,arbitrate,combine}.py tests/test_traces.py \
+    tests/precision/test_{nonfinite,amp}.py tests/storage/test_collect.py || true
 finish

@@ -141,6 +141,7 @@ def test_storage_that_does_not_fit_is_refused(backend):
         call(torch.zeros(6), [0, 3], [3])
 
 
+@pytest.mark.sanitize
 def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
     layout = layout_of([3] * 299 + [0])
     gradients = [torch.full((size,), float(t)) for t, size in enumerate(layout.sizes)]
@@ -182,6 +183,7 @@ def test_a_scale_that_is_not_finite_spares_what_has_no_gradient(backend, bad):
     assert (second == 0).all()
 
 
+@pytest.mark.sanitize
 def test_a_row_that_is_not_aligned(backend):
     gradients = [torch.randn(5000), torch.randn(3)]
     storage = unwritten(6000)
@@ -196,6 +198,7 @@ def test_a_row_that_is_not_aligned(backend):
     assert storage[5005:].isnan().all()
 
 
+@pytest.mark.sanitize
 def test_sizes_at_the_ends_of_vectors_tiles_and_pieces(backend):
     layout = layout_of(SIZES_AT_BOUNDARIES)
     accumulator = unwritten(layout.length)

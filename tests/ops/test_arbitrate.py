@@ -91,6 +91,7 @@ def test_decides_as_on_whole_vectors(backend, method, tasks, size, seed, data):
         previous = np.where(np.array(present)[:, None], g, previous)
 
 
+@pytest.mark.sanitize
 def test_a_task_that_sat_out_compares_with_its_own_last_gradient(backend):
     # Step 1: tasks 0 and 1 conflict, so the resolved history of task 0 holds some of task 1.
     # Step 2: task 0 sits out. Step 3: its history must be its gradient of step 1 as it was.
@@ -265,6 +266,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(backend, bad, 
     assert all(torch.equal(value, before[key]) for key, value in state.items())
 
 
+@pytest.mark.sanitize
 def test_dominance_ends_after_the_window(backend):
     method = GCond(dominance_window=2, tie_breaking_weights=(0.0, 1.0))
     state = method.new_state(2, torch.device("cpu"))
@@ -464,6 +466,7 @@ def test_a_batch_is_its_entries_one_by_one(backend, method, tasks, batch, with_c
             assert torch.equal(of_all[name], value)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("entry", [0, 2])
 def test_one_entry_that_is_not_finite_leaves_the_state_of_all(backend, bad, entry):

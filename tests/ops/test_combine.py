@@ -169,6 +169,7 @@ def test_a_row_of_weight_zero_is_not_read(backend, beta):
     assert torch.allclose(output, accumulators[0, :40], rtol=1e-6)
 
 
+@pytest.mark.sanitize
 def test_what_is_not_finite_writes_zeros_and_keeps_the_state(backend):
     layout = layout_of([40, 3])
     accumulators = rows(layout, 2, 0)
@@ -247,6 +248,7 @@ def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
         assert output is None or torch.equal(output, part)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("tasks", [7, 8, 9, 17])
 def test_many_tasks(backend, tasks):
     layout = layout_of([1500, 3])
@@ -298,6 +300,7 @@ def test_outputs_in_any_memory_order(backend):
     assert torch.equal(output.as_strided((96,), (1,)), accumulators[0, :96])
 
 
+@pytest.mark.sanitize
 def test_sizes_at_the_ends_of_vectors_tiles_and_pieces(backend):
     layout = layout_of(SIZES_AT_BOUNDARIES)
     accumulators, scale = rows(layout, 2, 0), vector(1.0, 1.0)
@@ -417,6 +420,7 @@ class Update:
         return self.outputs, [self.history, self.momentum, self.steps]
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tasks", [1, 3, 9])
 def test_weights_per_tensor_are_those_of_a_call_per_tensor(backend, form, tasks):

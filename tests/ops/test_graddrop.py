@@ -214,6 +214,7 @@ def test_the_bits_are_those_of_the_reference(backend, tasks, packed, options, ho
     assert all(value.isfinite().all() for value in results[0])
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("beta", [0.0, 0.9])
 def test_what_is_not_finite_writes_zeros_and_keeps_the_state(backend, beta):
     step, same = (Step(3, beta=beta, masked=True) for _ in range(2))
@@ -225,6 +226,7 @@ def test_what_is_not_finite_writes_zeros_and_keeps_the_state(backend, beta):
         assert torch.equal(step.steps, same.steps)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("tasks", [2, 9])
 def test_values_that_are_not_finite_stay_where_they_are(backend, bad, tasks):
@@ -328,6 +330,7 @@ def test_seed_and_draws_decide_and_nothing_else(backend):
         assert 0.4 < differing.double().mean() < 0.6
 
 
+@pytest.mark.sanitize
 def test_many_tiny_tensors_and_an_empty_last_one(backend):
     layout = layout_of([3] * 99 + [0])
     accumulators = rows(layout, 2, 0)

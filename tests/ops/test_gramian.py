@@ -231,6 +231,7 @@ def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
         check(per_tensor[t], part[None], part[None])
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("tasks", [6, 7, 8, 9, 12])
 @pytest.mark.parametrize("with_momentum", [False, True])
 def test_many_tasks(backend, tasks, with_momentum):
@@ -267,6 +268,7 @@ def masked_rows(tasks: int, dtype, history_dtype, packed: bool):
     return layout, trained, mask, given
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(
     ("tasks", "packed", "dtype", "history_dtype"),
     [
@@ -341,6 +343,7 @@ def test_reduced_precision_allowed_to_the_user_stays_out_of_the_sums(allowed):
         matmul.fp32_precision = on_cpu.fp32_precision = "none"
 
 
+@pytest.mark.sanitize
 def test_lists_in_different_memory_orders(backend):
     a = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     b = torch.randn(2, 3, 4, 5)
@@ -349,6 +352,7 @@ def test_lists_in_different_memory_orders(backend):
     assert got.item() == pytest.approx(expected.item(), abs=PARTIAL_SUM_ERROR)
 
 
+@pytest.mark.sanitize
 def test_sizes_at_the_ends_of_vectors_tiles_and_pieces(backend):
     layout = layout_of(SIZES_AT_BOUNDARIES)
     accumulators = rows(layout, 2, 0)
