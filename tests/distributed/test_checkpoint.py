@@ -21,9 +21,8 @@ from tests.test_optimizer import (
     same,
 )
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="this torch has no torch.distributed"
-)
+dcp = pytest.importorskip("torch.distributed.checkpoint")
+torchs = pytest.importorskip("torch.distributed.checkpoint.state_dict")
 
 KINDS = METHODS | {"GCond": {}, "CAGrad": {"method": CAGrad()}, "Sum": {"method": Sum()}}
 FORMS = {
@@ -52,16 +51,21 @@ def all_of(model, optimizer):
     return copy.deepcopy((parts, state, groups, kept if begun else None))
 
 
+def trained(x, seed=0, masked=False, **options):
+    """A model and its optimizer, trained on these micro-batches."""
+    model = model_of(seed=seed)
+    if masked:
+        options["mask"] = neuron_mask(model, 2)
+    optimizer = optimizer_of(model, **options)
+    train(model, optimizer, x)
+    return model, optimizer
+
+
 def resumed_of(model, **options):
     """Another model with the same weights, and an optimizer of it that is fresh."""
-    twin = model_of(seed=5)
-    other = optimizer_of(twin, **masked(twin, options))
+    twin, other = trained([], seed=5, **options)
     twin.load_state_dict(copy.deepcopy(model.state_dict()))
     return twin, other
-
-
-def masked(model, options):
-    return options | {"mask": neuron_mask(model, 2)} if options.pop("masked", False) else options
 
 
 def check_same_training(trained, *others, x):
@@ -77,21 +81,17 @@ def check_same_training(trained, *others, x):
 @pytest.mark.parametrize("method", KINDS)
 def test_get_and_set_carry_everything_and_change_nothing(method, at):
     """Before the first window, in it, after it, and in the next."""
-    from torch.distributed.checkpoint import state_dict as dcp
-
     x = batches(9)
     settings = KINDS[method] | {"masked": True}
-    model = model_of()
-    optimizer = optimizer_of(model, **masked(model, {**settings}))
-    train(model, optimizer, x[:at])
+    model, optimizer = trained(x[:at], **settings)
     before = all_of(model, optimizer)
     others = []
     for form in FORMS.values():
-        options = dcp.StateDictOptions(**form)
-        state = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+        options = torchs.StateDictOptions(**form)
+        state = torchs.get_optimizer_state_dict(model, optimizer, options=options)
         assert same(before, all_of(model, optimizer))
         twin, other = resumed_of(model, **settings)
-        dcp.set_optimizer_state_dict(twin, other, copy.deepcopy(state), options=options)
+        torchs.set_optimizer_state_dict(twin, other, copy.deepcopy(state), options=options)
         assert [group["lr"] for group in other.param_groups] == [0.05]
         assert same(optimizer.state_dict(), other.state_dict())
         others.append((twin, other))
@@ -102,15 +102,10 @@ def test_get_and_set_carry_everything_and_change_nothing(method, at):
 @pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize("method", ["GCond", "Sum", "GradNorm by tensor", "PCGrad"])
 def test_through_a_checkpoint_on_disk(tmp_path, method, at, form):
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import state_dict as torchs
-
     options = torchs.StateDictOptions(**FORMS[form])
     x = batches(9)
-    model = model_of()
     settings = KINDS[method] | {"masked": True}
-    optimizer = optimizer_of(model, **masked(model, {**settings}))
-    train(model, optimizer, x[:at])
+    model, optimizer = trained(x[:at], **settings)
     state = torchs.get_optimizer_state_dict(model, optimizer, options=options)
     dcp.save({"optimizer": state}, checkpoint_id=str(tmp_path))
 
@@ -123,12 +118,7 @@ def test_through_a_checkpoint_on_disk(tmp_path, method, at, form):
 
 
 def test_a_state_on_disk_that_was_taken_in_a_window_is_refused_where_it_has_no_place(tmp_path):
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import state_dict as torchs
-
-    model, x = model_of(), batches(4)
-    optimizer = optimizer_of(model)
-    train(model, optimizer, x)
+    model, optimizer = trained(batches(4))
     state = torchs.get_optimizer_state_dict(model, optimizer)
     dcp.save({"optimizer": state}, checkpoint_id=str(tmp_path))
     twin, other = resumed_of(model)
@@ -144,47 +134,38 @@ def test_a_state_on_disk_that_was_taken_in_a_window_is_refused_where_it_has_no_p
 
 
 def test_a_resolved_window_is_not_saved_and_stays():
-    from torch.distributed.checkpoint import state_dict as dcp
-
-    model, x = model_of(), batches(3)
-    optimizer = optimizer_of(model)
-    for batch in x:
+    model, optimizer = trained([])
+    for batch in batches(3):
         optimizer.backward(losses_of(model, batch))
     before = all_of(model, optimizer)
     with pytest.raises(RuntimeError, match=r"call step\(\) before saving"):
-        dcp.get_optimizer_state_dict(model, optimizer)
+        torchs.get_optimizer_state_dict(model, optimizer)
     assert same(before, all_of(model, optimizer))
     optimizer.step()
     assert optimizer.report().step == 1
 
 
 def test_states_of_others_are_refused_and_a_fresh_optimizer_stays_fresh():
-    from torch.distributed.checkpoint import state_dict as dcp
-
     model = model_of()
     adamw = torch.optim.AdamW(model.parameters(), lr=0.05, betas=(0.0, 0.9))
-    plain = dcp.get_optimizer_state_dict(model, adamw)
+    plain = torchs.get_optimizer_state_dict(model, adamw)
     renamed = GCondFused(torch.optim.AdamW(model.parameters(), lr=0.05), {"a": 1.0, "c": 0.5})
-    tasks = dcp.get_optimizer_state_dict(model, renamed)
+    tasks = torchs.get_optimizer_state_dict(model, renamed)
     older = plain | {"gcond": {"version": 3}}
     for state, words in (
         (plain, r"optimizer\.base\.load_state_dict"),
         (tasks, r"the state has tasks \['a', 'c'\]"),
         (older, "plain optimizer"),  # torch hands on what it knows alone
     ):
-        twin, x = model_of(), batches(3)
-        other = optimizer_of(twin, momentum=0.0)
+        twin, other = trained([], momentum=0.0)
         with pytest.raises(ValueError, match=words):
-            dcp.set_optimizer_state_dict(twin, other, state)
-        train(twin, other, x)
-        straight = model_of()
-        train(straight, optimizer_of(straight, momentum=0.0), x)
+            torchs.set_optimizer_state_dict(twin, other, state)
+        train(twin, other, batches(3))
+        straight, _ = trained(batches(3), momentum=0.0)
         assert torch.equal(flat_parameters(straight), flat_parameters(twin))
 
 
 def test_names_in_another_order_are_matched_once():
-    from torch.distributed.checkpoint import state_dict as dcp
-
     x = batches(6)
     model, twin = model_of(), model_of()
     names = [name for name, _ in reversed(list(twin.named_parameters()))]
@@ -194,9 +175,9 @@ def test_names_in_another_order_are_matched_once():
     train(model, optimizer, x[:3])
     twin.load_state_dict(model.state_dict())
     for options in FORMS.values():
-        options = dcp.StateDictOptions(**options)
-        state = copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer, options=options))
-        dcp.set_optimizer_state_dict(twin, other, state, options=options)
+        options = torchs.StateDictOptions(**options)
+        state = copy.deepcopy(torchs.get_optimizer_state_dict(model, optimizer, options=options))
+        torchs.set_optimizer_state_dict(twin, other, state, options=options)
         assert other.param_groups[0]["param_names"] == names
         ours, theirs = optimizer.state_dict(), other.state_dict()
         assert same(own_of(ours)[0], own_of(theirs)[0][::-1])
@@ -204,11 +185,10 @@ def test_names_in_another_order_are_matched_once():
 
 
 def test_state_of_each_parameter_as_torch_shows_it():
-    model, x = model_of(), batches(3)
-    optimizer = optimizer_of(model)
+    model, optimizer = trained([])
     weight = model[0].weight
     assert not optimizer.state
-    train(model, optimizer, x)
+    train(model, optimizer, batches(3))
     assert set(optimizer.state) == set(model.parameters())
     assert set(optimizer.state[weight]) == {"step", "exp_avg", "exp_avg_sq", "gcond"}
     kept = optimizer.state[weight]["gcond"]["history"]
@@ -226,12 +206,8 @@ def test_state_of_each_parameter_as_torch_shows_it():
 
 def test_async_save_beside_training(tmp_path):
     """What is saved is what was there when it was called."""
-    import torch.distributed.checkpoint as dcp
-
     x = batches(12)
-    model = model_of()
-    optimizer = optimizer_of(model)
-    train(model, optimizer, x[:3])
+    model, optimizer = trained(x[:3])
     weights, wanted = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     state = {"training": TrainingState(model, optimizer)}
     done = dcp.async_save(state, checkpoint_id=str(tmp_path))

@@ -40,12 +40,12 @@ def counted_traffic():
         yield sent
 
 
-def traffic_of(strategy, options, **kind):
+def traffic_of(strategy, granularity="model", dtype=None, net=t.Net):
     """Bytes sent in the third window, by collective; lengths of accumulators, history, momentum."""
-    model = t.new_model(**kind)
+    model = t.new_model(dtype, net)
     del model.unused
     model = t.parallelize(model, strategy)
-    optimizer = t.new_optimizer(model, strategy, **options)
+    optimizer = t.new_optimizer(model, strategy, granularity=granularity)
     for step in range(2):
         t.window(optimizer, model, t.numbers_of(step))
     with counted_traffic() as sent:
@@ -63,7 +63,7 @@ def traffic_of(strategy, options, **kind):
 def test_bytes_on_the_wire(ranks, size):
     """(K + 1) N elements, not 2 K N; beside them one all-reduce of the inner products."""
     K = len(t.TASKS)
-    sent, length, kept = ranks(size)(traffic_of, "shard", {})[0]
+    sent, length, kept = ranks(size)(traffic_of, "shard")[0]
     share = (size - 1) / size
     assert sent[REDUCE_SCATTER] == [4 * length * share] * K
     assert sent[ALL_GATHER][-1] == 4 * length * share
@@ -72,15 +72,11 @@ def test_bytes_on_the_wire(ranks, size):
     assert len(small) == 3
     assert sum(small) < 4 * length
 
-    sent, length, kept = ranks(size)(traffic_of, "replicate", {})[0]
+    sent, length, kept = ranks(size)(traffic_of, "replicate")[0]
     assert sent["all_reduce"][-K:] == [2 * 4 * length * share] * K
     assert REDUCE_SCATTER not in sent
     assert len(sent["all_reduce"]) == K + 1
     assert kept == [[K, length], [length]]
-
-
-def traffic_of_kind(kind, options):
-    return traffic_of("shard", options, **kind)
 
 
 def test_inner_products_with_the_history_travel_by_tensor_only_where_needed(ranks2):
@@ -89,14 +85,15 @@ def test_inner_products_with_the_history_travel_by_tensor_only_where_needed(rank
     for net in (t.Net, t.Headed):
         T = len(list(t.new_model(net=net).parameters())) - 1  # without the one that is not used
         for granularity in ("model", "tensor"):
-            options = {"granularity": granularity}
-            sent = sum(ranks2(traffic_of_kind, {"net": net}, options)[0][0]["all_reduce"])
+            sent, _, _ = ranks2(traffic_of, "shard", granularity, None, net)[0]
             each = 1 if (net, granularity) == (t.Net, "model") else 2
-            assert sent == 8 * K**2 * (2 + each * T)  # of two ranks each sends as much as it has
+            assert sum(sent["all_reduce"]) == 8 * K**2 * (
+                2 + each * T
+            )  # of two ranks each sends as much as it has
 
 
 def test_the_result_travels_in_the_type_of_the_gradients(ranks2):
-    sent, length, _ = ranks2(traffic_of_kind, {"dtype": torch.bfloat16}, {})[0]
+    sent, length, _ = ranks2(traffic_of, "shard", "model", torch.bfloat16)[0]
     assert sent[ALL_GATHER][-1] == 2 * length / 2
 
 
