@@ -1,4 +1,4 @@
-"""Saving, loading and copying an optimizer; the form of what is saved is in `storage.state`."""
+"""Saving, loading and copying an optimizer; the form of what is saved is in `storage.state_format`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.options import OptionsInUse, TaskWeights
 from gcond_kernels.precision.guarded_step import step_of_zeros
 from gcond_kernels.resolution import Resolver
-from gcond_kernels.storage import state as saving
 from gcond_kernels.storage.accumulator import GradientStorage
 from gcond_kernels.storage.dtensor import local_shard
-from gcond_kernels.storage.state_order import reordered
+from gcond_kernels.storage.state import Restored, Saved, to_json
+from gcond_kernels.storage.state_format import KEY, VERSION
 from gcond_kernels.window import Window, schedule_of
 from gcond_kernels.wrapper import OptimizerWrapper
 
@@ -48,7 +48,7 @@ class SavedOptimizer(OptimizerWrapper):
         place = self._storage.places.get(parameter)
         return {} if place is None else self._saved(alone=True).entry(place)
 
-    def _saved(self, alone: bool = False) -> saving.Saved:
+    def _saved(self, alone: bool = False) -> Saved:
         """Return what is saved beside the base; `alone` without what other ranks keep too."""
         storage, resolver, window = self._storage, self._resolver, self._window
         o, state = self._options.current, resolver.method_state
@@ -64,11 +64,11 @@ class SavedOptimizer(OptimizerWrapper):
         kept = {"history": history, "momentum": momentum, "mask": storage.mask}
         losses = resolver.losses
         common = {
-            "version": saving.VERSION,
+            "version": VERSION,
             "tasks": list(self._weights),
             "method_name": type(o.method).__name__,
             "granularity": o.granularity,
-            "method": saving.to_json({k: v for k, v in state.items() if k not in by_tensor}),
+            "method": to_json({k: v for k, v in state.items() if k not in by_tensor}),
             "counters": resolver.counters.tolist(),
             "kept": {name: there is not None for name, there in kept.items()},
             # As long whether a window has begun or not: torch may ask for each number by its place.
@@ -82,7 +82,7 @@ class SavedOptimizer(OptimizerWrapper):
                 "planned": list(window.planned or [0] * len(self._weights)),
             },
         }
-        return saving.Saved(storage, history, momentum, by_tensor, common, without_state)
+        return Saved(storage, history, momentum, by_tensor, common, without_state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the base, and beside it what this optimizer adds, under "gcond".
@@ -115,9 +115,9 @@ class SavedOptimizer(OptimizerWrapper):
         self._update_layout()
         self._resolver.fit_state()
         with fixed_precision():
-            state = saving.add_to_base(self.base, self._saved())
+            state = self._saved().state_dict(self.base)
         # For those who look into a file; loading reads the groups.
-        state[saving.KEY] = {"version": saving.VERSION, "counters": self._resolver.counters}
+        state[KEY] = {"version": VERSION, "counters": self._resolver.counters}
         self._forget_initialized()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state)
@@ -144,15 +144,12 @@ class SavedOptimizer(OptimizerWrapper):
                 "a part of this window is on its way to the other ranks: load a state between "
                 "step() and backward()"
             )
-        state_dict = reordered(state_dict, self.base.param_groups)
-        common, entries = saving.read(state_dict)
-        self._check_common(common)
-        saving.check_form(self.base, state_dict)
+        restored = Restored(state_dict, self.base, list(self._parameters()))
+        self._check_common(restored.common)
         self._update_layout()
-        restored = saving.Restored(entries, list(self._parameters()), common)
         restored.check(self._storage)
         with fixed_precision():
-            self._restore(restored, saving.remove_from_base(state_dict))
+            self._restore(restored)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -166,17 +163,24 @@ class SavedOptimizer(OptimizerWrapper):
         for what, own in here.items():
             if common[what] != own:
                 raise ValueError(f"the state has {what} {common[what]!r}, this optimizer {own!r}")
-        saving.check_window(common["window"], o.mode, o.accumulation_steps)
+        window = common["window"]
+        for what in ("mode", "accumulation_steps"):
+            if window["position"] > 0 and window[what] != getattr(o, what):
+                raise ValueError(
+                    f"the state was taken in the middle of a window with {what}={window[what]!r}, "
+                    f"this optimizer has {getattr(o, what)!r}"
+                )
 
-    def _restore(self, restored: saving.Restored, of_base: dict[str, Any]) -> None:
+    def _restore(self, restored: Restored) -> None:
         storage, resolver, window = self._storage, self._resolver, restored.common["window"]
         o = self._options.assigned
         shared = None if o.granularity == "model" else o.method.shared_state
         # Before anything is changed: a state with other settings is refused.
         restored.method_state(storage, resolver.fresh_state(), shared)
-        self.base.load_state_dict(of_base)
-        for p in restored.without_state:
-            self.base.state.pop(p, None)
+        self.base.load_state_dict(restored.of_base)
+        for p, entry in restored.entries.items():
+            if not entry["base_has_state"]:
+                self.base.state.pop(p, None)
         self._start_window()
         new = [(p, name) for p, name in restored.parameters if p not in storage]
         if new:  # frozen here

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gcond_kernels.storage.assigned import AssignedGradients
 from gcond_kernels.storage.names import labels_of
-from gcond_kernels.storage.state import KEY
+from gcond_kernels.storage.state_format import KEY
 from gcond_kernels.storage.state_view import StateView
 
 NOT_COPIED = ("step", "_opt_called", "_wrapped_by_lr_sched", "profile_hook_step")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from gcond_kernels import GCondFused
-from gcond_kernels.storage.state import remove_from_base
+from gcond_kernels.storage.state_format import without_gcond
 from tests.storage.test_state import through_a_file
 from tests.test_optimizer import (
     TASKS,
@@ -138,7 +138,7 @@ def test_without_conflict_it_trains_as_the_base_alone(name):
         optimizer.step()
         alone.step()
         assert torch.equal(flat_parameters(model), flat_parameters(twin))
-    assert same(remove_from_base(optimizer.base.state_dict()), alone.state_dict())
+    assert same(without_gcond(optimizer.base.state_dict()), alone.state_dict())
     assert not torch.equal(flat_parameters(model), flat_parameters(model_for(name)))
 
 
@@ -212,7 +212,7 @@ def test_a_closure_that_computes_a_loss_is_refused_and_nothing_changes(name):
         optimizer.backward(losses_of(model, batch))
 
     def all_there_is():
-        base = remove_from_base(optimizer.base.state_dict())
+        base = without_gcond(optimizer.base.state_dict())
         return [base, model.state_dict(), gradients(optimizer)]
 
     before = copy.deepcopy(all_there_is())

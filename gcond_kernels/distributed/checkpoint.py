@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from gcond_kernels.storage.names import labels_of
-from gcond_kernels.storage.state import is_plain
+from gcond_kernels.storage.state_format import is_plain
 
 if TYPE_CHECKING:
     from gcond_kernels.optimizer import GCondFused

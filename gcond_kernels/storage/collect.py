@@ -47,7 +47,9 @@ class Collector:
         self._pass: BackwardPass | None = None
 
     @contextmanager
-    def collect(self, task: int, scale: float | Tensor, backend: str) -> Iterator[None]:
+    def collect(
+        self, task: int, scale: float | Tensor, backend: str | ops.Backend
+    ) -> Iterator[None]:
         """Add `scale` times every `.grad` that a backward pass within leaves, and free it.
 
         Where the pass fails a part of it may have been added: the window is lost.
@@ -107,7 +109,7 @@ class BackwardPass:
     """
 
     def __init__(
-        self, storage: GradientStorage, task: int, scale: float | Tensor, backend: str
+        self, storage: GradientStorage, task: int, scale: float | Tensor, backend: str | ops.Backend
     ) -> None:
         self.storage = storage
         self.task = task
@@ -144,7 +146,7 @@ class BackwardPass:
                 raise RuntimeError(
                     f"the gradient of {segments[t].name} was put back after it was collected: the "
                     "model is wrapped in a DistributedDataParallel that GCondFused does not know; "
-                    "give the wrapped model as module="
+                    "assign the wrapped model, optimizer.module = model"
                 )
         self._add(again)
         self._add([t for t in range(len(segments)) if t not in self.added])
@@ -218,22 +220,19 @@ def in_memory_order(
     Raises:
         ValueError: a gradient cannot be accumulated.
     """
-    # Hundreds of them for every micro-batch: all at once where nothing is special.
-    pairs = [(s, g) for s, g in zip(segments, gradients, strict=True) if g is not None]
-    present = [gradient for _, gradient in pairs]
-    if (
-        set(map(attrgetter("layout"), present)) <= {torch.strided}
-        and list(map(Tensor.stride, present)) == [segment.stride for segment, _ in pairs]
-        and list(map(Tensor.numel, present)) == [segment.size for segment, _ in pairs]
-        and not any(map(Tensor.is_neg, present))
-        and set(map(attrgetter("dtype"), present)) <= set(GRADIENT_DTYPES)
-        and set(map(attrgetter("device"), present)) <= {device}
-    ):
-        return gradients
-    return [
-        None if gradient is None else one_in_memory_order(segment, gradient, device)
-        for segment, gradient in zip(segments, gradients, strict=True)
-    ]
+    ordered = gradients.copy()
+    for t, (segment, gradient) in enumerate(zip(segments, gradients, strict=True)):
+        # Hundreds of them for every micro-batch: no call of Python where nothing is special.
+        if gradient is not None and not (
+            gradient.layout == torch.strided
+            and gradient.stride() == segment.stride
+            and gradient.numel() == segment.size
+            and gradient.dtype in GRADIENT_DTYPES
+            and gradient.device == device
+            and not gradient.is_neg()
+        ):
+            ordered[t] = one_in_memory_order(segment, gradient, device)
+    return ordered
 
 
 def one_in_memory_order(segment: Segment, gradient: Tensor, device: torch.device) -> Tensor:

@@ -112,16 +112,13 @@ def picked(values: Tensor, places: Sequence[int], fill: int, device: torch.devic
 
 
 def check_parameter(parameter: Tensor, name: str, device: torch.device, dtensors: bool) -> None:
-    """Check that a parameter can have a segment.
+    """Raise a ValueError that says why a parameter cannot have a segment, if it cannot.
 
     Args:
         parameter: the parameter.
         name: its name.
         device: of the first parameter.
         dtensors: whether parameters may be DTensors.
-
-    Raises:
-        ValueError: it cannot; the message says why.
     """
     if torch.nn.parameter.is_lazy(parameter):
         raise ValueError(f"{name} is not initialized yet: run the model once before training")

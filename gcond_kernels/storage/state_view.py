@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcond_kernels.storage.state import KEY, Entry
+from gcond_kernels.storage.state import Entry
+from gcond_kernels.storage.state_format import KEY
 
 
 class ParameterState(ChainMap[str, Any], dict[str, Any]):  # type: ignore[misc]

@@ -199,7 +199,7 @@ def gradients_not_waited_for(model):
     return t.distributed()
 
 
-@mistake("RuntimeError: the gradient of .* was put back .*as module=")
+@mistake("RuntimeError: the gradient of .* was put back .*optimizer.module = ")
 def not_the_wrapped_model(model):
     """The model inside is given, and the gradients come in more than one bucket."""
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)

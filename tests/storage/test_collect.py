@@ -1,4 +1,4 @@
-"""Taking gradients while a backward pass runs: the bits of after it, no trace of failures."""
+"""Collecting gradients during or after a backward pass: the same bits, no trace of failures."""
 
 import copy
 import gc
@@ -14,21 +14,21 @@ from gcond_kernels import GCondFused
 from gcond_kernels.storage import collect
 from tests.test_optimizer import TASKS, batches, flat_parameters, losses_of, model_of, same, sgd
 
-# Bytes of a bucket: all gradients are taken when the pass is over, or one fills a bucket.
-KINDS = {"whole": 32 << 20, "bucketed": 8}
+# Bytes of a bucket: gradients are added after the backward pass, or during it, one at a time.
+BUCKETS = {"after": 32 << 20, "during": 8}
 
 
 @pytest.fixture(autouse=True)
 def _small_buckets(monkeypatch):
-    monkeypatch.setattr(collect, "BUCKET_BYTES", KINDS["bucketed"])
+    monkeypatch.setattr(collect, "BUCKET_BYTES", BUCKETS["during"])
 
 
-def trained(model, loss_of, kind, backend="python", steps=3, **options):
+def trained(model, loss_of, when, backend="python", steps=3, **options):
     """Parameters and the optimizer's state after some windows."""
     options = {"accumulation_steps": 2, "momentum": 0.5} | options
     optimizer = GCondFused(sgd(model), TASKS, backend=backend, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collect, "BUCKET_BYTES", KINDS[kind])
+        patch.setattr(collect, "BUCKET_BYTES", BUCKETS[when])
         for batch in batches(2 * steps):
             losses = loss_of(model, batch)
             if optimizer.backward({task: losses[task] for task in optimizer.active_tasks}):
@@ -43,30 +43,30 @@ class Launches:
         self.sizes = []
         original = collect.BackwardPass._launch
 
-        def launch(harvest, places, overwrite):
+        def launch(backward_pass, places, overwrite):
             self.sizes.append(len(places))
-            original(harvest, places, overwrite)
+            original(backward_pass, places, overwrite)
 
         monkeypatch.setattr(collect.BackwardPass, "_launch", launch)
 
 
 @pytest.mark.parametrize("mode", ["exact", "stochastic"])
-def test_buckets_give_the_same_bits(backend, mode):
-    results = [trained(model_of(), losses_of, kind, backend, mode=mode) for kind in KINDS]
+def test_during_and_after_the_pass_give_the_same_bits(backend, mode):
+    results = [trained(model_of(), losses_of, when, backend, mode=mode) for when in BUCKETS]
     assert same(*results)
 
 
-def test_buckets_are_launched_while_the_pass_runs(monkeypatch):
+def test_buckets_are_added_during_the_pass(monkeypatch):
     launches = Launches(monkeypatch)
-    trained(model_of(), losses_of, "bucketed", steps=1)
-    # Four parameters: three buckets of one while the pass runs, and the last after it.
+    trained(model_of(), losses_of, "during", steps=1)
+    # Four parameters: three buckets of one during the pass, and the last after it.
     assert launches.sizes == [1, 1, 1, 1] * 4
     launches.sizes.clear()
-    trained(model_of(), losses_of, "whole", steps=1)
+    trained(model_of(), losses_of, "after", steps=1)
     assert launches.sizes == [4] * 4
 
 
-def test_gradients_are_freed_while_the_pass_runs():
+def test_gradients_are_freed_during_the_pass():
     alive, most = set(), []
     first, second, third = (nn.Linear(4, 4, bias=False) for _ in range(3))
     model = nn.Sequential(first, second, third)
@@ -107,8 +107,8 @@ def test_activation_checkpointing(backend, use_reentrant, mode):
             return {task: lambda task=task: checkpointed(True)(model, x)[task] for task in TASKS}
     else:
         loss_of = checkpointed(use_reentrant)
-    results = [trained(model_of(), loss_of, kind, backend, mode=mode) for kind in KINDS]
-    plain = trained(model_of(), plain_twice, "whole", backend, mode=mode)
+    results = [trained(model_of(), loss_of, when, backend, mode=mode) for when in BUCKETS]
+    plain = trained(model_of(), plain_twice, "after", backend, mode=mode)
     for result in results:
         # In parts the gradient is summed in another order.
         assert torch.allclose(result[0], plain[0], rtol=1e-5, atol=1e-6)
@@ -119,7 +119,7 @@ def plain_twice(model, x):
     return {"a": (y[:, 0] - 1).pow(2).mean(), "b": (y.sum(1) + 1).pow(2).mean()}
 
 
-def test_a_gradient_that_comes_in_parts_is_added_up(monkeypatch):
+def test_parts_of_a_gradient_are_added_up(monkeypatch):
     launches = Launches(monkeypatch)
     x = batches(1)[0].requires_grad_(True)
     model = model_of()
@@ -141,13 +141,13 @@ def test_a_gradient_that_comes_in_parts_is_added_up(monkeypatch):
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiled_models(compiler, kind):
+@pytest.mark.parametrize("when", BUCKETS)
+def test_compiled_models(compiler, when):
     torch._dynamo.reset()
     model = model_of()
     compiled = torch.compile(model, backend=compiler)
-    got = trained(model, lambda _, x: losses_of(compiled, x), kind)
-    expected = trained(model_of(), losses_of, kind)
+    got = trained(model, lambda _, x: losses_of(compiled, x), when)
+    expected = trained(model_of(), losses_of, when)
     # The compiler may fuse what eager rounds twice.
     assert torch.allclose(got[0], expected[0], rtol=1e-5, atol=1e-6)
 
@@ -171,10 +171,10 @@ def test_compiled_for_one_pass_and_passed_through_twice():
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_model_whose_wrapper_replaces_gradients_after_the_pass(kind, tmp_path):
+@pytest.mark.parametrize("when", BUCKETS)
+def test_a_model_whose_wrapper_replaces_gradients_after_the_pass(when, tmp_path):
     """DistributedDataParallel; of one process, which must train as without it."""
-    expected = trained(model_of(), losses_of, kind)
+    expected = trained(model_of(), losses_of, when)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
     )
@@ -185,7 +185,7 @@ def test_a_model_whose_wrapper_replaces_gradients_after_the_pass(kind, tmp_path)
         def functions(_, x):
             return {task: lambda task=task: losses_of(wrapped, x)[task] for task in TASKS}
 
-        got = trained(model, functions, kind)
+        got = trained(model, functions, when)
     finally:
         torch.distributed.destroy_process_group()
     assert torch.allclose(got[0], expected[0], rtol=1e-5, atol=1e-6)
@@ -218,7 +218,7 @@ def test_hooks_of_others_see_and_may_replace_the_gradient(backend):
     assert torch.equal(q.grad, torch.ones(4))
 
 
-def test_a_hook_of_others_may_take_the_gradient_away(backend):
+def test_a_hook_of_others_may_remove_the_gradient(backend):
     p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
     for parameter in (p, q):
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -236,11 +236,11 @@ class Fails(torch.autograd.Function):
     broken = False
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(_ctx, x):
         return x.clone()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(_ctx, gradient):
         if Fails.broken:
             raise ArithmeticError("in the middle")
         return gradient
@@ -262,11 +262,11 @@ def functions(model, x):
     return {task: lambda task=task: fragile(model, x)[task] for task in TASKS}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("when", BUCKETS)
 @pytest.mark.parametrize("before", [0, 1])
-def test_a_pass_that_fails_leaves_nothing_of_its_window(backend, fail, monkeypatch, kind, before):
+def test_a_pass_that_fails_leaves_nothing_of_its_window(backend, fail, monkeypatch, when, before):
     """Though some buckets of it were added by then."""
-    monkeypatch.setattr(collect, "BUCKET_BYTES", KINDS[kind])
+    monkeypatch.setattr(collect, "BUCKET_BYTES", BUCKETS[when])
     launches = Launches(monkeypatch)
     x = batches(8)
     model, twin = model_of(), model_of()
@@ -286,7 +286,7 @@ def test_a_pass_that_fails_leaves_nothing_of_its_window(backend, fail, monkeypat
     ):
         optimizer.backward(functions(model, x[3]))
     fail(False)
-    assert launches.sizes == ([1] if kind == "bucketed" else [])
+    assert launches.sizes == ([1] if when == "during" else [])
     assert optimizer._storage.counts == [0, 0]
     assert all(p.grad is None for p in model.parameters())
     for m, o in ((model, optimizer), (twin, calm)):
@@ -367,7 +367,8 @@ def test_copies_have_hooks_of_their_own(monkeypatch):
 
 def test_a_parameter_without_gradient_in_a_first_micro_batch_is_cleared(backend):
     p, q = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(8))
-    optimizer = GCondFused(torch.optim.SGD([p, q], lr=0.0), {"a": 1.0}, accumulation_steps=2)
+    sgd = torch.optim.SGD([p, q], lr=0.0)
+    optimizer = GCondFused(sgd, {"a": 1.0}, accumulation_steps=2, backend=backend)
     for window in range(2):
         optimizer.backward({"a": p.sum() + (q.sum() if window == 0 else 0.0)})
         optimizer.backward({"a": p.sum() + q.sum()})

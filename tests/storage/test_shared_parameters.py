@@ -29,12 +29,12 @@ from gcond_kernels.methods.method import Known, Method, fresh_state
 from gcond_kernels.storage.shared_parameters import SharedParameters, shared_tensors
 
 TASKS = {"a": 1.0, "b": 0.5, "c": 2.0}
-WEIGHING = [
+WITH_WEIGHTS = [
     Sum(), PCGrad(seed=3), CAGrad(c=0.4), MGDA(), GradNorm(lr=0.1), UPGrad(), GradVac(),
     AlignedMTL(), IMTLG(), NashMTL(), GCond(),
 ]  # fmt: skip
-ALL = [*WEIGHING, GradDrop(seed=5)]
-EVERY = [(m, g) for m in WEIGHING for g in ("model", "tensor")] + [(GradDrop(seed=5), "model")]
+ALL = [*WITH_WEIGHTS, GradDrop(seed=5)]
+EVERY = [(m, g) for m in WITH_WEIGHTS for g in ("model", "tensor")] + [(GradDrop(seed=5), "model")]
 # What the kernels see of methods are the shapes of weights and masks: of those one of each sort.
 FEW = [(CAGrad(c=0.4), "model"), (GCond(), "model"), (GCond(), "tensor")]
 FEW_AND_DROP = [*FEW, (GradDrop(seed=5), "model")]
@@ -133,7 +133,7 @@ def named(method):
 
 
 @pytest.mark.parametrize("granularity", ["model", "tensor"])
-@pytest.mark.parametrize("method", [*WEIGHING, half_of_both], ids=named)
+@pytest.mark.parametrize("method", [*WITH_WEIGHTS, half_of_both], ids=named)
 def test_heads_keep_their_gradient_and_take_no_part(method, granularity):
     check_heads("python", method, granularity)
 
@@ -244,7 +244,7 @@ def test_history_starts_anew_where_tasks_come_to_share_more():
 
 
 @pytest.mark.parametrize(
-    ("owners", "active", "shared"),
+    ("tasks", "active", "shared"),
     [
         (["ab", "a", "b"], 2, [True, False, False]),
         (["ab", "a", ""], 1, [True, False, False]),
@@ -253,15 +253,15 @@ def test_history_starts_anew_where_tasks_come_to_share_more():
         (["ac", "abc", "c"], 3, [True, True, False]),
     ],
 )
-def test_which_tensors_are_shared(owners, active, shared):
-    owners = torch.tensor([[task in of_tensor for task in "abc"] for of_tensor in owners])
-    assert shared_tensors(owners, active <= 1).tolist() == shared
+def test_which_tensors_are_shared(tasks, active, shared):
+    tasks = torch.tensor([[task in of_tensor for task in "abc"] for of_tensor in tasks])
+    assert shared_tensors(tasks, active <= 1).tolist() == shared
     if active == 1 and all(shared):
         shared = [False] * 3
-    assert shared_tensors(owners, False).tolist() == shared
+    assert shared_tensors(tasks, False).tolist() == shared
 
 
-def test_a_gradient_of_zeros_makes_nobody_an_owner():
+def test_a_gradient_of_zeros_does_not_make_a_parameter_shared():
     """Autograd gives zeros instead of None, where losses are indexed from one tensor, say."""
     model, twin, x = net(), net(), inputs(4)
     optimizer, plain = optimizer_of(model, method=MGDA()), optimizer_of(twin, method=MGDA())
@@ -274,15 +274,15 @@ def test_a_gradient_of_zeros_makes_nobody_an_owner():
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
     names = [segment.name for segment in optimizer._storage.segments]
-    owners = dict(zip(names, optimizer._storage.parameter_tasks.tolist(), strict=True))
-    assert owners["body.0.weight"] == [True] * 3
-    assert owners["heads.b.weight"] == [False, True, False]
+    tasks = dict(zip(names, optimizer._storage.parameter_tasks.tolist(), strict=True))
+    assert tasks["body.0.weight"] == [True] * 3
+    assert tasks["heads.b.weight"] == [False, True, False]
     assert torch.equal(optimizer._storage.parameter_tasks, plain._storage.parameter_tasks)
     assert optimizer.report().tensor_cosines.keys() == set(SHARED)
 
 
 @pytest.mark.parametrize("by_tensor", [False, True])
-def test_what_is_compared_does_not_depend_on_what_the_host_knows(by_tensor):
+def test_resolution_does_not_depend_on_what_the_host_knows(by_tensor):
     """`all_shared` saves work where all is shared; the numbers are those of the device."""
     G = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     per_tensor = G @ G.mT
@@ -353,7 +353,7 @@ def test_each_tensor_is_resolved_as_if_it_were_the_only_one(backend):
     assert row["conflicts"] == len(optimizer.report().conflicts)
 
 
-def test_max_norm_and_signs_go_by_the_weights_of_each_tensor(backend):
+def test_max_norm_and_signs_use_the_weights_of_each_tensor(backend):
     x = inputs(2)
     for options in ({"max_norm": 0.1}, {"update": LionLars(), "momentum": 0.9}):
         written = []
@@ -633,8 +633,8 @@ def test_what_is_no_method_is_refused():
     ("function", "error"),
     [
         (lambda S: S, r"one weight for each of the 3 tasks, a tensor \[3\], not \[3, 3\]"),
-        (lambda S: [1.0, 1.0, 1.0], r"not \[1.0, 1.0, 1.0\]"),
-        (lambda S: torch.ones(2), r"not \[2\]"),
+        (lambda _: [1.0, 1.0, 1.0], r"not \[1.0, 1.0, 1.0\]"),
+        (lambda _: torch.ones(2), r"not \[2\]"),
     ],
 )
 def test_a_function_that_returns_no_weights_changes_nothing(function, error):
@@ -661,7 +661,7 @@ def test_weights_that_are_not_finite_skip_the_step():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-def test_gradnorm_may_look_at_one_layer_alone():
+def test_gradnorm_may_compare_one_layer():
     model, x = net(), inputs(2)
     method = GradNorm(lr=0.5, parameters=("body.2",))
     optimizer = optimizer_of(model, method=method)
@@ -711,7 +711,7 @@ def test_losses_are_means_over_the_micro_batches_that_count():
         assert one._resolver.losses.tolist() == [0.0] * 3
 
 
-def test_a_loss_that_gradnorm_cannot_use_is_said_before_a_state_changes():
+def test_a_loss_that_gradnorm_cannot_use_is_refused_before_a_state_changes():
     model, (x,) = net(), inputs(1)
     optimizer = optimizer_of(model, method=GradNorm(lr=0.1), accumulation_steps=1)
     train(model, optimizer, [x])
@@ -779,7 +779,7 @@ def test_one_task_and_every_method(backend):
         assert optimizer.report().weights == {"a": 1.0}
 
 
-def test_reports_tell_the_incidence_of_conflict():
+def test_reports_contain_the_incidence_of_conflict():
     model = net()
     optimizer = optimizer_of(model, method=PCGrad())
     train(model, optimizer, inputs(2))
@@ -862,7 +862,7 @@ def test_gradients_that_cancel_out_make_no_noise(method):
         assert (found - along).norm() <= 2e-3 * a.norm()
 
 
-def test_gradnorm_weighs_a_task_that_the_chosen_layer_does_not_see():
+def test_gradnorm_weights_a_task_that_does_not_reach_the_chosen_layer():
     """It keeps its weight of 1, and its gradient."""
     torch.manual_seed(0)
     first, second = nn.Linear(3, 5), nn.Linear(5, 2)
@@ -926,10 +926,10 @@ def test_weights_of_tasks_that_share_nothing_are_one():
 class Slowed(Method):
     """A user's own method with a state: weights that grow from 0 to 1, by a count of steps."""
 
-    def new_state(self, tasks, device):
+    def new_state(self, _tasks, device):
         return {"steps": torch.zeros((), dtype=torch.int64, device=device)}
 
-    def weights(self, gramian, state, known):
+    def weights(self, gramian, state, _known):
         state["steps"] += 1
         share = 1.0 - 0.5 ** state["steps"].double()
         return share[..., None].expand(gramian.shape[:-1])
@@ -950,7 +950,7 @@ def test_a_method_of_the_users_own_may_keep_a_state(granularity):
 
 def test_a_method_that_returns_no_weights_says_so():
     class Wrong(Slowed):
-        def weights(self, gramian, state, known):
+        def weights(self, gramian, *_):
             return gramian.new_ones(1)
 
     with pytest.raises(ValueError, match=r"Wrong.weights must return .* \[2\], not \[1\]"):
