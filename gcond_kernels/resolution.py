@@ -19,8 +19,7 @@ from gcond_kernels.options import OptionsInUse, TaskWeights
 from gcond_kernels.precision import overflow
 from gcond_kernels.precision.nonfinite import describe, nonfinite_tasks, without_tasks
 from gcond_kernels.storage.accumulator import GradientStorage
-from gcond_kernels.storage.shared_parameters import SharedParameters
-from gcond_kernels.storage.sharing import Sharing
+from gcond_kernels.storage.shared_parameters import SharedParameters, Sharing
 
 NOTHING_CHANGED = (
     "Nothing was changed; to go on, set optimizer.on_nonfinite to 'skip' or 'drop_task' and call "
@@ -362,6 +361,8 @@ class Resolver:
         """Put the snapshot back where the result does not fit; raise where that is wanted."""
         for tensor, old in before:
             tensor.copy_(torch.where(finite, tensor, old))
+        if before:
+            self.sharing.note_roll_back(~finite)
         if self.options.on_nonfinite == "raise" and before and not bool(finite):
             name = type(self.options.current.method).__name__
             raise FloatingPointError(

@@ -20,7 +20,6 @@ from gcond_kernels.storage.layout import (
     segments_of,
     shapes_of,
 )
-from gcond_kernels.storage.shared_parameters import shared_tensors
 from gcond_kernels.storage.trainable_mask import read_mask, write_mask
 
 
@@ -266,29 +265,6 @@ class GradientStorage:
             if gradient is not None:
                 assigned.append(gradient)
         return assigned
-
-    def update_parameter_tasks(
-        self, seen: Tensor, finite: Tensor, alone: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Record which tasks had a gradient for which tensor, without synchronizing the device.
-
-        Args:
-            seen: [T, K] bool, where a task's gradient is not zero in this window.
-            finite: [] bool; where it is False nothing is recorded.
-            alone: as `shared_tensors` takes it.
-
-        Returns:
-            Which tensors are shared, [T], and whether those are others than last time, [].
-        """
-        # In place: a CUDA graph repeats it.
-        self.parameter_tasks |= seen & finite
-        shared = shared_tensors(self.parameter_tasks, alone)
-        was, now = self.was_shared, shared.to(torch.int8)
-        changed = finite & ((was >= 0) & (was != now)).any()
-        # A tensor that no task had a gradient for was not compared: its history is zero.
-        known = self.parameter_tasks.any(1)
-        was.copy_(torch.where(known & finite, now, was))
-        return shared, changed
 
     def start_window(self) -> None:
         """Drop what this window accumulated."""

@@ -228,6 +228,25 @@ def test_what_a_task_once_had_a_gradient_for_stays_shared():
     assert optimizer._storage.parameter_tasks.tolist() == [[True, True]]
 
 
+def test_a_step_that_overflows_does_not_make_a_task_use_a_parameter():
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    weight = 1.0
+    optimizer = GCondFused(
+        torch.optim.SGD([p, q], lr=0.1),
+        {"a": 1.0, "b": 1.0},
+        method=lambda S: torch.full_like(S[0], weight),
+    )
+    optimizer.backward({"a": p.sum(), "b": p.sum()})
+    optimizer.step()
+    weight = math.inf
+    optimizer.backward({"a": (p + q).sum()})
+    optimizer.step()
+    assert optimizer.report().skipped
+    weight = 1.0
+    optimizer.backward({"a": p.sum() + (0.0 * q).sum()})
+    assert q.grad is None
+
+
 def test_history_starts_anew_where_tasks_come_to_share_more():
     """Else its norms would be of other parameters than its products."""
     p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
