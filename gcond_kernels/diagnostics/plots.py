@@ -30,7 +30,7 @@ LAYERS = 20
 SMALLEST = 8.0  # points of a layer's name above its bar; a longer name loses its middle
 WINNERS = 12
 FEW_STEPS = 60  # up to this many are joined by lines, more get a running median
-LEAST_HEIGHT = 0.09  # of a zone, in cosine, that leaves room for its name
+LEAST_HEIGHT = 0.09  # of a zone, in cosine, for its name to fit
 NOTHING_TO_DRAW = "there is nothing to draw before {}: train some steps first (capacity above 0)"
 
 
@@ -267,12 +267,12 @@ def _draw_marks(
     axes.grid(axis="y", alpha=0.3)
     first, last = min(r["step"] for r in records), max(r["step"] for r in records)
     length = max(last - first, 1)
-    axes.set_xlim(first - 0.02 * length, last + 0.24 * length)  # room for the names of the zones
+    axes.set_xlim(first - 0.02 * length, last + 0.24 * length)  # space for the names of the zones
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
 
 
 def _draw_layers(axes: Axes, layers: Sequence[Record]) -> None:
-    """Draw a bar for each layer with its name on it, so that a long name leaves them their room."""
+    """Draw a bar for each layer with its name on it, which may be long."""
     worst = layers[:LAYERS]
     many = f" (the worst {LAYERS} of {len(layers)})" if len(layers) > LAYERS else ""
     axes.set_title(f"How often do they conflict in each layer?{many}", fontsize=14)
@@ -309,7 +309,7 @@ def _draw_ranking(
     axes.barh(range(len(worst)), counts, color=BLUE, height=0.36)
     axes.set_yticks(range(len(worst)), [f"{index + 1}." for index in range(len(worst))])
     axes.set_ylim(len(worst) - 0.5, -0.75)
-    axes.set_xlim(0.0, 1.25 * max(*counts, 1))  # room for the numbers
+    axes.set_xlim(0.0, 1.25 * max(*counts, 1))  # space for the numbers
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set_xlabel("conflicts s(l), of all comparisons of two tasks in the layer", fontsize=12)
     below = f"{threshold:g}".replace("-", "−")
@@ -343,12 +343,12 @@ def _write_name(axes: Axes, index: int, layer: str) -> None:
         verticalalignment="bottom",
         fontsize=11.0,
     )
-    room = 0.98 * axes.bbox.width
+    available = 0.98 * axes.bbox.width
     length, size = len(name), 11.0
-    while (width := text.get_window_extent().width) > room:
+    while (width := text.get_window_extent().width) > available:
         if size > SMALLEST:
-            size = max(SMALLEST, 0.98 * size * room / width)
+            size = max(SMALLEST, 0.98 * size * available / width)
             text.set_fontsize(size)
         else:
-            length = min(length - 1, int(length * room / width))
+            length = min(length - 1, int(length * available / width))
             text.set_text(_plain(shortened(layer, length)))

@@ -26,7 +26,7 @@ from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.ops.launch_tables import is_capturing, keep_if_captured
 from gcond_kernels.storage.names import without_wrappers
 
-BINS = 100  # cosines of layers are counted in so many intervals from -1 to 0
+BINS = 100  # cosines of layers are counted in this many intervals from -1 to 0
 
 
 class _Buffers(NamedTuple):
@@ -76,7 +76,7 @@ class Recorder:
         self.thresholds = thresholds
         self._parameter_names: list[str] = []
         self._layer_names: list[str] = []
-        self._buffers: _Buffers | None = None  # made by the first `record`, which knows the device
+        self._buffers: _Buffers | None = None  # made by the first `record`, on its device
         self.capacity = capacity
 
     @property
@@ -191,7 +191,7 @@ class Recorder:
     def rows(self) -> list[Record]:
         """Return a record of each step, oldest first: the rows of a table of plain Python values.
 
-        Goes into `pandas.DataFrame(recorder.rows())` or a `csv.DictWriter` as it is. On a GPU this
+        For `pandas.DataFrame(recorder.rows())` or a `csv.DictWriter`. On a GPU this
         synchronizes with the device. Each record holds
 
         - step: which resolution it was, counted from 1;

@@ -64,8 +64,8 @@ def neuron_mask(
 
     Returns:
         For each weight a bool tensor of its shape, on its device, True where it is trained: exactly
-        as many in each neuron as asked for. Of weights of one magnitude the first are taken. For a
-        DTensor it is a DTensor with the same mesh and placements; all ranks call this.
+        k, or the share, of each neuron. Of equal magnitudes the first are selected. For a DTensor a
+        DTensor with the same mesh and placements; all ranks call this.
 
     Raises:
         TypeError: model is no module.

@@ -1,4 +1,4 @@
-"""Counts what would make the host wait for a GPU, on CPU tensors that need no waiting."""
+"""Find, on CPU tensors, what would synchronize with a GPU."""
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -41,5 +41,19 @@ class HostReads(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
         if name in METHODS and isinstance(args[0], torch.Tensor):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+class Uploads(TorchFunctionMode):
+    """Within it `found` lists each copy of numbers to a tensor, which synchronizes with a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in ("tensor", "as_tensor", "from_numpy", "scalar_tensor"):
             self.found.append(name)
         return function(*args, **(kwargs or {}))

@@ -25,11 +25,21 @@ from gcond_kernels.methods import (
     Sum,
     UPGrad,
 )
-from gcond_kernels.methods.method import Comparison, Known, fresh_state
+from gcond_kernels.methods.method import fresh_state
 from gcond_kernels.methods.pcgrad import projected
 from gcond_kernels.methods.solvers import FLOAT32_ROUNDING, FLOAT64_ROUNDING
 from tests.conftest import slow
-from tests.methods.test_solvers import FAMILIES, gradients, gramian, raised, spread, unit_gramian
+from tests.helpers.gramians import (
+    FAMILIES,
+    float64,
+    gradients,
+    gramian,
+    name_of,
+    norms_apart,
+    raised,
+    resolve,
+    unit_gramian,
+)
 
 WHY = "others' weights are TorchJD's: pip install 'torchjd[cagrad,nash-mtl,quadprog-projector]'"
 jd = pytest.importorskip("torchjd.aggregation", reason=WHY)
@@ -42,11 +52,7 @@ TASKS = [2, 3, 5, 10, *map(slow, (4, 6, 7, 8, 9))]
 SCALES = (1.0, 1e-6, 1e6)
 
 
-def float64(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def lengths(S):
+def norms(S):
     return S.diagonal(dim1=-2, dim2=-1).sqrt()
 
 
@@ -76,7 +82,7 @@ every_case = pytest.mark.parametrize(("family", "rounding"), CASES, ids=IDS)
 
 def drawn(family, rounding, decades, tasks, seed, scale=1.0):
     """The Gramian that our method is given, the cosines that it is to solve with, and lengths."""
-    J = scale * spread(gradients(family, tasks, seed), decades, seed)
+    J = scale * norms_apart(gradients(family, tasks, seed), decades, seed)
     return gramian(J), raised(unit_gramian(J), rounding), J.norm(dim=-1)
 
 
@@ -85,8 +91,7 @@ def weigh(method, S, rounding):
     if rounding == FLOAT64_ROUNDING:
         return method(S)
     state = fresh_state(method, len(S), (), S.device)
-    known = Known(rounding, None)
-    return method.decide(Comparison(S, None, S.new_ones(len(S)), known=known), state).weights
+    return resolve(method, S, state, rounding=rounding).weights
 
 
 # ---- Values that can be checked by hand, or that others have published.
@@ -113,7 +118,7 @@ S_2 = float64([[18.0, -22.0], [-22.0, 38.0]])  # of [-4, 1, 1] and [6, 1, 1]
         (IMTLG(), [0.592330316938, 0.407669683062], lambda: jd.IMTLGWeighting(), 1e-12),
         (AlignedMTL(), [0.559071915657, 0.408261068099], lambda: jd.AlignedMTLWeighting(), 1e-12),
     ],
-    ids=lambda value: type(value).__name__ if hasattr(value, "weights") else "",
+    ids=name_of,
 )
 def test_check_values(method, expected, theirs, apart):
     # Ours to the digits that are given here.
@@ -153,7 +158,7 @@ def test_imtl_g_of_dependent_gradients_has_equal_projections_where_there_are_any
         # Half the length of each is in common: that part has equal projections onto all of them.
         J = gradients("random", tasks, seed)[:, : size - 1]
         J = torch.cat([J / J.norm(dim=-1, keepdim=True), torch.ones_like(J[:, :1])], 1)
-        J = spread(J, 2.0, seed)
+        J = norms_apart(J, 2.0, seed)
         w = IMTLG()(gramian(J))
         projections = (J @ (w @ J)) / J.norm(dim=-1)
         assert close(projections, projections.mean().expand(tasks), 1e-9)
@@ -251,7 +256,7 @@ def projection(C, i):
 @every_case
 def test_upgrad_makes_no_task_worse(family, rounding):
     for seed in range(20):
-        J = spread(gradients(family, 6, seed), 3.0, seed)
+        J = norms_apart(gradients(family, 6, seed), 3.0, seed)
         w = weigh(UPGrad(), gramian(J), rounding)
         terms = (w * J.norm(dim=-1)).norm()
         along = (J @ (w @ J)) / J.norm(dim=-1)
@@ -463,7 +468,7 @@ def their_orders(monkeypatch):
             left = [j for j in range(len(row)) if j != i]
             rows.append([left.index(j) for j in row if j != i] if others else row)
         drawn = iter(rows)
-        monkeypatch.setattr(torch, "randperm", lambda n: torch.tensor(next(drawn)))
+        monkeypatch.setattr(torch, "randperm", lambda _: torch.tensor(next(drawn)))
 
     return use
 
@@ -472,10 +477,10 @@ def orders(tasks, seed):
     """All orders of 3 tasks, each with others for the rows after the first; or 8 random ones."""
     if tasks == 3:
         every = list(itertools.permutations(range(3)))
-        for at, first in enumerate(every):
-            yield torch.tensor([first, every[(at + 1) % 6], every[(at + 4) % 6]])
-            yield torch.tensor([every[(at + 2) % 6], first, every[(at + 5) % 6]])
-            yield torch.tensor([every[(at + 3) % 6], every[(at + 1) % 6], first])
+        for i, first in enumerate(every):
+            yield torch.tensor([first, every[(i + 1) % 6], every[(i + 4) % 6]])
+            yield torch.tensor([every[(i + 2) % 6], first, every[(i + 5) % 6]])
+            yield torch.tensor([every[(i + 3) % 6], every[(i + 1) % 6], first])
     else:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(8):
@@ -487,8 +492,8 @@ def orders(tasks, seed):
 @pytest.mark.parametrize("tasks", [3, 4, 6, 10])
 def test_pcgrad_in_every_order(their_orders, family, decades, tasks):
     for seed, scale in enumerate(SCALES):
-        S = gramian(scale * spread(gradients(family, tasks, seed), decades, seed))
-        n = lengths(S)
+        S = gramian(scale * norms_apart(gradients(family, tasks, seed), decades, seed))
+        n = norms(S)
         for order in orders(tasks, seed):
             their_orders(order)
             theirs = jd.PCGradWeighting()(S)
@@ -504,14 +509,14 @@ def test_gradvac_in_every_order_over_several_steps(monkeypatch, their_orders, fa
     ours, theirs = GradVac(beta=beta), jd.GradVacWeighting(beta=beta, eps=0.0)
     state = ours.new_state(tasks, torch.device("cpu"))
     for step, order in enumerate(orders(tasks, tasks)):
-        S = gramian(spread(gradients(family, tasks, step), 2.0, step))
+        S = gramian(norms_apart(gradients(family, tasks, step), 2.0, step))
         their_orders(order, others=True)
         monkeypatch.setattr(
             "gcond_kernels.methods.gradvac.random_orders", lambda *_, order=order: order
         )
-        w = ours.decide(Comparison(S, None, S.new_ones(tasks)), state).weights
+        w = resolve(ours, S, state, rounding=FLOAT32_ROUNDING).weights
         # Sines of nearly anti-parallel gradients: 1 − φ² is 1e-6, to 1e-10.
-        assert close(w * lengths(S), theirs(S) * lengths(S), 1e-7)
+        assert close(w * norms(S), theirs(S) * norms(S), 1e-7)
         assert torch.allclose(state["target_cosines"], theirs._phi_t, rtol=1e-7, atol=1e-9)
     assert int(state["counter"]) == step + 1
 

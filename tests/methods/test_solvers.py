@@ -3,54 +3,11 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from gcond_kernels.methods import solvers
-
-FAMILIES = ("random", "conflicting", "anti-parallel", "opposite", "deficient")
-# Of these the cosines have eigenvalues that may be rounding, of sums of float32.
-DEPENDENT = ("opposite", "deficient")
-
-
-def gradients(family: str, tasks: int, seed: int) -> torch.Tensor:
-    """[K, N] gradients of a family.
-
-    "anti-parallel": the first two nearly, 1 + cos is some 5e-5; "opposite": some 5e-7.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    if family == "deficient":
-        return normal(tasks, max(1, tasks // 2)) @ normal(max(1, tasks // 2), 2 * tasks)
-    J = normal(tasks, 2 * tasks)
-    if family == "conflicting":
-        J = J - torch.rand((), generator=generator, dtype=torch.float64) * 1.2 * J.mean(0)
-    if family in ("anti-parallel", "opposite"):
-        off = 1e-2 if family == "anti-parallel" else 1e-3
-        across = normal(2 * tasks)
-        across -= (across @ J[0]) / (J[0] @ J[0]) * J[0]
-        J[1] = -J[0] + off * J[0].norm() * across / across.norm()
-    return J
-
-
-def spread(J: torch.Tensor, decades: float, seed: int) -> torch.Tensor:
-    """The same directions, at lengths up to 10^±decades apart from what they were."""
-    generator = torch.Generator().manual_seed(seed)
-    exponents = 2.0 * torch.rand(len(J), 1, generator=generator, dtype=torch.float64) - 1.0
-    return J * 10.0 ** (decades * exponents)
-
-
-def gramian(J: torch.Tensor) -> torch.Tensor:
-    S = J @ J.mT
-    return (S + S.mT) / 2.0
-
-
-def unit_gramian(J: torch.Tensor) -> torch.Tensor:
-    return gramian(J / J.norm(dim=-1, keepdim=True)).fill_diagonal_(1.0)
+from tests.helpers.gramians import FAMILIES, gradients, gramian, norms_apart, raised, unit_gramian
 
 
 def symmetric(kind: str, size: int, seed: int) -> torch.Tensor:
@@ -109,22 +66,14 @@ def test_a_diagonal_matrix_is_left_as_it_is():
     assert torch.equal(vectors, torch.eye(4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("players", range(1, 14))
-def test_in_a_round_robin_all_meet_once(players):
+@pytest.mark.parametrize("count", range(1, 14))
+def test_each_pair_occurs_once_in_all_rounds(count):
     rounds = []
-    for number in range(players - 1 + players % 2):
-        p, q = solvers.pairs_of_round(number, players, torch.device("cpu"))
+    for number in range(count - 1 + count % 2):
+        p, q = solvers.pairs_of_round(number, count, torch.device("cpu"))
         assert len(torch.cat([p, q]).unique()) == 2 * len(p)
         rounds += zip(p.tolist(), q.tolist(), strict=True)
-    assert sorted(rounds) == list(itertools.combinations(range(players), 2))
-
-
-def raised(C: torch.Tensor, rounding: float = solvers.FLOAT32_ROUNDING) -> torch.Tensor:
-    """What `definite` is to make of cosines, in another arithmetic."""
-    values, vectors = np.linalg.eigh(C.numpy())
-    if values.min() >= rounding:
-        return C
-    return torch.from_numpy((vectors * np.maximum(values, rounding)) @ vectors.T)
+    assert sorted(rounds) == list(itertools.combinations(range(count), 2))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -261,7 +210,7 @@ def test_best_for_the_worst_with_ties(C, best):
 def test_best_for_the_worst_lets_a_bound_go_again():
     """A path on which an entry grows and shrinks back to 0: more turns than there are tasks."""
     J = torch.stack([gradients("conflicting", 5, seed) for seed in range(400)])
-    J = torch.stack([spread(g, 2.0, seed) for seed, g in enumerate(J)])
+    J = torch.stack([norms_apart(g, 2.0, seed) for seed, g in enumerate(J)])
     length = J.norm(dim=-1)
     J = J / length[..., None]
     C = J @ J.mT
@@ -294,15 +243,14 @@ def test_what_rounding_has_made_indefinite_ends_the_path_early():
 def test_batches_of_any_shape():
     C = torch.stack([unit_gramian(gradients("random", 4, seed)) for seed in range(6)])
     q = -torch.rand(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ones = torch.ones_like(q)
     for solve in (
-        lambda C, q, ones: solvers.nonnegative_minimum(C, q),
-        lambda C, q, ones: solvers.best_for_the_worst(C, q, ones, 0.5),
-        lambda C, q, ones: solvers.eigh(C)[0],
-        lambda C, q, ones: solvers.jacobi(C)[0].sort(-1)[0],
-        lambda C, q, ones: solvers.definite(C - 0.9 * torch.eye(4), 1e-6)[..., 0],
+        solvers.nonnegative_minimum,
+        lambda C, q: solvers.best_for_the_worst(C, q, torch.ones_like(q), 0.5),
+        lambda C, _: solvers.eigh(C)[0],
+        lambda C, _: solvers.jacobi(C)[0].sort(-1)[0],
+        lambda C, _: solvers.definite(C - 0.9 * torch.eye(4), 1e-6)[..., 0],
     ):
-        at_once = solve(C.view(2, 3, 4, 4), q.view(2, 3, 4), ones.view(2, 3, 4)).view(6, 4)
-        one_by_one = torch.stack([solve(C[i], q[i], ones[i]) for i in range(6)])
+        at_once = solve(C.view(2, 3, 4, 4), q.view(2, 3, 4)).view(6, 4)
+        one_by_one = torch.stack([solve(C[i], q[i]) for i in range(6)])
         # Batched solves and products may round otherwise.
         assert torch.allclose(at_once, one_by_one, rtol=1e-12, atol=1e-13)

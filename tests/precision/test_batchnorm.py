@@ -1,4 +1,4 @@
-"""Batch normalization with its statistics frozen, and everything else as it was."""
+"""Batch normalization with frozen statistics, and everything else as before."""
 
 import copy
 
@@ -27,7 +27,7 @@ LAYERS = {
     "BatchNorm1d": nn.BatchNorm1d,
     "SyncBatchNorm": nn.SyncBatchNorm,
     "subclass": NormThenDrop,
-    "lazy": lambda features: nn.LazyBatchNorm1d(),
+    "lazy": lambda _: nn.LazyBatchNorm1d(),
 }
 
 
@@ -45,7 +45,7 @@ def buffers(model):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_running_statistics_are_used_and_stay(name):
+def test_running_statistics_are_used_and_not_updated(name):
     model = model_of(LAYERS[name], dropout=0.0)
     if name == "subclass":
         model[1].drop.p = 0.0
@@ -75,7 +75,7 @@ def test_sync_batchnorm_in_training_mode_is_frozen_too():
     assert model[1].num_batches_tracked == 0
 
 
-def test_outside_it_statistics_move():
+def test_statistics_are_updated_outside_of_it():
     model = model_of()
     before = buffers(model)
     with frozen_batchnorm(model):
@@ -102,7 +102,7 @@ def test_dropout_stays_active_and_nothing_else_changes_its_mode(make):
     assert dropped == pytest.approx(0.75 if hasattr(layer, "drop") else 0.5, abs=0.15)
 
 
-def test_nested_it_ends_with_the_outermost():
+def test_nested_contexts_end_with_the_outermost():
     model = model_of()
     with frozen_batchnorm(model):
         with frozen_batchnorm(model):
@@ -113,14 +113,14 @@ def test_nested_it_ends_with_the_outermost():
     assert model[1].num_batches_tracked == 0
 
 
-def test_an_exception_passes_and_modes_come_back():
+def test_an_exception_passes_and_restores_modes():
     model = model_of()
     with pytest.raises(ArithmeticError, match="in the middle"), frozen_batchnorm(model):
         raise ArithmeticError("in the middle")
     assert all(modes(model))
 
 
-def test_layers_in_eval_mode_stay_there():
+def test_layers_in_eval_mode_stay_in_it():
     model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
     model[0].eval()
     with frozen_batchnorm(model):
@@ -132,7 +132,7 @@ def test_layers_in_eval_mode_stay_there():
     assert not any(modes(model))
 
 
-def test_a_layer_that_is_there_twice_and_a_model_that_is_one_layer():
+def test_a_shared_layer_and_a_model_of_one_layer():
     layer = nn.BatchNorm1d(4)
     for model in (layer, nn.Sequential(layer, layer)):
         with frozen_batchnorm(model):
@@ -162,8 +162,8 @@ def test_weights_and_biases_get_the_gradients_of_fixed_statistics():
 
 
 @pytest.mark.parametrize("functions", [False, True])
-def test_training_by_gcond_under_it(functions):
-    """The layer's weights train, its statistics stay, and the optimizer touches no mode."""
+def test_gcond_trains_with_frozen_statistics(functions):
+    """The layer's weights train, its statistics stay, and the optimizer changes no mode."""
     model = model_of()
     model(X)
     model[3].eval()
@@ -186,7 +186,7 @@ def test_training_by_gcond_under_it(functions):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_gcond_without_it_touches_no_mode_either():
+def test_gcond_changes_no_mode():
     model = model_of()
     optimizer = GCondFused(torch.optim.SGD(model.parameters(), lr=0.1), {"a": 1.0})
     optimizer.backward({"a": model(X).pow(2).mean()})

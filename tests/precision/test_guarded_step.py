@@ -1,4 +1,4 @@
-"""Leaving a step of the wrapped optimizer out as the device says, and how often the host asks."""
+"""A step that a flag on the device leaves out, and how often that synchronizes with the device."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gcond_kernels import GCondFused, LionLars, ops
-from gcond_kernels.precision import guarded_step as base_step
+from gcond_kernels.precision import guarded_step
 from tests.helpers.host_reads import HostReads
 from tests.test_optimizer import TASKS, batches, flat_parameters, losses_of, model_of, same
 
@@ -26,11 +26,7 @@ BASES = {
 }
 
 
-def by_flag_or_host(wanted, base):
-    base_step.step_if(wanted, base)
-
-
-WAYS = {"as it chooses": by_flag_or_host, "rolled back": base_step.step_or_roll_back}
+STEPS = {"step_if": guarded_step.step_if, "step_or_roll_back": guarded_step.step_or_roll_back}
 
 
 def with_gradients(model, seed):
@@ -40,50 +36,48 @@ def with_gradients(model, seed):
 
 
 @pytest.mark.parametrize("name", BASES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("first", [False, True])
-def test_a_step_that_is_left_out_might_as_well_not_have_been_called(name, way, first):
+def test_a_step_that_is_left_out_changes_nothing(name, step, first):
     model, twin = model_of(), model_of()
-    base, calm = BASES[name](model.parameters()), BASES[name](twin.parameters())
+    base, other = BASES[name](model.parameters()), BASES[name](twin.parameters())
     wanted = ([NO] if first else []) + [YES, NO, NO, YES, YES]
     for seed, flag in enumerate(wanted):
         with_gradients(model, seed)
         before = flat_parameters(model), copy.deepcopy(base.state_dict()["state"])
-        WAYS[way](flag, base)
+        STEPS[step](flag, base)
         if flag:
             with_gradients(twin, seed)
-            calm.step()
+            other.step()
         else:
             assert torch.equal(before[0], flat_parameters(model))
         if not flag and seed:  # in a first step a fused optimizer makes its state, as it starts
             assert same(before[1], base.state_dict()["state"])
         assert torch.equal(flat_parameters(model), flat_parameters(twin))
-    assert same(base.state_dict(), calm.state_dict())
+    assert same(base.state_dict(), other.state_dict())
     assert not hasattr(base, "found_inf")
 
 
-def test_who_takes_the_flag():
+def test_fused_optimizers_take_the_flag():
     p = list(model_of().parameters())
-    assert base_step.takes_flag(BASES["AdamW fused"](p))
-    assert base_step.takes_flag(BASES["SGD fused"](p))
-    assert not base_step.takes_flag(BASES["AdamW"](p))
+    assert guarded_step.takes_flag(BASES["AdamW fused"](p))
+    assert guarded_step.takes_flag(BASES["SGD fused"](p))
+    assert not guarded_step.takes_flag(BASES["AdamW"](p))
     groups = [{"params": p[:1]}, {"params": p[1:], "fused": False}]
-    assert not base_step.takes_flag(torch.optim.AdamW(groups, lr=0.1, fused=True))
+    assert not guarded_step.takes_flag(torch.optim.AdamW(groups, lr=0.1, fused=True))
     momentum = BASES["SGD fused, momentum"](p)
     with_gradients(nn.ParameterList(p), 0)
-    assert not base_step.takes_flag(momentum)  # its first step would leave a buffer unfilled
+    assert not guarded_step.takes_flag(momentum)  # its first step would leave a buffer unfilled
     momentum.step()
-    assert base_step.takes_flag(momentum)
+    assert guarded_step.takes_flag(momentum)
 
 
-def test_who_is_undone_on_the_device():
-    p = list(model_of().parameters())
-    capturable = torch.optim.AdamW(p, lr=0.1, capturable=True)
-    assert base_step.rolls_back_on_device(torch.device("cpu"), capturable)
+def test_capturable_optimizers_are_rolled_back_on_the_device():
+    p, cpu = list(model_of().parameters()), torch.device("cpu")
+    assert guarded_step.rolls_back_on_device(cpu, torch.optim.AdamW(p, lr=0.1, capturable=True))
     groups = [{"params": p[:1], "capturable": True}, {"params": p[1:]}]
-    assert not base_step.rolls_back_on_device(torch.device("cpu"), torch.optim.AdamW(groups, lr=0.1))
-    assert not base_step.rolls_back_on_device(torch.device("cpu"), BASES["AdamW"](p))
-    assert not base_step.rolls_back_on_device(torch.device("cpu"), BASES["SGD"](p))
+    for base in (torch.optim.AdamW(groups, lr=0.1), BASES["AdamW"](p), BASES["SGD"](p)):
+        assert not guarded_step.rolls_back_on_device(cpu, base)
 
 
 def test_an_error_in_the_step_leaves_no_flag_behind():
@@ -92,7 +86,7 @@ def test_an_error_in_the_step_leaves_no_flag_behind():
     with_gradients(model, 0)
     base.register_step_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        base_step.step_if(YES, base)
+        guarded_step.step_if(YES, base)
     assert not hasattr(base, "found_inf")
     assert not hasattr(base, "grad_scale")
 
@@ -100,14 +94,14 @@ def test_an_error_in_the_step_leaves_no_flag_behind():
 def test_a_first_step_must_not_be_captured(monkeypatch):
     model = model_of()
     with_gradients(model, 0)
-    monkeypatch.setattr(base_step.tables, "is_capturing", lambda device: True)
+    monkeypatch.setattr(guarded_step.tables, "is_capturing", lambda _: True)
     with pytest.raises(RuntimeError, match="SGD makes its state in its first step"):
-        base_step.step_if(YES, BASES["SGD"](model.parameters()))
+        guarded_step.step_if(YES, BASES["SGD"](model.parameters()))
     # One without state may.
-    base_step.step_if(YES, BASES["SGD plain"](model.parameters()))
+    guarded_step.step_if(YES, BASES["SGD plain"](model.parameters()))
 
 
-# How often the host asks.
+# How often the host synchronizes with the device.
 
 KERNELS = [b for b in ("triton", "cuda") if ops.unavailable(b, torch.device("cpu")) is None]
 
@@ -134,7 +128,7 @@ def reads_of_a_run(backend, base_of, **options):
     return reads.found
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu asks CUDA itself")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu checks this by CUDA")
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize(
     "options",
@@ -145,24 +139,23 @@ def reads_of_a_run(backend, base_of, **options):
         {"max_norm": 1.0},
         {"update": LionLars()},
         {"grad_scaler": torch.amp.GradScaler("cpu")},
-        {"record_steps": 0},
     ],
     ids=lambda options: ",".join(options) or "defaults",  # no addresses: workers compare names
 )
-def test_nothing_in_backward_or_step_asks_the_device(backend, options, request):
-    # Triton's interpreter reads what it interprets, through NumPy; that is not the host's doing.
+def test_backward_and_step_do_not_synchronize(backend, options):
+    # Triton's interpreter reads tensors through NumPy, which a GPU does not.
     found = reads_of_a_run(backend, BASES["AdamW fused"], **options)
     if backend == "triton":
         found = [name for name in found if name not in ("numpy", "cpu")]
     assert found == []
 
 
-def test_the_count_sees_what_it_is_to_see():
+def test_synchronizations_are_found():
     reads = reads_of_a_run("python", BASES["AdamW fused"])
     assert "tolist" in reads  # the reference arbitrates on the host
     for backend in KERNELS:
         foreach = reads_of_a_run(backend, lambda p: torch.optim.SGD(p, lr=0.1))
-        assert foreach.count("__bool__") == 2  # one a step: SGD must be told by the host
+        assert foreach.count("__bool__") == 2  # one a step: SGD has no flag
         assert "tolist" in reads_of_a_run(backend, BASES["AdamW fused"], on_nonfinite="raise")
     with HostReads() as counted:
         value = torch.ones(3).sum()

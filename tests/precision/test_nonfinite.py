@@ -21,18 +21,18 @@ from tests.test_optimizer import (
 
 BAD = [math.nan, -math.inf]
 SIZE = 5
-PLACES = [0, 2, SIZE - 1]
-# Every two of a value, a place and the tasks that are hit go together once.
-HITS = [
-    (bad, place, ["b", "abc"][(i + j) % 2])
+INDICES = [0, 2, SIZE - 1]
+# Each pair of a value, an index and the tasks with that value occurs once.
+CASES = [
+    (bad, index, ["b", "abc"][(i + j) % 2])
     for i, bad in enumerate(BAD)
-    for j, place in enumerate(PLACES)
+    for j, index in enumerate(INDICES)
 ]
 HISTORIES = [("a", "raw"), ("b", "resolved"), ("c", "raw")]
 
 
 class Run:
-    """Two parameters and three tasks; a step gives every task the gradients that it is told."""
+    """Two parameters and three tasks, whose gradients each step takes."""
 
     def __init__(self, backend, **options):
         self.p, self.q = nn.Parameter(torch.ones(SIZE)), nn.Parameter(torch.ones(SIZE))
@@ -56,7 +56,7 @@ class Run:
         self.optimizer.step()
 
     def kept(self):
-        """All that a step leaves to the next, but for the counts of what happened."""
+        """Everything that a step leaves to the next, except counters."""
         state = without_counters(copy.deepcopy(self.optimizer.state_dict()))
         return state, self.p.detach().clone(), self.q.detach().clone()
 
@@ -64,17 +64,28 @@ class Run:
 def gradients(seed=0, **replaced):
     generator = torch.Generator().manual_seed(seed)
     made = {task: torch.randn(SIZE, generator=generator) for task in "abc"}
-    for task, (place, value) in replaced.items():
-        made[task][place] = value
+    for task, (index, value) in replaced.items():
+        made[task][index] = value
     return made
 
 
-@pytest.mark.parametrize(("bad", "place", "tasks"), HITS)
-def test_skip_leaves_everything_as_it_was(backend, bad, place, tasks):
+def steps_with_and_without(task, replaced, run, other):
+    """Two steps of both, the second with a value in a task's gradient, and without the task."""
+    for each in (run, other):
+        each.step(gradients(1))
+    run.step(gradients(2, **{task: replaced}))
+    without = gradients(2)
+    del without[task]
+    other.step(without)
+    assert same(run.kept(), other.kept())
+
+
+@pytest.mark.parametrize(("bad", "index", "tasks"), CASES)
+def test_skip_changes_nothing(backend, bad, index, tasks):
     run = Run(backend)
     run.step(gradients(1))
     before = run.kept()
-    run.step(gradients(2, **dict.fromkeys(tasks, (place, bad))))
+    run.step(gradients(2, **dict.fromkeys(tasks, (index, bad))))
     assert same(before, run.kept())
     report = run.optimizer.report()
     assert report.skipped
@@ -90,24 +101,18 @@ def test_skip_leaves_everything_as_it_was(backend, bad, place, tasks):
 
 
 @pytest.mark.parametrize(
-    ("bad", "place", "task", "history"),
+    ("bad", "index", "task", "history"),
     [
-        (BAD[(i + j) % 2], place, *task)
-        for i, place in enumerate(PLACES)
+        (BAD[(i + j) % 2], index, *task)
+        for i, index in enumerate(INDICES)
         for j, task in enumerate(HISTORIES)
     ],
 )
-def test_drop_task_goes_on_as_without_that_task(backend, bad, place, task, history):
+def test_drop_task_makes_the_step_without_that_task(backend, bad, index, task, history):
     """The bits are those of a window in which the task had no micro-batch."""
     options = {"on_nonfinite": "drop_task", "method": GCond(history=history)}
     run, other = Run(backend, **options), Run(backend, **options)
-    for each in (run, other):
-        each.step(gradients(1))
-    run.step(gradients(2, **{task: (place, bad)}))
-    without = gradients(2)
-    del without[task]
-    other.step(without)
-    assert same(run.kept(), other.kept())
+    steps_with_and_without(task, (index, bad), run, other)
     report = run.optimizer.report()
     assert not report.skipped
     assert report.skipped_steps == 0
@@ -115,7 +120,7 @@ def test_drop_task_goes_on_as_without_that_task(backend, bad, place, task, histo
     assert report.weights[task] == 0.0
     assert not any(task in pair for pair in report.cosines)
     assert math.isfinite(report.gradient_norm)
-    # And it is back in the next window.
+    # It takes part in the next window.
     for each in (run, other):
         each.step(gradients(3))
     assert same(run.kept(), other.kept())
@@ -124,42 +129,35 @@ def test_drop_task_goes_on_as_without_that_task(backend, bad, place, task, histo
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 0.1}, {"update": LionLars()}])
-def test_drop_task_where_norms_are_asked_for(backend, options):
+def test_drop_task_with_options_that_use_norms(backend, options):
     run = Run(backend, on_nonfinite="drop_task", **options)
-    other = Run(backend, **options)
-    for each in (run, other):
-        each.step(gradients(1))
-    run.step(gradients(2, b=(1, math.nan)))
-    without = gradients(2)
-    del without["b"]
-    other.step(without)
-    assert same(run.kept(), other.kept())
+    steps_with_and_without("b", (1, math.nan), run, Run(backend, **options))
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("place", PLACES)
-def test_drop_task_skips_the_step_where_none_is_left(backend, bad, place):
+@pytest.mark.parametrize("index", INDICES)
+def test_drop_task_skips_a_step_without_any_task(backend, bad, index):
     run = Run(backend, on_nonfinite="drop_task")
     run.step(gradients(1))
     before = run.kept()
-    run.step(gradients(2, **dict.fromkeys("abc", (place, bad))))
+    run.step(gradients(2, **dict.fromkeys("abc", (index, bad))))
     assert same(before, run.kept())
     assert run.optimizer.report().skipped
     assert run.optimizer.report().nonfinite_tasks == ["a", "b", "c"]
 
 
-def test_drop_task_with_a_task_of_weight_zero_alone_left(backend):
+def test_drop_task_skips_a_step_with_weights_of_zero_alone(backend):
     p = nn.Parameter(torch.ones(2))
     base = torch.optim.SGD([p], lr=1.0)
     optimizer = GCondFused(base, {"a": 1.0, "b": 0.0}, on_nonfinite="drop_task", backend=backend)
     optimizer.backward({"a": p.sum() * math.nan, "b": p.sum()})
     optimizer.step()
-    assert optimizer.report().skipped  # b has no share in a step: none is left
+    assert optimizer.report().skipped  # b takes no part
     assert torch.equal(p, torch.ones(2))
 
 
-@pytest.mark.parametrize(("bad", "place", "tasks"), HITS)
-def test_raise_names_task_and_parameter_and_changes_nothing(backend, bad, place, tasks):
+@pytest.mark.parametrize(("bad", "index", "tasks"), CASES)
+def test_raise_names_task_and_parameter_and_changes_nothing(backend, bad, index, tasks):
     run = Run(backend, on_nonfinite="raise")
     run.step(gradients(1))
     now, storage = run.optimizer._resolver, run.optimizer._storage
@@ -170,7 +168,7 @@ def test_raise_names_task_and_parameter_and_changes_nothing(backend, bad, place,
         return copy.deepcopy([state, run.p, run.q, run.optimizer.base.state_dict()])
 
     before = kept()
-    bad_gradients = gradients(2, **dict.fromkeys(tasks, (place, bad)))
+    bad_gradients = gradients(2, **dict.fromkeys(tasks, (index, bad)))
     for again in range(3):
         with pytest.raises(FloatingPointError, match=rf"task '{tasks[0]}': p[;.]"):
             run.optimizer.step() if again else run.window(bad_gradients)
@@ -185,7 +183,7 @@ def test_raise_names_task_and_parameter_and_changes_nothing(backend, bad, place,
     assert same(run.kept(), other.kept())
 
 
-def test_a_window_that_raised_is_dropped_by_the_next_one(backend):
+def test_the_next_window_drops_one_that_raised(backend):
     run, other = Run(backend, on_nonfinite="raise"), Run(backend)
     for each in (run, other):
         each.step(gradients(1))
@@ -244,7 +242,7 @@ def test_the_count_survives_a_checkpoint(backend):
 
 
 @pytest.mark.parametrize("history", ["raw", "resolved"])
-def test_drop_task_leaves_the_others_their_history(backend, history):
+def test_drop_task_keeps_the_history_of_the_others(backend, history):
     """The winner is the more stable task, though the other is the stronger one now."""
     stable, other = torch.eye(SIZE)[0], torch.eye(SIZE)[1]
     run = Run(backend, on_nonfinite="drop_task", method=GCond(history=history))
@@ -257,17 +255,15 @@ def test_drop_task_leaves_the_others_their_history(backend, history):
 
 @pytest.mark.parametrize("on_nonfinite", ["skip", "drop_task", "raise"])
 @pytest.mark.parametrize("granularity", ["model", "tensor"])
-def test_a_sum_that_leaves_float16_leaves_no_trace(backend, on_nonfinite, granularity):
+def test_a_sum_beyond_float16_changes_nothing(backend, on_nonfinite, granularity):
     """Each gradient fits; the step shares a parameter that was one task's own until then."""
     d = torch.tensor([1.0, 0.2, 0.0, 0.0])
 
     def run(beyond):
         p, q = nn.Parameter(torch.ones(4, dtype=torch.float16)), nn.Parameter(torch.ones(4))
-        optimizer = GCondFused(
-            torch.optim.SGD([p, q], lr=0.0), TASKS, on_nonfinite=on_nonfinite,
-            granularity=granularity, momentum=0.5, method=GCond(dominance_window=2),
-            backend=backend,
-        )  # fmt: skip
+        options = {"granularity": granularity, "momentum": 0.5, "backend": backend}
+        options |= {"method": GCond(dominance_window=2), "on_nonfinite": on_nonfinite}
+        optimizer = GCondFused(torch.optim.SGD([p, q], lr=0.0), TASKS, **options)
 
         def losses(a, b, b_of_q):
             of_p = (p * d.half()).float().sum()

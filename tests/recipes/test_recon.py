@@ -93,7 +93,7 @@ def test_a_task_reaches_what_is_shared_and_its_own_layers():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_task_answers_by_its_own_layers_alone(task):
+def test_a_task_uses_its_own_layers_alone(task):
     split = split_conflicting_layers(model_of(), ["body.2.0"], TASKS).eval()
     before = {t: split(X, task=t) for t in TASKS}
     shift(split.for_task(task).body[2][0], 1.0)
@@ -204,7 +204,7 @@ def test_recurrent_and_parametrized_layers_and_a_graph():
         assert not torch.equal(split(X, task="b"), expected)
 
 
-def test_what_several_layers_tie_is_tied_for_each_task():
+def test_ties_among_split_layers_stay_for_each_task():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -221,7 +221,7 @@ def test_what_several_layers_tie_is_tied_for_each_task():
     assert a.one.weight is not b.one.weight
 
 
-def test_a_part_without_parameters_that_others_use_too_stays_shared():
+def test_a_module_without_parameters_that_others_use_too_stays_shared():
     class Rotary(nn.Module):
         def __init__(self):
             super().__init__()
@@ -239,10 +239,10 @@ def test_a_part_without_parameters_that_others_use_too_stays_shared():
     assert a.blocks[0][0] is not b.blocks[0][0]
 
 
-# Which task it is.
+# Choosing the task.
 
 
-def test_without_a_task_and_with_an_unknown_one():
+def test_a_task_must_be_named_and_known():
     split = split_conflicting_layers(model_of(), ["head"], TASKS)
     with pytest.raises(TypeError, match=r"task=.*one of \['a', 'b\.c', '', '\$d/e'\]"):
         split(X)
@@ -251,8 +251,8 @@ def test_without_a_task_and_with_an_unknown_one():
             call()
 
 
-def test_a_model_that_is_told_the_task_is_told_it_as_before():
-    class Told(nn.Module):
+def test_a_model_that_takes_a_task_gets_it():
+    class TakesTask(nn.Module):
         def __init__(self):
             super().__init__()
             self.body = nn.Linear(3, 3)
@@ -261,7 +261,7 @@ def test_a_model_that_is_told_the_task_is_told_it_as_before():
         def forward(self, x, task="a"):
             return self.heads["ab".index(task)](self.body(x))
 
-    model = model_of(Told)
+    model = model_of(TakesTask)
     split = split_conflicting_layers(model, ["body"], ("a", "b"))
     for task in "ab":
         assert torch.equal(split(X, task=task), model(X, task=task))
@@ -271,7 +271,7 @@ def test_a_model_that_is_told_the_task_is_told_it_as_before():
 
 
 def test_calls_within_calls_exceptions_and_threads():
-    class Asks(nn.Module):
+    class CallsBack(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer, self.between = nn.Linear(3, 3), None
@@ -282,7 +282,7 @@ def test_calls_within_calls_exceptions_and_threads():
                 between()
             return self.layer(x)
 
-    split = split_conflicting_layers(model_of(Asks), ["layer"], ("a", "b"))
+    split = split_conflicting_layers(model_of(CallsBack), ["layer"], ("a", "b"))
     shift(split.for_task("b").layer, 1.0)
     a, b = split(X, task="a"), split(X, task="b")
     assert not torch.equal(a, b)
@@ -296,10 +296,10 @@ def test_calls_within_calls_exceptions_and_threads():
     with pytest.raises(TypeError, match="task="):
         split(X)
 
-    barrier, said = threading.Barrier(2, timeout=30), {}
+    barrier, outputs = threading.Barrier(2, timeout=30), {}
     threads = [
         threading.Thread(
-            target=lambda t=t: said.update({t: split(X, task=t, between=barrier.wait)})
+            target=lambda t=t: outputs.update({t: split(X, task=t, between=barrier.wait)})
         )
         for t in "ab"
     ]
@@ -307,8 +307,8 @@ def test_calls_within_calls_exceptions_and_threads():
         thread.start()
     for thread in threads:
         thread.join()
-    assert torch.equal(said["a"], a)
-    assert torch.equal(said["b"], b)
+    assert torch.equal(outputs["a"], a)
+    assert torch.equal(outputs["b"], b)
 
 
 class Checkpointed(Model):
@@ -358,11 +358,11 @@ def test_a_recomputation_is_that_of_the_same_task(how):
         assert all(torch.equal(g, h) for g, h in zip(ours, theirs, strict=True) if g is not None)
 
 
-# What any model can.
+# What works with any model.
 
 
-def same_structure(split, other):
-    """That two models share the same things among their tasks, and nothing with each other."""
+def assert_same_structure(split, other):
+    """Check that two models share the same among their tasks, and nothing with each other."""
     assert isinstance(other, SplitModel)
     assert (other.tasks, other.layers) == (split.tasks, split.layers)
     assert [n for n, _ in other.named_parameters()] == [n for n, _ in split.named_parameters()]
@@ -387,10 +387,10 @@ def altered():
 
 def test_copies_and_files(tmp_path):
     split = altered()
-    same_structure(split, copy.deepcopy(split))
+    assert_same_structure(split, copy.deepcopy(split))
     torch.save(split, tmp_path / "split.pt")
     loaded = torch.load(tmp_path / "split.pt", weights_only=False)
-    same_structure(split, loaded)
+    assert_same_structure(split, loaded)
     loaded.double()
     assert len({id(m.shift) for m in loaded.models}) == 1
 
@@ -400,7 +400,7 @@ def test_state_dicts(tmp_path):
     torch.save(split.state_dict(), tmp_path / "state.pt")
     other = split_conflicting_layers(Model(), ["body.2.0", "head"], TASKS)
     other.load_state_dict(torch.load(tmp_path / "state.pt"))
-    same_structure(split, other)
+    assert_same_structure(split, other)
     # A task's own goes into the model that was split.
     alone = Model()
     alone.load_state_dict(split.for_task("b.c").state_dict())
@@ -500,7 +500,7 @@ def test_layers_that_a_recorder_names_can_be_split():
     assert reached(split, "a") & reached(split, "b") == {"models.0.scale"}
 
 
-# What is refused.
+# Errors.
 
 
 def test_layers_that_cannot_be_split():
@@ -560,7 +560,7 @@ def test_a_module_that_is_reached_in_a_layer_and_outside_of_it():
     assert split.models[1]["one"][0] is split.models[1]["two"][0]
 
 
-def test_a_shared_module_that_goes_past_the_choice():
+def test_a_shared_module_that_refers_to_a_split_layer():
     class Child(nn.Module):
         def __init__(self, parent):
             super().__init__()
@@ -639,7 +639,7 @@ def test_the_table_has_a_line_per_layer_in_80_columns(rows, most):
 
 
 @given(NAMES, st.integers(1, 60))
-def test_a_name_keeps_both_its_ends(name, length):
+def test_a_shortened_name_keeps_both_ends(name, length):
     short = shortened(name, length)
     whole = name or "(the model itself)"
     assert len(short) == min(len(whole), length)

@@ -19,7 +19,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3
 
 
 def neurons_of(module, shape):
-    """Which weights lead to each output unit, asked of the module itself.
+    """Which weights lead to each output unit, by the gradients of the module's output.
 
     Args:
         module: takes an input of this shape, and gives a unit per place in the last dimension
@@ -33,7 +33,7 @@ def neurons_of(module, shape):
 
 
 def assert_largest(mask, weight, neuron, count):
-    """That so many of a neuron's weights are chosen, and none that is left out is larger."""
+    """Check that `count` of a neuron's weights are selected, and none of the others is larger."""
     size = neuron.sum().item()
     assert (mask & neuron).sum().item() == min(count, size)
     chosen, others = weight[mask & neuron].abs(), weight[~mask & neuron].abs()
@@ -56,7 +56,7 @@ def modules(draw):
 
 
 @given(modules(), st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 40), st.booleans())
-def test_every_neuron_has_as_many_as_asked_for(case, seed, k, block, ties):
+def test_every_neuron_trains_its_k_largest_weights(case, seed, k, chunk, ties):
     module, shape = case
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_every_neuron_has_as_many_as_asked_for(case, seed, k, block, ties):
             module.weight.copy_(module.weight.round())
     weight, neurons = module.weight.detach().clone(), neurons_of(module, shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse, "CHUNK", block)
+        patch.setattr(sparse, "CHUNK", chunk)
         mask = neuron_mask(module, k)
     assert list(mask) == [module.weight]
     chosen = mask[module.weight]
@@ -215,7 +215,7 @@ def test_gcond_trains_what_is_chosen_alone():
         assert torch.equal(parameter.detach() != was, mask.get(parameter, everything))
 
 
-# Spread over ranks.
+# Sharded over ranks.
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +225,8 @@ def ranks(tmp_path_factory):
     ranks.close()
 
 
-def spread_model(way):
-    """The masks of a model that is spread, whole again, and those of one that is not."""
+def sharded_model(strategy):
+    """The masks of a sharded model, full again, and those of one that is not."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_module, distribute_tensor
@@ -239,16 +239,16 @@ def spread_model(way):
         for parameter in model.parameters():
             parameter.copy_((3.0 * parameter).round())
     twin = copy.deepcopy(model)
-    if way == "fsdp":
+    if strategy == "fsdp":
         fully_shard(model, mesh=mesh)
     else:
-        placement = Shard(1) if way == "columns" else Replicate()
+        placement = Shard(1) if strategy == "columns" else Replicate()
 
-        def place(name, module, mesh):
+        def place(_, module, mesh):
             for key, parameter in list(module.named_parameters(recurse=False)):
                 where = placement if parameter.ndim > 1 else Replicate()
-                spread = distribute_tensor(parameter.detach(), mesh, [where])
-                module.register_parameter(key, nn.Parameter(spread))
+                sharded = distribute_tensor(parameter.detach(), mesh, [where])
+                module.register_parameter(key, nn.Parameter(sharded))
 
         distribute_module(model, mesh, place)
     ours, theirs = neuron_mask(model, 3), neuron_mask(twin, 3)
@@ -259,19 +259,19 @@ def spread_model(way):
         assert mask.dtype == torch.bool
         assert mask.to_local().shape == parameter.to_local().shape
         assert not isinstance(mask, nn.Parameter)
-    whole = [mask.full_tensor() for mask in ours.values()]
-    return whole, list(theirs.values())
+    full = [mask.full_tensor() for mask in ours.values()]
+    return full, list(theirs.values())
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("way", ["fsdp", "columns", "replicated"])
-def test_dtensors(ranks, way):
-    for whole, expected in ranks(spread_model, way):
-        assert len(whole) == len(expected) == 2
-        assert all(torch.equal(a, b) for a, b in zip(whole, expected, strict=True))
+@pytest.mark.parametrize("strategy", ["fsdp", "columns", "replicated"])
+def test_dtensors(ranks, strategy):
+    for full, expected in ranks(sharded_model, strategy):
+        assert len(full) == len(expected) == 2
+        assert all(torch.equal(a, b) for a, b in zip(full, expected, strict=True))
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_dtensors(ranks, way):
         ({"share": "half"}, "share must be a number .* not 'half'"),
     ],
 )
-def test_numbers_that_are_none(options, message):
+def test_k_and_share_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         neuron_mask(nn.Linear(2, 2), **options)
 
