@@ -53,7 +53,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bench.recipe import Benchmark
 from bench.record import Figure, InputError, cores, quartiles
 from bench.table import Column, text, timed
-from gcond_kernels import GCondFused
+from gcond_kernels import Distributed, GCondFused
 
 MODES = ("exact", "stochastic")
 STRATEGIES = ("shard", "replicate")
@@ -289,8 +289,7 @@ class Rank:
             dict.fromkeys(self.micro_batches.targets, 1.0),
             accumulation_steps=self.options.accumulation_steps,
             mode=mode,
-            module=model,
-            sync=strategy,
+            distributed=Distributed(strategy, model),  # type: ignore[arg-type]
         )
         return Training(model, optimizer, self.micro_batches)
 

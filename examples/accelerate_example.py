@@ -3,7 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-from gcond_kernels import GCondFused
+from gcond_kernels import Distributed, GCondFused
 
 LOSSES = {"l1": torch.nn.L1Loss(), "mse": torch.nn.MSELoss()}
 
@@ -14,7 +14,11 @@ def prepare(accelerator):
     data = torch.utils.data.TensorDataset(x, x[:, :2] - x[:, 2:4])
     model = accelerator.prepare(torch.nn.Linear(8, 2))  # first, so that GCondFused sees the DDP
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    options = {"module": model, "grad_scaler": accelerator.scaler, "accumulation_steps": 8}
+    options = {
+        "distributed": Distributed(module=model),
+        "grad_scaler": accelerator.scaler,
+        "accumulation_steps": 8,
+    }
     gcond = GCondFused(sgd, {"l1": 0.85, "mse": 0.15}, **options)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(gcond, 0.9)
     loader = torch.utils.data.DataLoader(data, batch_size=8)

@@ -3,7 +3,7 @@
 import torch
 from lightning_fabric import Fabric
 
-from gcond_kernels import GCondFused
+from gcond_kernels import Distributed, GCondFused
 
 LOSSES = {"l1": torch.nn.L1Loss(), "mse": torch.nn.MSELoss()}
 
@@ -15,7 +15,11 @@ def prepare(fabric):
     model = fabric.setup(torch.nn.Linear(8, 2))  # first, so that GCondFused sees the DDP
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scaler = getattr(fabric.strategy.precision, "scaler", None)  # with precision="16-mixed"
-    options = {"module": model, "grad_scaler": scaler, "accumulation_steps": 8}
+    options = {
+        "distributed": Distributed(module=model),
+        "grad_scaler": scaler,
+        "accumulation_steps": 8,
+    }
     gcond = GCondFused(sgd, {"l1": 0.85, "mse": 0.15}, **options)
     loader = fabric.setup_dataloaders(torch.utils.data.DataLoader(data, batch_size=8))
     return model, fabric.setup_optimizers(gcond), loader

@@ -3,7 +3,7 @@
 import pytorch_lightning as pl
 import torch
 
-from gcond_kernels import GCondFused
+from gcond_kernels import Distributed, GCondFused
 
 LOSSES = {"l1": torch.nn.L1Loss(), "mse": torch.nn.MSELoss()}
 
@@ -20,7 +20,11 @@ class TwoTasks(pl.LightningModule):
         """GCondFused around any optimizer; the scheduler takes it as it is."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # with precision="16-mixed"
         sgd = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-        options = {"module": self.trainer.model, "grad_scaler": scaler, "accumulation_steps": 8}
+        options = {
+            "distributed": Distributed(module=self.trainer.model),
+            "grad_scaler": scaler,
+            "accumulation_steps": 8,
+        }
         optimizer = GCondFused(sgd, {"l1": 0.85, "mse": 0.15}, **options)
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 

@@ -19,7 +19,7 @@ from rich.progress import track
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from gcond_kernels import GCondFused, TrainingState
+from gcond_kernels import Distributed, GCondFused, TrainingState
 
 
 def options() -> argparse.Namespace:
@@ -46,8 +46,8 @@ def train(given: argparse.Namespace, scene: Digits, device: torch.device) -> Non
         model = DistributedDataParallel(model)
     adamw = torch.optim.AdamW(model.named_parameters(), lr=scene.learning_rate, betas=(0.9, 0.95))
     optimizer = GCondFused(
-        adamw, scene.tasks, accumulation_steps=scene.accumulation_steps, module=model,
-        sync=given.sync,
+        adamw, scene.tasks, accumulation_steps=scene.accumulation_steps,
+        distributed=Distributed(given.sync, model),
     )  # fmt: skip
     steps = torch.zeros((), dtype=torch.int64)
     if given.checkpoint:

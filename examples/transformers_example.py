@@ -3,7 +3,7 @@
 import torch
 from transformers import Trainer, TrainingArguments
 
-from gcond_kernels import GCondFused
+from gcond_kernels import Distributed, GCondFused
 
 LOSSES = {"l1": torch.nn.L1Loss(), "mse": torch.nn.MSELoss()}
 
@@ -15,8 +15,9 @@ class TwoTasks(Trainer):
         """Trainer's own optimizer in a GCondFused."""
         if self.optimizer is None:
             steps, scaler = self.args.gradient_accumulation_steps, self.accelerator.scaler
-            options = {"accumulation_steps": steps, "grad_scaler": scaler, "module": self.model}
-            options["sync"] = "replicate"  # rank 0 saves the optimizer, without the others
+            options = {"accumulation_steps": steps, "grad_scaler": scaler}
+            # "replicate": rank 0 saves the optimizer, without the others.
+            options["distributed"] = Distributed("replicate", self.model)
             adamw = super().create_optimizer(model)
             self.gcond = self.optimizer = GCondFused(adamw, {"l1": 0.85, "mse": 0.15}, **options)
         return self.optimizer

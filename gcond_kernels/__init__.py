@@ -4,6 +4,7 @@ from gcond_kernels.diagnostics.plots import plot_conflicts, plot_layer_conflicts
 from gcond_kernels.diagnostics.recorder import Recorder
 from gcond_kernels.diagnostics.report import Report
 from gcond_kernels.distributed.checkpoint import TrainingState
+from gcond_kernels.distributed.options import Distributed
 from gcond_kernels.functional import gramian, resolve_gradients
 from gcond_kernels.lion_lars import LionLars
 from gcond_kernels.methods import (
@@ -31,6 +32,7 @@ __all__ = [
     "MGDA",
     "AlignedMTL",
     "CAGrad",
+    "Distributed",
     "GCond",
     "GCondFused",
     "GradDrop",

@@ -211,8 +211,8 @@ def explained(error: RuntimeError, data_parallel: DataParallel) -> RuntimeError:
     if "ready only once" in words and not data_parallel.modules:
         return RuntimeError(
             "the model is wrapped in DistributedDataParallel, which reduces gradients in every "
-            "backward pass and takes one for each forward pass: give GCondFused(..., "
-            f"module=model), which turns that off{data_parallel.left_alone}"
+            "backward pass and takes one for each forward pass: set "
+            f"optimizer.module = model, which turns that off{data_parallel.left_alone}"
         )
     if "fabric.backward" in words:
         return RuntimeError(

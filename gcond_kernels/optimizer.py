@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ from gcond_kernels.options import (
     OptionsInUse,
     TaskWeights,
     check_choice,
-    check_count,
     check_nonfinite,
     check_selected,
     plain_name,
@@ -93,9 +92,6 @@ class GCondFused(SavedOptimizer):
         update: None writes the (averaged) gradient; `LionLars()` its sign, times a trust ratio per
             parameter tensor.
         max_norm: what is written to `.grad` is shortened to this norm; costs no pass over memory.
-        accumulator_dtype: torch.float32, or torch.bfloat16 for half the memory; bfloat16 loses
-            small gradients beside large sums.
-        history_dtype: torch.bfloat16 or torch.float32.
         on_nonfinite: what becomes of a step in which a task's gradient holds a NaN or an infinity.
             "skip": it is left out; parameters and all state stay as they are. "drop_task": that
             task sits it out, as one without a micro-batch does (parameters that it alone uses get
@@ -107,23 +103,14 @@ class GCondFused(SavedOptimizer):
             gradients without the scale; `step` tells it of overflows. After each step call its
             `update`; `unscale_` does nothing. `scaler.step(optimizer)` is `step()`. A copy of the
             optimizer has a copy of the scaler.
-        module: the model, where it is or holds a `DistributedDataParallel`: that is kept from
-            reducing gradients in every backward pass (by `no_sync`, for as long as this optimizer
-            lives; its `require_backward_grad_sync = True` ends it before), since it is done once a
-            window here; its buffers are broadcast after every step. May be assigned later
-            (`optimizer.module = model`). Where it is not given the first `backward` looks for one.
-        sync: how several ranks with the same parameters come to one gradient. "shard" (default):
-            accumulators are reduce-scattered, each rank resolves its shard and keeps its part of
-            history and momentum, the result is gathered. "replicate": accumulators are all-reduced.
-            Of no effect with one rank; not for DTensors (FSDP2, tensor
-            parallel), whose gradients the backward pass reduces.
-        process_group: the ranks that train together; None is that of `module`, else all. Each of
-            them makes its GCondFused at the same point of the program.
-        record_steps: how many of the latest steps `recorder` keeps; 0 records nothing.
+        distributed: how several ranks train together, `Distributed(strategy, module,
+            process_group)`; None finds it out. `optimizer.module = model` may be assigned later.
+        accumulator_dtype: torch.float32, or torch.bfloat16 for half the memory; bfloat16 loses
+            small gradients beside large sums.
         backend: "auto", "python", "triton" or "cuda"; see `gcond_kernels.ops.backend_for`.
 
     Attributes:
-        recorder: what happened in the latest steps; see `Recorder`.
+        recorder: the latest 1,000 steps; `recorder.capacity` changes their number. See `Recorder`.
 
     Options may be assigned in training and take effect from the next window on, with what they
     need made anew; those that cannot be assigned say so.
@@ -140,14 +127,11 @@ class GCondFused(SavedOptimizer):
     momentum = Assignable()
     update = Assignable()
     max_norm = Assignable()
-    history_dtype = Assignable()
     backend = Assignable()
     accumulator_dtype = Fixed()
     mask = Fixed()
     grad_scaler = Fixed()
-    record_steps = Fixed()
-    sync = Fixed()
-    process_group = Fixed()
+    distributed = Fixed()
 
     def __init__(
         self,
@@ -162,14 +146,10 @@ class GCondFused(SavedOptimizer):
         momentum: float = 0.0,
         update: LionLars | None = None,
         max_norm: float | None = None,
-        accumulator_dtype: torch.dtype = torch.float32,
-        history_dtype: torch.dtype = torch.bfloat16,
         on_nonfinite: Literal["skip", "drop_task", "raise"] = "skip",
         grad_scaler: torch.amp.GradScaler | None = None,
-        record_steps: int = 1000,
-        module: torch.nn.Module | None = None,
-        sync: Literal["shard", "replicate"] | None = None,
-        process_group: Any = None,
+        distributed: Distributed | None = None,
+        accumulator_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ) -> None:
         check_base(base)
@@ -183,12 +163,10 @@ class GCondFused(SavedOptimizer):
             momentum=momentum,
             update=update,
             max_norm=max_norm,
-            history_dtype=history_dtype,
             backend=backend,
         )
         check_choice("accumulator_dtype", accumulator_dtype, ACCUMULATOR_DTYPES)
         check_nonfinite(on_nonfinite, grad_scaler)
-        check_count("record_steps", record_steps)
         labels = labels_of(base.param_groups)
         parameters = [p for group in base.param_groups for p in group["params"]]
         named = list(zip(parameters, labels, strict=True))
@@ -198,12 +176,14 @@ class GCondFused(SavedOptimizer):
         # Without any yet, those that are added later say where they are.
         device = parameters[0].device if parameters else torch.device("cpu")
         ops.backend_for(options.backend, device)  # now, rather than in training
-        distributed = Distributed(sync, module, process_group)
-        group = distributed.connect()
-        strategy = distributed.choose_strategy(parameters, group)
-        self._data_parallel = DataParallel(group, process_group is not None)
-        if module is not None:
-            self._data_parallel.take(module, parameters)
+        ranks = Distributed() if distributed is None else distributed
+        if not isinstance(ranks, Distributed):
+            raise TypeError(f"distributed must be a Distributed(...), not {distributed!r}")
+        group = ranks.connect()
+        strategy = ranks.choose_strategy(parameters, group)
+        self._data_parallel = DataParallel(group, ranks.process_group is not None)
+        if ranks.module is not None:
+            self._data_parallel.take(ranks.module, parameters)
 
         super().__init__(base)
         self._weights = weights
@@ -213,9 +193,7 @@ class GCondFused(SavedOptimizer):
             "accumulator_dtype": accumulator_dtype,
             "mask": mask,
             "grad_scaler": grad_scaler,
-            "record_steps": int(record_steps),
-            "sync": sync,
-            "process_group": process_group,
+            "distributed": distributed,
         }
         self._storage = GradientStorage(
             len(weights),
@@ -226,7 +204,7 @@ class GCondFused(SavedOptimizer):
         )
         self._storage.configure(options.history, options.momentum > 0.0)
         self._collector = Collector(self._storage)
-        self._collector.wrapper_known = module is not None
+        self._collector.wrapper_known = ranks.module is not None
         self._knows_ranks = group is not None
         self._strategy = strategy(self._storage, group)
         self._resolver = Resolver(self._storage, self._strategy, self._options, weights, device)
@@ -239,7 +217,7 @@ class GCondFused(SavedOptimizer):
         self._losses = LossBackward(
             self._resolver, self._collector, self._data_parallel, self._loss_scale
         )
-        self.recorder = Recorder(tuple(weights), options.method.thresholds, int(record_steps))
+        self.recorder = Recorder(tuple(weights), options.method.thresholds)
         if options.momentum > 0.0:
             warn_of_double_smoothing(base)
 
@@ -295,7 +273,7 @@ class GCondFused(SavedOptimizer):
 
     @property
     def module(self) -> torch.nn.Module | None:
-        """The model; may be given later than the constructor's `module=`, with the same effect."""
+        """The model; assigned, it has the effect of `Distributed(module=model)`."""
         return self._data_parallel.module
 
     @module.setter

@@ -15,7 +15,6 @@ from torch import Tensor
 from gcond_kernels.lion_lars import LionLars
 from gcond_kernels.methods import GCond, Method
 from gcond_kernels.methods.function import Function
-from gcond_kernels.ops.checks import ACCUMULATOR_DTYPES
 from gcond_kernels.storage.shared_parameters import is_selected
 
 
@@ -30,7 +29,6 @@ class Options:
     momentum: float
     update: LionLars | None
     max_norm: float | None
-    history_dtype: torch.dtype
     backend: str
 
     @classmethod
@@ -59,7 +57,6 @@ class Options:
             )
         sized_by = "max_norm" if o.max_norm is not None else None
         o.method.check(o.granularity, "update=LionLars(...)" if o.update else sized_by)
-        check_choice("history_dtype", o.history_dtype, ACCUMULATOR_DTYPES)
         return replace(
             o,
             accumulation_steps=int(o.accumulation_steps),
@@ -70,7 +67,7 @@ class Options:
     @property
     def history(self) -> torch.dtype | None:
         """The type of the history; None where the method needs none."""
-        return self.history_dtype if self.method.needs_history else None
+        return self.method.history_dtype if self.method.needs_history else None
 
 
 @dataclass
@@ -236,12 +233,6 @@ def check_choice(option: str, value: object, allowed: Sequence[object]) -> None:
     """Raise a ValueError where a value is not one of the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{option} must be {' or '.join(map(repr, allowed))}, not {value!r}")
-
-
-def check_count(option: str, value: object) -> None:
-    """Raise a ValueError where a value is not a whole number, 0 or more."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 0:
-        raise ValueError(f"{option} must be a whole number, 0 or more, not {value!r}")
 
 
 def check_steps(accumulation_steps: object, mode: str, tasks: int) -> None:

@@ -1,6 +1,7 @@
 """What must hold for any model: drawn shapes, scales, tasks and types, through the optimizer."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,7 +45,9 @@ class Runner:
         self.parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
         listed = [self.parameters[i] for i in self.order]
         self.names = [f"t{k}" for k in range(tasks)]
-        options = {"history_dtype": torch.float32} | options
+        options = {"method": GCond()} | options
+        if isinstance(options["method"], GCond):
+            options["method"] = replace(options["method"], history_dtype=torch.float32)
         self.optimizer = GCondFused(
             torch.optim.SGD(listed, lr=0.0), dict.fromkeys(self.names, 1.0), backend=backend,
             **options,

@@ -785,7 +785,7 @@ def test_a_method_assigned_is_that_of_an_optimizer_made_with_it():
         ("tasks", {"a": 1.0}, ValueError, "add_task"),
         ("accumulator_dtype", torch.bfloat16, AttributeError, "make a new GCondFused"),
         ("grad_scaler", None, AttributeError, "make a new GCondFused"),
-        ("sync", "shard", AttributeError, "make a new GCondFused"),
+        ("distributed", None, AttributeError, "make a new GCondFused"),
     ],
 )
 def test_what_cannot_be_assigned_says_so_and_changes_nothing(name, value, error, words):

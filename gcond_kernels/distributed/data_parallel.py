@@ -111,7 +111,7 @@ class DataParallel:
                 raise RuntimeError(
                     "the model is wrapped in a DistributedDataParallel that is about to reduce the "
                     "gradients of a forward pass, which this version of torch cannot call off: "
-                    "give GCondFused(..., module=model) before the first forward pass"
+                    "set optimizer.module = model before the first forward pass"
                 )
             found.append(one)
         self._searched, self.left_alone = True, left_alone
@@ -128,8 +128,7 @@ class DataParallel:
             return None
         return (
             f"the model's DistributedDataParallel has ranks {ranks_of(wrapped.process_group)}, and "
-            f"this GCondFused {self._group.ranks}: give it process_group=, or module= when it is "
-            "made"
+            f"this GCondFused {self._group.ranks}: make it with Distributed(module=model)"
         )
 
     def broadcast_buffers(self) -> None:

@@ -315,7 +315,8 @@ def test_a_copy_with_a_scheduler_at_any_point(copied, at, of):
     """After so many micro-batches, the last of a window not stepped yet; its own step alone."""
     x = batches(9)
     model = model_of()
-    optimizer = optimizer_of(model, accumulation_steps=2, record_steps=3)
+    optimizer = optimizer_of(model, accumulation_steps=2)
+    optimizer.recorder.capacity = 3
     scheduler = torch.optim.lr_scheduler.ExponentialLR(
         optimizer if of == "optimizer" else optimizer.base, 0.5
     )

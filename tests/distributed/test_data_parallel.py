@@ -96,7 +96,7 @@ def test_wrapper_with_a_parameter_of_another_optimizer_is_left_alone(ranks2):
 
 def test_error_of_a_wrapper_that_is_left_alone_says_why(ranks2):
     for message in ranks2(with_parameter_of_another_optimizer, True):
-        assert "give GCondFused(..., module=model)" in message
+        assert "set optimizer.module = model" in message
         assert "It was left alone: module.another is in no parameter group" in message
 
 
@@ -196,7 +196,7 @@ ASSIGNED_WRONGLY = {
     no_module: "TypeError: module must be a torch.nn.Module, not 'model'",
     other_ranks: r"ValueError: module: .* has ranks \[[01]\], and this GCondFused \[0, 1\]",
     other_ranks_found: r"RuntimeError: .* has ranks \[[01]\], and this GCondFused \[0, 1\]",
-    cannot_be_called_off: r"RuntimeError: .* give GCondFused\(..., module=model\) before",
+    cannot_be_called_off: r"RuntimeError: .* set optimizer.module = model before",
 }
 
 

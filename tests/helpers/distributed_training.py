@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gcond_kernels import GCond, GCondFused, neuron_mask
+from gcond_kernels import Distributed, GCond, GCondFused, neuron_mask
 
 TASKS = {"a": 0.7, "b": 1.0, "c": 0.4}
 STEPS = 20
@@ -166,7 +166,7 @@ def parallelize(model, parallelism):
 
 def distributed(strategy=None, module=None, process_group=None):
     """Options of GCondFused for several ranks."""
-    return {"sync": strategy, "module": module, "process_group": process_group}
+    return {"distributed": Distributed(strategy, module, process_group)}
 
 
 def new_optimizer(

@@ -6,7 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gcond_kernels import GCond, GCondFused, LionLars
+from gcond_kernels.methods import Method
 from tests.helpers.naive_training import NaiveTraining, Options, Outcome
 from tests.test_optimizer import same
 
@@ -232,6 +233,11 @@ def draw_method(r: random.Random, size: float) -> GCond:
     )
 
 
+def with_history(method: Method, dtype: torch.dtype) -> Method:
+    """The method, with a history of that type where it has one."""
+    return replace(method, history_dtype=dtype) if isinstance(method, GCond) else method
+
+
 class Watched(GCondFused):
     """Remembers what there was when a window was resolved."""
 
@@ -292,22 +298,22 @@ class Driver:
             lr=self.lr,
             weight_decay=c.weight_decay / self.lr,
         )
-        return Watched(
+        optimizer = Watched(
             base,
             dict(zip(self.names, c.weights, strict=True)),
             accumulation_steps=c.accumulation_steps,
             mode=c.mode,
-            method=c.method,
+            method=with_history(c.method, c.history_dtype),
             momentum=c.momentum,
             update=c.update,
             max_norm=c.max_norm,
             accumulator_dtype=c.accumulator_dtype,
-            history_dtype=c.history_dtype,
             on_nonfinite=c.on_nonfinite,
             grad_scaler=self.scaler,
-            record_steps=c.record_steps,
             backend=self.backend,
         )
+        optimizer.recorder.capacity = c.record_steps
+        return optimizer
 
     def run(self) -> Counter[str]:
         """Compares every step; stops where rounding may decide otherwise. What there was to see."""

@@ -1,6 +1,7 @@
 """Recorded runs of the published GCond implementation, replayed through the public optimizer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,9 @@ def optimizer_of(run: dict[str, Any], backend: str = "auto", **overrides: Any) -
     ]
     options = {
         "accumulation_steps": run["micro_batches"],
-        "method": method_of(run),
+        "method": replace(method_of(run), history_dtype=torch.float32),
         "momentum": 0.0 if s["write_raw"] else s["momentum"],
         "update": LionLars(s["trust_ratio_coef"], s["trust_ratio_clip"]) if s["lion"] else None,
-        "history_dtype": torch.float32,
         "backend": backend,
     } | overrides
     tasks = dict(zip(run["tasks"], run["weights"], strict=True))

@@ -362,6 +362,7 @@ def test_misuse_is_an_error_that_changes_nothing(backend):
         ({"grad_scaler": 65536.0}, TypeError, r"grad_scaler must be a torch\.amp\.GradScaler"),
         ({"grad_scaler": scaler_of(), "on_nonfinite": "raise"}, ValueError, "does not go with"),
         ({"on_nonfinite": "ignore"}, ValueError, "on_nonfinite must be 'skip' or 'drop_task' or"),
+        ({"distributed": "shard"}, TypeError, r"distributed must be a Distributed\(\.\.\.\)"),
     ],
 )
 def test_options_out_of_range_are_named(options, error, words):
