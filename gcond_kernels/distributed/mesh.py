@@ -40,6 +40,8 @@ class MeshStrategy(SingleProcess):
         self._is_consistent = False  # whether they have found each other so in this window
         self._is_first = False  # whether they have compared parameters in this window
         self._replicas: Replicas = []
+        # Of each tensor, which replica of the shard this rank has, and how many there are.
+        self._own_replicas: list[tuple[int, int]] = []
         self._shard_number = 0
         self._fsdp = FullySharded()
 
@@ -76,9 +78,11 @@ class MeshStrategy(SingleProcess):
         """Compare ranks, once a window before anything else, where one of them has changed."""
         if self._is_consistent:
             return
-        segments = self.storage.segments
+        segments, rank = self.storage.segments, self.group.rank
         if self.any_rank(self._checked_segments != len(segments)):
             self._replicas = check_ranks(self.storage, self.group, describe())
+            same = [next(g for g in groups if rank in g) for groups in self._replicas]
+            self._own_replicas = [(ranks.index(rank), len(ranks)) for ranks in same]
             self._shard_number = shard_number(segments)
             self._checked_segments = len(segments)
             self._is_first = True
@@ -118,8 +122,8 @@ class MeshStrategy(SingleProcess):
 
     def _counted(self, layout: Layout) -> Layout:
         ranges = [
-            counted_range(size, self.group.rank, groups)
-            for size, groups in zip(layout.sizes, self._replicas, strict=True)
+            counted_range(size, *replica)
+            for size, replica in zip(layout.sizes, self._own_replicas, strict=True)
         ]
         offsets = [offset + a for offset, (a, _) in zip(layout.offsets, ranges, strict=True)]
         return Layout.of(offsets, [b - a for a, b in ranges])
@@ -160,9 +164,7 @@ class MeshStrategy(SingleProcess):
         return any(of_rank for (of_rank,) in self.group.gather_numbers([flag], device))
 
 
-def counted_range(size: int, rank: int, groups: list[list[int]]) -> tuple[int, int]:
-    """Return from where to where this rank counts a tensor that its group of ranks holds."""
-    own = next(ranks for ranks in groups if rank in ranks)
-    length = align(-(-size // len(own)))
-    start = own.index(rank) * length
-    return min(start, size), min(start + length, size)
+def counted_range(size: int, replica: int, replicas: int) -> tuple[int, int]:
+    """Return from where to where one of the ranks that hold the same elements counts them."""
+    length = align(-(-size // replicas))
+    return min(replica * length, size), min((replica + 1) * length, size)

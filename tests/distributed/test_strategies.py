@@ -373,8 +373,7 @@ def test_shards_that_are_written_before_they_are_waited_for(ranks, size):
 @pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 1000])
 @pytest.mark.parametrize("replicas", [1, 2, 3, 7])
 def test_replicas_count_every_element_once(size, replicas):
-    groups = [[], list(range(replicas))]
-    ranges = [counted_range(size, replica, groups) for replica in range(replicas)]
+    ranges = [counted_range(size, replica, replicas) for replica in range(replicas)]
     assert ranges[0][0] == 0
     assert ranges[-1][1] == size
     assert all(a[1] == b[0] for a, b in pairwise(ranges))
