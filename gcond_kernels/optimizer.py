@@ -616,7 +616,7 @@ class GCondFused(SavedOptimizer):
         step_if(window.finite, self.base)
         self._data_parallel.broadcast_buffers()
         # Who clipped them may have put others in their place.
-        self._assigned_gradients.remember(s.parameter.grad for s in self._storage.segments)
+        self._assigned_gradients.remember([s.parameter.grad for s in self._storage.segments])
         self._start_window()
 
     def _start_window(self) -> None:

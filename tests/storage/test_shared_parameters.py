@@ -30,9 +30,18 @@ from gcond_kernels.storage.shared_parameters import SharedParameters, shared_ten
 
 TASKS = {"a": 1.0, "b": 0.5, "c": 2.0}
 WITH_WEIGHTS = [
-    Sum(), PCGrad(seed=3), CAGrad(c=0.4), MGDA(), GradNorm(lr=0.1), UPGrad(), GradVac(),
-    AlignedMTL(), IMTLG(), NashMTL(), GCond(),
-]  # fmt: skip
+    Sum(),
+    PCGrad(seed=3),
+    CAGrad(c=0.4),
+    MGDA(),
+    GradNorm(lr=0.1),
+    UPGrad(),
+    GradVac(),
+    AlignedMTL(),
+    IMTLG(),
+    NashMTL(),
+    GCond(),
+]
 ALL = [*WITH_WEIGHTS, GradDrop(seed=5)]
 EVERY = [(m, g) for m in WITH_WEIGHTS for g in ("model", "tensor")] + [(GradDrop(seed=5), "model")]
 # What the kernels see of methods are the shapes of weights and masks: of those one of each sort.
@@ -336,9 +345,13 @@ def test_each_tensor_is_resolved_as_if_it_were_the_only_one(backend):
         parameters = [nn.Parameter(torch.zeros(shapes[t])) for t in which]
         base = torch.optim.SGD(parameters, lr=0.1)
         optimizer = GCondFused(
-            base, TASKS, granularity=granularity, momentum=0.5, backend=backend,
+            base,
+            TASKS,
+            granularity=granularity,
+            momentum=0.5,
+            backend=backend,
             method=GCond(dominance_window=2),
-        )  # fmt: skip
+        )
         written = []
         for step in range(steps):
             optimizer.backward(
@@ -483,9 +496,12 @@ def check_dropped(backend, method, granularity):
     for bad in (True, False):
         model, x = net(), inputs(2)
         optimizer = optimizer_of(
-            model, method=method, granularity=granularity, on_nonfinite="drop_task",
+            model,
+            method=method,
+            granularity=granularity,
+            on_nonfinite="drop_task",
             backend=backend,
-        )  # fmt: skip
+        )
         for batch in x:
             losses = losses_of(model, batch)
             # A gradient of zeros for the same parameters, or one that is not finite.
@@ -568,8 +584,9 @@ def test_a_mask_follows_the_memory_of_its_parameter(backend):
     optimizer.backward({"a": y.square().sum(), "b": y.sum()})
     optimizer.step()
     assert torch.equal(conv.weight.grad != 0.0, mask[conv.weight])
-    assert torch.equal(optimizer._storage.mask_of(optimizer._storage.segments[0]),
-                       mask[conv.weight])  # fmt: skip
+    assert torch.equal(
+        optimizer._storage.mask_of(optimizer._storage.segments[0]), mask[conv.weight]
+    )
 
 
 def test_a_mask_is_in_the_state_and_comes_back():
@@ -719,9 +736,12 @@ def test_losses_are_means_over_the_micro_batches_that_count():
     means = [sum(values) / len(values) for values in expected.values()]
     twin = copy.deepcopy(model)
     other = optimizer_of(
-        twin, method=GradNorm(), mode="stochastic", accumulation_steps=6,
+        twin,
+        method=GradNorm(),
+        mode="stochastic",
+        accumulation_steps=6,
         grad_scaler=copy.deepcopy(scaler),
-    )  # fmt: skip
+    )
     other.load_state_dict(through_a_file(optimizer.state_dict()))
     for one in (optimizer, other):
         one.step()  # the last task has one micro-batch of its two
