@@ -56,7 +56,8 @@ def train(given: argparse.Namespace, scene: Digits, device: torch.device) -> Non
         dcp.load(state, checkpoint_id=given.checkpoint)
         print(f"rank {dist.get_rank()} goes on after step {steps}")
     if steps >= given.steps:
-        return print("there is nothing left to do: give more --steps")
+        print("there is nothing left to do: give more --steps")
+        return
 
     generator = torch.Generator().manual_seed(1000 * int(steps) + dist.get_rank())
     for _ in track(range(int(steps), given.steps), "training", disable=dist.get_rank() > 0):

@@ -1,11 +1,11 @@
-"""Digits: two handwritten digits on top of each other, one classification task for each."""
+"""The digits scene: two handwritten digits on top of each other, a classification task each."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 import torch
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -42,10 +42,7 @@ class Digits(Scene):
         # A seed of its own: split and validation are the same whatever --seed is.
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(images), generator=generator)
-        self.training_digits, self.validation_digits = (
-            order[: len(order) * 4 // 5],
-            order[len(order) * 4 // 5 :],
-        )
+        self.training_digits, self.validation_digits = order.tensor_split([len(order) * 4 // 5])
         self.images, self.labels = images, labels
         self.validation = self._pairs(self.validation_digits, VALIDATION_PAIRS, generator)
         self.validation_note = (
@@ -54,20 +51,20 @@ class Digits(Scene):
         )
 
     def new_model(self) -> nn.Module:
-        """A shared trunk and two heads."""
+        """Return a shared trunk and two heads."""
         return TwoHeads()
 
     def micro_batch(self, generator: torch.Generator) -> Batch:
-        """Random pairs of training digits, randomly shifted."""
+        """Return random pairs of training digits, randomly shifted."""
         return self._pairs(self.training_digits, MICRO_BATCH, generator)
 
     def losses(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of the task's digit."""
+        """Return the cross-entropy of the task's digit."""
         head = list(self.tasks).index(task)
         return cross_entropy(output[:, head], targets[:, head], reduction="none")
 
     def scores(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
-        """1 where the task's digit is named correctly, else 0."""
+        """Return 1 where the task's digit is named correctly, else 0."""
         head = list(self.tasks).index(task)
         return (output[:, head].argmax(1) == targets[:, head]).float()
 
@@ -98,13 +95,13 @@ class TwoHeads(nn.Module):
         self.right = nn.Linear(128, 10)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The logits."""
+        """Return the logits."""
         features = self.trunk(inputs)
         return torch.stack([self.left(features), self.right(features)], 1)
 
 
 def paste(images: Tensor, shifts: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """[B, 12, 12] empty canvases with one 8×8 image each, shifted by one of `shifts` both ways."""
+    """Return [B, 12, 12] canvases with one 8×8 image each, shifted by one of `shifts` both ways."""
     canvas = torch.zeros(len(images), CANVAS, CANVAS)
     offsets = torch.tensor(shifts)[torch.randint(2, (len(images), 2), generator=generator)]
     for y in shifts:

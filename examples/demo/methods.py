@@ -1,4 +1,4 @@
-"""The methods that the demo can compare, and how they are asked for."""
+"""The methods that the demo can compare, and their names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ALL = "all"
 
 
 class Method(NamedTuple):
-    """A way to make one gradient from the tasks' losses.
+    """A method to make one gradient from the tasks' losses.
 
     Attributes:
         key: what it is called on the command line.
@@ -30,7 +30,7 @@ class Method(NamedTuple):
 
     @property
     def names_winners(self) -> bool:
-        """Whether it says who won a conflict; others weigh the tasks and name nobody."""
+        """Whether it names the winner of a conflict; others weight the tasks and name none."""
         return isinstance(self.resolver, GCond)
 
 
@@ -56,7 +56,7 @@ DEFAULT = ("plain", "gcond", "gcond-stochastic")
 
 
 def methods_of(names: Sequence[str]) -> tuple[Method, ...]:
-    """The methods of these names in their order, each once, behind the plain sum.
+    """Return the methods of these names in their order, each once, behind the plain sum.
 
     Raises:
         ValueError: there is no such method; the message lists those that there are.

@@ -1,4 +1,4 @@
-"""Photos: a masked image model with an L1 and an SSIM task."""
+"""The photos scene: a masked image model with an L1 and an SSIM task."""
 
 from __future__ import annotations
 
@@ -91,11 +91,11 @@ class Photos(Scene):
         )
 
     def new_model(self) -> nn.Module:
-        """A small U-Net."""
+        """Return a small U-Net."""
         return UNet()
 
     def micro_batch(self, generator: torch.Generator) -> Batch:
-        """Random crops, half of them mirrored, with random masks."""
+        """Return random crops, half of them mirrored, with random masks."""
 
         def below(bound: int) -> int:
             return int(torch.randint(bound, (), generator=generator))
@@ -110,13 +110,13 @@ class Photos(Scene):
         return self._batch(torch.stack(crops), patch_masks(MICRO_BATCH, generator))
 
     def losses(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
-        """L1 in z-normalised space, 1 − SSIM in [0, 1]."""
+        """Return L1 in z-normalised space, or 1 − SSIM in [0, 1]."""
         if task == "L1":
             return (output - targets).abs().mean((1, 2, 3))
         return 1.0 - ssim(self.denormalise(output), self.denormalise(targets))
 
     def denormalise(self, images: Tensor) -> Tensor:
-        """From z-normalised space to [0, 1]."""
+        """Return images of z-normalised space in [0, 1]."""
         std, mean = self.std.to(images.device), self.mean.to(images.device)
         return (images * std + mean).clamp(0.0, 1.0)
 
@@ -146,7 +146,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The reconstruction, in z-normalised space."""
+        """Return the reconstruction, in z-normalised space."""
         x = self.encoder[0](self.stem(pixel_unshuffle(inputs, 2)))
         skips = []
         for down, block in zip(self.down, self.encoder[1:], strict=True):
@@ -171,12 +171,12 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape as x."""
-        return x + self.layers(x)  # type: ignore[no-any-return]
+        """Return the same shape as x."""
+        return x + self.layers(x)
 
 
 def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
-    """[B] structural similarity of images [B, C, H, W] in [0, 1]; uniform window, no padding."""
+    """Return [B] structural similarity of images [B, C, H, W] in [0, 1], without padding."""
     channels = a.shape[1]
     maps = torch.cat([a, b, a * a, b * b, a * b], 1)
     kernel = maps.new_full((5 * channels, 1, window, window), 1.0 / window**2)
@@ -190,7 +190,7 @@ def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
 
 
 def patch_masks(count: int, generator: torch.Generator) -> Tensor:
-    """[count, 1, 64, 64], 1 where hidden: a random 75 % of each image's patches."""
+    """Return [count, 1, 64, 64], 1 where hidden: a random 75 % of each image's patches."""
     side = CROP // PATCH
     order = torch.rand(count, side * side, generator=generator).argsort(1)
     hidden = (order < round(MASK_RATIO * side * side)).float().view(count, 1, side, side)
@@ -198,7 +198,7 @@ def patch_masks(count: int, generator: torch.Generator) -> Tensor:
 
 
 def fill_in(images: Tensor, masks: Tensor) -> Tensor:
-    """Hidden pixels get a Gaussian-weighted mean of the visible ones around them."""
+    """Fill hidden pixels with a Gaussian-weighted mean of the visible ones around them."""
     visible = 1.0 - masks
     positions = torch.arange(CROP, dtype=images.dtype)
     weights = torch.exp(-0.5 * ((positions[:, None] - positions) / FILL_SIGMA) ** 2)
@@ -209,7 +209,7 @@ def fill_in(images: Tensor, masks: Tensor) -> Tensor:
 
 
 def channel_statistics(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel in [0, 1], over all pixels of all images."""
+    """Return mean and standard deviation of each channel in [0, 1], over all pixels."""
     count = sum(image[0].numel() for image in images)
     sums = torch.zeros(2, 3, dtype=torch.float64)
     for image in images:
@@ -221,25 +221,25 @@ def channel_statistics(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def validation_crops(images: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-    """[B, 3, 64, 64] uint8 crops side by side in the right fifth of each image, and of which."""
+    """Return [B, 3, 64, 64] uint8 crops of the right fifth of each image, and their images."""
     places = [
         (index, y)
         for index, image in enumerate(images)
         for y in range(0, image.shape[1] - CROP + 1, CROP)
     ]
-    places = spread(places, MAX_VALIDATION_CROPS)
+    places = evenly(places, MAX_VALIDATION_CROPS)
     crops = [images[index][:, y : y + CROP, SPLIT:] for index, y in places]
     return torch.stack(crops), [index for index, _ in places]
 
 
-def spread(items: Sequence[Item], most: int) -> list[Item]:
-    """At most so many of the items, evenly spread."""
+def evenly(items: Sequence[Item], most: int) -> list[Item]:
+    """Return at most so many of the items, at even distances."""
     count = min(len(items), most)
     return [items[i * len(items) // count] for i in range(count)]
 
 
 def bundled_files() -> list[Path]:
-    """The real photographs and micrographs that scikit-image was installed with."""
+    """Return the photographs and micrographs that scikit-image was installed with."""
     folder = Path(skimage.__file__).parent / "data"
     files = [folder / name for name in BUNDLED if (folder / name).is_file()]
     if not files:
@@ -248,29 +248,29 @@ def bundled_files() -> list[Path]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The image files in a folder, not below it; evenly spread where there are too many."""
+    """Return image files in a folder, not below it; some at even distances of too many."""
     if not folder.is_dir():
         raise InputError(f"--images {folder}: there is no such folder")
     try:
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     except OSError as error:
         raise InputError(f"--images {folder}: {error.strerror}") from error
-    return spread(files, MAX_IMAGES)
+    return evenly(files, MAX_IMAGES)
 
 
 def read_images(files: Sequence[Path]) -> tuple[list[Tensor], list[Path]]:
-    """The images that could be read, [3, H, 320] uint8, and the files that could not."""
+    """Return the images that could be read, [3, H, 320] uint8, and the files that could not."""
     images, unreadable = [], []
     for path in files:
         try:
             images.append(read_image(path))
-        except Exception:  # whatever the many libraries behind imread raise for a broken file
+        except Exception:  # noqa: PERF203  # whatever the many libraries behind imread raise for a broken file
             unreadable.append(path)
     return images, unreadable
 
 
 def read_image(path: Path) -> Tensor:
-    """[3, H, 320] uint8, H ≥ 64: one image in RGB, resized to the width of all."""
+    """Return one image in RGB, [3, H, 320] uint8 with H ≥ 64, resized to the width of all."""
     image = to_rgb(np.asarray(imread(path)))
     height, width = image.shape[:2]
     # The middle of what is very tall or very wide.
@@ -280,18 +280,18 @@ def read_image(path: Path) -> Tensor:
     k = max(1, min(wide // (4 * WIDTH), tall // (4 * CROP)))
     image = image[top : top + tall : k, left : left + wide : k]
     shape = max(CROP, round(tall * WIDTH / wide)), WIDTH
-    image = resize(image, shape, anti_aliasing=image.shape[1] > WIDTH)  # type: ignore[no-untyped-call]
+    image = resize(image, shape, anti_aliasing=image.shape[1] > WIDTH)
     pixels = np.rint(np.clip(image, 0.0, 1.0) * 255.0).astype(np.uint8)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def to_rgb(image: NDArray[Any]) -> NDArray[np.float32]:
-    """[H, W, 3] in [0, 1], from grey, RGB or either with alpha, of any number type.
+    """Return [H, W, 3] in [0, 1], from grey, RGB or either with alpha, of any number type.
 
     Raises:
         ValueError: it is no such image.
     """
-    values: NDArray[np.float32] = img_as_float32(image)  # type: ignore[no-untyped-call]
+    values: NDArray[np.float32] = img_as_float32(image)
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("not finite")
@@ -300,9 +300,9 @@ def to_rgb(image: NDArray[Any]) -> NDArray[np.float32]:
     if values.ndim == 3 and values.shape[2] in (1, 2):
         values = values[:, :, 0]
     if values.ndim == 2:
-        values = gray2rgb(values)  # type: ignore[no-untyped-call]
+        values = gray2rgb(values)
     if values.ndim == 3 and values.shape[2] == 4:
-        values = rgba2rgb(values)  # type: ignore[no-untyped-call]
+        values = rgba2rgb(values)
     if values.ndim != 3 or values.shape[2] != 3:
         raise ValueError(f"shape {values.shape}")
     return values

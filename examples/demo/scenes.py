@@ -1,4 +1,4 @@
-"""What the two scenes have in common."""
+"""The interface of a scene."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     targets: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
+        """Return the same on another device."""
         return Batch(self.inputs.to(device), self.targets.to(device))
 
 
@@ -57,16 +57,16 @@ class Scene(ABC):
 
     @abstractmethod
     def new_model(self) -> nn.Module:
-        """A model with fresh parameters from torch's global random numbers."""
+        """Return a model with fresh parameters from torch's global random numbers."""
 
     @abstractmethod
     def micro_batch(self, generator: torch.Generator) -> Batch:
-        """The next training micro-batch, on the CPU."""
+        """Return the next training micro-batch, on the CPU."""
 
     @abstractmethod
     def losses(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
-        """[B] the task's loss of every sample."""
+        """Return [B] the task's loss of every sample."""
 
     def scores(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
-        """[B] what validation reports of every sample; the loss unless overridden."""
+        """Return [B] what validation reports of every sample; the loss unless overridden."""
         return self.losses(task, output, targets)

@@ -83,7 +83,7 @@ class Run:
 
 
 def new_run(scene: Scene, method: Method, steps: int, seed: int, device: torch.device) -> Run:
-    """A run that has not started; the same seed makes the same parameters for every method."""
+    """Return a run that has not started; a seed makes the same parameters for every method."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = scene.new_model()
@@ -93,7 +93,7 @@ def new_run(scene: Scene, method: Method, steps: int, seed: int, device: torch.d
 def train(
     run: Run, seed: int, backend: str = "auto", optimizer: torch.optim.Optimizer | None = None
 ) -> Iterator[Step]:
-    """Trains one method, yielding after each step.
+    """Train one method, yielding after each step.
 
     The micro-batches depend on the seed alone, so all methods see the same. Another optimizer
     of the model's parameters than that of `new_optimizer` may be given.
@@ -122,7 +122,7 @@ def train(
 
 
 def new_optimizer(run: Run, backend: str) -> torch.optim.Optimizer:
-    """The same AdamW for all methods, so that they differ in the resolution alone.
+    """Return the same AdamW for all methods, so that they differ in the resolution alone.
 
     For that reason GCondFused keeps momentum=0: AdamW averages gradients already.
     """
@@ -142,14 +142,14 @@ def new_optimizer(run: Run, backend: str) -> torch.optim.Optimizer:
 
 
 def plain_window(run: Run, optimizer: torch.optim.Optimizer, batches: Sequence[Batch]) -> Step:
-    """Ordinary gradient accumulation of the weighted sum of the losses, and a step."""
+    """Accumulate the weighted sum of the losses as usual, and step."""
     seen: dict[str, list[Tensor]] = {task: [] for task in run.scene.tasks}
     optimizer.zero_grad()
     for batch in batches:
         losses = task_losses(run, batch, run.scene.tasks)
         total = sum(weight * losses[task] for task, weight in run.scene.tasks.items())
         # The mean over the micro-batches, as GCondFused takes it: the same gradient scale.
-        (total / len(batches)).backward()  # type: ignore[union-attr]
+        (total / len(batches)).backward()
         run.backward_passes += 1
         note(seen, losses)
     optimizer.step()
@@ -157,7 +157,7 @@ def plain_window(run: Run, optimizer: torch.optim.Optimizer, batches: Sequence[B
 
 
 def gcond_window(run: Run, optimizer: GCondFused, batches: Sequence[Batch]) -> Step:
-    """The same with GCondFused; in stochastic mode each task sees its block of the batches."""
+    """Do the same with GCondFused; in stochastic mode each task sees its block of the batches."""
     seen: dict[str, list[Tensor]] = {task: [] for task in run.scene.tasks}
     for batch in batches:
         losses = task_losses(run, batch, optimizer.active_tasks)
@@ -173,31 +173,31 @@ def gcond_window(run: Run, optimizer: GCondFused, batches: Sequence[Batch]) -> S
 
 
 def task_losses(run: Run, batch: Batch, tasks: Iterable[str]) -> dict[str, Tensor]:
-    """Mean loss of each of the tasks, from one shared forward pass."""
+    """Return the mean loss of each of the tasks, from one shared forward pass."""
     output = run.model(batch.inputs)
     return {task: run.scene.losses(task, output, batch.targets).mean() for task in tasks}
 
 
 def note(seen: dict[str, list[Tensor]], losses: dict[str, Tensor]) -> None:
-    """Keeps the losses' values, on their device: reading them back here would wait for it."""
+    """Keep the losses' values on their device: reading them here would synchronize with it."""
     for task, loss in losses.items():
         seen[task].append(loss.detach())
 
 
 def means(seen: dict[str, list[Tensor]]) -> dict[str, float]:
-    """Mean of what was kept."""
+    """Return the mean of what was kept."""
     return {task: float(torch.stack(losses).mean()) for task, losses in seen.items()}
 
 
 def warmup_then_cosine(step: int, steps: int) -> float:
-    """Factor of the learning rate: up over the first steps, then down to 0."""
+    """Return the factor of the learning rate: up over the first steps, then down to 0."""
     warmup = min(1.0, (step + 1) / WARMUP_STEPS)
     return warmup * 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps))
 
 
 @torch.no_grad()
 def evaluate(run: Run) -> None:
-    """Adds an evaluation of the model as it is now."""
+    """Add an evaluation of the model as it is now."""
     scene = run.scene
     batch = scene.validation.to(device_of(run))
     output = run.model(batch.inputs)
@@ -207,5 +207,5 @@ def evaluate(run: Run) -> None:
 
 
 def device_of(run: Run) -> torch.device:
-    """The device of the model."""
+    """Return the device of the model."""
     return next(run.model.parameters()).device

@@ -1,6 +1,5 @@
 """The demo: its data, its training loop, and what it writes."""
 
-import argparse
 import io
 import json
 import subprocess
@@ -17,7 +16,8 @@ from skimage.io import imsave
 from skimage.metrics import structural_similarity
 
 import gcond_kernels.methods
-from examples.demo import add_arguments, app, digits, main, photos, pictures, summary, training
+from examples.demo import app, digits, photos, pictures, summary, training
+from examples.demo.__main__ import main
 from examples.demo.digits import Digits
 from examples.demo.methods import DEFAULT, METHODS, methods_of
 from examples.demo.photos import CROP, SPLIT, WIDTH, Photos
@@ -58,9 +58,7 @@ def scene(request):
 
 
 def demo(*options: object) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return main(parser.parse_args([str(option) for option in options]))
+    return main([str(option) for option in options])
 
 
 def trained(scene, method, steps=2, seed=0) -> training.Run:
@@ -523,12 +521,10 @@ def test_ctrl_c_before_the_first_step(tmp_path, monkeypatch, capsys):
 
 def test_a_missing_library_is_named_with_the_way_to_install_it():
     program = """
-import argparse, sys
+import sys
 sys.modules |= dict.fromkeys(["matplotlib", "rich", "skimage", "sklearn"])
-from examples.demo import add_arguments, main
-parser = argparse.ArgumentParser()
-add_arguments(parser)
-sys.exit(main(parser.parse_args([])))
+from examples.demo.__main__ import main
+sys.exit(main([]))
 """
     ended = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
