@@ -11,8 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gcond_kernels import GCondFused
 from gcond_kernels.storage.state_format import without_gcond
-from tests.storage.test_state import through_a_file
-from tests.test_optimizer import (
+from tests.helpers.models import (
     TASKS,
     batches,
     flat_parameters,
@@ -21,6 +20,7 @@ from tests.test_optimizer import (
     same,
     without_counters,
 )
+from tests.storage.test_state import through_a_file
 
 
 def others():

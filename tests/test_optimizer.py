@@ -12,49 +12,20 @@ import torch
 from torch import nn
 
 from gcond_kernels import GCond, GCondFused, LionLars, PCGrad, ops
-
-TASKS = {"a": 1.0, "b": 0.5}
-
-
-def model_of(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-
-
-def losses_of(model, x):
-    y = model(x)
-    return {"a": (y[:, 0] - 1).pow(2).mean(), "b": (y[:, 0] + y[:, 1] + 1).pow(2).mean()}
-
-
-def batches(count: int, seed: int = 1) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(16, 4, generator=generator) for _ in range(count)]
-
-
-def sgd(model, lr: float = 0.1, **options) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=lr, **options)
-
-
-def flat_parameters(model) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def flat_gradients(model) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def task_gradient(model, x, task) -> torch.Tensor:
-    """Of one task's mean loss over micro-batches, by autograd, in float64."""
-    twin = copy.deepcopy(model).double()
-    loss = sum(losses_of(twin, batch.double())[task] for batch in x) / len(x)
-    gradients = torch.autograd.grad(loss, list(twin.parameters()))
-    return torch.cat([g.flatten() for g in gradients])
-
-
-def no_conflict() -> GCond:
-    """A method that finds no conflict: the result is the plain weighted sum."""
-    return GCond(thresholds=(-1.0, -1.0, -1.0))
-
+from tests.helpers.models import (
+    TASKS,
+    batches,
+    flat_gradients,
+    flat_parameters,
+    losses_of,
+    model_of,
+    no_conflict,
+    same,
+    sgd,
+    task_gradient,
+    train,
+    without_counters,
+)
 
 # One window.
 
@@ -573,26 +544,6 @@ def test_a_gradient_that_is_not_finite_skips_the_step(backend, bad, place):
     assert not torch.equal(p, parameter)
 
 
-def without_counters(state: dict) -> dict:
-    """A state dict without the counts of what happened, which every step adds to."""
-    groups = [
-        {**group, "gcond": {k: v for k, v in group["gcond"].items() if k != "counters"}}
-        for group in state["param_groups"]
-    ]
-    return {"state": state["state"], "param_groups": groups}
-
-
-def same(a, b) -> bool:
-    """Equal to the bit, nested containers included."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 ERRORS = [
     (lambda m, x: {"a": m(x).mean(), "c": m(x).mean()}, KeyError, "unknown task 'c'"),
     (lambda m, x: {"a": m(x).mean(), "b": m(x)}, ValueError, r"task 'b' must be a scalar.*16, 2"),
@@ -625,13 +576,6 @@ def test_bad_losses_change_nothing(backend, number, begun):
     calm = GCondFused(sgd(twin), TASKS, accumulation_steps=2, momentum=0.9, backend=backend)
     train(twin, calm, x)
     assert torch.equal(flat_parameters(model), flat_parameters(twin))
-
-
-def train(model, optimizer, x):
-    for batch in x:
-        losses = losses_of(model, batch)
-        if optimizer.backward({task: losses[task] for task in optimizer.active_tasks}):
-            optimizer.step()
 
 
 def test_what_is_assigned_after_bad_losses_holds_for_the_window_that_follows():

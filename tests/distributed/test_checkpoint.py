@@ -10,8 +10,7 @@ from torch import nn
 
 from gcond_kernels import GCondFused, TrainingState, neuron_mask
 from gcond_kernels.methods import CAGrad, Sum
-from tests.storage.test_state import METHODS, optimizer_of, own_of, through_a_file, train
-from tests.test_optimizer import (
+from tests.helpers.models import (
     TASKS,
     batches,
     flat_gradients,
@@ -20,6 +19,7 @@ from tests.test_optimizer import (
     model_of,
     same,
 )
+from tests.storage.test_state import METHODS, optimizer_of, own_of, through_a_file, train
 
 dcp = pytest.importorskip("torch.distributed.checkpoint")
 torchs = pytest.importorskip("torch.distributed.checkpoint.state_dict")

@@ -13,7 +13,7 @@ from torch import nn
 from gcond_kernels import GCond, GCondFused
 from tests.conftest import slow
 from tests.helpers import distributed_training as t
-from tests.test_optimizer import same
+from tests.helpers.models import same
 
 KILLS = 20
 # No multiple of a window's length or of the distance of checkpoints: the run ends inside a window.

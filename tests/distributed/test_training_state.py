@@ -8,7 +8,7 @@ import torch
 from gcond_kernels import GCondFused, TrainingState
 from gcond_kernels.methods import CAGrad, GCond, GradNorm, PCGrad
 from tests.helpers import distributed_training as t
-from tests.test_optimizer import same
+from tests.helpers.models import same
 
 dcp = pytest.importorskip("torch.distributed.checkpoint")
 

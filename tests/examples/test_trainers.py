@@ -12,7 +12,7 @@ from torch import nn
 
 from gcond_kernels import GCondFused
 from tests.helpers import trainer_runs as runs
-from tests.test_optimizer import same
+from tests.helpers.models import same
 
 NEEDS = {
     "accelerate": "accelerate",

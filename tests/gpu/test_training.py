@@ -9,7 +9,7 @@ from torch import nn
 
 from gcond_kernels import GCondFused, LionLars, ops
 from gcond_kernels.storage import collect
-from tests.test_optimizer import TASKS, same, without_counters
+from tests.helpers.models import TASKS, same, without_counters
 
 pytestmark = [
     pytest.mark.gpu,

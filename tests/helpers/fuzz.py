@@ -16,8 +16,8 @@ from torch import nn
 
 from gcond_kernels import GCond, GCondFused, LionLars
 from gcond_kernels.methods import Method
+from tests.helpers.models import same
 from tests.helpers.naive_training import NaiveTraining, Options, Outcome
-from tests.test_optimizer import same
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SHAPES = [(), (1,), (3,), (0,), (2, 3), (4, 1, 2), (33,), (2, 3, 2, 2), (5, 7), (65,)]

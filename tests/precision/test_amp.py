@@ -10,7 +10,7 @@ from torch import nn
 
 from gcond_kernels import GCondFused, LionLars
 from gcond_kernels.storage import collect
-from tests.test_optimizer import (
+from tests.helpers.models import (
     TASKS,
     batches,
     flat_gradients,
@@ -21,6 +21,7 @@ from tests.test_optimizer import (
     same,
     sgd,
     task_gradient,
+    train,
 )
 
 # A power of two: products with it are exact, so that unscaling restores the bits.
@@ -132,15 +133,6 @@ def test_a_users_default_type_changes_nothing(backend, default, update):
 
 
 # GradScaler.
-
-
-def train(model, optimizer, x, scaler=None, by_scaler=False):
-    for batch in x:
-        losses = losses_of(model, batch)
-        if optimizer.backward({task: losses[task] for task in optimizer.active_tasks}):
-            scaler.step(optimizer) if by_scaler else optimizer.step()
-            if scaler is not None:
-                scaler.update()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import nn
 from gcond_kernels import GCondFused, LionLars, ops
 from gcond_kernels.precision import guarded_step
 from tests.helpers.host_reads import HostReads
-from tests.test_optimizer import TASKS, batches, flat_parameters, losses_of, model_of, same
+from tests.helpers.models import TASKS, batches, flat_parameters, losses_of, model_of, same
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 

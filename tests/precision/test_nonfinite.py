@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gcond_kernels import GCond, GCondFused, LionLars
-from tests.test_optimizer import (
+from tests.helpers.models import (
     TASKS,
     batches,
     flat_parameters,

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gcond_kernels import GCondFused
 from gcond_kernels.storage import collect
-from tests.test_optimizer import TASKS, batches, flat_parameters, losses_of, model_of, same, sgd
+from tests.helpers.models import TASKS, batches, flat_parameters, losses_of, model_of, same, sgd
 
 # Bytes of a bucket: gradients are added after the backward pass, or during it, one at a time.
 BUCKETS = {"after": 32 << 20, "during": 8}

@@ -9,7 +9,7 @@ from torch import nn
 
 from gcond_kernels import GCond, GCondFused, neuron_mask
 from gcond_kernels.methods import GradDrop, GradNorm, GradVac, PCGrad
-from tests.test_optimizer import TASKS, batches, flat_parameters, losses_of, model_of, same
+from tests.helpers.models import TASKS, batches, flat_parameters, losses_of, model_of, same
 
 OPTIONS = {"accumulation_steps": 3, "momentum": 0.9}
 
