@@ -49,12 +49,10 @@ RESERVING = {
 LAUNCHES_OF_CALLS = {
     "accumulate": 1,
     "gramian": 2,
-    "lists": 2,
     "arbitrate": 1,
-    "factors": 1,
-    "clipping": 1,
+    "find_factors": 1,
+    "find_clip_factor": 1,
     "combine": 1,
-    "graddrop": 1,
     "resolve": 1,
 }
 

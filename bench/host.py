@@ -14,6 +14,7 @@ tasks, by the reference).
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import sys
 import timeit
@@ -134,7 +135,7 @@ def operations(name: str, gradients: list[torch.Tensor]) -> dict[str, Callable[[
     state = ops.ArbitrationState(**method.new_state(TASKS, cpu))
     backend = ops.backend_for(name, cpu)
     kept = {"state": state, "settings": method, "momentum": momentum}
-    return {
+    calls = {
         "accumulate": lambda: backend.accumulate(accumulators[0], gradients, layout, 1.0, False),
         "gramian": lambda: backend.gramian(own, scale, None),
         "arbitrate": lambda: backend.arbitrate(S, S, scale, state, method),
@@ -147,6 +148,9 @@ def operations(name: str, gradients: list[torch.Tensor]) -> dict[str, Callable[[
             own, gradients, **kept, backend=backend
         ),
     }
+    return {
+        call: calls[call] for call in calls if call != "graddrop" or backend.serves(call) == name
+    }
 
 
 def sums_on_host() -> dict[str, float]:
@@ -156,20 +160,19 @@ def sums_on_host() -> dict[str, float]:
     """
     from gcond_kernels import _cuda
 
-    whole = importlib.import_module("gcond_kernels.cuda.launch").cut(
-        (0,), (7,), 4096, torch.device("cpu")
-    )
-    nothing = _cuda.Pieces(whole.segments, whole.chunks.table, whole.chunks.first, 0, 0, 4096)
-    rows, scale = torch.zeros(TASKS, 32), torch.ones(TASKS, dtype=torch.float64)
+    launch = importlib.import_module("gcond_kernels.cuda.launch")
+    layout = ops.Layout((0,), (7,))
+    tables = launch.chunk_tables(layout, 4096, torch.device("cpu")).tables
+    no_chunks = _cuda.Chunks(*tables, 0, 0, 4096)
+    accumulators, scale = torch.zeros(TASKS, 32), torch.ones(TASKS, dtype=torch.float64)
     partials, matrix = torch.empty(10, 0), torch.empty(TASKS, TASKS, dtype=torch.float64)
+    gradients = ops.TaskGradients(accumulators, layout, scale, accumulators)
 
     def time_of(cross: torch.Tensor | None) -> dict[str, float]:
+        gramians = ops.Gramians(matrix, cross, matrix, None)
         return seconds(
-            lambda: _cuda.gramian(
-                -1, 0, nothing, TASKS, rows, rows, None, None, scale, scale, partials, matrix,
-                cross, partials, None,
-            )
-        )  # fmt: skip
+            lambda: _cuda.gramian((-1, 0), no_chunks, gradients, None, scale, partials, gramians)
+        )
 
     with_cross, without = time_of(matrix), time_of(None)
     return {key: 10 / 4 * (with_cross[key] - without[key]) for key in with_cross}
@@ -184,19 +187,14 @@ def without_launches() -> None:
         for name in names:
             setattr(module, name, NoLaunch())
     launch = importlib.import_module("gcond_kernels.cuda.launch")
-    cut, known = launch.cut, {}
+    chunk_tables = launch._chunk_tables
 
-    def of_no_pieces(*key: Any) -> Any:
-        if key not in known:
-            whole = cut(*key)
-            pieces = _cuda.Pieces(
-                whole.segments, whole.chunks.table, whole.chunks.first, 0, 0, key[2]
-            )
-            known[key] = whole._replace(pieces=pieces)
-        return known[key]
+    @functools.cache
+    def without_chunks(layout: ops.Layout, length: int, device: torch.device) -> Any:
+        made = chunk_tables(layout, length, device)
+        return made._replace(chunks=_cuda.Chunks(*made.tables, 0, 0, length))
 
-    for operation in ("accumulate", "gramian", "combine", "graddrop", "resolve"):
-        importlib.import_module(f"gcond_kernels.cuda.{operation}").cut = of_no_pieces
+    launch._chunk_tables = without_chunks
 
 
 class NoLaunch:

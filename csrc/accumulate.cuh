@@ -1,28 +1,24 @@
-// accumulate: the gradients of one task are added to its accumulator, all of them in one launch.
+// accumulate: adds the gradients of one task to its accumulator, all tensors in one launch.
 #pragma once
 
-#include "common.cuh"
 #include "launch.cuh"
 
 namespace gcond {
 
-struct Accumulate {
-  void* accumulator;  // [N'], float32 or bfloat16
-  Type type;
-  const Segment* segments;  // [T]
-  const Chunk* chunks;      // [C], pieces of ACCUMULATE_CHUNK elements
+constexpr int ACCUMULATE_CHUNK = 4096;
+
+struct AccumulateArguments {
+  Matrix accumulator;  // [N'], float32 or bfloat16
+  Chunks chunks;
   float scale;
-  const void* scale_tensor;  // [], or null: `scale` is it
-  Type scale_type;
+  Matrix scale_tensor;  // [], or null: `scale` is used
   bool overwrite;
 };
 
-constexpr int ACCUMULATE_CHUNK = 4096;
-
-void accumulate(const Place& place, const Accumulate& arguments, const Addresses& gradients,
-                int chunks);
+void accumulate(const Stream& stream, const AccumulateArguments& arguments,
+                const TensorList& gradients);
 
 // Raises CUDA's error where these kernels cannot run on the device.
-void prepare(const Place& place);
+void check_device(int device);
 
 }  // namespace gcond

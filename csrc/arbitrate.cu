@@ -5,34 +5,32 @@
 namespace gcond {
 namespace {
 
-HD void arbitrate_alone(const Arbitrate& arguments, void* memory) {
-  const Scratch scratch = scratch_in(memory, arguments.tasks);
-  arbitrate_in(arguments, scratch, true);
-  keep_state(arguments, scratch);
+HD void arbitrate_entry(const ArbitrateArguments& arguments, void* memory, int entry) {
+  const ArbitrateArguments own = batch_entry(arguments, entry);
+  const Scratch scratch = scratch_in(memory, own.tasks);
+  resolve_conflicts(own, scratch, true);
+  store_state(own, scratch);
 }
 
 __global__ void __launch_bounds__(THREADS, 1)
-    arbitrate_kernel(const __grid_constant__ Arbitrate arguments) {
+    arbitrate_kernel(const __grid_constant__ ArbitrateArguments arguments) {
   extern __shared__ double memory[];
-  arbitrate_alone(entry_of(arguments, static_cast<int>(blockIdx.x)), memory);
+  arbitrate_entry(arguments, memory, static_cast<int>(blockIdx.x));
 }
 
 }  // namespace
 
-void arbitrate(const Place& place, const Arbitrate& arguments, int batch) {
-  const int doubles = scratch_doubles(arguments.tasks);
-  if (place.is_host()) {
-    std::vector<double> memory(doubles);
-    for (int entry = 0; entry < batch; ++entry)
-      arbitrate_alone(entry_of(arguments, entry), memory.data());
+void arbitrate(const Stream& stream, const ArbitrateArguments& arguments, int batch) {
+  const int size = scratch_size(arguments.tasks), bytes = size * static_cast<int>(sizeof(double));
+  if (stream.is_host()) {
+    std::vector<double> memory(size);
+    for (int entry = 0; entry < batch; ++entry) arbitrate_entry(arguments, memory.data(), entry);
     return;
   }
-  check(cudaSetDevice(place.device), "arbitrate");
-  check(cudaFuncSetAttribute(arbitrate_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             doubles * static_cast<int>(sizeof(double))),
+  check(cudaSetDevice(stream.device), "arbitrate");
+  check(cudaFuncSetAttribute(arbitrate_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "arbitrate");
-  launch("arbitrate", arbitrate_kernel, place, batch, doubles * sizeof(double), false,
-         arguments);
+  launch("arbitrate", arbitrate_kernel, stream, {batch, static_cast<std::size_t>(bytes)}, arguments);
 }
 
 }  // namespace gcond

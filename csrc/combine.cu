@@ -3,67 +3,67 @@
 namespace gcond {
 namespace {
 
-HD Resolved read(const ResolvedAt& at) {
-  return {at.weights, at.stride, *at.finite, at.clipping == nullptr ? 1.0 : *at.clipping};
+HD Resolution read(const ResolutionPtrs& r) {
+  const double clip_factor = r.clip_factor_ptr == nullptr ? 1.0 : *r.clip_factor_ptr;
+  return {r.weights_ptr, r.stride, *r.finite_ptr, clip_factor};
 }
 
 __global__ void __launch_bounds__(THREADS)
-    combine_kernel(const __grid_constant__ Combine arguments, const ResolvedAt resolved,
-                   const __grid_constant__ Addresses outputs) {
-  combine_chunk(arguments, read(resolved), outputs, static_cast<int>(blockIdx.x),
+    combine_kernel(const __grid_constant__ CombineArguments arguments,
+                   const ResolutionPtrs resolution, const __grid_constant__ TensorList outputs) {
+  combine_chunk(arguments, read(resolution), outputs, static_cast<int>(blockIdx.x),
                 static_cast<int>(threadIdx.x));
 }
 
-HD void factor_of(const Factors& arguments, const ResolvedAt& resolved, const Addresses& outputs,
-                  int tensor) {
-  const bool written = is_written(outputs, tensor) && *resolved.finite;
-  find_factor(arguments, resolved.weights + tensor * resolved.stride, tensor, written);
+HD void find_factor_of(const FactorArguments& arguments, const ResolutionPtrs& resolution,
+                       const TensorList& outputs, int tensor) {
+  const bool written = is_written(outputs, tensor) && *resolution.finite_ptr;
+  find_factor(arguments, resolution.weights_ptr + tensor * resolution.stride, tensor, written);
   count_step(arguments, tensor, written);
 }
 
 __global__ void __launch_bounds__(THREADS)
-    factor_kernel(const __grid_constant__ Factors arguments, const ResolvedAt resolved,
-                  const __grid_constant__ Addresses outputs) {
+    factor_kernel(const __grid_constant__ FactorArguments arguments,
+                  const ResolutionPtrs resolution, const __grid_constant__ TensorList outputs) {
   const int tensor = static_cast<int>(blockIdx.x * THREADS + threadIdx.x);
-  if (tensor < arguments.tensors) factor_of(arguments, resolved, outputs, tensor);
+  if (tensor < arguments.tensors) find_factor_of(arguments, resolution, outputs, tensor);
 }
 
 __global__ void __launch_bounds__(THREADS)
-    clipping_kernel(const double* squares, int tensors, double max_norm, double* factor) {
-  const double found = clipping_factor(squares, tensors, max_norm);
-  if (threadIdx.x == 0) *factor = found;
+    clip_kernel(const double* squares_ptr, int tensors, double max_norm, double* factor_ptr) {
+  const double factor = clip_factor(squares_ptr, tensors, max_norm);
+  if (threadIdx.x == 0) *factor_ptr = factor;
 }
 
 }  // namespace
 
-void combine(const Place& place, const Combine& arguments, const ResolvedAt& resolved,
-             const Addresses& outputs, int chunks) {
-  if (!place.is_host()) {
-    launch("combine", combine_kernel, place, chunks, 0, false, arguments, resolved, outputs);
-    return;
-  }
-  for (int chunk = 0; chunk < chunks; ++chunk)
-    for (int thread = 0; thread < THREADS; ++thread)
-      combine_chunk(arguments, read(resolved), outputs, chunk, thread);
-}
-
-void factors(const Place& place, const Factors& arguments, const ResolvedAt& resolved,
-             const Addresses& outputs) {
-  if (!place.is_host()) {
-    const int blocks = (arguments.tensors + THREADS - 1) / THREADS;
-    launch("combine", factor_kernel, place, blocks, 0, false, arguments, resolved, outputs);
-    return;
-  }
-  for (int tensor = 0; tensor < arguments.tensors; ++tensor)
-    factor_of(arguments, resolved, outputs, tensor);
-}
-
-void clipping(const Place& place, const double* squares, int tensors, double max_norm,
-              double* factor) {
-  if (place.is_host())
-    *factor = clipping_factor(squares, tensors, max_norm);
+void combine(const Stream& stream, const CombineArguments& arguments,
+             const ResolutionPtrs& resolution, const TensorList& outputs) {
+  if (stream.is_host())
+    for_threads_on_host(arguments.chunks.count, [&](int chunk, int thread) {
+      combine_chunk(arguments, read(resolution), outputs, chunk, thread);
+    });
   else
-    launch("combine", clipping_kernel, place, 1, 0, false, squares, tensors, max_norm, factor);
+    launch("combine", combine_kernel, stream, {arguments.chunks.count}, arguments, resolution,
+           outputs);
+}
+
+void find_factors(const Stream& stream, const FactorArguments& arguments,
+                  const ResolutionPtrs& resolution, const TensorList& outputs) {
+  if (stream.is_host())
+    for (int tensor = 0; tensor < arguments.tensors; ++tensor)
+      find_factor_of(arguments, resolution, outputs, tensor);
+  else
+    launch("combine", factor_kernel, stream, {(arguments.tensors + THREADS - 1) / THREADS},
+           arguments, resolution, outputs);
+}
+
+void find_clip_factor(const Stream& stream, const double* squares_ptr, int tensors, double max_norm,
+                      double* factor_ptr) {
+  if (stream.is_host())
+    *factor_ptr = clip_factor(squares_ptr, tensors, max_norm);
+  else
+    launch("combine", clip_kernel, stream, {1}, squares_ptr, tensors, max_norm, factor_ptr);
 }
 
 }  // namespace gcond

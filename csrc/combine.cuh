@@ -1,200 +1,179 @@
-// combine: one weighted sum of the accumulators is written as the gradient of every parameter, with
+// combine: writes the weighted sum of the accumulators as the gradient of every parameter, with
 // momentum and history in the same pass.
 #pragma once
 
-#include "common.cuh"
+#include "block.cuh"
 #include "launch.cuh"
-#include "team.cuh"
 
 namespace gcond {
 
 constexpr int COMBINE_CHUNK = 4096;
 
-// Below this norm a trust ratio is 1: a tensor of zeros has no scale to keep to.
-constexpr double TRUST_RATIO_EPS = 1e-8;
-
-struct Combine {
-  Rows accumulators;  // [K, N'], float32 or bfloat16
-  Rows history;       // [K, N'], float32, bfloat16 or float16; or null
-  Rows momentum;      // [N'], float32; or null
-  Mask mask;          // [N' / 32], or null: all is trained
-  const Segment* segments;  // [T]
-  const Chunk* chunks;      // [C]
-  int length;               // of a piece, in elements
-  int tasks;
-  const double* scale;    // [K]
-  const double* factors;  // [T], or null: all 1
-  double beta;
-  bool signs;
+struct CombineArguments {
+  Chunks chunks;
+  TaskGradients gradients;
+  Momentum momentum;
+  const double* factors_ptr;  // [T], or null: all 1
 };
 
-// What the resolution came to.
-struct Resolved {
-  const double* weights;  // [K], or [T, K]: each tensor's own
-  std::int64_t stride;    // from one tensor's weights to the next one's: 0 or K
+// What was resolved, as the kernels of combine get it.
+struct ResolutionPtrs {
+  const double* weights_ptr;      // [K], or [T, K]: each tensor's own
+  std::int64_t stride;            // from one tensor's weights to the next one's: 0 or K
+  const bool* finite_ptr;         // []
+  const double* clip_factor_ptr;  // [], or null: 1
+};
+
+// The same once it is read.
+struct Resolution {
+  const double* weights_ptr;
+  std::int64_t stride;
   bool finite;
-  double clipping;
+  double clip_factor;
 };
 
-// What multiplies the new momentum m of each tensor, or its sign.
-struct Factors {
-  const double* per_tensor;  // [T, R, R]; read where there are norms
-  std::int64_t* momentum_steps;   // [T], or null without momentum
-  const double* parameter_norms;  // [T], or null without signs
-  double* factors;                // [T], written
-  double* squares;                // [T], written where there are norms: ‖m̂‖², 0 where unwritten
-  int tasks;
-  int tensors;
-  int rows;  // R
-  double beta, trust_ratio_coef, trust_ratio_clip;
-  bool norms;
+// What multiplies the new momentum of each tensor.
+struct FactorArguments {
+  int tasks, tensors;  // K, T
+  Momentum momentum;
+  const double* per_tensor_ptr;  // [T, R, R], R as in gramian; null where no norm is needed
+  double* factors_ptr;           // [T], written
+  double* squares_ptr;           // [T], written where norms are needed: ‖m̂‖², 0 where unwritten
 };
 
-// What is done with the row of one task.
-struct Share {
-  bool weighted, kept;
+// What is done with the accumulator of one task.
+struct TaskUse {
+  bool weighted, stored;
   float weight;
 };
 
-HD Share share_of(const Combine& c, const Resolved& resolved, int task) {
-  const double scale = c.scale[task];
-  const float weight = static_cast<float>(resolved.weights[task] * scale * (1.0 - c.beta));
-  // Where a gradient was not finite nothing is read: zeros are written, the rest is kept.
-  return {resolved.finite && weight != 0.0f,
-          resolved.finite && scale != 0.0 && c.history.data != nullptr, weight};
+HD TaskUse use_of(const CombineArguments& c, const Resolution& resolution, int task) {
+  const double scale = c.gradients.scale_ptr[task];
+  const float weight =
+      static_cast<float>(resolution.weights_ptr[task] * scale * (1.0 - c.momentum.beta));
+  // Where a gradient was not finite nothing is read: zeros are written, momentum and history kept.
+  return {resolution.finite && weight != 0.0f,
+          resolution.finite && scale != 0.0 && c.gradients.history.data_ptr != nullptr, weight};
 }
 
-struct Output {
-  void* data;  // of the tensor
-  Type type;
-  std::int64_t first;  // of the piece, in the tensor
-  float factor;
-};
-
-// What is to be done with one task's row, and its vectors, on their way.
+// Vectors of one task's accumulator, in flight, and what is done with them.
 template <int U, int V>
-struct Row {
-  Share share;
+struct TaskVectors {
+  TaskUse use;
   Raw<V> raw[U];
 };
 
-// The row of a task; of one that there is not, nothing is to be done.
+// Loads the vectors of a task; of one beyond the last none.
 template <int U, int V>
-HD Row<U, V> load_row(const Combine& c, const Resolved& resolved, int task, std::int64_t start,
-                      const Vectors<U, V>& vectors) {
-  Row<U, V> row{};
-  if (task >= c.tasks) return row;
-  row.share = share_of(c, resolved, task);
-  if (!row.share.weighted && !row.share.kept) return row;
-  const bool narrow = c.accumulators.type != FLOAT32;
+HD TaskVectors<U, V> load_task(const CombineArguments& c, const Resolution& resolution, int task,
+                               std::int64_t start, const Vectors<U, V>& vectors) {
+  TaskVectors<U, V> loaded{};
+  if (task >= c.gradients.tasks) return loaded;
+  loaded.use = use_of(c, resolution, task);
+  if (!loaded.use.weighted && !loaded.use.stored) return loaded;
+  const Matrix& accumulators = c.gradients.accumulators;
 #pragma unroll
   for (int u = 0; u < U; ++u)
     if (vectors.has(u))
-      row.raw[u] = load_raw<V>(c.accumulators.data, narrow,
-                               task * c.accumulators.stride + start + vectors.begin(u));
-  return row;
+      loaded.raw[u] = load_raw<V>(accumulators.data_ptr, accumulators.dtype != FLOAT32,
+                                  task * accumulators.stride + start + vectors.begin(u));
+  return loaded;
 }
 
-// Adds weight · row; the row goes into the history on the way.
+// Adds weight · accumulator, and stores the accumulator as the new history.
 template <int U, int V>
-HD void add_row(Values<V> (&total)[U], const Row<U, V>& row, const Combine& c, int task,
-                std::int64_t start, const Vectors<U, V>& vectors) {
-  if (!row.share.weighted && !row.share.kept) return;
+HD void add_task(Values<V> (&total)[U], const TaskVectors<U, V>& loaded, const CombineArguments& c,
+                 int task, std::int64_t start, const Vectors<U, V>& vectors) {
+  if (!loaded.use.weighted && !loaded.use.stored) return;
+  const Matrix& history = c.gradients.history;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const Values<V> values = converted(row.raw[u], c.accumulators.type);
-    if (row.share.kept && vectors.has(u))
-      store_as<V>(c.history.type, c.history.data,
-                  task * c.history.stride + start + vectors.begin(u), values);
-    if (row.share.weighted) {
+    const Values<V> values = converted(loaded.raw[u], c.gradients.accumulators.dtype);
+    if (loaded.use.stored && vectors.has(u))
+      store_as<V>(history.dtype, history.data_ptr,
+                  task * history.stride + start + vectors.begin(u), values);
+    if (loaded.use.weighted) {
 #pragma unroll
       for (int e = 0; e < V; ++e)
-        total[u].of[e] = fmaf(row.share.weight, values.of[e], total[u].of[e]);
+        total[u].of[e] = fmaf(loaded.use.weight, values.of[e], total[u].of[e]);
     }
   }
 }
 
-// All rows, two of them at a time: both are loaded before one is used.
+// Adds all tasks, two at a time: both are loaded before one is used.
 template <int U, int V>
-HD void add_rows(Values<V> (&total)[U], const Combine& c, const Resolved& resolved,
-                 std::int64_t start, const Vectors<U, V>& vectors) {
-  for (int k = 0; k < c.tasks; k += 2) {
-    const Row<U, V> first = load_row(c, resolved, k, start, vectors);
-    const Row<U, V> second = load_row(c, resolved, k + 1, start, vectors);
-    add_row(total, first, c, k, start, vectors);
-    add_row(total, second, c, k + 1, start, vectors);
+HD void add_tasks(Values<V> (&total)[U], const CombineArguments& c, const Resolution& resolution,
+                  std::int64_t start, const Vectors<U, V>& vectors) {
+  for (int k = 0; k < c.gradients.tasks; k += 2) {
+    const TaskVectors<U, V> first = load_task(c, resolution, k, start, vectors);
+    const TaskVectors<U, V> second = load_task(c, resolution, k + 1, start, vectors);
+    add_task(total, first, c, k, start, vectors);
+    add_task(total, second, c, k + 1, start, vectors);
   }
 }
 
-// What is not trained becomes exactly zero.
-template <int V>
-HD void clear_untrained(Values<V>& values, std::uint32_t bits) {
-#pragma unroll
-  for (int e = 0; e < V; ++e) values.of[e] = is_trained(bits, e) ? values.of[e] : 0.0f;
-}
+struct Output {
+  TensorPtr tensor;
+  std::int64_t first;  // element of the chunk, in the tensor
+  float factor;
+};
 
-// What is done with the vectors of a piece that begins at `start` in the rows.
+// Combines the vectors of a chunk that begins at `start` in flat storage.
 template <int U, int V>
-HD void combine_vectors(const Combine& c, const Resolved& resolved, const Output& output,
-                        std::int64_t start, const Vectors<U, V>& vectors) {
-  const bool moving = c.momentum.data != nullptr && resolved.finite && output.type != NO_TENSOR;
-  float* momentum = static_cast<float*>(c.momentum.data) + start;
+HD void combine_vectors(const CombineArguments& c, const Resolution& resolution,
+                        const Output& output, std::int64_t start, const Vectors<U, V>& vectors) {
+  const Dtype dtype = dtype_of(output.tensor);
+  const std::uint32_t* mask_ptr = c.gradients.mask_ptr;
+  float* momentum_ptr = c.momentum.buffer_ptr + start;
+  const bool has_momentum =
+      c.momentum.buffer_ptr != nullptr && resolution.finite && dtype != NO_TENSOR;
   Values<V> total[U]{}, old[U]{};
   std::uint32_t bits[U]{};
-  if (moving) {
+  if (has_momentum) {
 #pragma unroll
     for (int u = 0; u < U; ++u)
-      if (vectors.has(u)) old[u] = load<V>(momentum + vectors.begin(u));
+      if (vectors.has(u)) old[u] = load<V>(momentum_ptr + vectors.begin(u));
   }
-  if (c.mask != nullptr) {
+  if (mask_ptr != nullptr) {
 #pragma unroll
     for (int u = 0; u < U; ++u)
-      if (vectors.has(u)) bits[u] = trained(c.mask, start + vectors.begin(u));
+      if (vectors.has(u)) bits[u] = trainable_bits(mask_ptr, start + vectors.begin(u));
   }
-  add_rows<U, V>(total, c, resolved, start, vectors);
-  const float beta = static_cast<float>(c.beta);
+  add_tasks<U, V>(total, c, resolution, start, vectors);
+  const float beta = static_cast<float>(c.momentum.beta);
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     if (!vectors.has(u)) continue;
-    if (moving) {
+    Values<V>& values = total[u];
+    if (has_momentum) {
 #pragma unroll
-      for (int e = 0; e < V; ++e) total[u].of[e] = fmaf(beta, old[u].of[e], total[u].of[e]);
+      for (int e = 0; e < V; ++e) values.of[e] = fmaf(beta, old[u].of[e], values.of[e]);
     }
-    if (c.mask != nullptr) clear_untrained<V>(total[u], bits[u]);
-    if (moving) store<V>(momentum + vectors.begin(u), total[u]);
+    if (mask_ptr != nullptr) {
 #pragma unroll
-    for (int e = 0; e < V; ++e) {
-      float& value = total[u].of[e];
-      if (c.signs) value = value > 0.0f ? 1.0f : value < 0.0f ? -1.0f : 0.0f;
-      value *= output.factor;
+      for (int e = 0; e < V; ++e) values.of[e] = is_trainable(bits[u], e) ? values.of[e] : 0.0f;
     }
-    store_as<V>(output.type, output.data, output.first + vectors.begin(u), total[u]);
+    if (has_momentum) store<V>(momentum_ptr + vectors.begin(u), values);
+#pragma unroll
+    for (int e = 0; e < V; ++e) values.of[e] *= output.factor;
+    store_as<V>(dtype, address_of(output.tensor), output.first + vectors.begin(u), values);
   }
 }
 
-HD bool combine_is_wide(const Combine& c, Packed output, std::int64_t offset) {
-  return is_vector_boundary(c.accumulators.data) && c.accumulators.stride % 8 == 0 &&
-         offset % 8 == 0 && is_vector_boundary(c.history.data) &&
-         is_vector_boundary(c.momentum.data) && is_vector_boundary(address_of(output));
-}
-
-// What one thread does of a piece.
-HD void combine_chunk(const Combine& c, Resolved resolved, const Addresses& outputs, int chunk,
-                      int thread) {
+// Combines what one thread does of a chunk.
+HD void combine_chunk(const CombineArguments& c, Resolution resolution, const TensorList& outputs,
+                      int number, int thread) {
   constexpr int UNROLLED = 4;
-  const Piece piece = piece_of(c.segments, c.chunks, chunk, c.length);
-  const std::int64_t start = piece.offset + piece.first;
-  const Packed packed = outputs.of[piece.tensor];
-  resolved.weights += piece.tensor * resolved.stride;
-  double factor = resolved.finite ? resolved.clipping : 0.0;
-  if (resolved.finite && c.factors != nullptr) factor *= c.factors[piece.tensor];
-  const Output output{address_of(packed), type_of(packed), piece.first,
-                      static_cast<float>(factor)};
-
-  const bool wide = combine_is_wide(c, packed, piece.offset);
-  const int whole = wide ? piece.count / VECTOR * VECTOR : 0;
-  for_vectors<UNROLLED>(thread, whole, piece.count, [&](const auto& vectors) {
-    combine_vectors(c, resolved, output, start, vectors);
+  const Chunk chunk = chunk_at(c.chunks, number);
+  resolution.weights_ptr += chunk.tensor * resolution.stride;
+  double factor = resolution.finite ? resolution.clip_factor : 0.0;
+  if (resolution.finite && c.factors_ptr != nullptr) factor *= c.factors_ptr[chunk.tensor];
+  const Output output{outputs.of[chunk.tensor], chunk.first, static_cast<float>(factor)};
+  const bool aligned = is_aligned(c.gradients.accumulators, chunk.segment) &&
+                       is_aligned(c.gradients.history, chunk.segment) &&
+                       is_aligned(c.momentum.buffer_ptr) && is_aligned(address_of(output.tensor));
+  for_vectors<UNROLLED>(thread, aligned, chunk.count, [&](const auto& vectors) {
+    combine_vectors(c, resolution, output, chunk.start(), vectors);
   });
 }
 
@@ -209,71 +188,59 @@ HD double bias_correction(std::int64_t steps, double beta) {
 }
 
 // ‖m‖² of a tensor without a pass over memory: vᵀ G v with v = (1-β) w, and β for the old momentum.
-HD double squared_norm(const Factors& f, const double* weights, int tensor) {
-  const double* gramian = f.per_tensor + static_cast<std::int64_t>(tensor) * f.rows * f.rows;
-  const auto v = [&](int row) { return row < f.tasks ? (1.0 - f.beta) * weights[row] : f.beta; };
+HD double squared_norm(const FactorArguments& f, const double* weights_ptr, int tensor) {
+  const int R = f.tasks + (f.momentum.steps_ptr != nullptr);
+  const double beta = f.momentum.beta;
+  const double* gramian_ptr = f.per_tensor_ptr + static_cast<std::int64_t>(tensor) * R * R;
+  const auto v = [&](int row) { return row < f.tasks ? (1.0 - beta) * weights_ptr[row] : beta; };
   double square = 0.0;
-  for (int i = 0; i < f.rows; ++i) {
+  for (int i = 0; i < R; ++i) {
     double sum = 0.0;
-    for (int j = 0; j < f.rows; ++j) sum += gramian[i * f.rows + j] * v(j);
+    for (int j = 0; j < R; ++j) sum += gramian_ptr[i * R + j] * v(j);
     square += sum * v(i);
   }
   return square > 0.0 ? square : 0.0;
 }
 
-// The factor of one tensor, with its weights [K] where there are norms. `written`: it has an
-// output, and all is finite.
-HD void find_factor(const Factors& f, const double* weights, int tensor, bool written) {
+// Finds the factor of one tensor, with its weights [K] where norms are needed. `written`: it has
+// an output, and all gradients are finite.
+HD void find_factor(const FactorArguments& f, const double* weights_ptr, int tensor, bool written) {
   double factor = 1.0;
-  if (f.momentum_steps != nullptr)
-    factor = bias_correction(f.momentum_steps[tensor] + (written ? 1 : 0), f.beta);
-  if (f.norms) {
-    const double square = squared_norm(f, weights, tensor) * factor * factor;
-    f.squares[tensor] = written ? square : 0.0;
-    if (f.parameter_norms != nullptr) {
-      const double norm = sqrt(square), own = f.parameter_norms[tensor];
-      const bool tiny = norm < TRUST_RATIO_EPS || own < TRUST_RATIO_EPS;
-      const double ratio = tiny ? 1.0 : own / norm;
-      factor = f.trust_ratio_coef * (tiny || ratio < f.trust_ratio_clip ? ratio : f.trust_ratio_clip);
-    }
+  if (f.momentum.steps_ptr != nullptr)
+    factor = bias_correction(f.momentum.steps_ptr[tensor] + (written ? 1 : 0), f.momentum.beta);
+  if (f.per_tensor_ptr != nullptr) {
+    const double square = squared_norm(f, weights_ptr, tensor) * factor * factor;
+    f.squares_ptr[tensor] = written ? square : 0.0;
   }
-  f.factors[tensor] = factor;
+  f.factors_ptr[tensor] = factor;
 }
 
-HD bool is_written(const Addresses& outputs, int tensor) {
-  return type_of(outputs.of[tensor]) != NO_TENSOR;
+HD bool is_written(const TensorList& outputs, int tensor) {
+  return dtype_of(outputs.of[tensor]) != NO_TENSOR;
 }
 
-HD void count_step(const Factors& f, int tensor, bool written) {
-  if (written && f.momentum_steps != nullptr) ++f.momentum_steps[tensor];
+HD void count_step(const FactorArguments& f, int tensor, bool written) {
+  if (written && f.momentum.steps_ptr != nullptr) ++f.momentum.steps_ptr[tensor];
 }
 
 // min(1, max_norm / ‖m̂‖) over all tensors together; every thread of the block has it.
-HD double clipping_factor(const double* squares, int tensors, double max_norm) {
+HD double clip_factor(const double* squares_ptr, int tensors, double max_norm) {
   const double square = block_sum<double>([&](int thread) {
     double sum = 0.0;
-    for (int tensor = thread; tensor < tensors; tensor += THREADS) sum += squares[tensor];
+    for (int tensor = thread; tensor < tensors; tensor += THREADS) sum += squares_ptr[tensor];
     return sum;
   });
   const double norm = sqrt(square);
   return norm > max_norm ? max_norm / norm : 1.0;
 }
 
-// Where the launches of combine find what the resolution came to.
-struct ResolvedAt {
-  const double* weights;   // [K], or [T, K]
-  std::int64_t stride;     // 0 or K
-  const bool* finite;      // []
-  const double* clipping;  // [], or null: 1
-};
+void combine(const Stream& stream, const CombineArguments& arguments,
+             const ResolutionPtrs& resolution, const TensorList& outputs);
 
-void combine(const Place& place, const Combine& arguments, const ResolvedAt& resolved,
-             const Addresses& outputs, int chunks);
+void find_factors(const Stream& stream, const FactorArguments& arguments,
+                  const ResolutionPtrs& resolution, const TensorList& outputs);
 
-void factors(const Place& place, const Factors& arguments, const ResolvedAt& resolved,
-             const Addresses& outputs);
-
-void clipping(const Place& place, const double* squares, int tensors, double max_norm,
-              double* factor);
+void find_clip_factor(const Stream& stream, const double* squares_ptr, int tensors, double max_norm,
+                      double* factor_ptr);
 
 }  // namespace gcond

@@ -1,8 +1,8 @@
-// What all kernels share: types of elements, vectors of four, pieces of tensors.
+// What all kernels share: types of elements, vectors of four, chunks of tensors.
 //
-// A function marked HD compiles for the GPU and for the host, where a driver runs the same pieces
-// in the same order; tests on machines without a GPU execute it there. Products that are added
-// are written fmaf, and nothing else is contracted: both sides round alike.
+// A function marked HD compiles for the GPU and for the host, where it processes the same chunks in
+// the same order: tests on machines without a GPU execute it there. Products that are added are
+// written fmaf, and nothing else is contracted: both sides round to the same bits.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,69 +18,92 @@
 
 namespace gcond {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256;  // of a block
 constexpr int WARP = 32;
 constexpr int WARPS = THREADS / WARP;
 
 // Elements that a thread reads and writes at once: 16 bytes of float32, 8 of two-byte types. Then
-// neighbouring threads touch neighbouring bytes, whatever types take part.
+// neighbouring threads access neighbouring bytes, whatever the types.
 constexpr int VECTOR = 4;
 
-// Tensors of one launch: their addresses travel with it, as 8 KB of arguments. No table is
-// copied to the device beforehand, and a graph may capture tensors never seen before.
-constexpr int MOST_TENSORS = 1000;
+// Tensors of one launch. Their addresses are 8 KB of its arguments: no table is copied to the device
+// before, and a CUDA graph may capture tensors that no launch has had before.
+constexpr int MAX_TENSORS = 1000;
 
-// Codes of the types, in step with gcond_kernels/tables.py.
-enum Type : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT64 = 3, NO_TENSOR = 7 };
+// The codes of gcond_kernels/ops/launch_tables.py.
+enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT64 = 3, NO_TENSOR = 7 };
 
-// An address with the code of its type in the upper four bits, which no address uses.
-using Packed = std::uint64_t;
-constexpr int TYPE_SHIFT = 60;
+// The address of a tensor, with its dtype in the upper four bits, which no address uses.
+using TensorPtr = std::uint64_t;
+constexpr int DTYPE_SHIFT = 60;
 
-HD Type type_of(Packed packed) { return static_cast<Type>(packed >> TYPE_SHIFT); }
+HD Dtype dtype_of(TensorPtr tensor) { return static_cast<Dtype>(tensor >> DTYPE_SHIFT); }
 
-HD void* address_of(Packed packed) {
-  return reinterpret_cast<void*>(packed & ((Packed(1) << TYPE_SHIFT) - 1));
+HD void* address_of(TensorPtr tensor) {
+  return reinterpret_cast<void*>(tensor & ((TensorPtr(1) << DTYPE_SHIFT) - 1));
 }
 
-struct Addresses {
-  Packed of[MOST_TENSORS];
+struct TensorList {
+  TensorPtr of[MAX_TENSORS];
 };
 
-// Where the segment of a tensor lies in every row of flat storage.
-struct Segment {
-  std::int64_t offset;
-  std::int64_t size;
-};
-
-// A tensor, and which piece of it.
-struct Chunk {
-  std::int32_t tensor;
-  std::int32_t piece;
-};
-
-// One piece: `count` elements of a tensor from `first` on.
-struct Piece {
-  int tensor;
-  int count;
-  std::int64_t offset;  // of the tensor's segment
-  std::int64_t first;
-};
-
-HD Piece piece_of(const Segment* segments, const Chunk* chunks, int chunk, int length) {
-  const Chunk found = chunks[chunk];
-  const Segment segment = segments[found.tensor];
-  const std::int64_t first = static_cast<std::int64_t>(found.piece) * length;
-  const std::int64_t left = segment.size - first;
-  return {found.tensor, left < length ? static_cast<int>(left) : length, segment.offset, first};
-}
-
-// A matrix of flat storage, [rows, stride]; null where there is none.
-struct Rows {
-  void* data;
-  Type type;
+// Float32 or two-byte flat storage, [rows, stride]; the pointer is null where there is none.
+struct Matrix {
+  void* data_ptr;
+  Dtype dtype;
   std::int64_t stride;  // in elements
 };
+
+// The accumulated gradients of K tasks; see gcond_kernels/ops/types.py.
+struct TaskGradients {
+  int tasks;                      // K
+  Matrix accumulators;            // [K, N'], float32 or bfloat16
+  Matrix history;                 // [K, N'], float32, bfloat16 or float16; or null
+  const std::uint32_t* mask_ptr;  // [N' / 32], or null: all elements are trainable
+  const double* scale_ptr;        // [K]
+};
+
+struct Momentum {
+  float* buffer_ptr;        // [N'], or null
+  std::int64_t* steps_ptr;  // [T], or null
+  double beta;              // 0 without momentum
+};
+
+// Where the segment of a tensor lies in flat storage.
+struct Segment {
+  std::int64_t offset, size;
+};
+
+// Which chunk of which tensor a block processes.
+struct ChunkEntry {
+  std::int32_t tensor, index;
+};
+
+// How the segments are divided into chunks, a block each.
+struct Chunks {
+  const Segment* segments_ptr;      // [T]
+  const ChunkEntry* entries_ptr;    // [C]
+  const std::int32_t* first_ptr;    // [T + 1], the first chunk of each tensor
+  int tensors, count, length;       // T, C, and the elements of a chunk
+};
+
+struct Chunk {
+  int tensor;
+  int count;             // of elements
+  std::int64_t segment;  // the offset of the tensor's segment in flat storage
+  std::int64_t first;    // the chunk's first element within the segment
+
+  HD std::int64_t start() const { return segment + first; }
+};
+
+HD Chunk chunk_at(const Chunks& chunks, int number) {
+  const ChunkEntry entry = chunks.entries_ptr[number];
+  const Segment segment = chunks.segments_ptr[entry.tensor];
+  const std::int64_t first = static_cast<std::int64_t>(entry.index) * chunks.length;
+  const std::int64_t left = segment.size - first;
+  const int count = left < chunks.length ? static_cast<int>(left) : chunks.length;
+  return {entry.tensor, count, segment.offset, first};
+}
 
 HD float to_float(float value) { return value; }
 HD float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -88,15 +111,14 @@ HD float to_float(__half value) { return __half2float(value); }
 HD float to_float(double value) { return static_cast<float>(value); }
 
 template <class T>
-HD T from_float(float value);
-template <>
-HD float from_float<float>(float value) { return value; }
-template <>
-HD __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
-template <>
-HD __half from_float<__half>(float value) { return __float2half_rn(value); }
-template <>
-HD double from_float<double>(float value) { return value; }
+HD T from_float(float value) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16_rn(value);
+  else if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(value);
+  else
+    return value;
+}
 
 // V elements that are read or written together.
 template <class T, int V>
@@ -104,7 +126,7 @@ struct alignas(V * sizeof(T) > 16 ? 16 : V * sizeof(T)) Pack {
   T of[V];
 };
 
-// A GPU refuses a vector that does not begin where one may; the host, which would not, checks.
+// A GPU faults on a misaligned vector; the host, which would not, checks.
 template <class P>
 HD void check_alignment(const void* address) {
 #ifndef __CUDA_ARCH__
@@ -137,40 +159,27 @@ HD void store(T* to, const Values<V>& values) {
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
 
-// Calls `run` with a null pointer of the type; nothing for NO_TENSOR.
+// Calls `run` with the address as a pointer of the dtype; not for NO_TENSOR.
 template <class F>
-HD void with_type(Type type, F run) {
-  switch (type) {
-    case FLOAT32: run(static_cast<float*>(nullptr)); break;
-    case BFLOAT16: run(static_cast<__nv_bfloat16*>(nullptr)); break;
-    case FLOAT16: run(static_cast<__half*>(nullptr)); break;
-    case FLOAT64: run(static_cast<double*>(nullptr)); break;
+HD void with_dtype(Dtype dtype, void* address, F run) {
+  switch (dtype) {
+    case FLOAT32: run(static_cast<float*>(address)); break;
+    case BFLOAT16: run(static_cast<__nv_bfloat16*>(address)); break;
+    case FLOAT16: run(static_cast<__half*>(address)); break;
+    case FLOAT64: run(static_cast<double*>(address)); break;
     case NO_TENSOR: break;
   }
 }
 
-// Writes V values to elements `at` and on of a tensor.
+// Writes V values from element `offset` of a tensor on.
 template <int V>
-HD void store_as(Type type, void* base, std::int64_t at, const Values<V>& values) {
-  with_type(type, [&](auto* null) {
-    using T = std::remove_pointer_t<decltype(null)>;
-    store<V>(static_cast<T*>(base) + at, values);
-  });
+HD void store_as(Dtype dtype, void* address, std::int64_t offset, const Values<V>& values) {
+  with_dtype(dtype, address, [&](auto* to) { store<V>(to + offset, values); });
 }
 
-template <int V>
-HD Values<V> load_as(Type type, const void* base, std::int64_t at) {
-  Values<V> values{};
-  with_type(type, [&](auto* null) {
-    using T = std::remove_pointer_t<decltype(null)>;
-    values = load<V>(static_cast<const T*>(base) + at);
-  });
-  return values;
-}
-
-// Elements of a row of flat storage as they lie in memory: 2 or 4 bytes each. Loads of many rows
-// are on their way at once where none of them is converted before the last has been issued; a
-// branch on the type between two of them would wait for the first.
+// Elements of flat storage as they lie in memory, 2 or 4 bytes each. Loads of many accumulators are
+// in flight at once where none is converted before the last has been issued; a branch on the dtype
+// between two of them would wait for the first.
 template <int V>
 struct Raw {
   static_assert(V == 1 || V == 4, "one element, or a vector");
@@ -178,10 +187,10 @@ struct Raw {
 };
 
 template <int V>
-HD Raw<V> load_raw(const void* base, bool two_bytes, std::int64_t at) {
+HD Raw<V> load_raw(const void* base, bool two_bytes, std::int64_t offset) {
   Raw<V> raw{};
   if (two_bytes) {
-    const auto* from = static_cast<const std::uint16_t*>(base) + at;
+    const auto* from = static_cast<const std::uint16_t*>(base) + offset;
     if constexpr (V == 1) {
       raw.of[0] = *from;
     } else {
@@ -191,7 +200,7 @@ HD Raw<V> load_raw(const void* base, bool two_bytes, std::int64_t at) {
       raw.of[1] = pairs.of[1];
     }
   } else {
-    const auto* from = static_cast<const std::uint32_t*>(base) + at;
+    const auto* from = static_cast<const std::uint32_t*>(base) + offset;
     check_alignment<Pack<std::uint32_t, V>>(from);
     const auto pack = *reinterpret_cast<const Pack<std::uint32_t, V>*>(from);
 #pragma unroll
@@ -217,16 +226,16 @@ HD float half_bits_to_float(std::uint32_t bits) {
 }
 
 template <int V>
-HD Values<V> converted(const Raw<V>& raw, Type type) {
+HD Values<V> converted(const Raw<V>& raw, Dtype dtype) {
   Values<V> values;
   const auto half = [&](int e) {  // the lower half of a pair comes first
     const std::uint32_t pair = raw.of[V == 1 ? 0 : e / 2];
     return e % 2 ? pair >> 16 : pair & 0xffff;
   };
-  if (type == FLOAT32) {
+  if (dtype == FLOAT32) {
 #pragma unroll
     for (int e = 0; e < V; ++e) values.of[e] = bits_to_float(raw.of[e]);
-  } else if (type == BFLOAT16) {
+  } else if (dtype == BFLOAT16) {
 #pragma unroll
     for (int e = 0; e < V; ++e) values.of[e] = bits_to_float(half(e) << 16);
   } else {
@@ -236,63 +245,67 @@ HD Values<V> converted(const Raw<V>& raw, Type type) {
   return values;
 }
 
-// A bit for every element of a row, of those from element `at` on in the lowest bits: 1 where it is
-// trained. Elements that are accessed together have theirs in one word.
-using Mask = const std::uint32_t*;
-constexpr int MASK_BITS = 32;
-
-HD std::uint32_t trained(Mask mask, std::int64_t at) {
-  const auto element = static_cast<std::uint64_t>(at);
-  return mask[element / MASK_BITS] >> (element % MASK_BITS);
+// The bits of the trainable mask from element `offset` on, the first in the lowest bit. Elements
+// that are accessed together have theirs in one word.
+HD std::uint32_t trainable_bits(const std::uint32_t* mask_ptr, std::int64_t offset) {
+  constexpr int MASK_BITS = 32;
+  const auto element = static_cast<std::uint64_t>(offset);
+  return mask_ptr[element / MASK_BITS] >> (element % MASK_BITS);
 }
 
-HD bool is_trained(std::uint32_t bits, int element) { return (bits >> element & 1u) != 0; }
+HD bool is_trainable(std::uint32_t bits, int element) { return (bits >> element & 1u) != 0; }
 
-// All bits of those of V elements that are trained, as they lie in memory, and none of the others.
+// V elements as they lie in memory: all bits of the trainable ones set, all others clear.
 template <int V>
-HD Raw<V> trained_bits(std::uint32_t bits, bool two_bytes) {
-  Raw<V> kept{};
-  const auto all = [&](int e) { return is_trained(bits, e) ? ~std::uint32_t{0} : 0; };
+HD Raw<V> bit_mask(std::uint32_t trainable, bool two_bytes) {
+  Raw<V> mask{};
+  const auto all = [&](int e) { return is_trainable(trainable, e) ? ~std::uint32_t{0} : 0; };
   if (V == 1 || !two_bytes) {
 #pragma unroll
-    for (int e = 0; e < V; ++e) kept.of[e] = all(e);
+    for (int e = 0; e < V; ++e) mask.of[e] = all(e);
   } else {
 #pragma unroll
-    for (int e = 0; e < V; e += 2) kept.of[e / 2] = (all(e) & 0xffff) | all(e + 1) << 16;
+    for (int e = 0; e < V; e += 2) mask.of[e / 2] = (all(e) & 0xffff) | all(e + 1) << 16;
   }
-  return kept;
+  return mask;
 }
 
-// Selected, not multiplied: what is not trained may be NaN. Without any bit it is 0 in every type.
+// Selected, not multiplied: what is not trainable may be NaN. Without any bit it is 0 in every type.
 template <int V>
-HD void keep_bits(Raw<V>& raw, const Raw<V>& kept) {
+HD void apply_mask(Raw<V>& raw, const Raw<V>& mask) {
 #pragma unroll
-  for (int e = 0; e < V; ++e) raw.of[e] &= kept.of[e];
+  for (int e = 0; e < V; ++e) raw.of[e] &= mask.of[e];
 }
 
-// Where the vectors of a thread begin in a piece: U of V elements, THREADS vectors apart. Those
-// from `end` on are not there; all that are there are loaded before the first is used.
+// The vectors of a thread in a chunk: U of V elements, THREADS vectors apart; those from `end` on do
+// not exist. All are loaded before the first is used.
 template <int U, int V>
 struct Vectors {
-  static constexpr int STEP = THREADS * V;
-  int at, end;
+  int offset, end;
 
-  HD int begin(int u) const { return at + u * STEP; }
+  HD int begin(int u) const { return offset + u * THREADS * V; }
   HD bool has(int u) const { return U == 1 || begin(u) < end; }
 };
 
-// Calls `run` for all vectors of a thread in a piece: whole ones of the first `whole` elements, and
-// the elements after them one by one.
+// Calls `run` for all vectors of a thread in a chunk of `count` elements: vectors of four where they
+// are aligned, and what is left element by element.
 template <int U, class F>
-HD void for_vectors(int thread, int whole, int count, F run) {
-  for (int at = thread * VECTOR; at < whole; at += U * THREADS * VECTOR)
-    run(Vectors<U, VECTOR>{at, whole});
-  for (int at = whole + thread; at < count; at += U * THREADS) run(Vectors<U, 1>{at, count});
+HD void for_vectors(int thread, bool aligned, int count, F run) {
+  const int vectorized = aligned ? count / VECTOR * VECTOR : 0;
+  for (int e = thread * VECTOR; e < vectorized; e += U * THREADS * VECTOR)
+    run(Vectors<U, VECTOR>{e, vectorized});
+  for (int e = vectorized + thread; e < count; e += U * THREADS) run(Vectors<U, 1>{e, count});
 }
 
 // Whether elements from here on may be accessed as vectors, of whatever type.
-HD bool is_vector_boundary(const void* address) {
+HD bool is_aligned(const void* address) {
   return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
+}
+
+// The same for all rows of a matrix, from an offset on.
+HD bool is_aligned(const Matrix& matrix, std::int64_t offset) {
+  return matrix.data_ptr == nullptr ||
+         (is_aligned(matrix.data_ptr) && matrix.stride % 8 == 0 && offset % 8 == 0);
 }
 
 }  // namespace gcond

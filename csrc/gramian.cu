@@ -1,55 +1,50 @@
 #include "gramian.cuh"
 
+#include <algorithm>
+
 namespace gcond {
 namespace {
 
 template <int K, bool MASKABLE>
 __global__ void __launch_bounds__(THREADS, 1)
-    products_kernel(const __grid_constant__ Gramian arguments) {
-  products_of_chunk<K, MASKABLE>(arguments, static_cast<int>(blockIdx.x));
+    products_kernel(const __grid_constant__ GramianArguments arguments) {
+  sum_chunk_in_block<K, MASKABLE>(arguments, static_cast<int>(blockIdx.x));
 }
 
-__global__ void __launch_bounds__(THREADS) sum_kernel(const __grid_constant__ Gramian arguments,
-                                                      const __grid_constant__ Totals totals) {
-  add_up(arguments, totals, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+__global__ void __launch_bounds__(THREADS)
+    sum_kernel(const __grid_constant__ GramianArguments arguments) {
+  sum_partials(arguments, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
 }
 
 template <int K, bool MASKABLE>
-void products(const Place& place, const Gramian& arguments) {
-  if (!place.is_host()) {
-    launch("gramian", products_kernel<K, MASKABLE>, place, arguments.chunk_count, 0, false,
-           arguments);
-    return;
-  }
-  for (int chunk = 0; chunk < arguments.chunk_count; ++chunk)
-    products_of_chunk<K, MASKABLE>(arguments, chunk);
+void sum_all_chunks(const Stream& stream, const GramianArguments& arguments) {
+  const int chunks = arguments.chunks.count;
+  if (stream.is_host())
+    for (int chunk = 0; chunk < chunks; ++chunk) sum_chunk_in_block<K, MASKABLE>(arguments, chunk);
+  else
+    launch("gramian", products_kernel<K, MASKABLE>, stream, {chunks}, arguments);
 }
 
 // One block for every sum over all tensors, and enough that a warp has one tensor's sum to do.
-int blocks_for_sums(const Gramian& g, const Totals& totals) {
-  const std::int64_t wanted = (sums_of_tensors(g, totals) + WARPS - 1) / WARPS;
-  return totals_of(totals) + static_cast<int>(wanted < 4096 ? wanted : 4096);
+int blocks_for_sums(const GramianArguments& arguments) {
+  const std::int64_t products = product_count(arguments), sums = products * arguments.chunks.tensors;
+  return static_cast<int>(products + std::min<std::int64_t>((sums + WARPS - 1) / WARPS, 4096));
 }
 
 }  // namespace
 
-void add_up(const Place& place, const Gramian& arguments, const Totals& totals) {
-  if (place.is_host())
-    add_up(arguments, totals, 0, 1);
-  else
-    launch("gramian", sum_kernel, place, blocks_for_sums(arguments, totals), 0, false, arguments,
-           totals);
-}
-
-void gramian(const Place& place, const Gramian& arguments, const Totals& totals) {
-  with_tasks(totals.tasks, [&](auto tasks) {
+void gramian(const Stream& stream, const GramianArguments& arguments) {
+  with_tasks(arguments.gradients.tasks, [&](auto tasks) {
     constexpr int K = decltype(tasks)::value;
-    if (arguments.mask == nullptr)
-      products<K, false>(place, arguments);
+    if (arguments.gradients.mask_ptr == nullptr)
+      sum_all_chunks<K, false>(stream, arguments);
     else
-      products<K, true>(place, arguments);
+      sum_all_chunks<K, true>(stream, arguments);
   });
-  add_up(place, arguments, totals);
+  if (stream.is_host())
+    sum_partials(arguments, 0, 1);
+  else
+    launch("gramian", sum_kernel, stream, {blocks_for_sums(arguments)}, arguments);
 }
 
 }  // namespace gcond

@@ -1,55 +1,40 @@
-// gramian: inner products of the rows of flat storage. Each piece of a tensor is summed in float32,
-// the sums of the pieces are added up in float64, in a fixed order.
+// gramian: inner products of task gradients, history and momentum. Each chunk of a tensor is summed
+// in float32, the sums of the chunks are added up in float64, in a fixed order.
 #pragma once
 
-#include "common.cuh"
+#include "block.cuh"
 #include "launch.cuh"
-#include "team.cuh"
 
 namespace gcond {
 
-// Beyond this many tasks one product of every pair of rows does not stay in registers.
-constexpr int MOST_TASKS_IN_REGISTERS = 8;
+// With more tasks one product of every pair does not stay in registers.
+constexpr int MAX_TASKS_IN_REGISTERS = 8;
 
-// Products of K tasks, in this order: all pairs of the tasks and the momentum, row by row; then
-// of each task with each task's history. Where there is no momentum or history they are not
-// stored.
+struct GramianArguments {
+  Chunks chunks;
+  TaskGradients gradients;
+  const float* momentum_ptr;        // [N'], or null
+  int rows;                         // R = K, or K + 1 with momentum as the last row
+  const double* history_scale_ptr;  // [K]; read where there is a history
+  float* partials_ptr;              // [Products<K>::COUNT, C]
+  double* total_ptr;                // [K, K]
+  double* cross_ptr;                // [K, K], or null without history
+  double* per_tensor_ptr;           // [T, R, R]
+  double* cross_per_tensor_ptr;     // [T, K, K], or null without history
+};
+
+HD constexpr int pairs_of(int rows) { return rows * (rows + 1) / 2; }
+
+// Products of K tasks, in this order: all pairs of the tasks and the momentum, row by row; then of
+// each task with each task's history. Without momentum or history theirs are not stored.
 template <int K>
 struct Products {
-  static constexpr int ROWS = K + 1;
-  static constexpr int PAIRS = ROWS * (ROWS + 1) / 2;
+  static constexpr int PAIRS = pairs_of(K + 1);
   static constexpr int COUNT = PAIRS + K * K;
   float of[COUNT];
 };
 
-struct Gramian {
-  Rows accumulators;  // [K, N'], float32 or bfloat16
-  Rows history;       // [K, N'], float32, bfloat16 or float16; or null
-  Rows momentum;      // [N'], float32; or null
-  Mask mask;          // [N' / 32], or null: all is trained
-  const Segment* segments;  // [T]
-  const Chunk* chunks;      // [C]
-  const std::int32_t* first;  // [T + 1], the first piece of each tensor
-  int tensors;
-  int chunk_count;
-  int length;  // of a piece, in elements
-  float* partials;  // [COUNT, C]
-};
-
-// What the sums become. All float64.
-struct Totals {
-  const double* scale;          // [K], or null: all 1
-  const double* history_scale;  // [K]; read where there are cross products
-  double* total;                // [K, K]
-  double* cross;                // [K, K], or null
-  double* per_tensor;           // [T, R, R]
-  double* crosses;              // [T, K, K], goes with `cross`
-  int tasks;
-  int rows;    // R: K, or K + 1 with the momentum
-  int stored;  // rows of the products: as R, or more than that
-};
-
-// Products of all pairs of rows.
+// Adds the products of all pairs of rows: of the tasks and the momentum.
 template <int K, int V>
 HD void add_pairs(Products<K>& sums, const Values<V> (&rows)[K + 1]) {
   int product = 0;
@@ -64,267 +49,214 @@ HD void add_pairs(Products<K>& sums, const Values<V> (&rows)[K + 1]) {
   }
 }
 
-// Products of all tasks with the history of one.
+// Adds the products of all tasks with the history of one.
 template <int K, int V>
-HD void add_crosses(Products<K>& sums, const Values<V> (&rows)[K + 1], const Values<V>& past,
-                    int task) {
+HD void add_cross(Products<K>& sums, const Values<V> (&rows)[K + 1], const Values<V>& history,
+                  int task) {
 #pragma unroll
   for (int i = 0; i < K; ++i) {
     float& sum = sums.of[Products<K>::PAIRS + i * K + task];
 #pragma unroll
-    for (int e = 0; e < V; ++e) sum = fmaf(rows[i].of[e], past.of[e], sum);
+    for (int e = 0; e < V; ++e) sum = fmaf(rows[i].of[e], history.of[e], sum);
   }
 }
 
 // What is known of the history when the kernel is compiled: a branch on it between the loads would
 // wait for those before it.
-enum Past : int { NO_HISTORY, TWO_BYTES, FOUR_BYTES };
+enum HistoryKind : int { NO_HISTORY, TWO_BYTES, FOUR_BYTES };
 
-// What is not trained counts as zero in the vectors of every row.
-template <int K, Past PAST, int V>
-HD void clear_untrained_rows(Raw<V> (&own)[K + 1], Raw<V> (&past)[K], std::uint32_t bits, bool narrow) {
-  const Raw<V> rows = trained_bits<V>(bits, narrow);
+// Sets what is not trainable to zero in the vectors of every row.
+template <int K, HistoryKind HISTORY, int V>
+HD void mask_rows(Raw<V> (&rows)[K + 1], Raw<V> (&history)[K], std::uint32_t bits, bool two_bytes) {
+  const Raw<V> mask = bit_mask<V>(bits, two_bytes);
 #pragma unroll
-  for (int k = 0; k < K; ++k) keep_bits(own[k], rows);
-  keep_bits(own[K], trained_bits<V>(bits, false));
-  if constexpr (PAST != NO_HISTORY) {
-    const Raw<V> history = trained_bits<V>(bits, PAST == TWO_BYTES);
+  for (int k = 0; k < K; ++k) apply_mask(rows[k], mask);
+  apply_mask(rows[K], bit_mask<V>(bits, false));
+  if constexpr (HISTORY != NO_HISTORY) {
+    const Raw<V> history_mask = bit_mask<V>(bits, HISTORY == TWO_BYTES);
 #pragma unroll
-    for (int k = 0; k < K; ++k) keep_bits(past[k], history);
+    for (int k = 0; k < K; ++k) apply_mask(history[k], history_mask);
   }
 }
 
-// Adds the products of the vectors of every row; `start` is where the piece begins in the rows.
+// Adds the products of the vectors of every row; the chunk begins at `start` in flat storage.
 // Where it is known that there is no mask (not MASKABLE) that saves registers.
-template <int K, bool MASKABLE, Past PAST, int U, int V>
-HD void add_products(Products<K>& sums, const Gramian& g, std::int64_t start,
+template <int K, bool MASKABLE, HistoryKind HISTORY, int U, int V>
+HD void add_products(Products<K>& sums, const GramianArguments& a, std::int64_t start,
                      const Vectors<U, V>& vectors) {
-  Raw<V> own[U][K + 1]{}, past[U][K]{};
-  const bool narrow = g.accumulators.type != FLOAT32;
+  const TaskGradients& g = a.gradients;
+  Raw<V> rows[U][K + 1]{}, history[U][K]{};
+  const bool two_bytes = g.accumulators.dtype != FLOAT32;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     if (!vectors.has(u)) continue;
-    const std::int64_t here = start + vectors.begin(u);
+    const std::int64_t offset = start + vectors.begin(u);
 #pragma unroll
     for (int k = 0; k < K; ++k)
-      own[u][k] = load_raw<V>(g.accumulators.data, narrow, k * g.accumulators.stride + here);
-    if (g.momentum.data) own[u][K] = load_raw<V>(g.momentum.data, false, here);
-    if constexpr (PAST != NO_HISTORY) {
+      rows[u][k] = load_raw<V>(g.accumulators.data_ptr, two_bytes, k * g.accumulators.stride + offset);
+    if (a.momentum_ptr) rows[u][K] = load_raw<V>(a.momentum_ptr, false, offset);
+    if constexpr (HISTORY != NO_HISTORY) {
 #pragma unroll
       for (int k = 0; k < K; ++k)
-        past[u][k] = load_raw<V>(g.history.data, PAST == TWO_BYTES, k * g.history.stride + here);
+        history[u][k] =
+            load_raw<V>(g.history.data_ptr, HISTORY == TWO_BYTES, k * g.history.stride + offset);
     }
   }
-  if (MASKABLE && g.mask != nullptr) {  // its words are loaded when the rows are on their way
+  if (MASKABLE && g.mask_ptr != nullptr) {  // loaded while the rows are in flight
 #pragma unroll
     for (int u = 0; u < U; ++u)
       if (vectors.has(u))
-        clear_untrained_rows<K, PAST, V>(own[u], past[u], trained(g.mask, start + vectors.begin(u)),
-                                    narrow);
+        mask_rows<K, HISTORY, V>(rows[u], history[u],
+                                 trainable_bits(g.mask_ptr, start + vectors.begin(u)), two_bytes);
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    Values<V> rows[K + 1];
+    Values<V> values[K + 1];
 #pragma unroll
-    for (int k = 0; k < K; ++k) rows[k] = converted(own[u][k], g.accumulators.type);
-    rows[K] = converted(own[u][K], FLOAT32);
-    add_pairs<K, V>(sums, rows);
-    if constexpr (PAST != NO_HISTORY) {
-      const Type type = PAST == FOUR_BYTES ? FLOAT32 : g.history.type;
+    for (int k = 0; k < K; ++k) values[k] = converted(rows[u][k], g.accumulators.dtype);
+    values[K] = converted(rows[u][K], FLOAT32);
+    add_pairs<K, V>(sums, values);
+    if constexpr (HISTORY != NO_HISTORY) {
+      const Dtype dtype = HISTORY == FOUR_BYTES ? FLOAT32 : g.history.dtype;
 #pragma unroll
-      for (int k = 0; k < K; ++k) add_crosses<K, V>(sums, rows, converted(past[u][k], type), k);
+      for (int k = 0; k < K; ++k) add_cross<K, V>(sums, values, converted(history[u][k], dtype), k);
     }
   }
 }
 
-// Whether all rows may be read in vectors in a segment that starts here.
-HD bool rows_are_wide(const Rows& rows, std::int64_t offset) {
-  return rows.data == nullptr ||
-         (is_vector_boundary(rows.data) && rows.stride % 8 == 0 && offset % 8 == 0);
-}
-
-// What one thread sums of a piece.
+// Adds the products that one thread sums in a chunk.
 template <int K, bool MASKABLE>
-HD void sum_piece(Products<K>& sums, const Gramian& g, int chunk, int thread) {
+HD void sum_chunk(Products<K>& sums, const GramianArguments& a, int number, int thread) {
   constexpr int UNROLLED = K <= 2 ? 4 : K <= 4 ? 2 : 1;
-  const Piece piece = piece_of(g.segments, g.chunks, chunk, g.length);
-  const std::int64_t start = piece.offset + piece.first;
-  const bool wide = rows_are_wide(g.accumulators, piece.offset) &&
-                    rows_are_wide(g.history, piece.offset) &&
-                    rows_are_wide(g.momentum, piece.offset);
-
-  const int whole = wide ? piece.count / VECTOR * VECTOR : 0;
-  const auto sum_with = [&](auto past) {
-    for_vectors<UNROLLED>(thread, whole, piece.count, [&](const auto& vectors) {
-      add_products<K, MASKABLE, decltype(past)::value>(sums, g, start, vectors);
+  const Chunk chunk = chunk_at(a.chunks, number);
+  const bool aligned = is_aligned(a.gradients.accumulators, chunk.segment) &&
+                       is_aligned(a.gradients.history, chunk.segment) && is_aligned(a.momentum_ptr);
+  const auto sum_with = [&](auto history) {
+    for_vectors<UNROLLED>(thread, aligned, chunk.count, [&](const auto& vectors) {
+      add_products<K, MASKABLE, decltype(history)::value>(sums, a, chunk.start(), vectors);
     });
   };
-  if (g.history.data == nullptr)
-    sum_with(std::integral_constant<Past, NO_HISTORY>{});
-  else if (g.history.type == FLOAT32)
-    sum_with(std::integral_constant<Past, FOUR_BYTES>{});
+  if (a.gradients.history.data_ptr == nullptr)
+    sum_with(std::integral_constant<HistoryKind, NO_HISTORY>{});
+  else if (a.gradients.history.dtype == FLOAT32)
+    sum_with(std::integral_constant<HistoryKind, FOUR_BYTES>{});
   else
-    sum_with(std::integral_constant<Past, TWO_BYTES>{});
+    sum_with(std::integral_constant<HistoryKind, TWO_BYTES>{});
 }
 
-// Adds up the sums of all threads of a block, and stores them as those of one piece.
-// `sums(thread)` points to the COUNT sums of a thread.
-template <int COUNT, class F>
-HD void store_products(const Gramian& g, int chunk, F sums) {
+// Sums all products of a chunk over the threads of a block, and stores them.
+template <int K, bool MASKABLE>
+HD void sum_chunk_in_block(const GramianArguments& a, int number) {
+  constexpr int COUNT = Products<K>::COUNT;
 #ifdef __CUDA_ARCH__
   __shared__ float warps[WARPS][COUNT];
   const int thread = static_cast<int>(threadIdx.x);
+  Products<K> sums{};
+  sum_chunk<K, MASKABLE>(sums, a, number, thread);
 #pragma unroll
   for (int product = 0; product < COUNT; ++product) {
-    const float sum = warp_sum(sums(thread)[product]);
+    const float sum = warp_sum(sums.of[product]);
     if (thread % WARP == 0) warps[thread / WARP][product] = sum;
   }
   __syncthreads();
 #else
   float warps[WARPS][COUNT], lanes[WARP];
+  Products<K> sums[THREADS]{};
+  for (int thread = 0; thread < THREADS; ++thread)
+    sum_chunk<K, MASKABLE>(sums[thread], a, number, thread);
   for (int product = 0; product < COUNT; ++product) {
     for (int warp = 0; warp < WARPS; ++warp) {
-      for (int lane = 0; lane < WARP; ++lane) lanes[lane] = sums(warp * WARP + lane)[product];
+      for (int lane = 0; lane < WARP; ++lane) lanes[lane] = sums[warp * WARP + lane].of[product];
       warps[warp][product] = warp_sum_on_host(lanes);
     }
   }
 #endif
   // Ends with a barrier: the memory may be used again.
-  each(COUNT, [&](int product) {
-    g.partials[static_cast<std::int64_t>(product) * g.chunk_count + chunk] =
+  parallel_for(COUNT, [&](int product) {
+    a.partials_ptr[static_cast<std::int64_t>(product) * a.chunks.count + number] =
         sum_of_warps(&warps[0][product], COUNT);
   });
 }
 
-// All products of one piece.
-template <int K, bool MASKABLE>
-HD void products_of_chunk(const Gramian& g, int chunk) {
-#ifdef __CUDA_ARCH__
-  Products<K> sums{};
-  sum_piece<K, MASKABLE>(sums, g, chunk, static_cast<int>(threadIdx.x));
-  store_products<Products<K>::COUNT>(g, chunk, [&](int) { return sums.of; });
-#else
-  Products<K> sums[THREADS]{};
-  for (int thread = 0; thread < THREADS; ++thread)
-    sum_piece<K, MASKABLE>(sums[thread], g, chunk, thread);
-  store_products<Products<K>::COUNT>(g, chunk, [&](int thread) { return sums[thread].of; });
-#endif
-}
-
-HD int pairs_of(int rows) { return rows * (rows + 1) / 2; }
-
-// Row and column of a pair, counted row by row.
-struct Pair {
-  int i, j;
-};
-
-HD Pair pair_of(int pair, int rows) {
-  int i = 0;
-  while (pair >= rows - i) {
-    pair -= rows - i;
-    ++i;
-  }
-  return {i, i + pair};
+// How many products there are to sum over all tensors, and over each of them.
+HD int product_count(const GramianArguments& a) {
+  const int K = a.gradients.tasks;
+  return pairs_of(K + 1) + (a.cross_ptr != nullptr ? K * K : 0);
 }
 
 // A task that takes no part (scale 0) may hold anything, NaN included: select, do not multiply.
 HD double weighted(double sum, double weight) { return weight != 0.0 ? sum * weight : 0.0; }
 
-HD double scale_of(const Totals& totals, int row) {
-  return totals.scale == nullptr || row >= totals.tasks ? 1.0 : totals.scale[row];
-}
-
-// The product of a task with the history of a task.
-HD void store_cross(const Totals& totals, double* crosses, int place, double sum) {
-  const int i = place / totals.tasks, j = place % totals.tasks;
-  crosses[place] = weighted(sum, totals.scale[i] * totals.history_scale[j]);
-}
-
-// Stores a sum over one tensor.
-HD void store_of_tensor(const Totals& totals, int tensor, int product, double sum) {
-  const int R = totals.rows, K = totals.tasks, pairs = pairs_of(totals.stored);
+// Stores a sum in a Gramian [rows, rows], or in a cross-Gramian [K, K].
+HD void store_product(const GramianArguments& a, double* gramian_ptr, int rows, double* cross_ptr,
+                      int product, double sum) {
+  const int K = a.gradients.tasks, pairs = pairs_of(K + 1);
+  const auto scale = [&](int row) { return row < K ? a.gradients.scale_ptr[row] : 1.0; };
   if (product >= pairs) {
-    store_cross(totals, totals.crosses + static_cast<std::int64_t>(tensor) * K * K,
-                product - pairs, sum);
+    const int place = product - pairs;
+    cross_ptr[place] = weighted(sum, scale(place / K) * a.history_scale_ptr[place % K]);
     return;
   }
-  const Pair pair = pair_of(product, totals.stored);
-  if (pair.j >= R) return;  // there is no momentum
-  const double value = weighted(sum, scale_of(totals, pair.i) * scale_of(totals, pair.j));
-  double* of_tensor = totals.per_tensor + static_cast<std::int64_t>(tensor) * R * R;
-  of_tensor[pair.i * R + pair.j] = value;
-  of_tensor[pair.j * R + pair.i] = value;
+  int i = 0, first = 0;  // the first product of row i
+  for (; product >= first + K + 1 - i; ++i) first += K + 1 - i;
+  const int j = product - first + i;
+  if (j >= rows) return;  // of the momentum
+  const double value = weighted(sum, scale(i) * scale(j));
+  gramian_ptr[i * rows + j] = value;
+  gramian_ptr[j * rows + i] = value;
 }
 
-// Stores a sum over all tensors.
-HD void store_total(const Totals& totals, int product, double sum) {
-  const int K = totals.tasks, pairs = pairs_of(totals.stored);
-  if (product >= pairs) {
-    store_cross(totals, totals.cross, product - pairs, sum);
-    return;
-  }
-  const Pair pair = pair_of(product, totals.stored);
-  if (pair.j >= K) return;
-  const double value = weighted(sum, scale_of(totals, pair.i) * scale_of(totals, pair.j));
-  totals.total[pair.i * K + pair.j] = value;
-  totals.total[pair.j * K + pair.i] = value;
-}
-
-// The partial sums of a product over pieces begin .. end, one in `step`.
-HD double sum_of_pieces(const Gramian& g, int product, int begin, int end, int step) {
-  const float* from = g.partials + static_cast<std::int64_t>(product) * g.chunk_count;
+// The sum of a product over chunks begin .. end, one in `stride`.
+HD double sum_of_chunks(const GramianArguments& a, int product, int begin, int end, int stride) {
+  const float* from = a.partials_ptr + static_cast<std::int64_t>(product) * a.chunks.count;
   double sum = 0.0;
 #pragma unroll 4
-  for (int chunk = begin; chunk < end; chunk += step) sum += from[chunk];
+  for (int chunk = begin; chunk < end; chunk += stride) sum += from[chunk];
   return sum;
 }
 
-// A product over all tensors, by a block.
-HD void total_of_product(const Gramian& g, const Totals& totals, int product) {
+// Sums a product over all tensors, by a block.
+HD void sum_total(const GramianArguments& a, int product) {
   const double sum = block_sum<double>(
-      [&](int thread) { return sum_of_pieces(g, product, thread, g.chunk_count, THREADS); });
-  once([&] { store_total(totals, product, sum); });
+      [&](int thread) { return sum_of_chunks(a, product, thread, a.chunks.count, THREADS); });
+  run_once([&] { store_product(a, a.total_ptr, a.gradients.tasks, a.cross_ptr, product, sum); });
 }
 
-// How many products of a tensor there are to sum, and of all tensors.
-HD int totals_of(const Totals& totals) {
-  return pairs_of(totals.stored) + (totals.cross ? totals.tasks * totals.tasks : 0);
-}
-
-HD std::int64_t sums_of_tensors(const Gramian& g, const Totals& totals) {
-  return static_cast<std::int64_t>(g.tensors) * totals_of(totals);
-}
-
-// A product over one tensor, by a warp.
-HD void product_of_tensor(const Gramian& g, const Totals& totals, std::int64_t sum) {
-  const int products = totals_of(totals);
-  const int tensor = static_cast<int>(sum / products), product = static_cast<int>(sum % products);
+// Sums a product over one tensor, by a warp.
+HD void sum_tensor(const GramianArguments& a, int tensor, int product) {
+  const std::int64_t K = a.gradients.tasks, R = a.rows;
+  const auto store = [&](double sum) {
+    store_product(a, a.per_tensor_ptr + tensor * R * R, a.rows,
+                  a.cross_per_tensor_ptr + tensor * K * K, product, sum);
+  };
   const auto of_lane = [&](int lane) {
-    return sum_of_pieces(g, product, g.first[tensor] + lane, g.first[tensor + 1], WARP);
+    const std::int32_t* first_ptr = a.chunks.first_ptr + tensor;
+    return sum_of_chunks(a, product, first_ptr[0] + lane, first_ptr[1], WARP);
   };
 #ifdef __CUDA_ARCH__
   const int lane = static_cast<int>(threadIdx.x) % WARP;
-  const double total = warp_sum(of_lane(lane));
-  if (lane == 0) store_of_tensor(totals, tensor, product, total);
+  const double sum = warp_sum(of_lane(lane));
+  if (lane == 0) store(sum);
 #else
   double lanes[WARP];
   for (int lane = 0; lane < WARP; ++lane) lanes[lane] = of_lane(lane);
-  store_of_tensor(totals, tensor, product, warp_sum_on_host(lanes));
+  store(warp_sum_on_host(lanes));
 #endif
 }
 
-// All sums over pieces, shared out to a number of blocks: first those over all tensors, by a
-// block each, then those over one, by a warp each. On the host a block is one warp.
-HD void add_up(const Gramian& g, const Totals& totals, int block, int blocks) {
-  for (int product = block; product < totals_of(totals); product += blocks)
-    total_of_product(g, totals, product);
+// Adds up the sums of the chunks, distributed over blocks: first those over all tensors, a block
+// each, then those over one tensor, a warp each. On the host a block is one warp.
+HD void sum_partials(const GramianArguments& a, int block, int blocks) {
+  const int products = product_count(a);
+  for (int product = block; product < products; product += blocks) sum_total(a, product);
 #ifdef __CUDA_ARCH__
-  const int warp = block * WARPS + static_cast<int>(threadIdx.x) / WARP, step = blocks * WARPS;
+  const int warp = block * WARPS + static_cast<int>(threadIdx.x) / WARP, stride = blocks * WARPS;
 #else
-  const int warp = block, step = blocks;
+  const int warp = block, stride = blocks;
 #endif
-  for (std::int64_t sum = warp; sum < sums_of_tensors(g, totals); sum += step)
-    product_of_tensor(g, totals, sum);
+  const std::int64_t sums = static_cast<std::int64_t>(a.chunks.tensors) * products;
+  for (std::int64_t sum = warp; sum < sums; sum += stride)
+    sum_tensor(a, static_cast<int>(sum / products), static_cast<int>(sum % products));
 }
 
 // Calls `run` with K as a constant.
@@ -343,9 +275,6 @@ void with_tasks(int tasks, F run) {
   }
 }
 
-// The launch of `add_up` alone.
-void add_up(const Place& place, const Gramian& arguments, const Totals& totals);
-
-void gramian(const Place& place, const Gramian& arguments, const Totals& totals);
+void gramian(const Stream& stream, const GramianArguments& arguments);
 
 }  // namespace gcond

@@ -1,4 +1,4 @@
-"""Where a launch goes, and the tables that say which block does what."""
+"""Streams, and the tables that assign each block its chunk of a tensor."""
 
 import functools
 from collections.abc import Iterator
@@ -9,48 +9,48 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import _cuda
-from gcond_kernels.ops import launch_tables as tables
-
-Place = tuple[int, int]
-ON_HOST: Place = (-1, 0)
+from gcond_kernels.ops import launch_tables
+from gcond_kernels.ops.types import Layout
 
 
-def place_of(device: torch.device) -> Place:
-    """The number of the GPU and the handle of its current stream."""
+def stream_of(device: torch.device) -> tuple[int, int]:
+    """Return the number of a GPU and the handle of its current stream; (-1, 0) for the host."""
     if device.type == "cpu":
-        return ON_HOST
+        return -1, 0
     stream = torch.cuda.current_stream(device)
     return stream.device_index, stream.cuda_stream
 
 
-class Cut(NamedTuple):
-    """Tensors cut into pieces, a block each.
+class ChunkTables(NamedTuple):
+    """How segments are divided into chunks, a block each.
 
     Attributes:
-        pieces: what the module takes: the addresses of the tables.
-        segments: [T, 2] int64: offset and size of each tensor.
-        chunks: which block takes which piece.
+        chunks: what a launch takes: the addresses of the tables.
+        total: number of chunks.
+        tables: the tensors that hold the tables.
     """
 
-    pieces: _cuda.Pieces
-    segments: Tensor
-    chunks: tables.Chunks
-
-    def keep_if_captured(self) -> None:
-        """Holds on to the tables that a graph under capture will read at every replay."""
-        tables.keep_if_captured(self.segments, self.chunks.table, self.chunks.first)
+    chunks: _cuda.Chunks
+    total: int
+    tables: tuple[Tensor, ...]
 
 
-@functools.lru_cache(maxsize=tables.REMEMBERED)
-def cut(offsets: tuple[int, ...], sizes: tuple[int, ...], length: int, device: torch.device) -> Cut:
-    """Cuts tensors at these places of flat storage into pieces of `length` elements."""
-    segments = tables.to_device(np.array([offsets, sizes], dtype=np.int64).T, device)
-    chunks = tables.chunk_table(sizes, length, device)
-    pieces = _cuda.Pieces(segments, chunks.table, chunks.first, len(sizes), chunks.total, length)
-    return Cut(pieces, segments, chunks)
+def chunk_tables(layout: Layout, length: int, device: torch.device) -> ChunkTables:
+    """Return the tables that divide segments into chunks of `length` elements."""
+    made = _chunk_tables(layout, length, device)
+    launch_tables.keep_if_captured(*made.tables)
+    return made
 
 
-def parts(tensors: int, most: int = _cuda.MOST_TENSORS) -> Iterator[slice]:
-    """Which tensors go into which launch: their addresses travel with it, and it holds so many."""
-    for start in range(0, tensors, most):
-        yield slice(start, min(start + most, tensors))
+@functools.lru_cache(maxsize=launch_tables.REMEMBERED)
+def _chunk_tables(layout: Layout, length: int, device: torch.device) -> ChunkTables:
+    segments = launch_tables.to_device(np.array(layout, dtype=np.int64).T, device)
+    table, first, total = launch_tables.chunk_table(layout.sizes, length, device)
+    chunks = _cuda.Chunks(segments, table, first, len(layout.sizes), total, length)
+    return ChunkTables(chunks, total, (segments, table, first))
+
+
+def launches(tensors: int) -> Iterator[slice]:
+    """Yield which tensors go into which launch: each holds the addresses of MAX_TENSORS."""
+    for start in range(0, tensors, _cuda.MAX_TENSORS):
+        yield slice(start, min(start + _cuda.MAX_TENSORS, tensors))

@@ -1,16 +1,15 @@
-// The extension module gcond_kernels._cuda: what the Python files of this folder call. They have
-// made every check of types, devices and shapes.
+// The extension module gcond_kernels._cuda, which the Python files of this folder call. They have
+// checked types, devices and shapes.
 //
-// `device` is the number of a GPU, or -1 for the driver on the host; `stream` the handle of one of
-// its streams. Tables (segments, chunks, first) are those of gcond_kernels/tables.py. Every failure
-// of CUDA is a RuntimeError with CUDA's own words.
+// A stream is a pair (device, handle): the number of a GPU and one of its streams, or (-1, 0) for
+// the host. Where a C++ structure has the name of a class of gcond_kernels/ops/types.py it is read
+// from such an object. Every failure of CUDA is a RuntimeError with CUDA's own text.
 #include <pybind11/pybind11.h>
 
-#include <limits>
+#include <string>
+#include <utility>
 
 #include "accumulate.cuh"
-#include "graddrop.cuh"
-#include "lists.cuh"
 #include "resolve.cuh"
 #include "tensors.h"
 
@@ -19,220 +18,170 @@ namespace {
 
 namespace py = pybind11;
 
-constexpr double NO_BOUND = std::numeric_limits<double>::infinity();
+using StreamPair = std::pair<int, std::uintptr_t>;
 
-// How flat storage is cut into pieces.
-struct Pieces {
-  const Segment* segments;
-  const Chunk* chunks;
-  const std::int32_t* first;
-  int tensors, count, length;
+Stream stream_of(const StreamPair& pair) { return {pair.first, pair.second}; }
 
-  Pieces(py::handle segments_, py::handle chunks_, py::handle first_, int tensors_, int count_,
-         int length_)
-      : segments(address<const Segment>(segments_)),
-        chunks(address<const Chunk>(chunks_)),
-        first(address<const std::int32_t>(first_)),
-        tensors(tensors_),
-        count(count_),
-        length(length_) {}
-};
+py::object field(py::handle object, const char* name) { return object.attr(name); }
 
-Mask mask_of(py::handle words) { return address<const std::uint32_t>(words); }
-
-void accumulate_(int device, std::uintptr_t stream, py::handle accumulator, const Addresses& gradients,
-                 const Pieces& pieces, float scale, py::handle scale_tensor, bool overwrite) {
-  const Rows target = rows_of(accumulator), factor = rows_of(scale_tensor);
-  const Accumulate arguments{target.data, target.type, pieces.segments, pieces.chunks,
-                             scale,       factor.data, factor.type,     overwrite};
-  accumulate({device, stream}, arguments, gradients, pieces.count);
+// The address of a field that is a tensor or None.
+template <class T>
+T* field_ptr(py::handle object, const char* name) {
+  return ptr<T>(field(object, name));
 }
 
-Gramian gramian_of(const Pieces& pieces, py::handle accumulators, py::handle history,
-                   py::handle momentum, py::handle mask, py::handle partials) {
-  return {rows_of(accumulators), rows_of(history), rows_of(momentum), mask_of(mask),
-          pieces.segments,       pieces.chunks,    pieces.first,      pieces.tensors,
-          pieces.count,          pieces.length,    address<float>(partials)};
+// A dimension of a tensor, counted from the last, which is 1.
+int dimension(py::handle tensor, int from_last) {
+  const dlpack::Tensor read_tensor = read(tensor);
+  return static_cast<int>(read_tensor.shape[read_tensor.ndim - from_last]);
 }
 
-Totals totals_of(int tasks, bool momentum, py::handle scale, py::handle history_scale,
-                 py::handle total, py::handle cross, py::handle per_tensor, py::handle crosses) {
-  return {address<const double>(scale),
-          address<const double>(history_scale),
-          address<double>(total),
-          address<double>(cross),
-          address<double>(per_tensor),
-          address<double>(crosses),
-          tasks,
-          tasks + (momentum ? 1 : 0),
-          tasks + 1};
+Chunks chunks_of(py::handle segments, py::handle entries, py::handle first, int tensors, int count,
+                 int length) {
+  return {ptr<const Segment>(segments), ptr<const ChunkEntry>(entries),
+          ptr<const std::int32_t>(first), tensors, count, length};
 }
 
-void gramian_(int device, std::uintptr_t stream, const Pieces& pieces, int tasks,
-              py::handle accumulators, py::handle history, py::handle momentum, py::handle mask,
-              py::handle scale, py::handle history_scale, py::handle partials, py::handle total,
-              py::handle cross, py::handle per_tensor, py::handle crosses) {
-  gramian({device, stream}, gramian_of(pieces, accumulators, history, momentum, mask, partials),
-          totals_of(tasks, !momentum.is_none(), scale, history_scale, total, cross, per_tensor,
-                    crosses));
+TaskGradients task_gradients(py::handle g) {
+  return {dimension(field(g, "accumulators"), 2), matrix_of(field(g, "accumulators")),
+          matrix_of(field(g, "history")), field_ptr<const std::uint32_t>(g, "mask"),
+          field_ptr<const double>(g, "scale")};
 }
 
-void lists_(int device, std::uintptr_t stream, const Pieces& pieces, int count,
-            const Addresses& tensors, py::handle partials, py::handle total,
-            py::handle per_tensor) {
-  const auto none = py::none();
-  Totals totals = totals_of(count, false, none, none, total, none, per_tensor, none);
-  totals.stored = count;
-  lists({device, stream}, gramian_of(pieces, none, none, none, none, partials), tensors, totals);
+Momentum momentum_of(py::handle m) {
+  if (m.is_none()) return {nullptr, nullptr, 0.0};
+  return {field_ptr<float>(m, "buffer"), field_ptr<std::int64_t>(m, "steps"), field(m, "beta").cast<double>()};
 }
 
-Settings settings_of(const py::sequence& thresholds, double remap_power, bool smooth,
-                     int max_iterations, double tolerance, double stability_weight,
-                     double strength_weight, double norm_ema_beta, double norm_ema_floor,
-                     const py::object& norm_cap, bool resolved_history, double eps) {
-  return {thresholds[0].cast<double>(),
-          thresholds[1].cast<double>(),
-          thresholds[2].cast<double>(),
-          tolerance,
-          remap_power,
-          stability_weight,
-          strength_weight,
-          norm_ema_beta,
-          norm_ema_floor,
-          norm_cap.is_none() ? NO_BOUND : norm_cap.cast<double>(),
-          eps,
-          max_iterations,
-          smooth,
-          resolved_history};
+Settings settings_of(py::handle s, int max_iterations) {
+  const auto number = [&](const char* name) { return field(s, name).cast<double>(); };
+  const py::tuple thresholds = field(s, "thresholds"), weights = field(s, "tie_breaking_weights");
+  Settings settings;
+  settings.critical = thresholds[0].cast<double>();
+  settings.main = thresholds[1].cast<double>();
+  settings.weak = thresholds[2].cast<double>();
+  settings.remap_power = number("remap_power");
+  settings.tolerance = number("tolerance");
+  settings.stability_weight = weights[0].cast<double>();
+  settings.strength_weight = weights[1].cast<double>();
+  settings.norm_ema_beta = number("norm_ema_beta");
+  settings.norm_ema_floor = number("norm_ema_floor");
+  settings.norm_cap = field(s, "norm_cap").is_none() ? HUGE_VAL : number("norm_cap");
+  settings.eps = number("eps");
+  settings.max_iterations = max_iterations;
+  settings.smooth = field(s, "arbitration").cast<std::string>() == "smooth";
+  settings.resolved_history = field(s, "history").cast<std::string>() == "resolved";
+  return settings;
 }
 
-State state_of(py::handle norm_ema, py::handle winners, py::handle history_gramian,
-               py::handle history_rows, py::handle history_scale) {
-  const dlpack::Tensor recent = read(winners);
-  return {address<double>(norm_ema),
-          address<std::int64_t>(winners),
-          static_cast<int>(recent.shape[recent.ndim - 1]),
-          address<double>(history_gramian),
-          address<double>(history_rows),
-          address<double>(history_scale)};
+ArbitrationState state_of(py::handle s) {
+  return {field_ptr<double>(s, "norm_ema"), field_ptr<std::int64_t>(s, "winners"),
+          dimension(field(s, "winners"), 1), field_ptr<double>(s, "history_gramian"),
+          field_ptr<double>(s, "history_coefficients"), field_ptr<double>(s, "history_scale")};
 }
 
-Decision decision_of(py::handle weights, py::handle rows, py::handle events, py::handle finite) {
-  return {address<double>(weights), address<double>(rows), address<double>(events),
-          address<bool>(finite)};
+Arbitration arbitration_of(py::handle a) {
+  return {field_ptr<double>(a, "weights"), field_ptr<double>(a, "coefficients"), field_ptr<double>(a, "events"),
+          field_ptr<bool>(a, "finite")};
 }
 
-void arbitrate_(int device, std::uintptr_t stream, int batch, int tasks, py::handle gramian,
-                py::handle cross, py::handle scale, const State& state, const Settings& settings,
-                const Decision& decision) {
-  arbitrate({device, stream},
-            {tasks, address<const double>(gramian), address<const double>(cross),
-             address<const double>(scale), state, settings, decision},
-            batch);
+ResolutionPtrs resolution_of(py::handle r) {
+  const Matrix weights = matrix_of(field(r, "weights"));
+  return {static_cast<const double*>(weights.data_ptr), weights.stride, field_ptr<const bool>(r, "finite"),
+          field_ptr<const double>(r, "clip_factor")};
 }
 
-Combine combine_of(const Pieces& pieces, int tasks, py::handle accumulators, py::handle history,
-                   py::handle momentum, py::handle mask, py::handle scale, py::handle factors,
-                   double beta, bool signs) {
-  return {rows_of(accumulators),
-          rows_of(history),
-          rows_of(momentum),
-          mask_of(mask),
-          pieces.segments,
-          pieces.chunks,
-          pieces.length,
-          tasks,
-          address<const double>(scale),
-          address<const double>(factors),
-          beta,
-          signs};
+GramianArguments gramian_arguments(const Chunks& chunks, const TaskGradients& gradients,
+                                   py::handle momentum, const double* history_scale_ptr,
+                                   py::handle partials, py::handle gramians) {
+  // Not by the pointer: that of an empty momentum is null.
+  const int rows = gradients.tasks + (momentum.is_none() ? 0 : 1);
+  return {chunks, gradients, ptr<const float>(momentum), rows, history_scale_ptr, ptr<float>(partials),
+          field_ptr<double>(gramians, "total"), field_ptr<double>(gramians, "cross"),
+          field_ptr<double>(gramians, "per_tensor"), field_ptr<double>(gramians, "cross_per_tensor")};
 }
 
-// Of weights [K] the stride from tensor to tensor is 0.
-ResolvedAt resolved_at(py::handle weights, py::handle finite, py::handle clipping) {
-  const Rows rows = rows_of(weights);
-  return {static_cast<const double*>(rows.data), rows.stride, address<const bool>(finite),
-          address<const double>(clipping)};
+void accumulate_(const StreamPair& stream, py::handle accumulator, const TensorList& gradients,
+                 const Chunks& chunks, py::handle scale, bool overwrite) {
+  const bool is_number = PyFloat_Check(scale.ptr());
+  accumulate(stream_of(stream),
+             {matrix_of(accumulator), chunks, is_number ? scale.cast<float>() : 1.0f,
+              matrix_of(is_number ? py::none() : scale), overwrite},
+             gradients);
 }
 
-void combine_(int device, std::uintptr_t stream, const Pieces& pieces, int tasks,
-              py::handle accumulators, py::handle history, py::handle momentum, py::handle mask,
-              py::handle scale, py::handle factors, double beta, bool signs, py::handle weights,
-              py::handle finite, py::handle clipping, const Addresses& outputs) {
-  combine({device, stream},
-          combine_of(pieces, tasks, accumulators, history, momentum, mask, scale, factors, beta,
-                     signs),
-          resolved_at(weights, finite, clipping), outputs, pieces.count);
+void gramian_(const StreamPair& stream, const Chunks& chunks, py::handle gradients,
+              py::handle momentum, py::handle history_scale, py::handle partials,
+              py::handle gramians) {
+  gramian(stream_of(stream),
+          gramian_arguments(chunks, task_gradients(gradients), momentum,
+                            ptr<const double>(history_scale), partials, gramians));
 }
 
-Factors factors_of(int tasks, int tensors, int rows, py::handle per_tensor,
-                   py::handle momentum_steps, py::handle parameter_norms, py::handle found,
-                   py::handle squares, double beta, double trust_ratio_coef,
-                   double trust_ratio_clip, bool norms) {
-  return {address<const double>(per_tensor),
-          address<std::int64_t>(momentum_steps),
-          address<const double>(parameter_norms),
-          address<double>(found),
-          address<double>(squares),
-          tasks,
-          tensors,
-          rows,
-          beta,
-          trust_ratio_coef,
-          trust_ratio_clip,
-          norms};
+void arbitrate_(const StreamPair& stream, py::handle gramian, py::handle cross, py::handle scale,
+                py::handle state, py::handle settings, py::handle arbitration) {
+  const dlpack::Tensor tensor = read(gramian);
+  arbitrate(stream_of(stream),
+            {dimension(gramian, 1), ptr<const double>(gramian), ptr<const double>(cross),
+             ptr<const double>(scale), state_of(state),
+             settings_of(settings, dimension(field(arbitration, "events"), 2)),
+             arbitration_of(arbitration)},
+            tensor.ndim == 3 ? static_cast<int>(tensor.shape[0]) : 1);
 }
 
-void factors_(int device, std::uintptr_t stream, const Factors& arguments, py::handle weights,
-              py::handle finite, const Addresses& outputs) {
-  factors({device, stream}, arguments, resolved_at(weights, finite, py::none()), outputs);
+void find_factors_(const StreamPair& stream, const TensorList& outputs, py::handle resolution,
+                   py::handle momentum, py::handle per_tensor, py::handle factors,
+                   py::handle squares) {
+  find_factors(stream_of(stream),
+               {dimension(field(resolution, "weights"), 1), dimension(factors, 1),
+                momentum_of(momentum), ptr<const double>(per_tensor), ptr<double>(factors),
+                ptr<double>(squares)},
+               resolution_of(resolution), outputs);
 }
 
-void clipping_(int device, std::uintptr_t stream, py::handle squares, int tensors, double max_norm,
-               py::handle factor) {
-  clipping({device, stream}, address<const double>(squares), tensors, max_norm,
-           address<double>(factor));
+void find_clip_factor_(const StreamPair& stream, py::handle squares, double max_norm,
+                       py::handle factor) {
+  find_clip_factor(stream_of(stream), ptr<const double>(squares), dimension(squares, 1), max_norm,
+                   ptr<double>(factor));
 }
 
-void graddrop_(int device, std::uintptr_t stream, const Pieces& pieces, int tasks,
-               py::handle accumulators, py::handle momentum, py::handle mask, py::handle scale,
-               py::handle factors, double beta, float leak, std::uint64_t seed, py::handle draws,
-               std::uint64_t first, py::handle finite, const Addresses& outputs) {
-  graddrop({device, stream},
-           {rows_of(accumulators), rows_of(momentum), mask_of(mask), pieces.segments,
-            pieces.chunks, pieces.length, tasks, address<const double>(scale),
-            address<const double>(factors), beta, leak, seed, address<const std::int64_t>(draws),
-            first, address<const bool>(finite)},
-           outputs, pieces.count);
+void combine_(const StreamPair& stream, const Chunks& chunks, py::handle gradients,
+              const TensorList& outputs, py::handle resolution, py::handle momentum,
+              py::handle factors) {
+  combine(stream_of(stream),
+          {chunks, task_gradients(gradients), momentum_of(momentum), ptr<const double>(factors)},
+          resolution_of(resolution), outputs);
 }
 
-void resolve_(int device, std::uintptr_t stream, const Pieces& pieces, int tasks,
-              py::handle accumulators, py::handle history, py::handle momentum,
-              bool momentum_products, py::handle mask, py::handle scale, py::handle partials,
-              py::handle total, py::handle cross, py::handle per_tensor, py::handle crosses,
-              const State& state, const Settings& settings, const Decision& decision,
-              const Factors& factors, double beta, py::handle found_factors, py::object max_norm,
-              bool signs, const Addresses& outputs) {
-  const auto none = py::none();
-  Resolve r{
-      gramian_of(pieces, accumulators, history, momentum_products ? momentum : py::handle(none),
-                 mask, partials),
-      {},
-      {tasks, address<const double>(total), address<const double>(cross),
-       address<const double>(scale), state, settings, decision},
-      combine_of(pieces, tasks, accumulators, history, momentum, mask, scale, found_factors, beta,
-                 signs),
-      factors,
-      max_norm.is_none() ? NO_BOUND : max_norm.cast<double>()};
-  r.totals = totals_of(tasks, momentum_products, scale, none, total, cross, per_tensor, crosses);
-  r.totals.history_scale = state.history_scale;
-  resolve({device, stream}, r, outputs);
+void resolve_(const StreamPair& stream, const Chunks& chunks, py::handle task_gradients_,
+              const TensorList& outputs, py::handle momentum_, py::handle max_norm,
+              py::handle state_, py::handle settings, py::handle results) {
+  const bool needs_norms = !max_norm.is_none();
+  const TaskGradients gradients = task_gradients(task_gradients_);
+  const Momentum momentum = momentum_of(momentum_);
+  const ArbitrationState state = state_of(state_);
+  const py::object arbitration = field(results, "arbitration");
+  ResolveArguments r;
+  const bool with_momentum = needs_norms && !momentum_.is_none();
+  r.gramian = gramian_arguments(chunks, gradients,
+                                with_momentum ? field(momentum_, "buffer") : py::none(),
+                                state.history_scale_ptr, field(results, "partials"),
+                                field(results, "gramians"));
+  r.arbitrate = {gradients.tasks, r.gramian.total_ptr, r.gramian.cross_ptr, gradients.scale_ptr,
+                 state, settings_of(settings, dimension(field(arbitration, "events"), 2)),
+                 arbitration_of(arbitration)};
+  r.factors = {gradients.tasks, chunks.tensors, momentum,
+               needs_norms ? r.gramian.per_tensor_ptr : nullptr, field_ptr<double>(results, "factors"),
+               field_ptr<double>(results, "squares")};
+  r.combine = {chunks, gradients, momentum, r.factors.factors_ptr};
+  r.max_norm = needs_norms ? max_norm.cast<double>() : HUGE_VAL;
+  resolve(stream_of(stream), r, outputs);
 }
 
-// CUDA's answer to a kernel being prepared for a device: none where it can run there.
-std::string problem_on(int device) {
+// CUDA's error where the kernels do not run on a device; empty where they do.
+std::string device_problem(int device) {
   try {
-    prepare({device, 0});
+    check_device(device);
   } catch (const std::exception& error) {
     return error.what();
   }
@@ -244,37 +193,24 @@ std::string problem_on(int device) {
 
 PYBIND11_MODULE(_cuda, module) {
   using namespace gcond;
-  module.doc() = "The kernels in CUDA C++, and the driver that runs them on the host.";
-  module.attr("MOST_TENSORS") = MOST_TENSORS;
-  module.attr("MOST_TASKS") = MOST_TASKS;
-  module.attr("MOST_TASKS_IN_REGISTERS") = MOST_TASKS_IN_REGISTERS;
+  module.doc() = "The kernels in CUDA C++, which run on the host too.";
+  module.attr("MAX_TENSORS") = MAX_TENSORS;
+  module.attr("MAX_TASKS") = MAX_TASKS;
+  module.attr("MAX_TASKS_IN_REGISTERS") = MAX_TASKS_IN_REGISTERS;
   module.attr("ACCUMULATE_CHUNK") = ACCUMULATE_CHUNK;
   module.attr("COMBINE_CHUNK") = COMBINE_CHUNK;
   module.attr("ARCHITECTURES") = GCOND_ARCHITECTURES;
 
-  py::class_<Addresses>(module, "Addresses").def(py::init(&addresses_of));
-  py::class_<Pieces>(module, "Pieces").def(
-      py::init<py::handle, py::handle, py::handle, int, int, int>());
-  py::class_<Settings>(module, "Settings").def(py::init(&settings_of),
-      py::kw_only(), py::arg("thresholds"), py::arg("remap_power"), py::arg("smooth"),
-      py::arg("max_iterations"), py::arg("tolerance"), py::arg("stability_weight"),
-      py::arg("strength_weight"), py::arg("norm_ema_beta"), py::arg("norm_ema_floor"),
-      py::arg("norm_cap"), py::arg("resolved_history"), py::arg("eps"));
-  py::class_<State>(module, "State").def(py::init(&state_of),
-      py::kw_only(), py::arg("norm_ema"), py::arg("winners"), py::arg("history_gramian"),
-      py::arg("history_rows"), py::arg("history_scale"));
-  py::class_<Decision>(module, "Decision").def(py::init(&decision_of));
-  py::class_<Factors>(module, "Factors").def(py::init(&factors_of));
+  py::class_<TensorList>(module, "TensorList").def(py::init(&tensor_list));
+  py::class_<Chunks>(module, "Chunks").def(py::init(&chunks_of));
 
   module.def("use_exchange", &use_exchange);
-  module.def("problem_on", &problem_on);
+  module.def("device_problem", &device_problem);
   module.def("accumulate", &accumulate_);
   module.def("gramian", &gramian_);
-  module.def("lists", &lists_);
   module.def("arbitrate", &arbitrate_);
-  module.def("factors", &factors_);
-  module.def("clipping", &clipping_);
+  module.def("find_factors", &find_factors_);
+  module.def("find_clip_factor", &find_clip_factor_);
   module.def("combine", &combine_);
-  module.def("graddrop", &graddrop_);
   module.def("resolve", &resolve_);
 }

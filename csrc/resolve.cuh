@@ -1,4 +1,4 @@
-// resolve: gramian, arbitration and combine as one launch.
+// resolve: gramian, arbitrate and combine in one launch.
 #pragma once
 
 #include "arbitrate.cuh"
@@ -7,15 +7,14 @@
 
 namespace gcond {
 
-struct Resolve {
-  Gramian gramian;
-  Totals totals;
-  Arbitrate arbitrate;
-  Combine combine;
-  Factors factors;  // with or without norms; no factors: there is nothing to find
-  double max_norm;  // infinite where there is none
+struct ResolveArguments {
+  GramianArguments gramian;
+  ArbitrateArguments arbitrate;
+  CombineArguments combine;
+  FactorArguments factors;  // its factors are null where all are 1
+  double max_norm;          // read where norms are needed
 };
 
-void resolve(const Place& place, const Resolve& arguments, const Addresses& outputs);
+void resolve(const Stream& stream, const ResolveArguments& arguments, const TensorList& outputs);
 
 }  // namespace gcond

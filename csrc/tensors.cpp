@@ -10,11 +10,22 @@ namespace py = pybind11;
 
 const dlpack::Exchange* exchange = nullptr;
 
-Packed packed(py::handle object) {
-  if (object.is_none()) return static_cast<Packed>(NO_TENSOR) << TYPE_SHIFT;
+Dtype dtype_of(const dlpack::Tensor& tensor) {
+  constexpr int FLOAT = 2, BFLOAT = 4;
+  const int code = tensor.dtype.code, bits = tensor.dtype.bits;
+  if (code == FLOAT && bits == 32) return FLOAT32;
+  if (code == BFLOAT && bits == 16) return BFLOAT16;
+  if (code == FLOAT && bits == 16) return FLOAT16;
+  if (code == FLOAT && bits == 64) return FLOAT64;
+  throw std::invalid_argument("a tensor of a type that no kernel reads: DLPack code " +
+                              std::to_string(code) + ", " + std::to_string(bits) + " bits");
+}
+
+TensorPtr tensor_ptr(py::handle object) {
+  if (object.is_none()) return static_cast<TensorPtr>(NO_TENSOR) << DTYPE_SHIFT;
   const dlpack::Tensor tensor = read(object);
-  const auto at = reinterpret_cast<std::uintptr_t>(tensor.data) + tensor.byte_offset;
-  return at | static_cast<Packed>(type_of(tensor)) << TYPE_SHIFT;
+  return reinterpret_cast<std::uintptr_t>(tensor.data_ptr()) |
+         static_cast<TensorPtr>(dtype_of(tensor)) << DTYPE_SHIFT;
 }
 
 }  // namespace
@@ -36,43 +47,24 @@ dlpack::Tensor read(py::handle object) {
   return tensor;
 }
 
-Type type_of(const dlpack::Tensor& tensor) {
-  constexpr int FLOAT = 2, BFLOAT = 4;
-  const int code = tensor.dtype.code, bits = tensor.dtype.bits;
-  if (code == FLOAT && bits == 32) return FLOAT32;
-  if (code == BFLOAT && bits == 16) return BFLOAT16;
-  if (code == FLOAT && bits == 16) return FLOAT16;
-  if (code == FLOAT && bits == 64) return FLOAT64;
-  throw std::invalid_argument("a tensor of a type that no kernel reads: DLPack code " +
-                              std::to_string(code) + ", " + std::to_string(bits) + " bits");
-}
-
-void* data_of(py::handle object) {
-  if (object.is_none()) return nullptr;
-  const dlpack::Tensor tensor = read(object);
-  return static_cast<char*>(tensor.data) + tensor.byte_offset;
-}
-
-Rows rows_of(py::handle object) {
+Matrix matrix_of(py::handle object) {
   if (object.is_none()) return {nullptr, FLOAT32, 0};
   const dlpack::Tensor tensor = read(object);
-  // Of a single row there is no stride.
-  const std::int64_t stride = tensor.ndim == 2 ? tensor.shape[1] : 0;
-  return {static_cast<char*>(tensor.data) + tensor.byte_offset, type_of(tensor), stride};
+  return {tensor.data_ptr(), dtype_of(tensor), tensor.ndim == 2 ? tensor.shape[1] : 0};
 }
 
-Addresses addresses_of(py::handle tensors) {
+TensorList tensor_list(py::handle tensors) {
   const auto sequence = py::reinterpret_steal<py::object>(
       PySequence_Fast(tensors.ptr(), "tensors must be a list or a tuple"));
   if (!sequence) throw py::error_already_set();
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence.ptr());
-  if (count > MOST_TENSORS)
-    throw std::invalid_argument("at most " + std::to_string(MOST_TENSORS) +
+  if (count > MAX_TENSORS)
+    throw std::invalid_argument("at most " + std::to_string(MAX_TENSORS) +
                                 " tensors in a launch, not " + std::to_string(count));
   PyObject** items = PySequence_Fast_ITEMS(sequence.ptr());
-  Addresses addresses;
-  for (Py_ssize_t t = 0; t < count; ++t) addresses.of[t] = packed(items[t]);
-  return addresses;
+  TensorList list;
+  for (Py_ssize_t t = 0; t < count; ++t) list.of[t] = tensor_ptr(items[t]);
+  return list;
 }
 
 }  // namespace gcond

@@ -1,6 +1,6 @@
-// Tensors as the caller's framework hands them over: by DLPack's exchange of C functions, which
-// torch offers since 2.10. It is a table of functions with a fixed layout, so that this module
-// needs no header and no library of torch, and one build serves every version of it.
+// Reads tensors by DLPack's exchange of C functions, which torch offers since 2.10. It is a table of
+// functions with a fixed layout: this module needs no header and no library of torch, and one build
+// serves every version of it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -28,6 +28,8 @@ struct Tensor {
   std::int64_t* shape;
   std::int64_t* strides;
   std::uint64_t byte_offset;
+
+  void* data_ptr() const { return static_cast<char*>(data) + byte_offset; }
 };
 
 struct Exchange {
@@ -44,25 +46,22 @@ struct Exchange {
 
 }  // namespace dlpack
 
-// The functions of torch, from the capsule `torch.Tensor.__dlpack_c_exchange_api__`.
+// Takes the functions of torch, from the capsule `torch.Tensor.__dlpack_c_exchange_api__`.
 void use_exchange(const pybind11::capsule& capsule);
 
-// What is at hand of one tensor. It must outlive the call that it is read for.
+// The description of a tensor, which must outlive the call that it is read for.
 dlpack::Tensor read(pybind11::handle tensor);
-Type type_of(const dlpack::Tensor& tensor);
 
-// Where the elements of a tensor lie; null for None.
-void* data_of(pybind11::handle tensor);
-
+// The address of a tensor's elements; null for None.
 template <class T>
-T* address(pybind11::handle tensor) {
-  return static_cast<T*>(data_of(tensor));
+T* ptr(pybind11::handle tensor) {
+  return tensor.is_none() ? nullptr : static_cast<T*>(read(tensor).data_ptr());
 }
 
-// A matrix [rows, elements] or a row, whose stride is 0; null for None.
-Rows rows_of(pybind11::handle tensor);
+// A tensor of up to two dimensions; only of a matrix is there a stride. Null for None.
+Matrix matrix_of(pybind11::handle tensor);
 
-// The addresses and types of up to MOST_TENSORS tensors or None, from a list or tuple.
-Addresses addresses_of(pybind11::handle tensors);
+// The addresses and dtypes of up to MAX_TENSORS tensors or None, from a list or tuple.
+TensorList tensor_list(pybind11::handle tensors);
 
 }  // namespace gcond

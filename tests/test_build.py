@@ -1,6 +1,6 @@
-"""Building the CUDA C++ kernels: what is said where that cannot be done, and what the result is.
+"""Building the CUDA C++ kernels: errors where something is missing, and what the module is like.
 
-No GPU takes part. Where nvcc is missing stand-ins take its place, or a test says that it skips.
+No test needs a GPU. Stand-ins take the place of nvcc, or a test that needs it is skipped.
 """
 
 import functools
@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SOURCES = sorted(path.name for path in (ROOT / "csrc").iterdir() if path.suffix[:2] in (".c", ".h"))
+from tests.helpers.project import ROOT, copy_of_the_project
+
+SUFFIXES = (".cu", ".cuh", ".cpp", ".h")
+SOURCES = sorted(path.name for path in (ROOT / "csrc").iterdir() if path.suffix in SUFFIXES)
 MODULE = importlib.util.find_spec("gcond_kernels._cuda")
 
 needs_nvcc = pytest.mark.skipif(
@@ -26,13 +28,13 @@ needs_module = pytest.mark.skipif(MODULE is None, reason="the CUDA C++ kernels a
 
 
 def built_for() -> list[str]:
-    """The architectures of the module, such as sm_90."""
+    """Return the architectures of the module, such as sm_90."""
     from gcond_kernels import _cuda
 
     return re.findall(r"sm_\w+", _cuda.ARCHITECTURES)
 
 
-# What is said where it cannot be done.
+# Errors where it cannot be done.
 
 STAND_INS = {
     "nvcc": 'test "$*" = --list-gpu-arch && echo compute_80 compute_90 compute_100',
@@ -46,14 +48,6 @@ def run(*command, **options) -> subprocess.CompletedProcess:
     return subprocess.run([str(word) for word in command], **options)
 
 
-def copy_of_the_project(folder: Path) -> Path:
-    """By name, since this may be no git checkout; without what was built here."""
-    built_or_local = shutil.ignore_patterns(
-        ".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "*_output"
-    )
-    return Path(shutil.copytree(ROOT, folder, ignore=built_or_local))
-
-
 def program(path: Path, script: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{script}\n")
@@ -61,7 +55,7 @@ def program(path: Path, script: str) -> None:
 
 
 class Machine:
-    """A copy of the project, and an environment that has stand-ins for all that a build needs."""
+    """A copy of the project, and stand-ins for all that a build needs of its environment."""
 
     def __init__(self, folder: Path):
         self.source = copy_of_the_project(folder / "source")
@@ -76,7 +70,7 @@ class Machine:
         )
 
     def lose(self, name: str) -> None:
-        """Takes a program away, a module of Python, or both."""
+        """Remove a program, a module of Python, or both."""
         if name in STAND_INS:
             (self.programs / name).unlink()
         if name in ("ninja", "pybind11"):
@@ -102,30 +96,30 @@ def machine(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lost", "variables", "said"),
+    ("lost", "variables", "message"),
     [
         ("", {"GCOND_BUILD_CUDA": "yes"}, "GCOND_BUILD_CUDA must be 1 or 0, not 'yes'"),
-        ("", {"CUDA_HOME": "/nowhere"}, "there is no nvcc at /nowhere/bin/nvcc"),
-        ("nvcc", {}, "nvcc is not on PATH, and CUDA_HOME is not set"),
+        ("", {"CUDA_HOME": "/nowhere"}, "there is no nvcc in /nowhere/bin (CUDA_HOME)"),
+        ("nvcc", {}, "there is no nvcc on PATH, and CUDA_HOME is not set"),
         ("", {"GCOND_CUDA_ARCHS": "90;999"}, "nvcc does not know sm_999: set GCOND_CUDA_ARCHS to"),
         ("", {"GCOND_CUDA_ARCHS": "90;75"}, "is no list of architectures from 80 on"),
         ("", {"GCOND_CUDA_ARCHS": "90a"}, "GCOND_CUDA_ARCHS='90a' is no list of"),
         ("", {"GCOND_CUDA_ARCHS": "hopper"}, "GCOND_CUDA_ARCHS='hopper' is no list of"),
         ("", {"GCOND_CUDA_ARCHS": "9.0"}, "GCOND_CUDA_ARCHS='9.0' is no list of"),
-        ("g++", {}, "there is no C++ compiler: install g++"),
-        ("", {"CXX": "no-such-compiler"}, "there is no C++ compiler 'no-such-compiler' (CXX)"),
+        ("g++", {}, "there is no C++ compiler 'g++': install g++"),
+        ("", {"CXX": "no-such-compiler"}, "there is no C++ compiler 'no-such-compiler'"),
         ("ninja", {}, "ninja is not installed: pip install ninja"),
         ("pybind11", {}, "pybind11 is not installed: pip install pybind11"),
         ("", {}, "their compilation failed"),
     ],
 )
-def test_what_is_missing_is_said_and_nothing_is_built(machine, lost, variables, said):
+def test_a_build_that_misses_something_ends_with_a_message(machine, lost, variables, message):
     machine.lose(lost)
     result = machine.build(**variables)
     assert result.returncode == 1
     last = result.stdout.splitlines()[-1]
     assert last.startswith("error: ")
-    assert said in last
+    assert message in last
     assert "Traceback" not in result.stdout
     assert "fetch" not in result.stdout  # setuptools is not asked to install anything
     assert not list(machine.source.rglob("*.so"))
@@ -136,26 +130,28 @@ def test_an_nvcc_that_does_not_run(machine):
     assert f"{machine.programs}/nvcc does not run" in machine.build().stdout
 
 
-def test_pip_shows_the_reason_and_not_where_it_was_found(machine):
+def test_pip_shows_the_message_and_no_traceback(machine):
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--target", "installed")
     result = machine.run(
         "-m", "pip", "install", *options, ".", GCOND_BUILD_CUDA="1", CUDA_HOME="/nowhere"
     )
     assert result.returncode == 1
-    assert "kernels, but there is no nvcc at /nowhere/bin/nvcc" in result.stdout
+    assert "kernels, but there is no nvcc in /nowhere/bin" in result.stdout
     assert "Traceback" not in result.stdout
     assert not (machine.source / "installed").exists()
 
 
-def test_an_isolated_build_gets_what_it_needs_and_a_pure_one_nothing(machine):
+def test_an_isolated_cuda_build_requires_pybind11_and_ninja_and_a_pure_one_does_not(machine):
     code = "from setuptools import build_meta as m; print(*m.get_requires_for_build_{}())"
     for kind in ("wheel", "editable"):
-        asked = machine.run("-c", code.format(kind), GCOND_BUILD_CUDA="1").stdout.splitlines()[-1]
-        assert re.fullmatch(r"pybind11>=\S+ ninja>=\S+", asked)
+        required = machine.run("-c", code.format(kind), GCOND_BUILD_CUDA="1").stdout.splitlines()[
+            -1
+        ]
+        assert re.fullmatch(r"pybind11>=\S+ ninja>=\S+", required)
         assert "ninja" not in machine.run("-c", code.format(kind)).stdout
 
 
-def test_where_nvcc_is_found_and_what_for(machine, tmp_path):
+def test_the_build_file_names_nvcc_and_the_architectures(machine, tmp_path):
     machine.build()
     assert f"command = {machine.programs}/nvcc " in machine.build_file()
     for target in ("80,code=sm_80", "90,code=sm_90", "100,code=sm_100", "100,code=compute_100"):
@@ -186,7 +182,7 @@ def test_an_error_of_the_compiler_is_shown(tmp_path):
 
 
 def sdist(folder: Path) -> Path:
-    """The sdist of a copy of the project, unpacked."""
+    """Make the sdist of a copy of the project, and unpack it."""
     source = copy_of_the_project(folder / "source")
     options = ("--sdist", "--no-isolation", "--outdir", folder)
     run(sys.executable, "-m", "build", *options, source, check=True)
@@ -197,18 +193,18 @@ def sdist(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_sdist_has_the_sources(tmp_path):
+def test_the_sdist_has_every_source_once(tmp_path):
     unpacked = sdist(tmp_path)
-    assert {path.name for path in (unpacked / "csrc").iterdir()} >= set(SOURCES)
-    assert (unpacked / "setup.py").is_file()
+    assert sorted(path.name for path in unpacked.rglob("*") if path.suffix in SUFFIXES) == SOURCES
+    assert {path.suffix for path in (unpacked / "csrc").iterdir()} == set(SUFFIXES)
 
 
 @pytest.fixture(scope="module")
 def cuda_wheel(tmp_path_factory) -> Path:
-    """The wheel of the sdist, from an isolated build, where there is no torch.
+    """Build the wheel of the sdist in isolation, without torch.
 
-    What this checkout has compiled from the same files ninja need not compile again; else it takes
-    minutes, so that one architecture must do.
+    What this checkout has compiled from the same files is not compiled again; without that it takes
+    minutes, for one architecture.
     """
     folder = tmp_path_factory.mktemp("cuda_wheel")
     unpacked, architectures = sdist(folder), "90"
@@ -234,13 +230,12 @@ def test_the_wheel_from_the_sdist_works_without_torch(cuda_wheel, tmp_path):
     assert not {Path(name).name for name in names} & set(SOURCES)
     metadata = next(name for name in names if name.endswith("METADATA"))
     assert "torch==" not in installed.read(metadata).decode()
-    alone(FOREIGN, Path(installed.extract(module, tmp_path)))
+    run_isolated(FOREIGN, Path(installed.extract(module, tmp_path)))
 
 
-# The module that stands beside this checkout.
+# The module of this checkout.
 
-# Another framework than torch, of which only the functions of DLPack's exchange are known: the
-# module adds up what it holds.
+# Another framework than torch, known to the module only by the functions of DLPack's exchange.
 FOREIGN = """
 from ctypes import *
 
@@ -283,14 +278,14 @@ except RuntimeError as error:
 offer(newer)
 
 total, gradient = Array(c_float, 2, 1, 2, 3), Array(c_double, 2, 10, 20, 30)
-segments, chunks = Array(c_int64, 0, 0, 3), Array(c_int32, 0, 0, 0)
+segments, entries = Array(c_int64, 0, 0, 3), Array(c_int32, 0, 0, 0)
 first = Array(c_int32, 0, 0, 1)
-pieces = cuda.Pieces(segments, chunks, first, 1, 1, cuda.ACCUMULATE_CHUNK)
-addresses = cuda.Addresses([gradient])
-cuda.accumulate(-1, 0, total, addresses, pieces, 0.5, None, False)
+chunks = cuda.Chunks(segments, entries, first, 1, 1, cuda.ACCUMULATE_CHUNK)
+gradients = cuda.TensorList([gradient])
+cuda.accumulate((-1, 0), total, gradients, chunks, 0.5, False)
 assert list(total.memory) == [6, 12, 18], list(total.memory)
 try:
-    cuda.accumulate(0, 0, total, addresses, pieces, 0.5, None, False)
+    cuda.accumulate((0, 0), total, gradients, chunks, 0.5, False)
     raise AssertionError("a kernel was launched without a GPU")
 except RuntimeError as error:
     print(error)
@@ -308,8 +303,8 @@ assert importlib.util.find_spec("torch") is None
 NO_GPU = r"CUDA driver version is insufficient|no CUDA-capable device|driver shutting down"
 
 
-def alone(code: str, module: Path) -> str:
-    """Runs code on the module where there is neither torch nor a GPU."""
+def run_isolated(code: str, module: Path) -> str:
+    """Run code on the module without torch and without a GPU."""
     command = (sys.executable, "-I", "-S", "-c", PREAMBLE + code, module)
     result = run(*command, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""})
     assert result.returncode == 0, result.stdout
@@ -317,18 +312,18 @@ def alone(code: str, module: Path) -> str:
 
 
 @needs_module
-def test_it_reads_tensors_of_a_framework_it_has_never_heard_of():
-    assert re.search(rf"CUDA, accumulate: .*({NO_GPU})", alone(FOREIGN, Path(MODULE.origin)))
+def test_the_module_reads_tensors_of_an_unknown_framework():
+    assert re.search(rf"CUDA, accumulate: .*({NO_GPU})", run_isolated(FOREIGN, Path(MODULE.origin)))
 
 
 @needs_module
-def test_without_a_driver_it_says_what_cuda_says():
-    said = alone("print(cuda.problem_on(0))", Path(MODULE.origin))
-    assert re.search(rf"CUDA, device 0: .*({NO_GPU})", said)
+def test_without_a_driver_the_module_returns_the_message_of_cuda():
+    message = run_isolated("print(cuda.device_problem(0))", Path(MODULE.origin))
+    assert re.search(rf"CUDA, device 0: .*({NO_GPU})", message)
 
 
 @needs_module
-def test_it_depends_on_the_c_and_the_cpp_library_alone():
+def test_the_module_depends_on_the_c_and_the_cpp_library_alone():
     needed = re.findall(r"NEEDED.*\[(.+)\]", run("readelf", "-d", MODULE.origin).stdout)
     assert needed
     for library in needed:
@@ -336,7 +331,7 @@ def test_it_depends_on_the_c_and_the_cpp_library_alone():
 
 
 @needs_module
-def test_it_exports_nothing_but_its_initialization():
+def test_the_module_exports_only_its_initialization():
     exported = run("nm", "-D", "--defined-only", MODULE.origin).stdout.split()[2::3]
     assert exported == ["PyInit__cuda"]
 
@@ -344,19 +339,17 @@ def test_it_exports_nothing_but_its_initialization():
 # Its machine code.
 
 K = range(1, 9)
-ONE_EACH = ("accumulate", "arbitrate", "clipping", "combine", "factor", "sum")
+ONE_EACH = ("accumulate", "arbitrate", "clip", "combine", "factor", "sum")
 KERNELS = {
     *(f"{name}_kernel" for name in ONE_EACH),
-    *(f"list_products_kernel<{lists}>" for lists in (1, 2)),
-    *(f"{name}_kernel<{tasks}>" for name in ("graddrop", "products", "resolve") for tasks in K),
-    "graddrop_kernel<0>",  # of any number of tasks
+    *(f"{name}_kernel<{tasks}>" for name in ("products", "resolve") for tasks in K),
 }
-# Vectors of every row that a thread reads at once (gramian.cuh).
+# Vectors of every accumulator that a thread reads at once (gramian.cuh).
 UNROLLED = {1: 4, 2: 4, 3: 2, 4: 2, 5: 1, 6: 1, 7: 1, 8: 1}
 
 
 def find_cuobjdump() -> str | None:
-    """NVIDIA's reader of machine code: the toolkit's, or the one that Triton brings."""
+    """Return NVIDIA's reader of machine code: the toolkit's, or the one in Triton."""
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "cuobjdump"
     triton = importlib.util.find_spec("triton")
     theirs = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton else home
@@ -374,13 +367,13 @@ def cuobjdump(*options: str) -> str:
 
 
 def kernel_of(symbol: str) -> str:
-    """The name of a kernel, such as products_kernel<8>, from that of its symbol."""
+    """Return the name of a kernel, such as products_kernel<8>, from its symbol."""
     name, number = re.search(r"\d([a-z_]+_kernel)(?:ILi(\d+)E)?", symbol).groups()
     return f"{name}<{number}>" if number else name
 
 
 @needs_cuobjdump
-def test_there_is_every_kernel_for_every_architecture_and_none_spills():
+def test_every_architecture_has_all_kernels_and_none_spills():
     """Spilled registers and arrays that are no registers make a stack: local memory."""
     found = {name: set() for name in built_for()}
     for line in cuobjdump("--dump-resource-usage").splitlines():
@@ -396,7 +389,7 @@ def test_there_is_every_kernel_for_every_architecture_and_none_spills():
         assert kernels == KERNELS
 
 
-def test_no_kernel_of_the_sources_is_forgotten_here():
+def test_the_list_of_kernels_is_complete():
     named = set()
     for source in SOURCES:
         text = (ROOT / "csrc" / source).read_text()
@@ -405,7 +398,7 @@ def test_no_kernel_of_the_sources_is_forgotten_here():
 
 
 @needs_cuobjdump
-def test_later_gpus_find_code_to_compile():
+def test_there_is_ptx_of_the_last_architecture():
     from gcond_kernels import _cuda
 
     (last,) = re.findall(r"PTX (\w+)", _cuda.ARCHITECTURES)
@@ -417,7 +410,7 @@ def test_later_gpus_find_code_to_compile():
 
 @functools.cache
 def machine_code(architecture: str) -> dict[str, list[str]]:
-    """The instructions of every kernel, one after another."""
+    """Return the instructions of every kernel."""
     code: dict[str, list[str]] = {}
     for line in cuobjdump("-sass", "-arch", architecture).splitlines():
         if "Function : " in line:
@@ -427,8 +420,8 @@ def machine_code(architecture: str) -> dict[str, list[str]]:
     return code
 
 
-def loads_on_their_way(instructions: list[str]) -> int:
-    """The most loads of 16 bytes that are issued before anything reads what one of them brings."""
+def loads_in_flight(instructions: list[str]) -> int:
+    """Return the most loads of 16 bytes that are issued before the result of one is read."""
     most, loaded = 0, set()
     for instruction in instructions:
         operation, _, operands = instruction.partition(" ")
@@ -449,20 +442,18 @@ def loads_on_their_way(instructions: list[str]) -> int:
     ("kernel", "loads", "stores"),
     [
         ("accumulate_kernel", 8, 4),
-        ("combine_kernel", 12, 4),  # a tile of the momentum, of the first row and of the second
-        *((f"list_products_kernel<{lists}>", 4, 0) for lists in (1, 2)),  # a tile of one list
-        # Rows, history and momentum.
+        ("combine_kernel", 12, 4),  # the momentum and two accumulators
+        # Accumulators, history and momentum.
         *((f"products_kernel<{k}>", (2 * k + 1) * UNROLLED[k], 0) for k in K),
         *((f"resolve_kernel<{k}>", (2 * k + 1) * UNROLLED[k], 4) for k in K),
-        *((f"graddrop_kernel<{k}>", k * UNROLLED[k], UNROLLED[k]) for k in K),
     ],
 )
-def test_memory_is_read_16_bytes_at_a_time_and_a_tile_at_once(kernel, loads, stores):
+def test_loads_are_of_16_bytes_and_many_are_in_flight(kernel, loads, stores):
     architecture = "sm_90" if "sm_90" in built_for() else built_for()[0]
     instructions = machine_code(architecture)[kernel]
-    assert loads_on_their_way(instructions) >= loads
+    assert loads_in_flight(instructions) >= loads
     written = [i for i in instructions if i.startswith("STG") and ".128" in i]
     assert len(written) >= stores
-    # Where the rows are of two bytes: as many vectors, half as wide; the momentum is not.
-    narrow = [i for i in instructions if i.startswith("LDG") and ".64" in i]
-    assert len(narrow) >= loads // 2
+    # Accumulators of two bytes: as many vectors, half as wide; the momentum is float32.
+    half_as_wide = [i for i in instructions if i.startswith("LDG") and ".64" in i]
+    assert len(half_as_wide) >= loads // 2

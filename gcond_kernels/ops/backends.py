@@ -207,7 +207,7 @@ def _cuda_problem(device: torch.device) -> str | None:
     from gcond_kernels import _cuda
 
     with torch.cuda.device(device):
-        problem = _cuda.problem_on(device.index)
+        problem = _cuda.device_problem(device.index)
     if problem:
         return f"{problem} (built for {_cuda.ARCHITECTURES})"
     _cuda_works_on.add(device)

@@ -187,7 +187,7 @@ def test_more_tensors_than_one_launch_holds(momentum, update):
 
     def written(backend):
         torch.manual_seed(0)
-        shapes = [int(size) for size in torch.randint(0, 9, (_cuda.MOST_TENSORS + 203,))]
+        shapes = [int(size) for size in torch.randint(0, 9, (_cuda.MAX_TENSORS + 203,))]
         parameters = [torch.nn.Parameter(torch.randn(size)) for size in shapes]
         options = {"max_norm": 1.0} if update == "max_norm" else {"update": update}
         optimizer = GCondFused(
@@ -216,7 +216,7 @@ def test_more_tensors_than_one_launch_holds(momentum, update):
 def test_weights_and_signs_of_more_tensors_than_one_launch_holds(beta):
     from gcond_kernels import _cuda
 
-    sizes = torch.randint(0, 9, (_cuda.MOST_TENSORS + 203,)).tolist()
+    sizes = torch.randint(0, 9, (_cuda.MAX_TENSORS + 203,)).tolist()
     layout = layout_of(sizes)
     accumulators, scale = rows(layout, 2, 0), torch.ones(2, dtype=torch.float64)
     weights = torch.randn(len(sizes), 2, dtype=torch.float64)
@@ -332,7 +332,7 @@ def test_what_the_module_itself_refuses():
         ([torch.ones(1).int()], "a tensor of a type that no kernel reads"),
     ):
         with pytest.raises(ValueError, match=message):
-            _cuda.Addresses(tensors)
+            _cuda.TensorList(tensors)
 
 
 @pytest.mark.skipif(

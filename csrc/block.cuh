@@ -1,28 +1,29 @@
-// A block of threads on the GPU, or the one thread of the host that does the work of all of them.
+// What the threads of a block do together. On the host one thread does the work of all of them: the
+// loops over threads are loops, and sums are formed in the same trees.
 #pragma once
 
 #include "common.cuh"
 
 namespace gcond {
 
-// Runs `task` for every index below `count`, then lets every thread see what the others wrote.
+// Calls `run` for every index below `count`, then synchronizes the block.
 template <class F>
-HD void each(int count, F task) {
+HD void parallel_for(int count, F run) {
 #ifdef __CUDA_ARCH__
-  for (int index = threadIdx.x; index < count; index += THREADS) task(index);
+  for (int index = threadIdx.x; index < count; index += THREADS) run(index);
   __syncthreads();
 #else
-  for (int index = 0; index < count; ++index) task(index);
+  for (int index = 0; index < count; ++index) run(index);
 #endif
 }
 
-// Runs `task` in one thread, then lets every thread see what it wrote.
+// Calls `run` in one thread, then synchronizes the block.
 template <class F>
-HD void once(F task) {
-  each(1, [&](int) { task(); });
+HD void run_once(F run) {
+  parallel_for(1, [&](int) { run(); });
 }
 
-// Sum over the lanes of a warp, as a tree; every lane has it.
+// The sum over the lanes of a warp, as a tree; every lane has it.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
@@ -31,7 +32,7 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-// The same tree on the host, of the values that the lanes would hold.
+// The same tree on the host, over the values that the lanes would hold.
 template <class T>
 inline T warp_sum_on_host(const T* lanes) {
   T values[WARP];
@@ -41,16 +42,16 @@ inline T warp_sum_on_host(const T* lanes) {
   return values[0];
 }
 
-// Sum over the warps of a block, in their order.
+// The sum over the warps of a block, in their order.
 template <class T>
-HD T sum_of_warps(const T* warps, int step = 1) {
+HD T sum_of_warps(const T* warps, int stride = 1) {
   T total = warps[0];
 #pragma unroll
-  for (int warp = 1; warp < WARPS; ++warp) total += warps[warp * step];
+  for (int warp = 1; warp < WARPS; ++warp) total += warps[warp * stride];
   return total;
 }
 
-// Sum over the threads of a block of `value(thread)`; every thread has it.
+// The sum of `value(thread)` over the threads of a block; every thread has it.
 template <class T, class F>
 HD T block_sum(F value) {
 #ifdef __CUDA_ARCH__
