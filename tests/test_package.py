@@ -1,5 +1,6 @@
 """The package as it is installed, imported and asked about itself."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,55 +16,62 @@ import gcond_kernels
 from gcond_kernels import __main__ as command_line
 from gcond_kernels import info, ops
 from gcond_kernels.ops import backends
+from tests.helpers.project import ROOT, copy_of_the_project
 
 try:
     import tomllib
 except ImportError:  # Python 3.10, where pytest brings tomli
     import tomli as tomllib
 
-ROOT = Path(__file__).parent.parent
-
-# Packages that stand outside gcond_kernels/, by the names that they are installed under.
-ROOMS = {"cuda": "csrc", "python": "python", "triton_kernels": "triton_kernels"}
+# The backends, by the names that they are installed under, and their folders in the project.
+BACKENDS = {"cuda": "csrc", "python": "python", "triton_kernels": "triton_kernels"}
 
 
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built in an isolated environment that has no torch."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    # A copy, so that the build leaves nothing here; by name, since this may be no git checkout.
-    built_or_local = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=built_or_local)
+def build(kind: str, source: Path, folder: Path) -> Path:
+    """Build a wheel or an sdist in an isolated environment that has no torch."""
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(source)],
+        [sys.executable, "-m", "build", f"--{kind}", "--outdir", folder, source],
         check=True,
         capture_output=True,
         env={name: os.environ[name] for name in os.environ if name != "GCOND_BUILD_CUDA"},
     )
-    (built,) = folder.glob("*.whl")
+    (built,) = folder.glob("*.whl" if kind == "wheel" else "*.tar.gz")
     return built
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    return build("wheel", copy_of_the_project(folder / "source"), folder)
 
 
 def test_the_wheel_is_pure_and_complete(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert top == {"gcond_kernels"}  # and no top-level `python`, `tests` or `triton_kernels`
-    kinds = {Path(name).suffix for name in names if ".dist-info/" not in name}
-    assert kinds == {".py", ".pyi", ".typed"}  # nothing compiled, and nothing to compile
-    files = ("py.typed", "_cuda.pyi", "python/gramian.py", "triton_kernels/combine.py")
-    for file in (*files, "cuda/gramian.py"):
-        assert f"gcond_kernels/{file}" in names
-    sources = [
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    # No top-level `python` or `tests`, nothing compiled, and nothing to compile.
+    sources = {f"gcond_kernels/{name}" for name in ("py.typed", "_cuda.pyi")} | {
         f"gcond_kernels/{path.relative_to(ROOT / 'gcond_kernels')}"
         for path in (ROOT / "gcond_kernels").rglob("*.py")
-    ] + [
-        f"gcond_kernels/{room}/{path.name}"
-        for room, folder in ROOMS.items()
-        for path in (ROOT / folder).glob("*.py")
-    ]
-    assert set(sources) <= set(names)
+    }
+    for backend, folder in BACKENDS.items():
+        sources |= {f"gcond_kernels/{backend}/{file.name}" for file in (ROOT / folder).glob("*.py")}
+    assert names == sources
+
+
+@pytest.mark.slow
+def test_the_wheel_from_the_sdist_has_the_same_files(wheel, tmp_path):
+    shutil.unpack_archive(
+        build("sdist", copy_of_the_project(tmp_path / "source"), tmp_path), tmp_path
+    )
+    (unpacked,) = tmp_path.glob("gcond_kernels-*/")
+    from_sdist = build("wheel", unpacked, tmp_path)
+    assert zipfile.ZipFile(from_sdist).namelist() == zipfile.ZipFile(wheel).namelist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_checkout_and_an_editable_install_import_the_backends_of_this_project(backend):
+    spec = importlib.util.find_spec(f"gcond_kernels.{backend}")
+    assert Path(spec.origin).resolve() == ROOT / BACKENDS[backend] / "__init__.py"
 
 
 def test_what_the_wheel_requires(wheel):
