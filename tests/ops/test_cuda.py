@@ -394,15 +394,15 @@ def test_auto_takes_the_first_that_is_there(monkeypatch):
 
 def test_an_operation_that_a_backend_lacks_is_that_of_the_next(monkeypatch):
     modules = {
-        "cuda": SimpleNamespace(gramian=lambda: "cuda"),
-        "triton": SimpleNamespace(gramian=lambda: "triton", graddrop=lambda: "triton"),
+        "cuda": SimpleNamespace(accumulate=lambda: "cuda"),
+        "triton": SimpleNamespace(accumulate=lambda: "triton", graddrop=lambda: "triton"),
         "python": SimpleNamespace(graddrop=lambda: "python", combine=lambda: "python"),
     }
     there = {"cuda", "triton", "python"}
     monkeypatch.setattr(backends, "unavailable", lambda b, d: None if b in there else "not here")
     monkeypatch.setattr(backends.Backend, "module", lambda self, name: modules[name])
     backend = backends.Backend("cuda", torch.device("cuda"), "cuda")
-    assert (backend.gramian(), backend.graddrop(), backend.combine()) == (
+    assert (backend.accumulate(), backend.graddrop(), backend.combine()) == (
         "cuda",
         "triton",
         "python",
