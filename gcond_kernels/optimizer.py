@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,37 +16,35 @@ from gcond_kernels.diagnostics.recorder import Recorder
 from gcond_kernels.diagnostics.report import Report
 from gcond_kernels.distributed.data_parallel import DataParallel
 from gcond_kernels.distributed.options import Distributed
-from gcond_kernels.lion_lars import LionLars
-from gcond_kernels.losses import NOT_REACHED, Loss, LossBackward, check_losses
 from gcond_kernels.methods import Method
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.checks import ACCUMULATOR_DTYPES
 from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.options import (
-    Assignable,
-    Fixed,
     Options,
     OptionsInUse,
     TaskWeights,
     check_choice,
     check_nonfinite,
     check_selected,
-    plain_name,
 )
 from gcond_kernels.precision.guarded_step import step_if
 from gcond_kernels.precision.loss_scale import LossScale
-from gcond_kernels.resolution import Resolver
-from gcond_kernels.saving import SavedOptimizer, is_empty
 from gcond_kernels.storage.accumulator import GradientStorage
 from gcond_kernels.storage.collect import Collector, is_distributed
 from gcond_kernels.storage.layout import check_materialized
 from gcond_kernels.storage.names import labels_of
 from gcond_kernels.storage.trainable_mask import check_mask
-from gcond_kernels.window import Window, schedule_of
-from gcond_kernels.wrapper import check_base, warn_of_double_smoothing
+from gcond_kernels.training.assignment import AssignableOptimizer
+from gcond_kernels.training.lion_lars import LionLars
+from gcond_kernels.training.losses import NOT_REACHED, Loss, LossBackward, check_losses
+from gcond_kernels.training.resolution import Resolver
+from gcond_kernels.training.saving import is_empty
+from gcond_kernels.training.window import Window, schedule_of
+from gcond_kernels.training.wrapper import check_base, warn_of_double_smoothing
 
 
-class GCondFused(SavedOptimizer):
+class GCondFused(AssignableOptimizer):
     """Accumulates each task's gradient apart, resolves conflicts, then steps the optimizer.
 
     ::
@@ -119,19 +117,6 @@ class GCondFused(SavedOptimizer):
         TypeError, ValueError: an option is out of its range; the message names it.
         RuntimeError: the backend that was asked for is not there.
     """
-
-    accumulation_steps = Assignable()
-    mode = Assignable()
-    method = Assignable()
-    granularity = Assignable()
-    momentum = Assignable()
-    update = Assignable()
-    max_norm = Assignable()
-    backend = Assignable()
-    accumulator_dtype = Fixed()
-    mask = Fixed()
-    grad_scaler = Fixed()
-    distributed = Fixed()
 
     def __init__(
         self,
@@ -220,98 +205,6 @@ class GCondFused(SavedOptimizer):
         self.recorder = Recorder(tuple(weights), options.method.thresholds)
         if options.momentum > 0.0:
             warn_of_double_smoothing(base)
-
-    # What can be assigned.
-
-    @property
-    def tasks(self) -> TaskWeights:
-        """Task → loss weight. One that is assigned holds from the next window on."""
-        return self._weights
-
-    @tasks.setter
-    def tasks(self, weights: Mapping[str, float]) -> None:
-        new = TaskWeights(weights)
-        if set(new) != set(self._weights):
-            raise ValueError(
-                f"tasks: {list(new)} are not the tasks {list(self._weights)} of this optimizer: "
-                "add one with add_task(name, weight), leave one out of backward(losses)"
-            )
-        self._weights.update(new)
-
-    def add_task(self, name: str, weight: float) -> None:
-        """Add a task, the last one, between two windows; the others keep all that they have.
-
-        Args:
-            name: of the task.
-            weight: λ, 0 or more.
-
-        Raises:
-            TypeError, ValueError: there is such a task, or the weight is none; or in stochastic
-                mode `accumulation_steps` are too few for one more.
-            RuntimeError: in the middle of a window.
-        """
-        if self._window.position or self._window.resolved or any(self._storage.counts):
-            raise RuntimeError("a task is added between two windows: after step() or drop_window()")
-        self._options.assigned = Options.checked(
-            len(self._weights) + 1, **vars(self._options.assigned)
-        )
-        self._weights.add(name, weight)
-        self._storage.add_task()
-        self.recorder.add_task(plain_name(name))
-        self._resolver.add_task()
-        self._renew()
-
-    @property
-    def on_nonfinite(self) -> str:
-        """What becomes of a step in which a gradient is not finite; may be set at any time."""
-        return self._options.on_nonfinite
-
-    @on_nonfinite.setter
-    def on_nonfinite(self, choice: str) -> None:
-        check_nonfinite(choice, self.grad_scaler)
-        self._options.on_nonfinite = choice
-
-    @property
-    def module(self) -> torch.nn.Module | None:
-        """The model; assigned, it has the effect of `Distributed(module=model)`."""
-        return self._data_parallel.module
-
-    @module.setter
-    def module(self, module: torch.nn.Module | None) -> None:
-        if module is None or module is self.module:
-            return
-        self._data_parallel.take(module, [parameter for parameter, _ in self._parameters()])
-        self._collector.wrapper_known = True
-
-    @property
-    def thresholds(self) -> tuple[float, float, float]:
-        """Cosines that tell zones of conflict apart; those of GCond may be assigned."""
-        thresholds: tuple[float, float, float] = self.method.thresholds
-        return thresholds
-
-    @thresholds.setter
-    def thresholds(self, thresholds: tuple[float, float, float]) -> None:
-        method = self.method
-        if not is_dataclass(method) or "thresholds" not in {f.name for f in fields(method)}:
-            raise AttributeError(f"{type(method).__name__} has no thresholds to be assigned")
-        self.method = replace(method, thresholds=thresholds)  # type: ignore[type-var]
-
-    def _assign(self, name: str, value: object) -> None:
-        """Check an option; it takes effect from the next window on."""
-        options = Options.checked(
-            len(self._weights), **{**vars(self._options.assigned), name: value}
-        )
-        check_selected(options.method, labels_of(self.base.param_groups))
-        ops.backend_for(options.backend, self._resolver.device)
-        self._options.assigned = options
-        if self._window.position == 0 and not self._window.resolved:
-            self._renew()
-
-    def _renew(self) -> None:
-        """Let the assigned options take effect."""
-        self._resolver.renew()
-        self.recorder.thresholds = self._options.current.method.thresholds
-        self._strategy.require_check()
 
     # One window: backward … backward, step.
 
@@ -544,9 +437,10 @@ class GCondFused(SavedOptimizer):
             self._find_wrapper()
             self._update_layout()  # the others may have had a micro-batch, and this not
         try:
-            counts = self._strategy.synchronize(
-                self._consistent, self._options.on_nonfinite, window.position > 0
-            )
+            weights = window.weights or tuple(self._weights.values())
+            describe = partial(resolver.describe, self.base.param_groups, weights)
+            begun = window.position > 0
+            counts = self._strategy.synchronize(describe, self._options.on_nonfinite, begun)
         finally:
             if self._strategy.sent:  # what the ranks have exchanged cannot be added to
                 self._begin_window()
@@ -716,29 +610,6 @@ class GCondFused(SavedOptimizer):
                 )
         self._storage.clear_gradients()
         self._assigned_gradients.remember([])
-
-    def _consistent(self) -> dict[str, str]:
-        """Return what all ranks must have the same of, by name; synchronizes with the device."""
-        state = {key: value.tolist() for key, value in self._resolver.method_state.items()}
-        # Other things may show their address, which differs from rank to rank.
-        plain = (int, float, str, type(None), Tensor)
-        groups = [
-            {k: v for k, v in group.items() if isinstance(v, plain)}
-            for group in self.base.param_groups
-        ]
-        options = {name: repr(value) for name, value in vars(self._options.current).items()}
-        del options["backend"]
-        weights = self._window.weights or tuple(self._weights.values())
-        return {
-            "tasks": f"{list(self._weights)}, with weights {weights!r}",
-            **options,
-            "mask": repr(self._storage.mask is not None),
-            "accumulator_dtype": repr(self._storage.dtype),
-            "strategy": self._strategy.name,
-            "options of base": repr(groups),
-            "resolutions so far": repr(self._resolver.counters.tolist()[0]),
-            "state of the method": repr(state),
-        }
 
     def __repr__(self) -> str:
         return (

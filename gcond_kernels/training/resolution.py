@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from gcond_kernels import ops
 from gcond_kernels.diagnostics.report import Resolution
 from gcond_kernels.distributed.strategy import LocalGradients, SingleProcess
-from gcond_kernels.lion_lars import averaged_norms
 from gcond_kernels.methods.method import Comparison, Destination, Known, fresh_state
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.types import Rescale, TaskGradients
@@ -20,6 +19,7 @@ from gcond_kernels.precision import overflow
 from gcond_kernels.precision.nonfinite import describe, nonfinite_tasks, without_tasks
 from gcond_kernels.storage.accumulator import GradientStorage
 from gcond_kernels.storage.shared_parameters import SharedParameters, Sharing
+from gcond_kernels.training.lion_lars import averaged_norms
 
 NOTHING_CHANGED = (
     "Nothing was changed; to go on, set optimizer.on_nonfinite to 'skip' or 'drop_task' and call "
@@ -166,6 +166,32 @@ class Resolver:
         own = [v for k, v in self.method_state.items() if k not in o.method.shared_state]
         if o.granularity == "tensor" and own and len(own[0]) != tensors:
             self._arrange_state([*range(len(own[0])), *[-1] * tensors][:tensors])
+
+    def describe(
+        self, groups: Sequence[Mapping[str, Any]], weights: Sequence[float]
+    ) -> dict[str, str]:
+        """Return what all ranks must have the same of, by name; synchronizes with the device.
+
+        Args:
+            groups: the parameter groups of the base.
+            weights: the loss weights of this window.
+        """
+        state = {key: value.tolist() for key, value in self.method_state.items()}
+        # Other things may show their address, which differs from rank to rank.
+        plain = (int, float, str, type(None), Tensor)
+        shown = [{k: v for k, v in g.items() if isinstance(v, plain)} for g in groups]
+        options = {name: repr(value) for name, value in vars(self.options.current).items()}
+        del options["backend"]
+        return {
+            "tasks": f"{list(self.tasks)}, with weights {weights!r}",
+            **options,
+            "mask": repr(self.storage.mask is not None),
+            "accumulator_dtype": repr(self.storage.dtype),
+            "strategy": self.strategy.name,
+            "options of base": repr(shown),
+            "resolutions so far": repr(self.counters.tolist()[0]),
+            "state of the method": repr(state),
+        }
 
     # One resolution.
 

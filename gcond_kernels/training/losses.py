@@ -14,10 +14,10 @@ from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.options import plain_name
 from gcond_kernels.precision.loss_scale import LossScale
-from gcond_kernels.resolution import Resolver
 from gcond_kernels.storage import graphs
 from gcond_kernels.storage.collect import Collector
-from gcond_kernels.window import Window
+from gcond_kernels.training.resolution import Resolver
+from gcond_kernels.training.window import Window
 
 Loss: TypeAlias = "Tensor | Callable[[], Tensor]"
 

@@ -12,13 +12,13 @@ from gcond_kernels.distributed.strategy import SingleProcess
 from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.options import OptionsInUse, TaskWeights
 from gcond_kernels.precision.guarded_step import step_of_zeros
-from gcond_kernels.resolution import Resolver
 from gcond_kernels.storage.accumulator import GradientStorage
 from gcond_kernels.storage.dtensor import local_shard
 from gcond_kernels.storage.state import Restored, Saved, to_json
 from gcond_kernels.storage.state_format import KEY, VERSION
-from gcond_kernels.window import Window, schedule_of
-from gcond_kernels.wrapper import OptimizerWrapper
+from gcond_kernels.training.resolution import Resolver
+from gcond_kernels.training.window import Window, schedule_of
+from gcond_kernels.training.wrapper import OptimizerWrapper
 
 
 class SavedOptimizer(OptimizerWrapper):
