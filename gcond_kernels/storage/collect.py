@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -81,7 +81,14 @@ class Collector:
             self._hooked = segments
         if len(self._hooks) == len(segments):
             return
-        hook = hook_for(weakref.ref(self))  # parameters often outlive their optimizer
+        collector = weakref.ref(self)  # parameters often outlive their optimizer
+
+        def hook(parameter: Tensor) -> None:
+            owner = collector()
+            # Backward passes of others keep their gradients.
+            if owner is not None and owner._pass is not None and parameter.grad is not None:
+                owner._pass.gradient_ready(parameter, parameter.grad)
+
         for segment in segments:
             p = segment.parameter
             if p.requires_grad and p not in self._hooks:  # of the others torch takes no hook
@@ -186,18 +193,6 @@ class BackwardPass:
 def is_distributed() -> bool:
     """Return whether this process is one of several."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def hook_for(collector: weakref.ref[Collector]) -> Callable[[Tensor], None]:
-    """Return a hook for parameters that passes a gradient to the running backward pass, if any."""
-
-    def gradient_ready(parameter: Tensor) -> None:
-        owner = collector()
-        # Backward passes of others keep their gradients.
-        if owner is not None and owner._pass is not None and parameter.grad is not None:
-            owner._pass.gradient_ready(parameter, parameter.grad)
-
-    return gradient_ready
 
 
 def check_reduced(segments: Sequence[Segment]) -> None:

@@ -165,8 +165,10 @@ class Sharing:
         return SharedParameters(by_tensor, flags, self.all_shared, chosen), changed
 
     def _selected(self, shared: Tensor, names: Sequence[str]) -> Tensor:
-        segments = self._storage.segments
-        flags = bool_tensor([is_selected(s.name, names) for s in segments], shared.device) & shared
+        found = [float(is_selected(s.name, names)) for s in self._storage.segments]
+        table = tables.settings_tensor(tuple(found), shared.device)  # cached: copying synchronizes
+        tables.keep_if_captured(table)
+        flags = (table != 0.0) & shared
         # Where nothing is shared at all, nothing is compared, and that is fine.
         if not self.selection_found and not tables.is_capturing(shared.device):
             if bool(shared.any()) and not bool(flags.any()):
@@ -184,9 +186,9 @@ class Sharing:
         """Write no gradient for tensors that no task of this window has ever used.
 
         Autograd gives zeros for them where it cannot tell, from a compiled model with several
-        heads, say; a step with those would follow stale momentum. It synchronizes
-        with the device in a window in which a task had nothing, and gradients came from tasks that
-        are not known to use a tensor.
+        heads, say; a step with those would follow stale momentum. The device is synchronized with
+        only where a task had nothing in this window, and others that are not known to use a tensor
+        had a gradient for it.
 
         Args:
             outputs: T tensors or None; entries are set to None.
@@ -215,13 +217,6 @@ class Sharing:
 def summed(per_tensor: Tensor, flags: Tensor) -> Tensor:
     """Return the sum of matrices [T, K, K] over the tensors that [T] bool flags select."""
     return torch.where(flags[:, None, None], per_tensor, 0.0).sum(0)
-
-
-def bool_tensor(values: Sequence[bool], device: torch.device) -> Tensor:
-    """Return [T] bool on the device; cached, for a copy to a GPU synchronizes with it."""
-    tensor = tables.settings_tensor(tuple(map(float, values)), device)
-    tables.keep_if_captured(tensor)
-    return tensor != 0.0
 
 
 def shared_tensors(parameter_tasks: Tensor, alone: bool) -> Tensor:

@@ -13,20 +13,14 @@ from gcond_kernels.storage.dtensor import is_dtensor, local_shard, shard_coordin
 from gcond_kernels.storage.layout import Segment
 
 
-def packed(bits: Tensor) -> Tensor:
-    """Return [⌈n / 32⌉] int32 of a bool tensor [n]: bit e % 32 of word e // 32; 1 after the end."""
-    missing = -len(bits) % WORD_BITS
-    padded = torch.cat([bits, bits.new_ones(missing)]).view(-1, WORD_BITS)
-    places = torch.arange(WORD_BITS, device=bits.device)
-    return (padded.long() << places).sum(-1).to(torch.int32)  # the highest bit becomes the sign
-
-
 def write_mask(words: Tensor, segment: Segment, bits: Tensor) -> None:
     """Write the trainable elements of a parameter (bool, in its shape) into a mask [N' / 32]."""
-    ordered = segment.empty(torch.bool, words.device).copy_(bits)
-    new = packed(ordered.as_strided((segment.size,), (1,)))
+    length = -(-segment.size // WORD_BITS)
+    ordered = torch.ones(length, WORD_BITS, dtype=torch.bool, device=words.device)
+    segment._replace(offset=0).view(ordered).copy_(bits)  # 1 after the end
+    packed = (ordered.long() << torch.arange(WORD_BITS, device=words.device)).sum(-1)
     first = segment.offset // WORD_BITS
-    words[first : first + len(new)] = new
+    words[first : first + length] = packed.to(torch.int32)  # the highest bit becomes the sign
 
 
 def read_mask(words: Tensor, segment: Segment) -> Tensor:
@@ -54,19 +48,17 @@ def check_mask(mask: object, parameters: Sequence[tuple[Tensor, str]]) -> dict[T
                 f"mask has a parameter of shape {list(parameter.shape)} that base does not hold: "
                 "make it for the model as it is trained, after it was moved, wrapped or sharded"
             )
-        name = names[parameter]
+        label = f"mask of {names[parameter]}"
         if not isinstance(bits, Tensor) or bits.dtype != torch.bool:
-            raise TypeError(f"mask of {name} must be a bool tensor, not {bits!r}")
-        if bits.shape != parameter.shape:
-            raise ValueError(
-                f"mask of {name} has shape {list(bits.shape)}, the parameter "
-                f"{list(parameter.shape)}"
-            )
+            raise TypeError(f"{label} must be a bool tensor, not {bits!r}")
+        shape, wanted = list(bits.shape), list(parameter.shape)
+        if shape != wanted:
+            raise ValueError(f"{label} has shape {shape}, the parameter {wanted}")
         if not same_placement(bits, parameter):
             raise ValueError(
-                f"mask of {name} is not sharded as the parameter is: make it with neuron_mask "
-                "after the model was sharded, or give torch.distributed.tensor.distribute_tensor("
-                "mask, parameter.device_mesh, parameter.placements)"
+                f"{label} is not sharded as the parameter is: make it with neuron_mask after the "
+                "model was sharded, or give torch.distributed.tensor.distribute_tensor(mask, "
+                "parameter.device_mesh, parameter.placements)"
             )
         checked[parameter] = local_shard(bits)
     return checked
