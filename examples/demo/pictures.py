@@ -69,7 +69,7 @@ PANELS = 3  # in a row, of small multiples
 
 
 def write_pictures(runs: Sequence[Run], output: Path) -> list[Path]:
-    """Writes one scene's pictures; what it wrote before goes, also where nothing replaces it."""
+    """Write a scene's pictures; remove what it wrote before, also where nothing replaces it."""
     scene = runs[0].scene
     draws: dict[str, Draw] = {"losses": losses_picture, "cosine": cosine_picture}
     if isinstance(scene, Photos):
@@ -88,7 +88,7 @@ def write_pictures(runs: Sequence[Run], output: Path) -> list[Path]:
 
 
 def losses_picture(runs: Sequence[Run]) -> Figure:
-    """Training and validation loss of every task over the steps."""
+    """Draw training and validation loss of every task over the steps."""
     scene = runs[0].scene
     many = len(runs) > FEW
     figure = Figure(figsize=(15, 7.0) if many else (13, 5.6), layout="constrained")
@@ -101,7 +101,10 @@ def losses_picture(runs: Sequence[Run]) -> Figure:
         axes.set_xlabel("optimizer step", fontsize=12)
         axes.set_ylabel(scene.loss_labels[task], fontsize=12)
         axes.grid(alpha=0.3)
-    handles = [method_handle(run) for run in runs]
+    handles = [
+        Line2D([], [], label=run.method.name, markerfacecolor="white", **method_style(run))
+        for run in runs
+    ]
     if many:  # inside, they would cover the lines
         figure.legend(handles=handles, loc="outside right center", fontsize=12, handlelength=3.5)
     else:
@@ -117,7 +120,7 @@ def losses_picture(runs: Sequence[Run]) -> Figure:
 
 
 def set_title(figure: Figure, runs: Sequence[Run], title: str) -> None:
-    """The figure's title, and which methods have not made all their steps."""
+    """Write the figure's title, and which methods have not made all their steps."""
     for run in runs:
         if not run.complete:
             title += f"\n(interrupted: {run.method.name} after {run.progress})"
@@ -125,39 +128,24 @@ def set_title(figure: Figure, runs: Sequence[Run], title: str) -> None:
 
 
 def plot_losses(axes: Axes, run: Run, task: str) -> None:
-    """One method's curve of one task."""
-    style = dict(METHOD_STYLES[run.method.key])
-    marker = style.pop("marker")
-    steps = np.arange(1, len(run.history) + 1)
-    axes.plot(steps, smooth([step.losses[task] for step in run.history]), **style)
-    axes.plot(
-        [evaluation.step for evaluation in run.evaluations],
-        [float(evaluation.losses[task].mean()) for evaluation in run.evaluations],
-        linestyle="",
-        marker=marker,
-        markersize=MARKER_SIZES.get(marker, MARKER_SIZE),
-        markerfacecolor="none",
-        markeredgecolor=style["color"],
-        markeredgewidth=2.0,
-    )
+    """Draw one method's curve of one task."""
+    style = method_style(run)
+    smoothed = smooth([step.losses[task] for step in run.history])
+    axes.plot(range(1, len(smoothed) + 1), smoothed, **style | {"marker": ""})
+    steps = [evaluation.step for evaluation in run.evaluations]
+    losses = [float(evaluation.losses[task].mean()) for evaluation in run.evaluations]
+    axes.plot(steps, losses, **style | {"linestyle": ""}, markerfacecolor="none")
 
 
-def method_handle(run: Run) -> Line2D:
-    """Legend entry of a method."""
+def method_style(run: Run) -> dict[str, Any]:
+    """Return how a method's line and markers are drawn."""
     style = METHOD_STYLES[run.method.key]
-    return Line2D(
-        [],
-        [],
-        label=run.method.name,
-        markersize=MARKER_SIZES.get(style["marker"], MARKER_SIZE),
-        markerfacecolor="white",
-        markeredgewidth=2.0,
-        **style,
-    )
+    size = MARKER_SIZES.get(style["marker"], MARKER_SIZE)
+    return {**style, "markersize": size, "markeredgewidth": 2.0}
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average without a start at zero."""
+    """Return the exponential moving average without a start at zero."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
         total = SMOOTHING * total + (1.0 - SMOOTHING) * value
@@ -167,7 +155,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def cosine_picture(runs: Sequence[Run]) -> Figure:
-    """Cosine of the tasks' gradients over the steps, with GCond's zones and the winners."""
+    """Draw the cosine of the tasks' gradients over the steps, with GCond's zones and winners."""
     compared = [run for run in runs if cosines(run)]
     tasks = list(runs[0].scene.tasks)
     title = f"{runs[0].scene.title}: do the gradients of {' and '.join(tasks)} conflict?"
@@ -183,7 +171,7 @@ def cosine_picture(runs: Sequence[Run]) -> Figure:
 
 
 def cosine_rows(runs: Sequence[Run]) -> Figure:
-    """A row for each run, with the distribution beside it."""
+    """Draw a row for each run, with the distribution beside it."""
     figure = Figure(figsize=(13, 1.6 + 4.2 * len(runs)), layout="constrained")
     rows = figure.subplots(
         len(runs), 2, squeeze=False, sharey=True, width_ratios=(4, 1), sharex="col"
@@ -206,7 +194,7 @@ def cosine_rows(runs: Sequence[Run]) -> Figure:
 
 
 def cosine_panels(runs: Sequence[Run]) -> Figure:
-    """Small multiples, for more runs than a page has rows."""
+    """Draw small multiples, for more runs than a page has rows."""
     count = math.ceil(len(runs) / PANELS)
     figure = Figure(figsize=(15, 2.0 + 2.7 * count), layout="constrained")
     panels = figure.subplots(count, PANELS, squeeze=False, sharex=True, sharey=True).ravel()
@@ -226,7 +214,7 @@ def cosine_panels(runs: Sequence[Run]) -> Figure:
 
 
 def row_title(run: Run) -> str:
-    """Title of a row of the cosine picture."""
+    """Return the title of a row of the cosine picture."""
     data = "of the same data" if run.method.mode == "exact" else "of different micro-batches"
     return (
         f"{run.method.name} (gradients {data}): "
@@ -235,7 +223,7 @@ def row_title(run: Run) -> str:
 
 
 def scatter_steps(axes: Axes, run: Run, size: float) -> None:
-    """One point per step, by who won; by the sign alone where the method names no winner."""
+    """Draw a point per step, by who won; by the sign alone where the method names no winner."""
     points: dict[str, list[tuple[int, float]]] = {}
     for number, step in enumerate(run.history, start=1):
         if step.cosine is not None:
@@ -247,14 +235,14 @@ def scatter_steps(axes: Axes, run: Run, size: float) -> None:
 
 
 def point_kind(run: Run, step: Step) -> str:
-    """What a step's point stands for: a key of `point_styles`."""
+    """Return what a step's point stands for: a key of `point_styles`."""
     if step.zone == "none":
         return "none"
     return f"won by {step.winner}" if run.method.names_winners else "conflict"
 
 
 def point_styles(tasks: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Kind of point → what the legend says of it, and how it is drawn."""
+    """Return the kinds of points → text of the legend, and how they are drawn."""
     styles: dict[str, tuple[str, dict[str, Any]]] = {
         "none": ("no conflict", {"color": GREY, "marker": "."})
     }
@@ -267,7 +255,7 @@ def point_styles(tasks: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def point_handles(runs: Sequence[Run]) -> list[Line2D]:
-    """Legend of the points that can be there."""
+    """Return the legend of the points that can be there."""
     kinds = {"none"}
     for run in runs:
         kinds |= {point_kind(run, step) for step in run.history if step.cosine is not None}
@@ -282,14 +270,14 @@ def point_handles(runs: Sequence[Run]) -> list[Line2D]:
 
 @torch.no_grad()
 def reconstructions_picture(runs: Sequence[Run]) -> Figure:
-    """Validation crops: what the network is given, what it makes of it, and the original."""
+    """Draw validation crops: what the network is given, what it makes of it, the original."""
     scene = runs[0].scene
     assert isinstance(scene, Photos)
     fewer = len(runs) > FEW
     order = most_contrast(scene.held_out, scene.held_out_images)
     chosen = order[: FEWER_EXAMPLES if fewer else EXAMPLES]
     columns = reconstructions(runs, chosen)
-    # Of nearly the same length, so that the last is not one of very few.
+    # Nearly equally wide, so that the last is not one of very few.
     width = math.ceil(len(columns) / math.ceil(len(columns) / COLUMNS))
     blocks = [columns[start : start + width] for start in range(0, len(columns), width)]
     rows = len(blocks) * len(chosen)
@@ -311,7 +299,7 @@ def reconstructions_picture(runs: Sequence[Run]) -> Figure:
 
 
 def reconstructions(runs: Sequence[Run], chosen: Sequence[int]) -> list[tuple[str, Tensor]]:
-    """The columns: a title and an image of each of the chosen crops."""
+    """Return the columns: a title and an image of each of the chosen crops."""
     scene = runs[0].scene
     assert isinstance(scene, Photos)
     inputs, targets = scene.validation.inputs[chosen], scene.validation.targets[chosen]
@@ -328,7 +316,7 @@ def reconstructions(runs: Sequence[Run], chosen: Sequence[int]) -> list[tuple[st
 
 
 def show_column(panels: Iterable[Axes], column: tuple[str, Tensor] | None) -> None:
-    """One image below the other, and the title over the first; None leaves the place empty."""
+    """Draw one image below the other, a title over the first; None leaves the place empty."""
     if column is None:
         for axes in panels:
             axes.set_axis_off()
@@ -341,14 +329,14 @@ def show_column(panels: Iterable[Axes], column: tuple[str, Tensor] | None) -> No
 
 
 def score_line(run: Run, evaluation: int) -> str:
-    """Validation scores under a column's title."""
+    """Return the validation scores under a column's title."""
     values = scores(run.scene, run.evaluations[evaluation])
     labels = run.scene.score_labels.values()
     return "  ".join(f"{label} {value}" for label, value in zip(labels, values, strict=True))
 
 
 def most_contrast(crops: Tensor, images: Sequence[int]) -> list[int]:
-    """The crop of each image in which the pixels differ most, then each image's second, ….
+    """Return the crop of each image with the most contrast, then each image's second, ….
 
     Each round from the highest contrast to the lowest: a choice no method has a part in.
     """
@@ -363,7 +351,7 @@ def most_contrast(crops: Tensor, images: Sequence[int]) -> list[int]:
 
 @torch.no_grad()
 def examples_picture(runs: Sequence[Run]) -> Figure:
-    """The first validation pairs, with what every method takes them for."""
+    """Draw the first validation pairs, with what every method takes them for."""
     scene = runs[0].scene
     inputs, targets = scene.validation.inputs[:DIGIT_EXAMPLES], scene.validation.targets
     guesses = [run.model(inputs.to(device_of(run))).argmax(2).cpu() for run in runs]
@@ -384,7 +372,7 @@ def examples_picture(runs: Sequence[Run]) -> Figure:
 
 
 def examples_layout(lines: int) -> tuple[Figure, list[Axes]]:
-    """Two rows of panels with room for so many lines of text below each."""
+    """Return two rows of panels with space for so many lines of text below each."""
     top, text = 0.74, LINE * lines
     height = top + 2 * (PANEL + text) + 0.83
     figure = Figure(figsize=(13, height))
@@ -400,7 +388,7 @@ def examples_layout(lines: int) -> tuple[Figure, list[Axes]]:
 
 
 def write_line(axes: Axes, row: int, name: str, guess: Sequence[int], *, correct: bool) -> None:
-    """What one method, or the truth, says of the panel's pair."""
+    """Write what one method, or the truth, says of the panel's pair."""
     left, right = guess
     axes.text(
         0.5,
@@ -416,7 +404,7 @@ def write_line(axes: Axes, row: int, name: str, guess: Sequence[int], *, correct
 
 
 def show(axes: Axes, image: Tensor) -> None:
-    """An image without ticks."""
+    """Draw an image without ticks."""
     pixels: NDArray[Any] = image.numpy()
     axes.imshow(pixels, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.set_xticks([])

@@ -1,4 +1,4 @@
-"""What the runs came to: numbers, sentences, the table and results.json."""
+"""The results of the runs: numbers, sentences, the table and results.json."""
 
 from __future__ import annotations
 
@@ -20,38 +20,50 @@ from .training import Evaluation, Run
 
 RARE, FREQUENT = 0.1, 0.3  # shares of steps with a conflict
 WEAK = -0.1  # cosine; gradients above it are close to orthogonal
-FEW = 3  # so many methods are told one by one; more of them in one sentence
+FEW = 3  # so many methods have a sentence each; more of them one together
+METHODS_SENTENCE = (
+    "Methods: each has the default options of its class. Some make a sum of the gradients and "
+    "some a mean, but all share a learning rate: AdamW, the optimizer of all of them, makes "
+    "the same steps whatever constant factor the gradients have. Zones are those of GCond's "
+    "default thresholds; incidence is the share of task pairs with a cosine below 0, mean over "
+    "the steps."
+)
+SUM_SENTENCE = (
+    "Sum makes the gradients of the plain sum but for rounding, which training amplifies: "
+    "what lies between the two is chance."
+)
 
 
 def cosines(run: Run) -> list[float]:
-    """The cosine of every step that had one."""
+    """Return the cosine of every step that had one."""
     return [step.cosine for step in run.history if step.cosine is not None]
 
 
 def zone_shares(run: Run) -> dict[str, float] | None:
-    """Zone → share of the steps with a cosine; None where there was none, as in plain sum."""
+    """Return zone → share of the steps with a cosine; None without any, as in plain sum."""
     zones = [step.zone for step in run.history if step.zone is not None]
     return {zone: zones.count(zone) / len(zones) for zone in ALL_ZONES} if zones else None
 
 
 def incidence(run: Run) -> float | None:
-    """Mean over the steps of the share of pairs of tasks below 0; None where nothing was compared.
+    """Return the mean over the steps of the share of pairs of tasks with a cosine below 0.
 
-    With two tasks it is the share of the steps in which they disagreed.
+    With two tasks it is the share of the steps in which they disagreed; None where nothing was
+    compared.
     """
     shares = [step.incidence for step in run.history if step.incidence is not None]
     return statistics.fmean(shares) if shares else None
 
 
 def difference(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Mean difference of two methods on the same samples, and twice its standard error."""
+    """Return the mean difference on the same samples, and twice its standard error."""
     differences = (a - b).double()
     error = differences.std() / math.sqrt(len(differences))
     return float(differences.mean()), 2.0 * float(error)
 
 
 def table(runs: Sequence[Run]) -> Table:
-    """One scene's runs; fits a terminal of 80 columns."""
+    """Return the table of a scene's runs; it fits a terminal of 80 columns."""
     scene = runs[0].scene
     made = Table(
         title=f"\n{scene.name}: {scene.title}, scores on validation data",
@@ -90,21 +102,18 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def scores(scene: Scene, evaluation: Evaluation) -> list[str]:
-    """Mean validation score of every task, as the table shows it."""
+    """Return the mean validation score of every task, as the table shows it."""
     values = [float(evaluation.scores[task].mean()) for task in scene.tasks]
     return [f"{100.0 * v:.1f} %" if scene.score_in_percent else f"{v:.4f}" for v in values]
 
 
 def sentences(runs: Sequence[Run]) -> list[str]:
-    """What one scene's numbers say, and what they do not."""
+    """Return what one scene's numbers say, and what they do not."""
     said = [f"Validation: {runs[0].scene.validation_note}."]
     if any(run.method.mode and not run.method.names_winners for run in runs):
-        said.append(methods_sentence())
+        said.append(METHODS_SENTENCE)
     if any(run.method.key == "sum" for run in runs):
-        said.append(
-            "Sum makes the gradients of the plain sum but for rounding, which training amplifies: "
-            "what lies between the two is chance."
-        )
+        said.append(SUM_SENTENCE)
     if any(zone_shares(run) for run in runs):
         said.append(conflict_sentence([run for run in runs if zone_shares(run)]))
     complete = [run for run in runs if run.complete]
@@ -113,19 +122,8 @@ def sentences(runs: Sequence[Run]) -> list[str]:
     return said
 
 
-def methods_sentence() -> str:
-    """On what terms methods are compared that GCond and the plain sum are not alone among."""
-    return (
-        "Methods: each has the default options of its class. Some make a sum of the gradients and "
-        "some a mean, but all share a learning rate: AdamW, the optimizer of all of them, makes "
-        "the same steps whatever constant factor the gradients have. Zones are those of GCond's "
-        "default thresholds; incidence is the share of task pairs with a cosine below 0, mean over "
-        "the steps."
-    )
-
-
 def conflict_sentence(runs: Sequence[Run]) -> str:
-    """Whether there was a conflict to resolve; the verdict is on the first of the runs."""
+    """Return whether there was a conflict to resolve; the verdict is on the first run."""
     shares = zone_shares(runs[0])
     assert shares is not None
     share = 1.0 - shares["none"]
@@ -147,7 +145,7 @@ def conflict_sentence(runs: Sequence[Run]) -> str:
 
 
 def conflicts_seen(run: Run) -> str:
-    """How often the gradients disagreed in one run."""
+    """Return how often the gradients disagreed in one run."""
     # The cosine of gradients of different data is closer to 0 for that alone.
     data = "same data" if run.method.mode == "exact" else "different data"
     return (
@@ -157,7 +155,7 @@ def conflicts_seen(run: Run) -> str:
 
 
 def range_of_conflicts(runs: Sequence[Run]) -> str:
-    """How often the gradients disagreed in the runs with the fewest and the most conflicts."""
+    """Return how often the gradients disagreed in the runs with fewest and most conflicts."""
     ordered = sorted(runs, key=percent_in_conflict)
     medians = [statistics.median(cosines(run)) for run in runs]
     ends = " to ".join(
@@ -167,14 +165,14 @@ def range_of_conflicts(runs: Sequence[Run]) -> str:
 
 
 def percent_in_conflict(run: Run) -> float:
-    """Of its steps that compared the tasks, how many were in a zone of conflict."""
+    """Return the share of the compared steps in a zone of conflict, in %."""
     shares = zone_shares(run)
     assert shares is not None
     return 100.0 * (1.0 - shares["none"])
 
 
 def difference_sentences(runs: Sequence[Run]) -> list[str]:
-    """How far the methods are from the first one at the end, and what that means."""
+    """Return how far the methods are from the first one at the end, and what that means."""
     if len(runs[0].scene.validation.inputs) < 2:
         return ["Difference: a single validation sample cannot tell the methods apart."]
     others = runs[1:]
@@ -196,7 +194,7 @@ def difference_sentences(runs: Sequence[Run]) -> list[str]:
 
 
 class Gap(NamedTuple):
-    """How far one method's score is from another's on the same validation samples.
+    """The difference of two methods in a score on the same validation samples.
 
     Attributes:
         label: of the score.
@@ -210,7 +208,7 @@ class Gap(NamedTuple):
 
 
 def gaps(first: Run, other: Run) -> list[Gap]:
-    """One for each score."""
+    """Return the difference of two methods in each score."""
     scene = first.scene
     factor, form, unit = (100.0, "+.1f", " points") if scene.score_in_percent else (1, "+.4f", "")
     found = []
@@ -226,7 +224,7 @@ def gaps(first: Run, other: Run) -> list[Gap]:
 
 
 def difference_sentence(first: Run, other: Run) -> str:
-    """How far one method is from another, in every score."""
+    """Return how far one method is from another, in every score."""
     found = gaps(first, other)
     beyond = [gap.label for gap in found if gap.beyond]
     verdict = "within the validation noise"
@@ -237,7 +235,7 @@ def difference_sentence(first: Run, other: Run) -> str:
 
 
 def beyond_sentence(first: Run, others: Sequence[Run]) -> str:
-    """Which of many methods differ from the first by more than the validation noise."""
+    """Return which of many methods differ from the first by more than the validation noise."""
     beyond, within = [], []
     for run in others:
         found = [gap.text for gap in gaps(first, run) if gap.beyond]
@@ -253,7 +251,7 @@ def beyond_sentence(first: Run, others: Sequence[Run]) -> str:
 
 
 def results(runs: Sequence[Run], settings: dict[str, Any], interrupted: bool) -> dict[str, Any]:
-    """Everything measured, for results.json; what is not a finite number is null there."""
+    """Return everything measured, for results.json; what is not a finite number is null."""
     scenes: dict[str, Any] = {}
     for run in runs:
         scene = run.scene
@@ -275,17 +273,12 @@ def results(runs: Sequence[Run], settings: dict[str, Any], interrupted: bool) ->
     for name, entry in scenes.items():
         entry["sentences"] = sentences([run for run in runs if run.scene.name == name])
     versions = {"gcond_kernels": gcond_kernels.__version__, "torch": torch.__version__}
-    everything = {
-        "versions": versions,
-        **settings,
-        "interrupted": interrupted,
-        "scenes": scenes,
-    }
-    return finite(everything)  # type: ignore[no-any-return]
+    told = {"versions": versions, **settings, "interrupted": interrupted, "scenes": scenes}
+    return finite(told)
 
 
 def run_results(run: Run) -> dict[str, Any]:
-    """One method's numbers."""
+    """Return one method's numbers."""
     values = cosines(run)
     return {
         "mode": run.method.mode,
@@ -303,7 +296,7 @@ def run_results(run: Run) -> dict[str, Any]:
 
 
 def means(evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Mean loss and score of every task."""
+    """Return the mean loss and score of every task."""
     return {
         "losses": {task: float(values.mean()) for task, values in evaluation.losses.items()},
         "scores": {task: float(values.mean()) for task, values in evaluation.scores.items()},
@@ -311,7 +304,7 @@ def means(evaluation: Evaluation) -> dict[str, dict[str, float]]:
 
 
 def finite(value: Any) -> Any:
-    """NaN and infinity, which JSON has no word for, become None."""
+    """Replace NaN and infinity, which JSON does not know, by None."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -24,8 +24,8 @@ LAYOUT = layout_of([1000, 3, 1, 40])
 @pytest.fixture(scope="module", autouse=True)
 def small_and_quick():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operations, "cache_bytes", lambda device: 1)
-        patch.setattr(operations, "shapes_of", lambda name: [(300, 100), (100,)] * 3)
+        patch.setattr(operations, "cache_bytes", lambda _: 1)
+        patch.setattr(operations, "shapes_of", lambda _: [(300, 100), (100,)] * 3)
         patch.setattr(operations, "PAIRS", 20)  # of tensors where no model is named
         yield
 
@@ -70,13 +70,13 @@ def test_on_a_gpu_a_lap_is_a_graph_unless_it_synchronizes(monkeypatch):
         def synchronize(self):
             pass
 
-        def elapsed_time(self, end):
+        def elapsed_time(*_):
             return 8000.0  # milliseconds
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     captured = Competitor([lambda: calls.append("captured")] * 2)
     waiting = Competitor([lambda: calls.append("waiting")], synchronizes=True)
     times = Clock(torch.device("cuda"), 1.0).times({"captured": captured, "waiting": waiting})
@@ -367,7 +367,7 @@ def test_an_operation_that_is_wrong_is_not_timed(monkeypatch):
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_said(monkeypatch):
-    monkeypatch.setattr("bench.operations.free_bytes", lambda device: 2_100_000_000)
+    monkeypatch.setattr("bench.operations.free_bytes", lambda _: 2_100_000_000)
     figures = list(tiny_bench(millions=[2000]).figures())
     reasons = {f["skipped"] for f in figures if "skipped" in f}
     assert len(reasons) == 3  # of two types of gradients, and of the resolution

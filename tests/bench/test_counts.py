@@ -41,21 +41,21 @@ def moved(run):
     [
         (lambda x, y: x + y, 1, 12_000),
         (lambda x, y: x.add_(y), 1, 12_000),
-        (lambda x, y: x.mul_(2.0), 1, 8_000),
+        (lambda x, _: x.mul_(2.0), 1, 8_000),
         (lambda x, y: x.copy_(y), 1, 8_000),
-        (lambda x, y: x.zero_(), 1, 4_000),
+        (lambda x, _: x.zero_(), 1, 4_000),
         (lambda x, y: torch.mul(x, 2.0, out=y), 1, 8_000),
         (lambda x, y: x.add_(y[:500].repeat(2)), 2, 2_000 + 4_000 + 12_000),
-        (lambda x, y: x.sum(), 1, 4_004),
-        (lambda x, y: x.to(torch.bfloat16), 1, 6_000),
-        (lambda x, y: x.to(torch.float32), 0, 0),
-        (lambda x, y: x.view(10, 100).T[3:].detach().unsqueeze(0).expand(7, -1, -1), 0, 0),
-        (lambda x, y: x.view(10, 100).reshape(-1).unsqueeze_(0).split(100), 0, 0),
+        (lambda x, _: x.sum(), 1, 4_004),
+        (lambda x, _: x.to(torch.bfloat16), 1, 6_000),
+        (lambda x, _: x.to(torch.float32), 0, 0),
+        (lambda x, _: x.view(10, 100).T[3:].detach().unsqueeze(0).expand(7, -1, -1), 0, 0),
+        (lambda x, _: x.view(10, 100).reshape(-1).unsqueeze_(0).split(100), 0, 0),
         (lambda x, y: x[:1].expand(1000) + y, 1, 4 + 8_000),
-        (lambda x, y: torch.zeros(100), 1, 400),
-        (lambda x, y: torch.empty(100), 0, 0),
-        (lambda x, y: torch.empty_like(x).new_empty(3), 0, 0),
-        (lambda x, y: torch.zeros_like(x).new_ones(3), 2, 4_000 + 12),
+        (lambda *_: torch.zeros(100), 1, 400),
+        (lambda *_: torch.empty(100), 0, 0),
+        (lambda x, _: torch.empty_like(x).new_empty(3), 0, 0),
+        (lambda x, _: torch.zeros_like(x).new_ones(3), 2, 4_000 + 12),
         (lambda x, y: x[:0] + y[:0], 0, 0),
         (lambda x, y: torch._foreach_add_([x, y], [y, x]), 1, 24_000),
         (lambda x, y: torch._foreach_mul([x, y], 2.0), 1, 16_000),
@@ -209,10 +209,10 @@ def test_an_interpreter_of_another_make_is_told_apart(monkeypatch):
 @needs("triton")
 def test_loads_and_stores_are_counted_with_older_signatures():
     class Builder:  # as in Triton 3.6, where hints came one by one
-        def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction, is_volatile):
+        def create_masked_load(*_):
             return "loaded"
 
-        def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction):
+        def create_masked_store(*_, **__):
             return "stored"
 
     import triton.language as tl
@@ -339,7 +339,7 @@ def test_fewest_bytes_are_those_computed_by_hand():
 FAULTS = {
     "launches": lambda accumulator: accumulator.mul_(1.0),
     "synchronisations": lambda accumulator: accumulator[0].item(),
-    "allocations": lambda accumulator: torch.empty(1),
+    "allocations": lambda _: torch.empty(1),
     "allocated_bytes": lambda accumulator: accumulator.clone(),
 }
 
