@@ -23,20 +23,20 @@ from gcond_kernels import Distributed, GCondFused, TrainingState
 
 
 def options() -> argparse.Namespace:
-    """What the user asks for."""
+    """Return what the user asks for."""
     parser = argparse.ArgumentParser(description="Two overlaid digits on several ranks.")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps (150)")
-    parser.add_argument("--sync", choices=("shard", "replicate"), help="shard by default")
+    parser.add_argument("--strategy", choices=("shard", "replicate"), help="shard by default")
     parser.add_argument("--fsdp", action="store_true", help="fully_shard instead of DDP")
     parser.add_argument("--checkpoint", help="folder to save to and to go on from")
     given = parser.parse_args()
-    if given.fsdp and given.sync:
-        parser.error("--sync is for DDP: with --fsdp gradients are reduced in the backward pass")
+    if given.fsdp and given.strategy:
+        parser.error("--strategy is for DDP: with --fsdp the backward pass reduces gradients")
     return given
 
 
 def train(given: argparse.Namespace, scene: Digits, device: torch.device) -> None:
-    """Every rank draws micro-batches of its own; what they decide is the same on all."""
+    """Train with micro-batches of this rank's own; all ranks decide the same."""
     torch.manual_seed(0)
     model = scene.new_model().to(device)
     if given.fsdp:
@@ -46,9 +46,11 @@ def train(given: argparse.Namespace, scene: Digits, device: torch.device) -> Non
         model = DistributedDataParallel(model)
     adamw = torch.optim.AdamW(model.named_parameters(), lr=scene.learning_rate, betas=(0.9, 0.95))
     optimizer = GCondFused(
-        adamw, scene.tasks, accumulation_steps=scene.accumulation_steps,
-        distributed=Distributed(given.sync, model),
-    )  # fmt: skip
+        adamw,
+        scene.tasks,
+        accumulation_steps=scene.accumulation_steps,
+        distributed=Distributed(given.strategy, model),
+    )
     steps = torch.zeros((), dtype=torch.int64)
     if given.checkpoint:
         state = {"training": TrainingState(model, optimizer), "steps": steps}
@@ -75,12 +77,12 @@ def train(given: argparse.Namespace, scene: Digits, device: torch.device) -> Non
 
 @torch.no_grad()
 def show(scene: Digits, model: torch.nn.Module, optimizer: GCondFused, validation: Batch) -> None:
-    """The scores, and whether the ranks are of one mind."""
+    """Print the scores, and whether all ranks have come to the same."""
     output = model(validation.inputs)
     report = optimizer.report()
     mine = (report.weights, report.winners, output.double().sum().item())
-    said = [None] * dist.get_world_size()
-    dist.all_gather_object(said, mine)
+    of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
     if dist.get_rank() > 0:
         return
     for task, label in scene.score_labels.items():
@@ -88,12 +90,12 @@ def show(scene: Digits, model: torch.nn.Module, optimizer: GCondFused, validatio
         print(f"{label}: {100 * score:.1f} %")
     print(f"cosine in the last step: {report.min_cosine:+.3f}; weights: {report.weights}")
     for what, index in (("decision", 0), ("winners", 1), ("model", 2)):
-        same = all(one[index] == mine[index] for one in said)
-        print(f"{what}: {'the same' if same else 'NOT the same'} on {len(said)} ranks")
+        same = all(one[index] == mine[index] for one in of_ranks)
+        print(f"{what}: {'the same' if same else 'NOT the same'} on {len(of_ranks)} ranks")
 
 
 def main() -> None:
-    """On the GPU of this rank where there are enough of them, else on the CPU."""
+    """Train on the GPU of this rank where there are enough of them, else on the CPU."""
     given = options()
     if "LOCAL_RANK" not in os.environ:
         raise SystemExit("start it with torchrun: see the first lines of this file")

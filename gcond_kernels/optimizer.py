@@ -178,7 +178,8 @@ class GCondFused(AssignableOptimizer):
             "accumulator_dtype": accumulator_dtype,
             "mask": mask,
             "grad_scaler": grad_scaler,
-            "distributed": distributed,
+            # A copy of this optimizer is none of the model.
+            "distributed": None if distributed is None else replace(ranks, module=None),
         }
         self._storage = GradientStorage(
             len(weights),

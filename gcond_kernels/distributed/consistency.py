@@ -110,7 +110,7 @@ def difference(of_ranks: Sequence[list[str]]) -> str:
             if own != first:
                 return (
                     f"rank {rank} has {own}, rank 0 {first}. Ranks that train other parameters "
-                    "belong in another process_group="
+                    "belong in another process_group"
                 )
     raise AssertionError("the ranks do not differ")
 

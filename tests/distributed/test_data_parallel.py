@@ -1,5 +1,6 @@
 """DistributedDataParallel around the model: kept from reducing gradients, and found by itself."""
 
+import copy
 import re
 from unittest import mock
 
@@ -31,6 +32,15 @@ def buffers_of_batchnorm():
 
 def test_buffers_are_those_of_rank_0_and_the_wrapper_reduces_again_afterwards(ranks2):
     assert t.of_all(ranks2(buffers_of_batchnorm))[1] == [True, False, False, True]
+
+
+def test_copy_of_an_optimizer_is_none_of_the_model():
+    model = t.new_model()
+    optimizer = t.new_optimizer(model, **t.distributed("shard", model))
+    assert optimizer.module is model
+    assert optimizer.distributed.strategy == "shard"
+    copied = copy.deepcopy(optimizer)
+    assert copied.module is copied.distributed.module is None
 
 
 def buffers_that_are_views():

@@ -11,17 +11,18 @@ import pytest
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 pytest.importorskip("rich", reason="the progress bar is drawn by rich")
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")  # a port of its own
 EXAMPLE = Path(__file__).parents[2] / "examples" / "torchrun_digits.py"
 
 
 def run(ranks, *options):
     result = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",  # a port of its own
-            "--nproc-per-node", str(ranks), str(EXAMPLE), *options,
-        ],
-        capture_output=True, text=True, timeout=600, env={**os.environ, "COLUMNS": "100"},
-    )  # fmt: skip
+        [*TORCHRUN, "--nproc-per-node", str(ranks), str(EXAMPLE), *options],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "COLUMNS": "100"},
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
