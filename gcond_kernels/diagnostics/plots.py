@@ -53,8 +53,7 @@ def plot_conflicts(recorder: Recorder, path: str | os.PathLike[str]) -> Path:
         ImportError: matplotlib is missing.
         ValueError: nothing was recorded, or the path is that of a folder.
     """
-    new_figure = _figure_class("plot_conflicts")
-    target = _picture_path(path)
+    new_figure, target = _figure_and_path("plot_conflicts", path)
     records = recorder.rows()
     if not records:
         raise ValueError(NOTHING_TO_DRAW.format("a step was recorded"))
@@ -83,30 +82,25 @@ def plot_layer_conflicts(
         ValueError: no layer had a gradient of two tasks, the path is that of a folder, or `most` is
             out of its range.
     """
-    new_figure = _figure_class("plot_layer_conflicts")
+    new_figure, target = _figure_and_path("plot_layer_conflicts", path)
     check_count("most", most, 1)
-    target = _picture_path(path)
     layers = recorder.layers(threshold=threshold)
     if not layers:
         raise ValueError(NOTHING_TO_DRAW.format("a layer had gradients of two tasks"))
     return _saved(_draw_ranking(new_figure, layers, threshold, int(most)), target)
 
 
-def _figure_class(function: str) -> type[Figure]:
+def _figure_and_path(function: str, path: str | os.PathLike[str]) -> tuple[type[Figure], Path]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             f'{function} needs matplotlib, which is missing: pip install "gcond-kernels[plot]"'
         ) from error
-    return Figure
-
-
-def _picture_path(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.is_dir():
         raise ValueError(f"{target} is a folder: give the picture a name in it")
-    return target if target.suffix else target.with_suffix(".png")
+    return Figure, target if target.suffix else target.with_suffix(".png")
 
 
 def _saved(figure: Figure, target: Path) -> Path:

@@ -65,8 +65,7 @@ class Recorder:
         tasks: the names of the K tasks; `add_task` adds one.
         thresholds: (θ_crit, θ_main, θ_weak), which separate the zones. They can be assigned at any
             time and then hold for all steps that are kept.
-        capacity: how many of the latest steps are kept; 0 records nothing. Assigning it keeps the
-            latest steps as far as they fit.
+        capacity: how many of the latest steps are kept; 0 records nothing.
     """
 
     def __init__(
@@ -81,7 +80,11 @@ class Recorder:
 
     @property
     def capacity(self) -> int:
-        """How many of the latest steps are kept."""
+        """How many of the latest steps are kept.
+
+        Assigning it keeps the latest as far as they fit. Steps in a CUDA graph that was captured
+        before are no longer recorded.
+        """
         return self._capacity
 
     @capacity.setter

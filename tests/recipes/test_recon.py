@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -205,38 +206,22 @@ def test_recurrent_and_parametrized_layers_and_a_graph():
 
 
 def test_ties_among_split_layers_stay_for_each_task():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
-            self.two.weight = self.one.weight
-
-        def forward(self, x):
-            return self.two(self.one(x))
-
-    split = split_conflicting_layers(model_of(Tied), ["one", "two"], ("a", "b"))
+    model = nn.ModuleDict({"one": nn.Linear(3, 3), "two": nn.Linear(3, 3)})
+    model["two"].weight = model["one"].weight
+    split = split_conflicting_layers(model, ["one", "two"], ("a", "b"))
     a, b = split.for_task("a"), split.for_task("b")
-    assert a.one.weight is a.two.weight
-    assert b.one.weight is b.two.weight
-    assert a.one.weight is not b.one.weight
+    assert a["one"].weight is a["two"].weight
+    assert b["one"].weight is b["two"].weight
+    assert a["one"].weight is not b["one"].weight
 
 
 def test_a_module_without_parameters_that_others_use_too_stays_shared():
-    class Rotary(nn.Module):
-        def __init__(self):
-            super().__init__()
-            table = nn.BatchNorm1d(3, affine=False)
-            self.blocks = nn.ModuleList(nn.ModuleList([nn.Linear(3, 3), table]) for _ in range(2))
-
-        def forward(self, x):
-            for linear, table in self.blocks:
-                x = linear(table(x))
-            return x
-
-    split = split_conflicting_layers(model_of(Rotary), ["blocks.0"], ("a", "b"))
-    a, b = split.for_task("a"), split.for_task("b")
-    assert a.blocks[0][1] is b.blocks[0][1] is a.blocks[1][1]
-    assert a.blocks[0][0] is not b.blocks[0][0]
+    table = nn.BatchNorm1d(3, affine=False)
+    blocks = nn.ModuleList(nn.ModuleList([nn.Linear(3, 3), table]) for _ in range(2))
+    split = split_conflicting_layers(nn.ModuleDict({"blocks": blocks}), ["blocks.0"], ("a", "b"))
+    a, b = (split.for_task(task)["blocks"] for task in "ab")
+    assert a[0][1] is b[0][1] is a[1][1]
+    assert a[0][0] is not b[0][0]
 
 
 # Choosing the task.
@@ -274,7 +259,7 @@ def test_calls_within_calls_exceptions_and_threads():
     class CallsBack(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer, self.between = nn.Linear(3, 3), None
+            self.layer = nn.Linear(3, 3)
 
         def forward(self, x, between=None):
             x = self.layer(x)
@@ -296,19 +281,10 @@ def test_calls_within_calls_exceptions_and_threads():
     with pytest.raises(TypeError, match="task="):
         split(X)
 
-    barrier, outputs = threading.Barrier(2, timeout=30), {}
-    threads = [
-        threading.Thread(
-            target=lambda t=t: outputs.update({t: split(X, task=t, between=barrier.wait)})
-        )
-        for t in "ab"
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert torch.equal(outputs["a"], a)
-    assert torch.equal(outputs["b"], b)
+    barrier = threading.Barrier(2, timeout=30)
+    with ThreadPoolExecutor(2) as pool:
+        outputs = pool.map(lambda task: split(X, task=task, between=barrier.wait), "ab")
+    assert all(torch.equal(output, one) for output, one in zip(outputs, (a, b), strict=True))
 
 
 class Checkpointed(Model):
