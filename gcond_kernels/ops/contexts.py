@@ -1,7 +1,7 @@
-"""What computes the same whatever context the caller is in: autocast, inference mode, gradients.
+"""Functions that compute the same in every context of the caller: autocast, inference, gradients.
 
-A default dtype or device is not undone here, for it belongs to the whole process: whoever makes a
-tensor in this package says of which type it is and where it lies.
+A default dtype or device is not undone here, for it belongs to the process: code that makes a
+tensor in this package names its dtype and device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Fixed:
-    """Leaves what the caller has entered, and comes back to it; each is entered once."""
+    """Leaves the contexts that the caller has entered, and restores them; it is entered once."""
 
     __slots__ = ("_autocast", "_inference", "_leaves_inference", "_no_grad")
 
@@ -31,7 +31,7 @@ class _Fixed:
         if self._leaves_inference and torch.is_inference_mode_enabled():
             self._inference = torch.inference_mode(False)
             self._inference.__enter__()
-        if torch.is_grad_enabled():  # asked now, for leaving inference mode turns gradients on
+        if torch.is_grad_enabled():  # not before, for leaving inference mode turns gradients on
             self._no_grad = torch.no_grad()
             self._no_grad.__enter__()
         self._autocast = [kind for kind in _device_types() if torch.is_autocast_enabled(kind)]
@@ -49,7 +49,7 @@ class _Fixed:
 
 @functools.cache
 def _device_types() -> tuple[str, ...]:
-    """The types of devices that autocast may be on for: each has a switch of its own."""
+    """Return the types of devices that have a switch for autocast."""
     accelerator = torch.accelerator.current_accelerator()
     return tuple(dict.fromkeys(["cpu", "cuda", *([accelerator.type] if accelerator else [])]))
 
@@ -63,10 +63,10 @@ def fixed_precision() -> AbstractContextManager[None]: ...
 def fixed_precision(function: F | None = None) -> F | AbstractContextManager[None]:
     """Compute outside of autocast, inference mode and the recording of gradients.
 
-    A decorator, `@fixed_precision`, and a context manager, `with fixed_precision():`. One may lie
-    within another. What is made within is no inference tensor, so that it can be kept and changed.
-    While torch.compile traces, the context manager changes nothing, and the decorator leaves no
-    inference mode.
+    A decorator, `@fixed_precision`, and a context manager, `with fixed_precision():`, which may be
+    nested. Tensors made within are not inference tensors, so that they can be kept and changed.
+    While torch.compile traces, the context manager changes nothing, and the decorator does not
+    leave inference mode.
     """
     if function is not None:
         return _wrapped(function, leaves_inference=True)
@@ -74,10 +74,10 @@ def fixed_precision(function: F | None = None) -> F | AbstractContextManager[Non
 
 
 def operation(function: F) -> F:
-    """Make an operation that writes to the caller's memory compute the same in every context.
+    """Return an operation that computes outside of autocast and the recording of gradients.
 
-    As `fixed_precision`, but it stays in inference mode: what was made there can be changed there
-    alone. What it returns, tensors or tuples of them, is no inference tensor even so.
+    It stays in inference mode, for an inference tensor of the caller's can be changed there alone,
+    but the tensors that it returns are not inference tensors.
     """
     return _wrapped(function, leaves_inference=False)
 
@@ -98,7 +98,7 @@ def _wrapped(function: F, leaves_inference: bool) -> F:
 
 
 def _traced(function: F, args: Any, kwargs: Any) -> Any:
-    """Call a function that torch.compile traces: it knows these contexts, and not `_Fixed`."""
+    """Call a function while torch.compile traces, which knows these contexts and not `_Fixed`."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         if not torch.is_autocast_enabled("cuda"):
             return function(*args, **kwargs)
@@ -107,7 +107,7 @@ def _traced(function: F, args: Any, kwargs: Any) -> Any:
 
 
 def _normal(result: Any) -> Any:
-    """What an operation returned, without inference tensors."""
+    """Return the results of an operation without inference tensors."""
     if isinstance(result, Tensor):
         return result.clone() if result.is_inference() else result
     if isinstance(result, tuple):
@@ -118,10 +118,9 @@ def _normal(result: Any) -> Any:
 
 @contextmanager
 def users_code(device: torch.device) -> Iterator[None]:
-    """Run code of the user's within `fixed_precision`: it may compute gradients of its own.
+    """Run the user's code within `fixed_precision`; it may compute gradients of its own.
 
-    A default device where there are none of its tensors is none that it was written for. The
-    default dtype stays: it is the user's to set, and of the whole process.
+    A default device on which none of its tensors are is not used. The default dtype stays.
 
     Args:
         device: of the tensors that the code is given.
@@ -133,10 +132,10 @@ def users_code(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Keep matrix products out of TF32 and bfloat16, which the user may have allowed for his own.
+    """Compute matrix products in float32 where the user has allowed TF32 or bfloat16.
 
-    There are an older and a newer interface, and torch refuses to go on where they disagree: both
-    are set, and set back.
+    Torch has an older and a newer interface for that and raises an error where they differ, so both
+    are set and restored.
     """
     units = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [unit.fp32_precision for unit in units]
@@ -146,7 +145,7 @@ def full_float32() -> Iterator[None]:
     try:
         legacy = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
-    except RuntimeError:  # only the newer interface was used: the older knows of no change
+    except RuntimeError:  # only the newer interface was used
         legacy = None
     for unit in units:
         unit.fp32_precision = "ieee"
@@ -156,6 +155,6 @@ def full_float32() -> Iterator[None]:
         if legacy is not None:
             torch.set_float32_matmul_precision(legacy)
         for unit, precision in zip(units, before, strict=True):
-            unit.fp32_precision = "none"  # it follows what is set for all backends, if that is so
+            unit.fp32_precision = "none"  # it follows the setting for all backends
             if unit.fp32_precision != precision:
                 unit.fp32_precision = precision

@@ -23,7 +23,7 @@ class Layout(NamedTuple):
     """Where each parameter tensor's segment lies in flat storage.
 
     Attributes:
-        offsets: T starts of the segments, in elements. What lies between segments is zero.
+        offsets: T starts of the segments, in elements; between segments flat storage is zero.
         sizes: T lengths of the segments, in elements.
     """
 
