@@ -1,4 +1,4 @@
-"""What is installed here, and which backend serves which operation."""
+"""The report of `python -m gcond_kernels info`: what is installed, and which backend serves what."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gcond_kernels import ops
 
 
 def describe() -> str:
-    """Versions, devices, and for each operation the backend chosen and why the others are not."""
+    """Return versions, devices, the backend of each operation, and why others cannot serve."""
     lines = [
         f"gcond-kernels  {gcond_kernels.__version__}",
         f"python         {platform.python_version()} on {platform.platform()}",
@@ -25,11 +25,8 @@ def describe() -> str:
         *(_gpu_lines() or ["gpu            none that torch can use"]),
         f"GCOND_BACKEND  {os.environ.get('GCOND_BACKEND') or 'not set'}",
     ]
-    devices = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        devices.append(torch.device("cuda"))
-    for device in devices:
-        lines += ["", f"on {device.type} tensors", *_operation_lines(device)]
+    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        lines += ["", f"on {kind} tensors", *_operation_lines(torch.device(kind))]
     return "\n".join(lines)
 
 
@@ -51,10 +48,8 @@ def _operation_lines(device: torch.device) -> list[str]:
     except RuntimeError as error:
         return [f"  {error}"]
     lines = [f"  {operation:<12} {backend.serves(operation)}" for operation in ops.OPERATIONS]
-    for name in ops.BACKENDS:
-        if reason := ops.unavailable(name, device):
-            lines.append(f"  not {name}: {reason}")
-    return lines
+    reasons = {name: ops.unavailable(name, device) for name in ops.BACKENDS}
+    return lines + [f"  not {name}: {reason}" for name, reason in reasons.items() if reason]
 
 
 def _version(package: str) -> str:

@@ -141,10 +141,12 @@ def test_info_names_backend_and_reasons(capsys):
 
 def test_info_names_the_first_backend_that_is_there_on_a_gpu(monkeypatch):
     monkeypatch.delenv("GCOND_BACKEND", raising=False)
-    monkeypatch.setattr(backends, "unavailable", lambda b, d: "too old" if b == "cuda" else None)
+    monkeypatch.setattr(
+        backends, "unavailable", lambda b, _device: "too old" if b == "cuda" else None
+    )
     monkeypatch.setattr(ops, "unavailable", backends.unavailable)
     everything = SimpleNamespace(**dict.fromkeys(ops.OPERATIONS))
-    monkeypatch.setattr(backends.Backend, "module", lambda self, name: everything)
+    monkeypatch.setattr(backends.Backend, "module", lambda _backend, _name: everything)
     lines = info._operation_lines(torch.device("cuda"))
     for operation, line in zip(ops.OPERATIONS, lines, strict=False):
         assert line.split()[:2] == [operation, "triton"]

@@ -391,7 +391,7 @@ class Kept(Method):
     def new_state(self, tasks, device):
         return {"learned": torch.ones(tasks, dtype=torch.float64, device=device)}
 
-    def weights(self, gramian, state, known):
+    def weights(self, gramian, state, known):  # noqa: ARG002 - the parameters of a method
         learned = state["learned"].clone().requires_grad_()
         torch.einsum("...i,...ij,...j->", learned, gramian, learned).backward()
         state["learned"] -= 0.01 * learned.grad
@@ -558,7 +558,7 @@ def test_the_context_is_left_and_entered_again(context):
             assert state_of_torch() == FIXED
         assert state_of_torch() == before
         with pytest.raises(ZeroDivisionError), fixed_precision():
-            1 / 0
+            raise ZeroDivisionError
         assert state_of_torch() == before
 
 

@@ -74,7 +74,7 @@ class Problem:
         """Everything that a resolution returns or changes."""
         from gcond_kernels import cuda
 
-        monkeypatch.setattr(cuda, "resolves_at_once", lambda *given: at_once)
+        monkeypatch.setattr(cuda, "resolves_at_once", lambda _gradients: at_once)
         products, decision = by_name.resolve(
             self.accumulators, self.outputs, self.offsets, self.sizes, scale=self.scale,
             state=self.state, settings=self.method, history=self.history,
@@ -384,7 +384,9 @@ def test_a_module_that_cannot_be_imported_is_a_reason_and_no_crash(monkeypatch):
 def test_auto_takes_the_first_that_is_there(monkeypatch):
     there = {"python", "triton"}
     monkeypatch.delenv("GCOND_BACKEND", raising=False)
-    monkeypatch.setattr(backends, "unavailable", lambda b, d: None if b in there else "not here")
+    monkeypatch.setattr(
+        backends, "unavailable", lambda b, _device: None if b in there else "not here"
+    )
     gpu = torch.device("cuda")
     assert ops.backend_for("auto", gpu).name == "triton"
     there.add("cuda")
@@ -399,8 +401,10 @@ def test_an_operation_that_a_backend_lacks_is_that_of_the_next(monkeypatch):
         "python": SimpleNamespace(graddrop=lambda: "python", combine=lambda: "python"),
     }
     there = {"cuda", "triton", "python"}
-    monkeypatch.setattr(backends, "unavailable", lambda b, d: None if b in there else "not here")
-    monkeypatch.setattr(backends.Backend, "module", lambda self, name: modules[name])
+    monkeypatch.setattr(
+        backends, "unavailable", lambda b, _device: None if b in there else "not here"
+    )
+    monkeypatch.setattr(backends.Backend, "module", lambda _backend, name: modules[name])
     backend = backends.Backend("cuda", torch.device("cuda"), "cuda")
     assert (backend.accumulate(), backend.graddrop(), backend.combine()) == (
         "cuda",

@@ -105,7 +105,7 @@ def test_the_numbers_are_those_of_splitmix64():
     st.integers(0, 2**40),
     st.data(),
 )
-def test_against_a_loop(
+def test_against_a_loop(  # noqa: PLR0913 - one argument for each strategy
     backend, sizes, tasks, dtype, leak, beta, masked, packed, seed, first, data
 ):
     layout = (packed_layout_of if packed else layout_of)(sizes)

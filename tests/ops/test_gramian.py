@@ -170,7 +170,8 @@ def test_what_does_not_fit_is_refused(backend):
     ones = torch.ones(2, dtype=torch.float64)
 
     def call(**options):
-        by_name.gramian(accumulators, layout.offsets, layout.sizes, **({"scale": ones} | options))
+        options = {"scale": ones, "backend": backend} | options
+        by_name.gramian(accumulators, layout.offsets, layout.sizes, **options)
 
     with pytest.raises(ValueError, match=r"scale must be \[2\] float64"):
         call(scale=torch.ones(3, dtype=torch.float64))

@@ -63,7 +63,7 @@ def test_nothing_is_noted_or_asked_while_a_graph_is_captured(monkeypatch):
     assert flag.note(TRUE)
     events[0].done = True
     with monkeypatch.context() as capture:
-        capture.setattr(tables, "is_capturing", lambda device: True)
+        capture.setattr(tables, "is_capturing", lambda _device: True)
         capture.setattr(torch.cuda, "is_available", lambda: True)
         capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert not flag.note(TRUE)

@@ -89,7 +89,7 @@ def test_compiled_code_holds_the_operators_and_gives_the_same(backend):
 
     graphs = []
 
-    def keep(graph, inputs):
+    def keep(graph, _inputs):
         graphs.append(graph)
         return graph
 
