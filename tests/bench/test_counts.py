@@ -181,7 +181,7 @@ BACKENDS = [pytest.param(backend, marks=needs(backend)) for backend in ops.BACKE
 def accumulation(backend, dtype=torch.float32):
     target, gradients = vector(), [vector(100, dtype), None, vector(333, dtype)]
     return lambda: by_name.accumulate(
-        target, gradients, [0, 100, 400], [100, 300, 333], backend=backend
+        target, gradients, ([0, 100, 400], [100, 300, 333]), backend=backend
     )
 
 

@@ -82,15 +82,14 @@ class Resolution:
         self.options = {"beta": 0.9 if momentum else 0.0, **options}
 
     def accumulate(self):
-        given = self.layout.offsets, self.layout.sizes
         for row, gradients in zip(self.rows, self.gradients, strict=True):
-            by_name.accumulate(row, gradients, *given, overwrite=True, backend=self.backend)
-            by_name.accumulate(row, gradients, *given, scale=0.5, backend=self.backend)
+            by_name.accumulate(row, gradients, self.layout, overwrite=True, backend=self.backend)
+            by_name.accumulate(row, gradients, self.layout, scale=0.5, backend=self.backend)
 
     def run(self) -> list[torch.Tensor]:
         self.accumulate()
         products, decision = by_name.resolve(
-            self.rows, self.outputs, self.layout.offsets, self.layout.sizes, scale=self.scale,
+            self.rows, self.outputs, self.layout, scale=self.scale,
             state=self.state, settings=self.method, history=self.history,
             momentum=self.momentum, momentum_steps=self.steps, backend=self.backend, **self.options,
         )  # fmt: skip
@@ -191,7 +190,7 @@ def test_a_capture_of_sizes_not_seen_before_says_what_to_do(backend):
     row, gradient = torch.zeros(layout.length, device=GPU), torch.randn(1009, device=GPU)
     graph = torch.cuda.graph(torch.cuda.CUDAGraph())
     with pytest.raises(RuntimeError, match="before the capture"), graph:
-        by_name.accumulate(row, [gradient], layout.offsets, layout.sizes, backend=backend)
+        by_name.accumulate(row, [gradient], layout, backend=backend)
 
 
 def test_a_capture_takes_tensors_not_seen_before(way):
@@ -246,11 +245,9 @@ def test_a_row_of_more_than_2_31_elements(backend):
     gradients[0][-1], gradients[0][0] = 4.0, 2.0
     one = torch.ones(2, dtype=torch.float64, device=GPU)
     for k in range(2):
-        by_name.accumulate(
-            rows[k], gradients, layout.offsets, sizes, overwrite=True, backend=backend
-        )
+        by_name.accumulate(rows[k], gradients, layout, overwrite=True, backend=backend)
     assert torch.equal(rows[1, : sizes[0]], gradients[0])
-    products = by_name.gramian(rows, layout.offsets, sizes, scale=one, backend=backend)
+    products = by_name.gramian(rows, layout, scale=one, backend=backend)
     # Sums of a few powers of two: exact in float32 within a piece, in float64 across them.
     exact = 0.25 * (sum(sizes) - 2) + 16.0 + 4.0
     assert (products.total == exact).all()
@@ -258,7 +255,7 @@ def test_a_row_of_more_than_2_31_elements(backend):
     for output in outputs:
         output.fill_(torch.nan)
     by_name.combine(
-        rows, outputs, layout.offsets, sizes, weights=one, scale=one,
+        rows, outputs, layout, weights=one, scale=one,
         finite=torch.ones((), dtype=torch.bool, device=GPU), per_tensor=products.per_tensor,
         backend=backend,
     )  # fmt: skip
@@ -304,7 +301,7 @@ def test_tensors_on_another_device_than_the_current_one(backend):
     row = torch.zeros(layout.length, device="cuda:1")
     gradient = torch.randn(5000, device="cuda:1")
     with torch.cuda.device(0):
-        by_name.accumulate(row, [gradient], layout.offsets, layout.sizes, backend=backend)
+        by_name.accumulate(row, [gradient], layout, backend=backend)
     assert torch.equal(row[:5000], gradient)
 
 

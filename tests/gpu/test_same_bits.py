@@ -40,7 +40,7 @@ def resolution(device, tasks, dtype, at_once, options):
     for k in range(tasks):
         for overwrite in (True, False):
             by_name.accumulate(
-                accumulators[k], tensors(k), layout.offsets, SIZES, scale=0.7,
+                accumulators[k], tensors(k), layout, scale=0.7,
                 overwrite=overwrite, backend="cuda",
             )  # fmt: skip
     for k in range(1, tasks):  # a conflict; one by one, for a sum is formed in orders of its own
@@ -56,7 +56,7 @@ def resolution(device, tasks, dtype, at_once, options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "resolves_at_once", lambda *given: at_once)
         products, decision = by_name.resolve(
-            accumulators, outputs, layout.offsets, SIZES,
+            accumulators, outputs, layout,
             scale=torch.ones(tasks, dtype=torch.float64, device=device), state=state,
             settings=method, history=history, momentum=momentum,
             momentum_steps=steps, beta=0.9, backend="cuda", **options,

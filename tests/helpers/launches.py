@@ -63,21 +63,20 @@ def launch_graddrop(where: tuple, one: torch.Tensor, moving: dict, mask: torch.T
 
 def launch_everything() -> None:
     layout = layout_of([5000, 3, 0])
-    offsets, sizes = layout.offsets, layout.sizes
     accumulators, history = rows(layout, 2, 0), rows(layout, 2, 1, torch.bfloat16)
     momentum, one = rows(layout, 1, 2)[0], torch.ones(2).double()
     mask = torch.full((layout.length // 32,), -1, dtype=torch.int32)
     gradients = [torch.randn(5000), None, torch.randn(0).bfloat16()]
     for scale in (1, 0.5, torch.tensor(2.0)):
-        by_name.accumulate(accumulators[0], gradients, offsets, sizes, scale=scale)
-    by_name.accumulate(accumulators[0, 1:], [torch.randn(3)], [0], [3], overwrite=True)
-    by_name.gramian(accumulators, offsets, sizes, scale=one)
+        by_name.accumulate(accumulators[0], gradients, layout, scale=scale)
+    by_name.accumulate(accumulators[0, 1:], [torch.randn(3)], ([0], [3]), overwrite=True)
+    by_name.gramian(accumulators, layout, scale=one)
     products = by_name.gramian(
-        accumulators, offsets, sizes, scale=one, history=history, history_scale=one,
+        accumulators, layout, scale=one, history=history, history_scale=one,
         momentum=momentum,
     )  # fmt: skip
     by_name.gramian(
-        accumulators, offsets, sizes, scale=one, history=history, history_scale=one, mask=mask
+        accumulators, layout, scale=one, history=history, history_scale=one, mask=mask
     )
     for method in (GCond(), GCond(max_iterations=1, dominance_window=0), GCond(max_iterations=0)):
         state = method.new_state(2, torch.device("cpu"))
@@ -94,17 +93,17 @@ def launch_everything() -> None:
     moving = {"momentum": momentum, "momentum_steps": torch.zeros(3, dtype=torch.int64)}
     outputs = [torch.empty(5000), None, torch.empty(0).bfloat16()]
     by_name.combine(
-        accumulators, outputs, offsets, sizes, **given, history=history, **moving, beta=0.9,
+        accumulators, outputs, layout, **given, history=history, **moving, beta=0.9,
         max_norm=1.0,
     )  # fmt: skip
-    by_name.combine(torch.ones(1, 1), [torch.empty(1)], [0], [1], **given | {
+    by_name.combine(torch.ones(1, 1), [torch.empty(1)], ([0], [1]), **given | {
         "weights": one[:1], "scale": one[:1], "per_tensor": torch.ones(1, 1, 1).double(),
     })  # fmt: skip
     given["weights"] = torch.ones(3, 2).double()
     by_name.combine(
-        accumulators, outputs, offsets, sizes, **given, **moving, beta=0.9, max_norm=1.0, mask=mask
+        accumulators, outputs, layout, **given, **moving, beta=0.9, max_norm=1.0, mask=mask
     )
-    launch_graddrop((accumulators, outputs, offsets, sizes), one, moving, mask)
+    launch_graddrop((accumulators, outputs, layout), one, moving, mask)
     # As while a graph is captured; addresses of any size, and of none, are one variant.
     table = torch.zeros(130, 4, dtype=torch.int64)
     for addresses in ([0, 1, 16] + 127 * [0x7F0000000000], list(range(130))):

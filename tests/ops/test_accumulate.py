@@ -45,13 +45,7 @@ def test_against_float64(backend, sizes, dtype, scale, seed, data):
     accumulator[~layout.mask()] = 0.0
     for gradients, overwrite in ((first, True), (second, False)):
         by_name.accumulate(
-            accumulator,
-            gradients,
-            layout.offsets,
-            layout.sizes,
-            scale=scale,
-            overwrite=overwrite,
-            backend=backend,
+            accumulator, gradients, layout, scale=scale, overwrite=overwrite, backend=backend
         )
     assert (accumulator[~layout.mask()] == 0).all()
     for t, part in enumerate(layout.split(accumulator)):
@@ -74,14 +68,7 @@ def test_a_thousand_equal_micro_batches_add_up(backend):
         exact = 1024 * gradients[0][0].double()
         accumulator = unwritten(layout.length)
         for step in range(1024):
-            by_name.accumulate(
-                accumulator,
-                gradients,
-                layout.offsets,
-                layout.sizes,
-                overwrite=step == 0,
-                backend=backend,
-            )
+            by_name.accumulate(accumulator, gradients, layout, overwrite=step == 0, backend=backend)
         assert ((accumulator[layout.mask()] - exact).abs() <= 1e-6 * exact).all()
 
 
@@ -92,16 +79,12 @@ def test_what_is_not_finite_stays_where_it_is_and_is_overwritten(backend, bad):
         gradients = [torch.zeros(100), torch.ones(9000)]
         gradients[1][place] = bad
         accumulator = unwritten(layout.length)
-        by_name.accumulate(
-            accumulator, gradients, layout.offsets, layout.sizes, overwrite=True, backend=backend
-        )
+        by_name.accumulate(accumulator, gradients, layout, overwrite=True, backend=backend)
         finite = accumulator[layout.mask()].isfinite()
         assert not finite[100 + place]
         assert finite.sum() == finite.numel() - 1
         none = [None, None]
-        by_name.accumulate(
-            accumulator, none, layout.offsets, layout.sizes, overwrite=True, backend=backend
-        )
+        by_name.accumulate(accumulator, none, layout, overwrite=True, backend=backend)
         assert (accumulator[layout.mask()] == 0).all()
 
 
@@ -121,24 +104,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(backend, gradie
     accumulator = rows(layout, 1, 0)[0]
     before = accumulator.clone()
     with pytest.raises(ValueError, match=words):
-        by_name.accumulate(
-            accumulator, [torch.ones(3), gradient], layout.offsets, layout.sizes, backend=backend
-        )
+        by_name.accumulate(accumulator, [torch.ones(3), gradient], layout, backend=backend)
     assert torch.equal(accumulator, before)
 
 
 def test_storage_that_does_not_fit_is_refused(backend):
-    def call(accumulator, offsets, sizes):
-        by_name.accumulate(accumulator, [torch.ones(3)], offsets, sizes, backend=backend)
+    def call(accumulator, layout):
+        by_name.accumulate(accumulator, [torch.ones(3)], layout, backend=backend)
 
     with pytest.raises(ValueError, match="the segments end at 7"):
-        call(torch.zeros(6), [4], [3])
+        call(torch.zeros(6), ([4], [3]))
     with pytest.raises(ValueError, match="must be contiguous, of"):
-        call(torch.zeros(6, dtype=torch.float64), [0], [3])
+        call(torch.zeros(6, dtype=torch.float64), ([0], [3]))
     with pytest.raises(ValueError, match="must be contiguous, of"):
-        call(torch.zeros(12)[::2], [0], [3])
+        call(torch.zeros(12)[::2], ([0], [3]))
     with pytest.raises(ValueError, match="2 offsets do not go with 1 sizes"):
-        call(torch.zeros(6), [0, 3], [3])
+        call(torch.zeros(6), ([0, 3], [3]))
 
 
 @pytest.mark.sanitize
@@ -147,9 +128,7 @@ def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
     gradients = [torch.full((size,), float(t)) for t, size in enumerate(layout.sizes)]
     gradients[150] = None
     accumulator = unwritten(layout.length)
-    by_name.accumulate(
-        accumulator, gradients, layout.offsets, layout.sizes, overwrite=True, backend=backend
-    )
+    by_name.accumulate(accumulator, gradients, layout, overwrite=True, backend=backend)
     for t, part in enumerate(layout.split(accumulator)):
         assert (part == (0.0 if t == 150 else float(t))).all()
 
@@ -163,9 +142,7 @@ def test_elements_go_in_memory_order_whatever_the_shape(backend, shape, transpos
         gradient = gradient.transpose(0, -1)
     layout = layout_of([gradient.numel()])
     accumulator = unwritten(layout.length)
-    by_name.accumulate(
-        accumulator, [gradient], layout.offsets, layout.sizes, overwrite=True, backend=backend
-    )
+    by_name.accumulate(accumulator, [gradient], layout, overwrite=True, backend=backend)
     in_memory = gradient.as_strided((gradient.numel(),), (1,))
     assert torch.equal(accumulator[: gradient.numel()], in_memory)
 
@@ -175,9 +152,13 @@ def test_a_scale_that_is_not_finite_spares_what_has_no_gradient(backend, bad):
     layout = layout_of([4, 5])
     accumulator = unwritten(layout.length)
     by_name.accumulate(
-        accumulator, [torch.ones(4), None], layout.offsets, layout.sizes,
-        scale=torch.tensor(bad), overwrite=True, backend=backend,
-    )  # fmt: skip
+        accumulator,
+        [torch.ones(4), None],
+        layout,
+        scale=torch.tensor(bad),
+        overwrite=True,
+        backend=backend,
+    )
     first, second = layout.split(accumulator)
     assert not first.isfinite().any()
     assert (second == 0).all()
@@ -189,7 +170,7 @@ def test_a_row_that_is_not_aligned(backend):
     storage = unwritten(6000)
     accumulator = storage[1:5005]
     by_name.accumulate(
-        accumulator, gradients, [0, 5001], [5000, 3], overwrite=True, backend=backend
+        accumulator, gradients, ([0, 5001], [5000, 3]), overwrite=True, backend=backend
     )
     assert torch.equal(accumulator[:5000], gradients[0])
     assert torch.equal(accumulator[5001:], gradients[1])
@@ -203,9 +184,7 @@ def test_sizes_at_the_ends_of_vectors_tiles_and_pieces(backend):
     layout = layout_of(SIZES_AT_BOUNDARIES)
     accumulator = unwritten(layout.length)
     gradients = [torch.randn(size) for size in SIZES_AT_BOUNDARIES]
-    by_name.accumulate(
-        accumulator, gradients, layout.offsets, layout.sizes, overwrite=True, backend=backend
-    )
+    by_name.accumulate(accumulator, gradients, layout, overwrite=True, backend=backend)
     for part, gradient in zip(layout.split(accumulator), gradients, strict=True):
         assert torch.equal(part, gradient)
     assert accumulator[~layout.mask()].isnan().all()  # nothing was written between the segments

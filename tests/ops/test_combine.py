@@ -35,7 +35,7 @@ SUM_ERROR = 8 * 2.0**-24
 
 def gramian_of(accumulators, layout, scale, momentum=None):
     return by_name.gramian(
-        accumulators, layout.offsets, layout.sizes, scale=scale, momentum=momentum, backend="python"
+        accumulators, layout, scale=scale, momentum=momentum, backend="python"
     ).per_tensor
 
 
@@ -71,8 +71,7 @@ def test_against_float64(backend, sizes, tasks, beta, max_norm, seed, data):
     by_name.combine(
         accumulators,
         outputs,
-        layout.offsets,
-        layout.sizes,
+        layout,
         weights=weights,
         scale=scale,
         finite=TRUE,
@@ -127,9 +126,15 @@ def test_weights_of_one_give_the_plain_sum(backend):
     output = unwritten(5000)
     ones = vector(1.0, 1.0)
     by_name.combine(
-        accumulators, [output], layout.offsets, layout.sizes, weights=ones, scale=ones,
-        finite=TRUE, per_tensor=gramian_of(accumulators, layout, ones), backend=backend,
-    )  # fmt: skip
+        accumulators,
+        [output],
+        layout,
+        weights=ones,
+        scale=ones,
+        finite=TRUE,
+        per_tensor=gramian_of(accumulators, layout, ones),
+        backend=backend,
+    )
     assert torch.equal(output, accumulators[0, :5000] + accumulators[1, :5000])
 
 
@@ -141,10 +146,16 @@ def test_segments_longer_than_a_block(backend, monkeypatch):
     history = unwritten(3, layout.length, dtype=torch.bfloat16)
     outputs = [unwritten(size) for size in layout.sizes]
     by_name.combine(
-        accumulators, outputs, layout.offsets, layout.sizes, weights=weights, scale=scale,
-        finite=TRUE, per_tensor=gramian_of(accumulators, layout, scale), history=history,
+        accumulators,
+        outputs,
+        layout,
+        weights=weights,
+        scale=scale,
+        finite=TRUE,
+        per_tensor=gramian_of(accumulators, layout, scale),
+        history=history,
         backend=backend,
-    )  # fmt: skip
+    )
     expected = layout.split((weights * scale) @ accumulators.double())
     for output, part in zip(outputs, expected, strict=True):
         assert torch.allclose(output.double(), part, rtol=1e-6, atol=1e-6)
@@ -160,12 +171,18 @@ def test_a_row_of_weight_zero_is_not_read(backend, beta):
     scale = vector(1.0, 0.0)
     output = unwritten(40)
     by_name.combine(
-        accumulators, [output], layout.offsets, layout.sizes, weights=vector(1.0, 0.0),
-        scale=scale, finite=TRUE, per_tensor=gramian_of(accumulators, layout, scale),
+        accumulators,
+        [output],
+        layout,
+        weights=vector(1.0, 0.0),
+        scale=scale,
+        finite=TRUE,
+        per_tensor=gramian_of(accumulators, layout, scale),
         momentum=torch.zeros(layout.length) if beta else None,
         momentum_steps=torch.zeros(1, dtype=torch.int64) if beta else None,
-        beta=beta, backend=backend,
-    )  # fmt: skip
+        beta=beta,
+        backend=backend,
+    )
     assert torch.allclose(output, accumulators[0, :40], rtol=1e-6)
 
 
@@ -180,12 +197,20 @@ def test_what_is_not_finite_writes_zeros_and_keeps_the_state(backend):
     before = momentum.clone(), steps.clone(), history.clone()
     outputs = [unwritten(40), None]
     by_name.combine(
-        accumulators, outputs, layout.offsets, layout.sizes, weights=vector(0.0, 0.0),
-        scale=scale, finite=torch.tensor(False),
-        per_tensor=gramian_of(accumulators, layout, scale, momentum), history=history,
-        momentum=momentum, momentum_steps=steps, beta=0.9,
-        max_norm=1.0, backend=backend,
-    )  # fmt: skip
+        accumulators,
+        outputs,
+        layout,
+        weights=vector(0.0, 0.0),
+        scale=scale,
+        finite=torch.tensor(False),
+        per_tensor=gramian_of(accumulators, layout, scale, momentum),
+        history=history,
+        momentum=momentum,
+        momentum_steps=steps,
+        beta=0.9,
+        max_norm=1.0,
+        backend=backend,
+    )
     assert (outputs[0] == 0).all()
     assert all(torch.equal(a, b) for a, b in zip(before, (momentum, steps, history), strict=True))
 
@@ -199,10 +224,19 @@ def test_zero_gradients_are_written_as_zeros(backend, beta):
     scale = vector(1.0, 1.0)
     output = unwritten(40)
     by_name.combine(
-        accumulators, [output], layout.offsets, layout.sizes, weights=scale, scale=scale,
-        finite=TRUE, per_tensor=gramian_of(accumulators, layout, scale, momentum), max_norm=1.0,
-        momentum=momentum, momentum_steps=steps, beta=beta, backend=backend,
-    )  # fmt: skip
+        accumulators,
+        [output],
+        layout,
+        weights=scale,
+        scale=scale,
+        finite=TRUE,
+        per_tensor=gramian_of(accumulators, layout, scale, momentum),
+        max_norm=1.0,
+        momentum=momentum,
+        momentum_steps=steps,
+        beta=beta,
+        backend=backend,
+    )
     assert (output == 0).all()
 
 
@@ -216,19 +250,15 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_written(
     def refused(words, **options):
         base = {"weights": scale, "scale": scale, "finite": TRUE, "per_tensor": per_tensor}
         with pytest.raises(ValueError, match=words):
-            by_name.combine(
-                accumulators, [output], layout.offsets, layout.sizes, backend=backend,
-                **(base | options),
-            )  # fmt: skip
+            by_name.combine(accumulators, [output], layout, backend=backend, **(base | options))
         assert (output == 7.0).all()
 
     for beta in (0.0, 1.0):
         refused("beta must be in", momentum=momentum, momentum_steps=steps, beta=beta)
     refused("max_norm must be above 0", max_norm=0.0)
     refused(
-        "must hold the momentum",
-        max_norm=1.0, momentum=momentum, momentum_steps=steps, beta=0.9,
-    )  # fmt: skip
+        "must hold the momentum", max_norm=1.0, momentum=momentum, momentum_steps=steps, beta=0.9
+    )
     refused("history must be", history=torch.zeros(1, layout.length))
     refused(r"weights must be \[2\] float64", weights=vector(1.0))
     refused(r"weights must be \[1, 2\] float64", weights=torch.ones(2, 2).double())
@@ -241,9 +271,15 @@ def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
     outputs = [unwritten(size) for size in layout.sizes]
     outputs[7] = None
     by_name.combine(
-        accumulators, outputs, layout.offsets, layout.sizes, weights=scale, scale=scale,
-        finite=TRUE, per_tensor=torch.zeros(300, 2, 2).double(), backend=backend,
-    )  # fmt: skip
+        accumulators,
+        outputs,
+        layout,
+        weights=scale,
+        scale=scale,
+        finite=TRUE,
+        per_tensor=torch.zeros(300, 2, 2).double(),
+        backend=backend,
+    )
     for output, part in zip(outputs, layout.split(accumulators.sum(0)), strict=True):
         assert output is None or torch.equal(output, part)
 
@@ -259,10 +295,16 @@ def test_many_tasks(backend, tasks):
     history = unwritten(tasks, layout.length, dtype=torch.bfloat16)
     outputs = [unwritten(size) for size in layout.sizes]
     by_name.combine(
-        accumulators, outputs, layout.offsets, layout.sizes, weights=weights, scale=scale,
-        finite=TRUE, per_tensor=gramian_of(accumulators, layout, scale), history=history,
+        accumulators,
+        outputs,
+        layout,
+        weights=weights,
+        scale=scale,
+        finite=TRUE,
+        per_tensor=gramian_of(accumulators, layout, scale),
+        history=history,
         backend=backend,
-    )  # fmt: skip
+    )
     exact = layout.split(weights @ accumulators.double())
     size = layout.split(weights @ accumulators.double().abs())
     for output, part, bound in zip(outputs, exact, size, strict=True):
@@ -280,9 +322,15 @@ def test_values_that_are_not_finite_stay_where_they_are(backend, bad, place):
     accumulators[1, layout.offsets[1] + place] = bad
     outputs = [unwritten(size) for size in layout.sizes]
     by_name.combine(
-        accumulators, outputs, layout.offsets, layout.sizes, weights=scale, scale=scale,
-        finite=TRUE, per_tensor=torch.zeros(2, 2, 2).double(), backend=backend,
-    )  # fmt: skip
+        accumulators,
+        outputs,
+        layout,
+        weights=scale,
+        scale=scale,
+        finite=TRUE,
+        per_tensor=torch.zeros(2, 2, 2).double(),
+        backend=backend,
+    )
     assert outputs[0].isfinite().all()
     broken = ~outputs[1].isfinite()
     assert broken[place]
@@ -294,9 +342,15 @@ def test_outputs_in_any_memory_order(backend):
     layout = layout_of([output.numel()])
     accumulators, scale = rows(layout, 1, 0), vector(1.0)
     by_name.combine(
-        accumulators, [output], layout.offsets, layout.sizes, weights=scale, scale=scale,
-        finite=TRUE, per_tensor=torch.zeros(1, 1, 1).double(), backend=backend,
-    )  # fmt: skip
+        accumulators,
+        [output],
+        layout,
+        weights=scale,
+        scale=scale,
+        finite=TRUE,
+        per_tensor=torch.zeros(1, 1, 1).double(),
+        backend=backend,
+    )
     assert torch.equal(output.as_strided((96,), (1,)), accumulators[0, :96])
 
 
@@ -309,10 +363,19 @@ def test_sizes_at_the_ends_of_vectors_tiles_and_pieces(backend):
     outputs = [unwritten(size) for size in layout.sizes]
     tensors = len(layout.sizes)
     by_name.combine(
-        accumulators, outputs, layout.offsets, layout.sizes, weights=scale, scale=scale,
-        finite=TRUE, per_tensor=torch.zeros(tensors, 2, 2).double(), history=history, beta=0.5,
-        momentum=momentum, momentum_steps=torch.zeros(tensors, dtype=torch.int64), backend=backend,
-    )  # fmt: skip
+        accumulators,
+        outputs,
+        layout,
+        weights=scale,
+        scale=scale,
+        finite=TRUE,
+        per_tensor=torch.zeros(tensors, 2, 2).double(),
+        history=history,
+        beta=0.5,
+        momentum=momentum,
+        momentum_steps=torch.zeros(tensors, dtype=torch.int64),
+        backend=backend,
+    )
     for output, part in zip(outputs, layout.split(accumulators.sum(0)), strict=True):
         assert torch.allclose(output, part, rtol=1e-6, atol=1e-6)
     assert history[:, ~layout.mask()].isnan().all()
@@ -326,10 +389,18 @@ def test_a_gramian_of_other_tensors_is_refused(backend):
         steps = torch.zeros(2, dtype=torch.int64)
         with pytest.raises(ValueError, match="per_tensor"):
             by_name.combine(
-                accumulators, [torch.empty(5), None], layout.offsets, layout.sizes, weights=scale,
-                scale=scale, finite=TRUE, per_tensor=torch.zeros(shape).double(), max_norm=1.0,
-                momentum=torch.zeros(layout.length), momentum_steps=steps, backend=backend,
-            )  # fmt: skip
+                accumulators,
+                [torch.empty(5), None],
+                layout,
+                weights=scale,
+                scale=scale,
+                finite=TRUE,
+                per_tensor=torch.zeros(shape).double(),
+                max_norm=1.0,
+                momentum=torch.zeros(layout.length),
+                momentum_steps=steps,
+                backend=backend,
+            )
         assert steps.tolist() == [0, 0]
 
 
@@ -358,9 +429,8 @@ def test_outputs_in_the_first_row_itself(backend, dtype, tasks, finite, options)
             outputs = layout.split(accumulators[0])
         outputs[3] = None
         by_name.combine(
-            accumulators, outputs, layout.offsets, layout.sizes, **given, **options,
-            history=history, backend=backend,
-        )  # fmt: skip
+            accumulators, outputs, layout, **given, **options, history=history, backend=backend
+        )
         written = [output.clone() for output in outputs if output is not None]
         results.append([*written, history, *(given[k] for k in given if "momentum" in k)])
     for apart, within in zip(*results, strict=True):
@@ -403,8 +473,7 @@ class Update:
         by_name.combine(
             self.accumulators,
             self.outputs[some],
-            self.layout.offsets[some],
-            self.layout.sizes[some],
+            (self.layout.offsets[some], self.layout.sizes[some]),
             weights=weights,
             scale=self.scale,
             finite=TRUE,

@@ -167,7 +167,6 @@ def check(context, prepare, expected=None):
 
 # More than a partial sum, less than one, none, and one element alone.
 LAYOUT = layout_of([5000, 33, 0, 1])
-WHERE = (LAYOUT.offsets, LAYOUT.sizes)
 SCALE = torch.tensor([0.5, 3.0, 0.7], dtype=torch.float64)
 K, T = len(SCALE), len(LAYOUT.sizes)
 METHOD = GCond(norm_cap=100.0)
@@ -190,9 +189,9 @@ def accumulate(backend):
 
     def run():
         for row, factor in ((total, 1.0), (total, 0.3), (total, scale), (half, 1.0)):
-            by_name.accumulate(row, mixed, *WHERE, scale=factor, backend=backend)
-        by_name.accumulate(half, [None, *mixed[1:]], *WHERE, overwrite=True, backend=backend)
-        by_name.accumulate(total, plain, *WHERE, backend=backend)
+            by_name.accumulate(row, mixed, LAYOUT, scale=factor, backend=backend)
+        by_name.accumulate(half, [None, *mixed[1:]], LAYOUT, overwrite=True, backend=backend)
+        by_name.accumulate(total, plain, LAYOUT, backend=backend)
         return total, half
 
     return run
@@ -205,7 +204,7 @@ def gramian(backend):
 
     def run():
         return [
-            by_name.gramian(accumulators, *WHERE, scale=SCALE, backend=backend, **options)
+            by_name.gramian(accumulators, LAYOUT, scale=SCALE, backend=backend, **options)
             for options in ({}, more)
         ]
 
@@ -215,7 +214,7 @@ def gramian(backend):
 def gramian_of_many_tasks(backend):
     """More than a kernel has registers for: by matrix products in every backend."""
     many, scale = rows(layout_of([300]), 9, 1), torch.ones(9, dtype=torch.float64)
-    return lambda: by_name.gramian(many, [0], [300], scale=scale, backend=backend)
+    return lambda: by_name.gramian(many, ([0], [300]), scale=scale, backend=backend)
 
 
 def gramian_read_in_place(backend):
@@ -224,9 +223,7 @@ def gramian_read_in_place(backend):
     accumulators = rows(layout, K, 0)
     if backend == "triton":  # interpreted it takes long
         return lambda: None
-    return lambda: by_name.gramian(
-        accumulators, layout.offsets, layout.sizes, scale=SCALE, backend=backend
-    )
+    return lambda: by_name.gramian(accumulators, layout, scale=SCALE, backend=backend)
 
 
 def arbitrate(backend):
@@ -264,7 +261,7 @@ def combine(backend):
     ):
         momentum = options.get("momentum")
         options["per_tensor"] = by_name.gramian(
-            accumulators, *WHERE, scale=SCALE, momentum=momentum, backend="python"
+            accumulators, LAYOUT, scale=SCALE, momentum=momentum, backend="python"
         ).per_tensor
         calls.append((outputs_of(), {**options, "weights": weights, "scale": SCALE}))
     plain = outputs_of(DTYPES[:1] * T)
@@ -273,7 +270,7 @@ def combine(backend):
     def run():
         for outputs, options in calls:
             by_name.combine(
-                accumulators, outputs, *WHERE, finite=finite, backend=backend, **options
+                accumulators, outputs, LAYOUT, finite=finite, backend=backend, **options
             )
         return calls
 
@@ -286,7 +283,7 @@ def graddrop(backend):
 
     def run():
         by_name.graddrop(
-            accumulators, outputs, *WHERE, seed=3, leak=0.3, backend=backend, **options
+            accumulators, outputs, LAYOUT, seed=3, leak=0.3, backend=backend, **options
         )
         return outputs, options
 
@@ -301,11 +298,18 @@ def resolve(backend):
     def run():
         found = [
             by_name.resolve(
-                accumulators, outputs, *WHERE, scale=SCALE, state=state, settings=METHOD,
-                max_norm=0.5, backend=backend, **options,
+                accumulators,
+                outputs,
+                LAYOUT,
+                scale=SCALE,
+                state=state,
+                settings=METHOD,
+                max_norm=0.5,
+                backend=backend,
+                **options,
             )
             for _ in range(1 if backend == "triton" else 2)
-        ]  # fmt: skip
+        ]
         return found, outputs, state, options
 
     return run
@@ -376,7 +380,17 @@ def test_what_operations_return_can_be_changed_outside_of_inference_mode(backend
 def test_an_operator_of_the_library_computes_the_same_bits(backend, context):
     def prepare():
         accumulators = rows(LAYOUT, K, 0)
-        arguments = (accumulators, *WHERE, SCALE, None, None, None, None, backend)
+        arguments = (
+            accumulators,
+            LAYOUT.offsets,
+            LAYOUT.sizes,
+            SCALE,
+            None,
+            None,
+            None,
+            None,
+            backend,
+        )
         return lambda: torch.ops.gcond_kernels.gramian(*arguments)
 
     check(context, prepare)
@@ -405,9 +419,20 @@ def by_matrix_products(S):
 
 
 METHODS = [
-    Sum(), PCGrad(seed=2), GradVac(beta=0.3), GradNorm(lr=0.1), CAGrad(), MGDA(), UPGrad(),
-    AlignedMTL(), IMTLG(), NashMTL(), GCond(), Kept(), Function(by_matrix_products),
-]  # fmt: skip
+    Sum(),
+    PCGrad(seed=2),
+    GradVac(beta=0.3),
+    GradNorm(lr=0.1),
+    CAGrad(),
+    MGDA(),
+    UPGrad(),
+    AlignedMTL(),
+    IMTLG(),
+    NashMTL(),
+    GCond(),
+    Kept(),
+    Function(by_matrix_products),
+]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 
 

@@ -45,7 +45,7 @@ class Problem:
         masked=False,
     ):
         layout = packed_layout_of(sizes) if packed else layout_of(sizes)
-        self.offsets, self.sizes, self.method = layout.offsets, layout.sizes, method
+        self.layout, self.method = layout, method
         self.accumulators = rows(layout, tasks, seed, dtype)
         self.accumulators -= 0.9 * self.accumulators.float().mean(0).to(dtype)
         if broken and layout.length:
@@ -76,7 +76,7 @@ class Problem:
 
         monkeypatch.setattr(cuda, "resolves_at_once", lambda _gradients: at_once)
         products, decision = by_name.resolve(
-            self.accumulators, self.outputs, self.offsets, self.sizes, scale=self.scale,
+            self.accumulators, self.outputs, self.layout, scale=self.scale,
             state=self.state, settings=self.method, history=self.history,
             momentum=self.momentum, momentum_steps=self.steps,
             beta=0.0 if self.momentum is None else 0.9, mask=self.mask, backend="cuda", **options,
@@ -139,18 +139,18 @@ def test_no_vector_is_read_where_none_may_begin(sizes, dtype, shift):
     accumulators.copy_(torch.randn(2, length))
     history = torch.randn(2, length).bfloat16()
     gradients = [misaligned(torch.randn(size)) for size in sizes]
-    by_name.accumulate(accumulators[1], gradients, layout.offsets, sizes, backend="cuda")
+    by_name.accumulate(accumulators[1], gradients, layout, backend="cuda")
     method = GCond()
     one = torch.ones(2, dtype=torch.float64)
     mask = torch.full((-(-length // 32),), -1, dtype=torch.int32)
     options = {"beta": 0.5, "mask": mask, "backend": "cuda"}
     by_name.graddrop(
-        accumulators, gradients, layout.offsets, sizes, scale=one, finite=torch.tensor(True),
+        accumulators, gradients, layout, scale=one, finite=torch.tensor(True),
         seed=0, counter=torch.tensor(0), momentum=torch.zeros(length),
         momentum_steps=torch.zeros(len(sizes), dtype=torch.int64), **options,
     )  # fmt: skip
     products, decision = by_name.resolve(
-        accumulators, gradients, layout.offsets, sizes, scale=one,
+        accumulators, gradients, layout, scale=one,
         state=method.new_state(2, CPU), settings=method, history=history,
         momentum=torch.zeros(length), momentum_steps=torch.zeros(len(sizes), dtype=torch.int64),
         **options,
@@ -228,17 +228,15 @@ def test_weights_and_signs_of_more_tensors_than_one_launch_holds(beta):
             given["momentum"] = rows(layout, 1, 2)[0]
             given |= {"beta": beta, "momentum_steps": torch.arange(len(sizes))}
         products = by_name.gramian(
-            accumulators, layout.offsets, sizes, scale=scale, history=accumulators,
+            accumulators, layout, scale=scale, history=accumulators,
             history_scale=scale, mask=mask, momentum=given.get("momentum"), backend=backend,
         )  # fmt: skip
         weighted, picked = ([unwritten(size) for size in sizes] for _ in range(2))
         by_name.combine(
-            accumulators, weighted, layout.offsets, sizes, weights=weights,
+            accumulators, weighted, layout, weights=weights,
             per_tensor=products.per_tensor, max_norm=1.0, **given,
         )  # fmt: skip
-        by_name.graddrop(
-            accumulators, picked, layout.offsets, sizes, seed=3, counter=torch.tensor(5), **given
-        )
+        by_name.graddrop(accumulators, picked, layout, seed=3, counter=torch.tensor(5), **given)
         results[backend] = [torch.cat(weighted), torch.cat(picked), *products]
     for ours, reference in zip(*results.values(), strict=True):
         # Float32 sums in another order.
@@ -257,13 +255,13 @@ def test_elements_beyond_2_31():
     one = torch.ones(2, dtype=torch.float64)
     for k in range(2):
         by_name.accumulate(
-            accumulators[k], [values[k]], [far], [3000], overwrite=True, backend="cuda"
+            accumulators[k], [values[k]], ([far], [3000]), overwrite=True, backend="cuda"
         )
         assert torch.equal(accumulators[k, far : far + 3000], values[k])
     method = GCond()
     output = unwritten(3000)
     products, decision = by_name.resolve(
-        accumulators, [output], [far], [3000], scale=one, state=method.new_state(2, CPU),
+        accumulators, [output], ([far], [3000]), scale=one, state=method.new_state(2, CPU),
         settings=method, history=history, backend="cuda",
     )  # fmt: skip
     exact = values.double() @ values.double().T
@@ -276,14 +274,14 @@ def test_elements_beyond_2_31():
     mask[far // 32 : far // 32 + 3000 // 64] = -1
     trained = 3000 // 64 * 32
     masked = by_name.gramian(
-        accumulators, [far], [3000], scale=one, mask=mask, backend="cuda"
+        accumulators, ([far], [3000]), scale=one, mask=mask, backend="cuda"
     ).total
     exact = values[:, :trained].double() @ values[:, :trained].double().T
     assert torch.allclose(masked, exact, rtol=1e-5, atol=1e-5)
     picked = {backend: unwritten(3000) for backend in ("cuda", "python")}
     for backend, output in picked.items():
         by_name.graddrop(
-            accumulators, [output], [far], [3000], scale=one, finite=torch.tensor(True), seed=0,
+            accumulators, [output], ([far], [3000]), scale=one, finite=torch.tensor(True), seed=0,
             counter=torch.tensor(0), mask=mask, backend=backend,
         )  # fmt: skip
     assert torch.equal(*picked.values())

@@ -74,7 +74,7 @@ def scaled(accumulators: torch.Tensor, scale: torch.Tensor) -> np.ndarray:
 def run(backend, accumulators, outputs, layout, **options):
     ones = torch.ones(len(accumulators), dtype=torch.float64)
     given = {"scale": ones, "finite": TRUE, "seed": 5, "counter": torch.tensor(3)} | options
-    by_name.graddrop(accumulators, outputs, layout.offsets, layout.sizes, **given, backend=backend)
+    by_name.graddrop(accumulators, outputs, layout, **given, backend=backend)
 
 
 def test_the_numbers_are_those_of_splitmix64():
@@ -125,13 +125,23 @@ def test_against_a_loop(  # noqa: PLR0913 - one argument for each strategy
     trained, mask = random_mask(layout.length, 2)
     before = None if momentum is None else momentum.tolist()
     run(
-        backend, accumulators, outputs, layout, scale=scale, seed=seed, counter=torch.tensor(draws),
-        leak=leak, momentum=momentum, momentum_steps=steps, beta=beta,
-        mask=mask if masked else None, first=first,
-    )  # fmt: skip
+        backend,
+        accumulators,
+        outputs,
+        layout,
+        scale=scale,
+        seed=seed,
+        counter=torch.tensor(draws),
+        leak=leak,
+        momentum=momentum,
+        momentum_steps=steps,
+        beta=beta,
+        mask=mask if masked else None,
+        first=first,
+    )
 
     values = scaled(accumulators, scale).T.tolist()
-    for t, (offset, size) in enumerate(zip(layout.offsets, sizes, strict=True)):
+    for t, (offset, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
         if momentum is not None:
             assert steps[t] == t + (outputs[t] is not None)
         for e in range(offset, offset + size):
@@ -181,9 +191,14 @@ class Step:
         """Everything that may have changed."""
         given = {"scale": self.scale, "mask": self.mask, "beta": self.beta} | options
         run(
-            backend, self.accumulators, self.outputs, self.layout, momentum=self.momentum,
-            momentum_steps=self.steps, **given,
-        )  # fmt: skip
+            backend,
+            self.accumulators,
+            self.outputs,
+            self.layout,
+            momentum=self.momentum,
+            momentum_steps=self.steps,
+            **given,
+        )
         changed = [*self.outputs, self.momentum, self.steps]
         return [value for value in changed if value is not None]
 

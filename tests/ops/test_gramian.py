@@ -48,8 +48,7 @@ def test_against_float64(backend, sizes, tasks, dtype, history_dtype, with_momen
     history_scale = torch.rand(tasks, dtype=torch.float64)
     total, cross, per_tensor, crosses = by_name.gramian(
         accumulators,
-        layout.offsets,
-        layout.sizes,
+        layout,
         scale=scale,
         history=history,
         history_scale=history_scale,
@@ -79,13 +78,7 @@ def test_segments_longer_than_a_block(backend, monkeypatch):
     accumulators, history = rows(layout, 3, 0), rows(layout, 3, 1, torch.bfloat16)
     ones = torch.ones(3, dtype=torch.float64)
     total, cross, _per_tensor, _ = by_name.gramian(
-        accumulators,
-        layout.offsets,
-        layout.sizes,
-        scale=ones,
-        history=history,
-        history_scale=ones,
-        backend=backend,
+        accumulators, layout, scale=ones, history=history, history_scale=ones, backend=backend
     )
     check(total, accumulators, accumulators)
     check(cross, accumulators, history)
@@ -101,8 +94,7 @@ def test_a_task_that_takes_no_part_is_zero_whatever_it_holds(backend, garbage):
     history[2] = garbage
     _total, cross, per_tensor, crosses = by_name.gramian(
         accumulators,
-        layout.offsets,
-        layout.sizes,
+        layout,
         scale=scale,
         history=history,
         history_scale=history_scale,
@@ -126,11 +118,7 @@ def test_what_is_not_finite_shows_on_the_diagonal(backend, bad, place):
     accumulators = rows(layout, 2, 0)
     accumulators[1, layout.offsets[1] + place] = bad
     per_tensor = by_name.gramian(
-        accumulators,
-        layout.offsets,
-        layout.sizes,
-        scale=torch.ones(2, dtype=torch.float64),
-        backend=backend,
+        accumulators, layout, scale=torch.ones(2, dtype=torch.float64), backend=backend
     ).per_tensor
     assert per_tensor[0].isfinite().all()
     assert per_tensor[1, 0, 0].isfinite()
@@ -144,9 +132,13 @@ def test_across_partial_sums_the_addition_is_float64(backend):
     accumulators[:, 999_999] = 1.0
     ones = torch.ones(2, dtype=torch.float64)
     _total, *products = by_name.gramian(
-        accumulators, layout.offsets, layout.sizes, scale=ones, history=accumulators.bfloat16(),
-        history_scale=ones, backend=backend,
-    )  # fmt: skip
+        accumulators,
+        layout,
+        scale=ones,
+        history=accumulators.bfloat16(),
+        history_scale=ones,
+        backend=backend,
+    )
     for sums in products:  # 2^24 + 1 is no float32
         assert (sums == 2**24 + 1).all()
 
@@ -156,9 +148,7 @@ def test_same_input_same_bits(backend):
     accumulators = rows(layout, 4, 0)
     scale = torch.ones(4, dtype=torch.float64)
     runs = [
-        by_name.gramian(
-            accumulators.clone(), layout.offsets, layout.sizes, scale=scale, backend=backend
-        ).per_tensor
+        by_name.gramian(accumulators.clone(), layout, scale=scale, backend=backend).per_tensor
         for _ in range(10)
     ]
     assert all(torch.equal(run, runs[0]) for run in runs)
@@ -171,7 +161,7 @@ def test_what_does_not_fit_is_refused(backend):
 
     def call(**options):
         options = {"scale": ones, "backend": backend} | options
-        by_name.gramian(accumulators, layout.offsets, layout.sizes, **options)
+        by_name.gramian(accumulators, layout, **options)
 
     with pytest.raises(ValueError, match=r"scale must be \[2\] float64"):
         call(scale=torch.ones(3, dtype=torch.float64))
@@ -224,9 +214,7 @@ def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
     layout = layout_of([3] * 299 + [0])
     accumulators = rows(layout, 1, 0)
     one = torch.ones(1, dtype=torch.float64)
-    total, _, per_tensor, _ = by_name.gramian(
-        accumulators, layout.offsets, layout.sizes, scale=one, backend=backend
-    )
+    total, _, per_tensor, _ = by_name.gramian(accumulators, layout, scale=one, backend=backend)
     check(total, accumulators, accumulators)
     for t, part in enumerate(layout.split(accumulators[0])):
         check(per_tensor[t], part[None], part[None])
@@ -241,9 +229,14 @@ def test_many_tasks(backend, tasks, with_momentum):
     momentum = rows(layout, 1, 2)[0] if with_momentum else None
     ones = torch.ones(tasks, dtype=torch.float64)
     total, cross, per_tensor, crosses = by_name.gramian(
-        accumulators, layout.offsets, layout.sizes, scale=ones, history=history,
-        history_scale=ones, momentum=momentum, backend=backend,
-    )  # fmt: skip
+        accumulators,
+        layout,
+        scale=ones,
+        history=history,
+        history_scale=ones,
+        momentum=momentum,
+        backend=backend,
+    )
     left = accumulators if momentum is None else torch.cat([accumulators, momentum[None]])
     check(total, accumulators, accumulators)
     check(cross, accumulators, history)
@@ -301,7 +294,7 @@ def test_what_a_mask_leaves_out_counts_as_zero(backend, tasks, packed, dtype, hi
             for name, value in given.items()
         }
         first = values.pop("accumulators")
-        return by_name.gramian(first, layout.offsets, layout.sizes, **values, **options, **more)
+        return by_name.gramian(first, layout, **values, **options, **more)
 
     expected = products(0.0)
     for filled in (1.0, math.nan, math.inf):
@@ -313,7 +306,7 @@ def test_a_mask_of_nothing_and_one_of_all(backend):
     layout = layout_of([5000, 3])
     accumulators, scale = rows(layout, 2, 0), torch.ones(2, dtype=torch.float64)
     words = torch.zeros(layout.length // 32, dtype=torch.int32)
-    given = (accumulators, layout.offsets, layout.sizes)
+    given = (accumulators, layout)
     options = {"scale": scale, "history": accumulators, "history_scale": scale, "backend": backend}
     plain = by_name.gramian(*given, **options)
     for got, expected in zip(by_name.gramian(*given, **options, mask=~words), plain, strict=True):
@@ -359,9 +352,7 @@ def test_sizes_at_the_ends_of_vectors_tiles_and_pieces(backend):
     accumulators = rows(layout, 2, 0)
     accumulators[:, ~layout.mask()] = math.nan  # what lies between the segments is not read
     ones = torch.ones(2, dtype=torch.float64)
-    products = by_name.gramian(
-        accumulators, layout.offsets, layout.sizes, scale=ones, backend=backend
-    ).per_tensor
+    products = by_name.gramian(accumulators, layout, scale=ones, backend=backend).per_tensor
     for t, (offset, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
         part = accumulators[:, offset : offset + size]
         check(products[t], part, part)
@@ -373,9 +364,12 @@ def test_products_are_symmetric_to_the_bit(backend):
     for seed in range(20):
         accumulators = rows(layout, 3, seed)
         total, _, per_tensor, _ = by_name.gramian(
-            accumulators, layout.offsets, layout.sizes, scale=torch.rand(3).double(),
-            momentum=rows(layout, 1, seed + 100)[0], backend=backend,
-        )  # fmt: skip
+            accumulators,
+            layout,
+            scale=torch.rand(3).double(),
+            momentum=rows(layout, 1, seed + 100)[0],
+            backend=backend,
+        )
         assert torch.equal(total, total.T)
         assert torch.equal(per_tensor, per_tensor.transpose(1, 2))
 
@@ -391,8 +385,7 @@ def test_a_users_default_type_changes_nothing(backend):
             results.append(
                 by_name.gramian(
                     accumulators,
-                    layout.offsets,
-                    layout.sizes,
+                    layout,
                     scale=scale,
                     history=history,
                     history_scale=scale,
@@ -410,9 +403,7 @@ def test_the_reference_may_read_large_tensors_in_place(least, monkeypatch):
     monkeypatch.setattr(sys.modules["gcond_kernels.python.gramian"], "IN_PLACE", least)
     layout = layout_of([10_000, 3, 4096, 0, 5000])
     accumulators = rows(layout, 3, 0)
-    products = by_name.gramian(
-        accumulators, layout.offsets, layout.sizes, scale=torch.ones(3).double(), backend="python"
-    )
+    products = by_name.gramian(accumulators, layout, scale=torch.ones(3).double(), backend="python")
     places = zip(layout.offsets, layout.sizes, strict=True)
     parts = [accumulators[:, first : first + size].double() for first, size in places]
     exact = torch.stack([part @ part.T for part in parts])

@@ -20,40 +20,80 @@ def gradients():
 
 def gramian_arguments(history: bool = True, momentum: bool = True):
     return (
-        rows(LAYOUT, 2, 0), LAYOUT.offsets, LAYOUT.sizes, ONES,
+        rows(LAYOUT, 2, 0),
+        LAYOUT.offsets,
+        LAYOUT.sizes,
+        ONES,
         rows(LAYOUT, 2, 1, torch.bfloat16) if history else None,
         MASK if momentum else None,
         ONES.clone() if history else None,
         rows(LAYOUT, 1, 2)[0] if momentum else None,
-    )  # fmt: skip
+    )
 
 
 def arbitrate_arguments():
     state = GCond().new_state(2, torch.device("cpu"))
     g = torch.tensor([[1.0, 0.0], [-0.9, 0.5]], dtype=torch.float64)
     return (
-        g @ g.T, torch.eye(2).double(), ONES.clone(), *state.values(),
-        [-0.8, -0.5, 0.0], 2.0, "smooth", 1, 1e-6, 3, [0.8, 0.2], 0.95, None, None, "raw", 1e-8,
-    )  # fmt: skip
+        g @ g.T,
+        torch.eye(2).double(),
+        ONES.clone(),
+        *state.values(),
+        [-0.8, -0.5, 0.0],
+        2.0,
+        "smooth",
+        1,
+        1e-6,
+        3,
+        [0.8, 0.2],
+        0.95,
+        None,
+        None,
+        "raw",
+        1e-8,
+    )
 
 
 def combine_arguments():
     accumulators = rows(LAYOUT, 2, 0)
     return (
-        accumulators, LAYOUT.offsets, LAYOUT.sizes, ONES, rows(LAYOUT, 2, 1, torch.bfloat16), MASK,
-        [torch.empty(5), torch.empty(0)], [True, False, True], ONES.clone(), torch.tensor(True),
-        rows(LAYOUT, 1, 2)[0], torch.zeros(3, dtype=torch.int64), 0.9, 1.0,
+        accumulators,
+        LAYOUT.offsets,
+        LAYOUT.sizes,
+        ONES,
+        rows(LAYOUT, 2, 1, torch.bfloat16),
+        MASK,
+        [torch.empty(5), torch.empty(0)],
+        [True, False, True],
+        ONES.clone(),
+        torch.tensor(True),
+        rows(LAYOUT, 1, 2)[0],
+        torch.zeros(3, dtype=torch.int64),
+        0.9,
+        1.0,
         torch.zeros(3, 3, 3).double(),
-    )  # fmt: skip
+    )
 
 
 def graddrop_arguments():
     return (
-        rows(LAYOUT, 2, 0), LAYOUT.offsets, LAYOUT.sizes, ONES, None, MASK,
-        [torch.empty(5), torch.empty(0)], [True, False, True], torch.tensor(True),
-        7, torch.tensor(3), 0.1, 64,
-        rows(LAYOUT, 1, 2)[0], torch.zeros(3, dtype=torch.int64), 0.9,
-    )  # fmt: skip
+        rows(LAYOUT, 2, 0),
+        LAYOUT.offsets,
+        LAYOUT.sizes,
+        ONES,
+        None,
+        MASK,
+        [torch.empty(5), torch.empty(0)],
+        [True, False, True],
+        torch.tensor(True),
+        7,
+        torch.tensor(3),
+        0.1,
+        64,
+        rows(LAYOUT, 1, 2)[0],
+        torch.zeros(3, dtype=torch.int64),
+        0.9,
+    )
 
 
 def check(operator, arguments):
@@ -74,17 +114,18 @@ def test_opcheck_passes(backend):
 
 def test_compiled_code_holds_the_operators_and_gives_the_same(backend):
     def resolve(accumulators, gradient, output):
-        by_name.accumulate(
-            accumulators[0], [gradient, None, None], LAYOUT.offsets, LAYOUT.sizes, backend=backend
-        )
-        products = by_name.gramian(
-            accumulators, LAYOUT.offsets, LAYOUT.sizes, scale=ONES, backend=backend
-        )
+        by_name.accumulate(accumulators[0], [gradient, None, None], LAYOUT, backend=backend)
+        products = by_name.gramian(accumulators, LAYOUT, scale=ONES, backend=backend)
         by_name.combine(
-            accumulators, [output, None, None], LAYOUT.offsets, LAYOUT.sizes, weights=ONES,
-            scale=ONES, finite=products.total[0, 0] > 0, per_tensor=products.per_tensor,
+            accumulators,
+            [output, None, None],
+            LAYOUT,
+            weights=ONES,
+            scale=ONES,
+            finite=products.total[0, 0] > 0,
+            per_tensor=products.per_tensor,
             backend=backend,
-        )  # fmt: skip
+        )
         return products.total * 2
 
     graphs = []
@@ -114,7 +155,7 @@ def test_eager_calls_do_not_go_through_the_dispatcher(backend):
 
     seen = []
     with Recorder():
-        by_name.gramian(*gramian_arguments()[:3], scale=ONES, backend=backend)
+        by_name.gramian(rows(LAYOUT, 2, 0), LAYOUT, scale=ONES, backend=backend)
         operators.gramian(*gramian_arguments(), backend)
     assert sum(name.startswith("gcond_kernels.gramian") for name in seen) == 1
 
@@ -124,10 +165,8 @@ def test_a_subclass_of_tensor_reaches_the_operation(backend):
         pass
 
     accumulators = rows(LAYOUT, 2, 0)
-    plain = by_name.gramian(accumulators, LAYOUT.offsets, LAYOUT.sizes, scale=ONES, backend=backend)
-    marked = by_name.gramian(
-        accumulators.as_subclass(Marked), LAYOUT.offsets, LAYOUT.sizes, scale=ONES, backend=backend
-    )
+    plain = by_name.gramian(accumulators, LAYOUT, scale=ONES, backend=backend)
+    marked = by_name.gramian(accumulators.as_subclass(Marked), LAYOUT, scale=ONES, backend=backend)
     assert torch.equal(plain.total, marked.total.as_subclass(torch.Tensor))
 
 
@@ -135,6 +174,4 @@ def test_tensors_on_several_devices_are_refused(backend):
     meta = {"device": "meta", "dtype": torch.float64}
     for options in ({"scale": torch.ones(2, **meta)},):
         with pytest.raises(ValueError, match="scale is on meta, not on cpu"):
-            by_name.gramian(
-                rows(LAYOUT, 2, 0), LAYOUT.offsets, LAYOUT.sizes, backend=backend, **options
-            )
+            by_name.gramian(rows(LAYOUT, 2, 0), LAYOUT, backend=backend, **options)

@@ -27,9 +27,7 @@ needs_interpreter = pytest.mark.skipif(
 
 
 def accumulate(accumulator, gradients, layout):
-    by_name.accumulate(
-        accumulator, gradients, layout.offsets, layout.sizes, overwrite=True, backend="triton"
-    )
+    by_name.accumulate(accumulator, gradients, layout, overwrite=True, backend="triton")
 
 
 @needs_interpreter
@@ -78,7 +76,7 @@ def test_tensors_that_a_capture_meets_first(captured):
     layout = layout_of([5, 0, 3000, 8] * 17 + [4, 1])
     gradients = [torch.randn(size) for size in layout.sizes]
     gradients[0] = gradients[3] = None
-    given = (layout.offsets, layout.sizes)
+    given = layout
     expected = rows(layout, 1, 0)[0]
     row = expected.clone()
     tables.table_without_addresses.cache_clear()
@@ -106,18 +104,18 @@ def test_elements_beyond_2_31():
     one = torch.ones(2, dtype=torch.float64)
     for k in range(2):
         by_name.accumulate(
-            accumulators[k], [values[k]], [far], [3000], overwrite=True, backend="triton"
+            accumulators[k], [values[k]], ([far], [3000]), overwrite=True, backend="triton"
         )
         assert torch.equal(accumulators[k, far : far + 3000], values[k])
     products = by_name.gramian(
-        accumulators, [far], [3000], scale=one, history=history, history_scale=one,
+        accumulators, ([far], [3000]), scale=one, history=history, history_scale=one,
         backend="triton",
     )  # fmt: skip
     exact = values.double() @ values.double().T
     assert torch.allclose(products.total, exact, rtol=1e-5, atol=1e-5)
     output = torch.empty(3000)
     by_name.combine(
-        accumulators, [output], [far], [3000], weights=one, scale=one, finite=torch.tensor(True),
+        accumulators, [output], ([far], [3000]), weights=one, scale=one, finite=torch.tensor(True),
         per_tensor=products.per_tensor, history=history, backend="triton",
     )  # fmt: skip
     assert torch.equal(output, values[0].float() + values[1].float())
@@ -134,7 +132,7 @@ def test_masks_beyond_2_31():
     kept = values.masked_fill(~trained[:3000], 0.0)
     given = {"scale": torch.ones(2, dtype=torch.float64), "mask": mask}
     products = by_name.gramian(
-        accumulators, [far], [3000], **given, history=accumulators,
+        accumulators, ([far], [3000]), **given, history=accumulators,
         history_scale=given["scale"], backend="triton",
     )  # fmt: skip
     exact = kept.double() @ kept.double().T
@@ -142,7 +140,7 @@ def test_masks_beyond_2_31():
         assert torch.allclose(sums, exact, rtol=1e-5, atol=1e-5)
     output, given["finite"] = torch.empty(3000), torch.tensor(True)
     by_name.combine(
-        accumulators, [output], [far], [3000], **given, weights=given["scale"],
+        accumulators, [output], ([far], [3000]), **given, weights=given["scale"],
         per_tensor=products.per_tensor, backend="triton",
     )  # fmt: skip
     assert torch.equal(output, kept[0].float() + kept[1].float())
@@ -150,7 +148,7 @@ def test_masks_beyond_2_31():
     for backend in ("triton", "python"):
         output = torch.empty(3000)
         by_name.graddrop(
-            accumulators, [output], [far], [3000], **given, seed=1, counter=torch.tensor(2),
+            accumulators, [output], ([far], [3000]), **given, seed=1, counter=torch.tensor(2),
             backend=backend,
         )  # fmt: skip
         picked.append(output)
