@@ -76,19 +76,18 @@ def test_tensors_that_a_capture_meets_first(captured):
     layout = layout_of([5, 0, 3000, 8] * 17 + [4, 1])
     gradients = [torch.randn(size) for size in layout.sizes]
     gradients[0] = gradients[3] = None
-    given = layout
     expected = rows(layout, 1, 0)[0]
     row = expected.clone()
     tables.table_without_addresses.cache_clear()
     with pytest.raises(tables.CaptureMissError, match="before the capture"):
-        by_name.accumulate(row, gradients, *given, backend="triton")
+        by_name.accumulate(row, gradients, layout, backend="triton")
     captured(False)
     for _ in range(2):
-        by_name.accumulate(expected, gradients, *given, backend="triton")
-    by_name.accumulate(row, gradients, *given, backend="triton")
+        by_name.accumulate(expected, gradients, layout, backend="triton")
+    by_name.accumulate(row, gradients, layout, backend="triton")
     captured(True)
     gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
-    by_name.accumulate(row, gradients, *given, backend="triton")
+    by_name.accumulate(row, gradients, layout, backend="triton")
     assert torch.equal(row, expected)
 
 
