@@ -1,4 +1,4 @@
-"""What a call costs, counted and not timed: bytes, launches, waits of the host, allocations.
+"""Counts of a call, which is not timed: bytes, launches, reads by the host, allocations.
 
 Counts are the same on every machine and from run to run: where one of them changed, so did the
 code, or torch.
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 Run = Callable[[], object]
 
-# Tensor's ways to a value on the host; on the CPU some of them pass no dispatcher.
+# Methods that give the host a tensor's value; on the CPU some of them pass no dispatcher.
 READS = {
     *("item", "tolist", "numpy", "is_nonzero", "__array__", "__bool__", "__int__", "__float__"),
     *("__complex__", "__index__"),
@@ -65,13 +65,13 @@ class Counts(NamedTuple):
             of Triton's kernels and of those in CUDA C++. Views, and memory that is reserved alone,
             are none.
         bytes_moved: traffic of whole operations, as if nothing stayed in a cache from one to the
-            next: each tensor that an operation is given is read once, or twice if given twice, and
-            each that it makes or changes is written once; all of them whole, whatever its kernel
+            next: each tensor that an operation takes is read once, twice if given twice, and
+            each that it makes or changes is written once; all of them in full, whatever its kernel
             does. A tensor expanded to more elements than it has in memory counts as what it has.
             Of Triton's kernels, which interpreted can be counted by the element, it is what they
             load and store, masks heeded. None where a kernel ran whose bytes nobody counts:
             compiled.
-        synchronisations: reads of a tensor's value by the host, which would wait for a GPU. Where
+        synchronisations: reads of a tensor's value by the host, which synchronize with a GPU. Where
             there are tensors of a GPU only reads of those count, else those of CPU tensors, each of
             which stands for one of a GPU.
         allocations: storages that operations of torch made; scratch memory of their own, within
@@ -87,7 +87,7 @@ class Counts(NamedTuple):
 
 
 def count(run: Run) -> Counts:
-    """Calls `run` once and counts what it does, whoever does it.
+    """Call `run` once and count what it does, by whatever code.
 
     What a first call alone does, such as tables that are made once, is counted with it: call it
     before if that is not meant.
@@ -131,11 +131,11 @@ class _Tally:
         )
 
 
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Operations(TorchDispatchMode):
     """Counts what reaches torch's dispatcher."""
 
     def __init__(self, tally: _Tally) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.tally = tally
 
     def __torch_dispatch__(
@@ -148,7 +148,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def add(self, function: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        """Adds one operation."""
+        """Add one operation."""
         tally, name = self.tally, function._schema.name
         read, written = _arguments(function, args, kwargs)
         known = {_storage(tensor) for tensor in read + written}
@@ -191,7 +191,7 @@ class _Reads(TorchFunctionMode):
 def _arguments(
     function: Any, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors that an operation reads, and those that it changes."""
+    """Return the tensors that an operation reads, and those that it changes."""
     name = function._schema.name
     shape_alone = name.endswith("_like") or name.startswith("aten::new_")
     read: list[Tensor] = []
@@ -209,7 +209,7 @@ def _arguments(
 
 
 def _waits(function: Any, args: Sequence[Any], read: list[Tensor], written: list[Tensor]) -> bool:
-    """Whether the host must know what the device has computed before it goes on."""
+    """Return whether the host must know what the device has computed before it goes on."""
     if any(tensor.device.type != "cpu" for tensor in read) and any(
         tensor.device.type == "cpu" for tensor in written
     ):
@@ -229,7 +229,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes of a tensor in memory; what is expanded is there once."""
+    """Return the bytes of a tensor in memory; what is expanded is there once."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride or not size else 1
@@ -238,7 +238,7 @@ def _extent(tensor: Tensor) -> int:
 
 @contextmanager
 def _triton_launches(tally: _Tally) -> Iterator[None]:
-    """Counts launches of Triton's kernels; bytes where they run interpreted."""
+    """Count launches of Triton's kernels; bytes where they run interpreted."""
     if importlib.util.find_spec("triton") is None:
         yield
         return
@@ -275,7 +275,7 @@ ACCESSES = {
 
 @functools.cache
 def interpreter_problem() -> str | None:
-    """Why bytes cannot be counted in Triton's interpreter of this version; None where they can."""
+    """Return why bytes cannot be counted in this Triton's interpreter; None where they can."""
     import triton
     from triton.runtime import interpreter
 
@@ -292,7 +292,7 @@ def interpreter_problem() -> str | None:
 
 @contextmanager
 def _accesses(builder: Any, tally: _Tally) -> Iterator[None]:
-    """Counts the bytes that interpreted kernels load and store."""
+    """Count the bytes that interpreted kernels load and store."""
     load, store = (getattr(builder, name) for name in ACCESSES)
 
     def add(pointers: Any, mask: Any) -> None:
@@ -317,7 +317,7 @@ def _accesses(builder: Any, tally: _Tally) -> Iterator[None]:
 
 @contextmanager
 def _extension_calls(tally: _Tally) -> Iterator[None]:
-    """Counts calls of the extension, as the launches that each makes."""
+    """Count calls of the extension, as the launches that each makes."""
     try:
         from gcond_kernels import _cuda
     except ImportError:  # not built

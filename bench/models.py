@@ -1,4 +1,4 @@
-"""The models of the bench, in plain torch and with random weights, and their parameters' shapes."""
+"""Models in plain torch and with random weights, and their parameters' shapes."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ MOBILENETV3_SMALL = (
 
 
 def new_model(name: str) -> ConvNeXt | Transformer:
-    """A model with new weights, on the default device."""
+    """Return a model with new weights, on the default device."""
     if name in CONVNEXT:
         return ConvNeXt(CONVNEXT[name])
     return Transformer(TRANSFORMER[name])
 
 
 def shapes_of(name: str) -> list[tuple[int, ...]]:
-    """The shapes of a model's parameters, one of `MODELS` or "mobilenetv3_small"."""
+    """Return the shapes of a model's parameters, one of `MODELS` or "mobilenetv3_small"."""
     if name == "mobilenetv3_small":
         return mobilenet_shapes()
     with torch.device("meta"):
@@ -88,7 +88,7 @@ class ConvNeXt(nn.Module):
         self.head = nn.Linear(widths[-1], CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W], of sides that 32 divides, to logits [B, 1000]."""
+        """Return the logits [B, 1000] of images [B, 3, H, W], of sides that 32 divides."""
         logits: Tensor = self.head(self.norm(self.features(images).mean((2, 3))))
         return logits
 
@@ -104,7 +104,7 @@ class ConvNeXtBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((width,), 1e-6))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same."""
+        """Return x plus the correction, [B, C, H, W]."""
         last = self.depthwise(x).permute(0, 2, 3, 1)
         added: Tensor = self.scale * self.mlp(self.norm(last))
         return x + added.permute(0, 3, 1, 2)
@@ -117,7 +117,7 @@ class ChannelNorm(nn.LayerNorm):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalized at each pixel."""
+        """Return x normalized at each pixel."""
         last: Tensor = super().forward(x.permute(0, 2, 3, 1))
         return last.permute(0, 3, 1, 2)
 
@@ -137,7 +137,7 @@ class Transformer(nn.Module):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, L] to logits [B, L, vocabulary] of the ones that follow."""
+        """Return the logits [B, L, vocabulary] of the tokens that follow tokens [B, L]."""
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         logits: Tensor = self.head(self.norm(self.blocks(x)))
         return logits
@@ -156,12 +156,12 @@ class TransformerBlock(nn.Module):
         self.mlp = mlp(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, C] to the same."""
+        """Return x plus both corrections, [B, L, C]."""
         x = x + self.projection(self.attention(self.attention_norm(x)))
         return x + self.mlp(self.mlp_norm(x))
 
     def attention(self, x: Tensor) -> Tensor:
-        """[B, L, C] to the same, of all heads side by side."""
+        """Return the attention of all heads side by side, [B, L, C]."""
         split = self.queries_keys_values(x).unflatten(-1, (3, self.heads, -1))
         queries, keys, values = split.permute(2, 0, 3, 1, 4)  # [B, heads, L, C / heads] each
         attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
@@ -169,12 +169,12 @@ class TransformerBlock(nn.Module):
 
 
 def mlp(width: int) -> nn.Sequential:
-    """GELU between two linear layers, in four times the width."""
+    """Return GELU between two linear layers, in four times the width."""
     return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
 def mobilenet_shapes() -> list[tuple[int, ...]]:
-    """Those of MobileNetV3-Small with 1000 classes, whose many tensors are small."""
+    """Return the shapes of MobileNetV3-Small with 1000 classes, whose many tensors are small."""
     channels = 16
     shapes = with_batchnorm(channels, 3, 3)
     for kernel, within, result, excites in MOBILENETV3_SMALL:
@@ -191,11 +191,11 @@ def mobilenet_shapes() -> list[tuple[int, ...]]:
 
 
 def with_batchnorm(outputs: int, inputs: int, kernel: int) -> list[tuple[int, ...]]:
-    """A convolution without a bias, and the weight and bias of the batch normalization after it."""
+    """Return the shapes of a convolution without a bias and a batch normalization after it."""
     return [(outputs, inputs, kernel, kernel), (outputs,), (outputs,)]
 
 
 def multiple_of_8(channels: float) -> int:
-    """The nearest multiple of 8, but no less than 90 % of the channels."""
+    """Return the nearest multiple of 8, but no less than 90 % of the channels."""
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest if nearest >= 0.9 * channels else nearest + 8

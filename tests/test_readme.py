@@ -93,3 +93,26 @@ def test_every_file_that_is_named_exists():
     assert named
     for name in named:
         assert (README.parent / name).exists(), name
+
+
+def rows_of(text, first):
+    """The rows of the table whose heading begins with this, name → cells."""
+    table = text[text.index(f"| {first}") :].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return rows[0][1:], {name: cells for name, *cells in rows[2:]}
+
+
+@pytest.mark.parametrize(("heading", "N"), [("## 1 B", 1.0), ("## 70 B", 70.0)])
+@pytest.mark.parametrize(("quantity", "place"), [("sent", 0), ("memory", 1)])
+def test_the_numbers_on_traffic_are_those_of_the_formulas(heading, N, quantity, place):
+    text = (README.parent / "docs" / "traffic.md").read_text()
+    _, formulas = rows_of(text, "strategy | bytes sent")
+    columns, numbers = rows_of(text[text.index(heading) :], f"{quantity}, GB")
+    assert set(formulas) == {name for name in numbers if "*" not in name}
+    for name, formula in formulas.items():
+        code = formula[place].replace("·", "*").replace("4K", "4*K").replace("2K", "2*K")
+        for column, cell in zip(columns, numbers[name], strict=True):
+            K, P = (int(part.split("=")[1]) for part in column.split(","))
+            value = eval(code, {"N": N, "K": K, "P": P, "A": 8, "s": (P - 1) / P})
+            shown = float(cell.replace(",", "").removesuffix("✗"))
+            assert shown == pytest.approx(value, rel=5e-3), (name, column)
