@@ -40,13 +40,12 @@ from gcond_kernels.training.assignment import AssignableOptimizer
 from gcond_kernels.training.lion_lars import LionLars
 from gcond_kernels.training.losses import NOT_REACHED, Loss, LossBackward, check_losses
 from gcond_kernels.training.resolution import Resolver
-from gcond_kernels.training.saving import is_empty
 from gcond_kernels.training.window import Window, schedule_of
 from gcond_kernels.training.wrapper import check_base, warn_of_double_smoothing
 
 
 class GCondFused(AssignableOptimizer):
-    """Accumulates each task's gradient apart, resolves conflicts, then steps the optimizer.
+    """Accumulates the gradient of each task, resolves their conflicts, then steps the optimizer.
 
     ::
 
@@ -63,45 +62,42 @@ class GCondFused(AssignableOptimizer):
     Args:
         base: any torch optimizer. Its parameters must be on one device; those that require no
             gradient cost nothing, and may start to require one at any time. Parameters and groups
-            may be added, replaced and removed between two windows. What else it has, methods and
-            attributes, is reached through this one.
-        tasks: task → loss weight λ ≥ 0. The order is that of the blocks in stochastic mode. Weights
-            may be assigned (`optimizer.tasks[name] = weight`), and tasks added (`add_task`).
-        accumulation_steps: micro-batches per optimizer step, A; of each rank, where there are some.
-            A task's gradient is the mean over its micro-batches of a window, not their sum: losses
-            are not to be divided by A.
+            may be added, replaced and removed between two windows. Its other methods and attributes
+            are reached through this one.
+        tasks: task → loss weight λ ≥ 0, in the order of the blocks of stochastic mode. Weights may
+            be assigned (`optimizer.tasks[name] = weight`), and tasks added (`add_task`).
+        accumulation_steps: micro-batches per optimizer step, of each rank. A task's gradient is the
+            mean over its micro-batches of a window, so losses are not to be divided by this.
         mode: "exact": every micro-batch has a loss of every task. "stochastic": the window is
-            cut into one block of micro-batches per task, each with a loss of that task alone:
+            divided into one block of micro-batches per task, each with a loss of that task alone:
             one backward pass per micro-batch instead of K.
         method: how conflicts are resolved: one of `gcond_kernels.methods`, or a function of your
             own from the Gramian of the task gradients [K, K] (float64, on their device) to one
-            weight per task [K]. None is `GCond()`. (In a step that is skipped the function sees the
+            weight per task [K]; None is `GCond()`. (In a step that is skipped the function gets the
             identity.)
         granularity: "model": the tasks' gradients are compared as one vector of all parameters that
             they share. "tensor": each parameter tensor resolves its own conflicts, with a state of
-            its own. A parameter that only one task ever had a gradient for is that task's own in
-            either case: it takes no part in a conflict, and gets its gradient as it is. A gradient
-            of zeros is none. (Where tasks come to share others than before, GCond's history starts
-            anew.)
-        mask: parameter → bool tensor of its shape, as `neuron_mask` makes them: only where it is
-            True is a parameter trained. Other elements take no part in a conflict, and `.grad` is
-            exactly 0 there. Parameters that are not in it are trained whole.
+            its own. In either case a parameter that only one task ever had a gradient for (zeros
+            are none) takes no part in a conflict, and gets its gradient as it is. (Where tasks come
+            to share other parameters than before, GCond's history starts anew.)
+        mask: parameter → bool tensor of its shape, as `neuron_mask` makes them: the elements that
+            are trained. Others take no part in a conflict, and their `.grad` is exactly 0.
+            Parameters that are not in it are trained in full.
         momentum: β of a moving average of the resolved gradient, 0 ≤ β < 1; 0 leaves smoothing
             to the base optimizer.
         update: None writes the (averaged) gradient; `LionLars()` its sign, times a trust ratio per
             parameter tensor.
-        max_norm: what is written to `.grad` is shortened to this norm; costs no pass over memory.
-        on_nonfinite: what becomes of a step in which a task's gradient holds a NaN or an infinity.
-            "skip": it is left out; parameters and all state stay as they are. "drop_task": that
-            task sits it out, as one without a micro-batch does (parameters that it alone uses get
-            a gradient of zeros, or what is left of their momentum, for the host does not know);
-            without any other, "skip".
-            "raise": `backward` raises and changes nothing; for that it waits for the device. May be
-            set at any time. A resolved gradient that leaves the range of `.grad`'s type counts too.
+        max_norm: bound of the norm of what is written to `.grad`; costs no pass over memory.
+        on_nonfinite: what becomes of a step in which a task's gradient holds a NaN or an infinity,
+            or the resolved one leaves the range of `.grad`'s type. "skip": parameters and all state
+            stay as they are. "drop_task": the task is left out, as one without a micro-batch is
+            (parameters that it alone uses get a gradient of zeros, or of their momentum); without
+            any other task, "skip". "raise": `backward` raises and changes nothing; it synchronizes
+            with the device. May be set at any time.
         grad_scaler: a `torch.amp.GradScaler`. `backward` scales the losses with it and accumulates
-            gradients without the scale; `step` tells it of overflows. After each step call its
-            `update`; `unscale_` does nothing. `scaler.step(optimizer)` is `step()`. A copy of the
-            optimizer has a copy of the scaler.
+            gradients without the scale; `step` reports overflows to it. Call its `update` after
+            each step; `unscale_` does nothing, and `scaler.step(optimizer)` is `step()`. A copy of
+            the optimizer has a copy of the scaler.
         distributed: how several ranks train together, `Distributed(strategy, module,
             process_group)`; None finds it out. `optimizer.module = model` may be assigned later.
         accumulator_dtype: torch.float32, or torch.bfloat16 for half the memory; bfloat16 loses
@@ -111,15 +107,15 @@ class GCondFused(AssignableOptimizer):
     Attributes:
         recorder: the latest 1,000 steps; `recorder.capacity` changes their number. See `Recorder`.
 
-    Options may be assigned in training and take effect from the next window on, with what they
-    need made anew; those that cannot be assigned say so.
+    Options may be assigned in training and take effect from the next window on; those that cannot
+    be assigned raise an error.
 
     Raises:
         TypeError, ValueError: an option is out of its range; the message names it.
         RuntimeError: the backend that was asked for is not there.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  keywords that the user sets
         self,
         base: torch.optim.Optimizer,
         tasks: Mapping[str, float],
@@ -153,24 +149,9 @@ class GCondFused(AssignableOptimizer):
         )
         check_choice("accumulator_dtype", accumulator_dtype, ACCUMULATOR_DTYPES)
         check_nonfinite(on_nonfinite, grad_scaler)
-        labels = labels_of(base.param_groups)
-        parameters = [p for group in base.param_groups for p in group["params"]]
-        named = list(zip(parameters, labels, strict=True))
-        check_materialized(named)
-        check_selected(options.method, labels)
-        masked = None if mask is None else check_mask(mask, named)
-        # Without any yet, those that are added later say where they are.
-        device = parameters[0].device if parameters else torch.device("cpu")
-        ops.backend_for(options.backend, device)  # now, rather than in training
         ranks = Distributed() if distributed is None else distributed
         if not isinstance(ranks, Distributed):
             raise TypeError(f"distributed must be a Distributed(...), not {distributed!r}")
-        group = ranks.connect()
-        strategy = ranks.choose_strategy(parameters, group)
-        self._data_parallel = DataParallel(group, ranks.process_group is not None)
-        if ranks.module is not None:
-            self._data_parallel.take(ranks.module, parameters)
-
         super().__init__(base)
         self._weights = weights
         self._options = OptionsInUse(options, options, on_nonfinite)
@@ -182,31 +163,50 @@ class GCondFused(AssignableOptimizer):
             # A copy of this optimizer is none of the model.
             "distributed": None if distributed is None else replace(ranks, module=None),
         }
+        self._make_parts(ranks)
+        self.recorder = Recorder(tuple(weights), options.method.thresholds)
+        if options.momentum > 0.0:
+            warn_of_double_smoothing(base)
+
+    def _make_parts(self, ranks: Distributed) -> None:
+        """Make what collects, stores, exchanges and resolves the gradients."""
+        options, named = self._options.current, list(self._parameters())
+        parameters = [parameter for parameter, _ in named]
+        check_materialized(named)
+        check_selected(options.method, [name for _, name in named])
+        masks = None if self.mask is None else check_mask(self.mask, named)
+        # Without any parameters yet, those that are added later determine the device.
+        device = parameters[0].device if parameters else torch.device("cpu")
+        ops.backend_for(options.backend, device)  # now, rather than in training
+        group = ranks.connect()
+        strategy = ranks.choose_strategy(parameters, group)
+        self._knows_ranks = group is not None
+        self._data_parallel = DataParallel(group, ranks.process_group is not None)
+        if ranks.module is not None:
+            self._data_parallel.take(ranks.module, parameters)
         self._storage = GradientStorage(
-            len(weights),
-            accumulator_dtype,
+            len(self._weights),
+            self.accumulator_dtype,
             shards=group.size if group is not None and strategy.shards_state else 1,
             has_dtensors=strategy.name == "mesh",
-            masks=masked,
+            masks=masks,
         )
         self._storage.configure(options.history, options.momentum > 0.0)
         self._collector = Collector(self._storage)
         self._collector.wrapper_known = ranks.module is not None
-        self._knows_ranks = group is not None
         self._strategy = strategy(self._storage, group)
-        self._resolver = Resolver(self._storage, self._strategy, self._options, weights, device)
+        self._resolver = Resolver(
+            self._storage, self._strategy, self._options, self._weights, device
+        )
         self._loss_scale = None
-        if grad_scaler is not None and grad_scaler.is_enabled():
-            self._loss_scale = LossScale(grad_scaler)
+        if self.grad_scaler is not None and self.grad_scaler.is_enabled():
+            self._loss_scale = LossScale(self.grad_scaler)
             if self._strategy.size > 1:
                 # Now: GradScaler.step asks for a scale also where a rank had no loss to scale.
                 self._loss_scale.inverse(device)
         self._losses = LossBackward(
             self._resolver, self._collector, self._data_parallel, self._loss_scale
         )
-        self.recorder = Recorder(tuple(weights), options.method.thresholds)
-        if options.momentum > 0.0:
-            warn_of_double_smoothing(base)
 
     # One window: backward … backward, step.
 
@@ -229,10 +229,9 @@ class GCondFused(AssignableOptimizer):
         result, as after the last `loss.backward()` of a plain loop. It may be clipped, logged or
         added to before `step`. Parameters that no task had a gradient for keep `.grad` None.
 
-        What is passed back through is the loss as a plain loop would have it: times its weight,
-        divided by the micro-batches that the window has for its task. So parameters that this
-        optimizer does not hold get the gradient of the plain sum, which their own optimizer may
-        step with.
+        As in a plain loop, each loss is multiplied by its weight and divided by the micro-batches
+        that the window has for its task. So parameters that this optimizer does not hold get the
+        gradient of the plain sum, for their own optimizer.
 
         Args:
             losses: for `active_tasks` a scalar loss, without the loss weight, or a function without
@@ -243,15 +242,13 @@ class GCondFused(AssignableOptimizer):
         Returns:
             True when the window is full, `.grad` written and `step` due.
 
-        Memory: losses may share a graph. What one loss alone has, its head or a forward pass of
-        its own, is freed when that loss was passed back through, and the rest after the last; the
-        loss is left without a graph. But autograd keeps what is still referred to: an output of a
-        head that a variable holds keeps the head's activations until it is let go of, and so does
-        a loss that is a view, indexed out of another tensor. Delete them, or give the losses as
-        functions.
+        Memory: losses may share a graph. What one loss alone has, its head or a forward pass of its
+        own, is freed after its backward pass, the rest after the last one; the loss is left without
+        a graph. Autograd keeps what is still referred to: delete outputs of heads and losses that
+        are views (indexed out of another tensor), or give the losses as functions.
 
-        A loss whose backward pass overwrites what it has saved (fused cross entropies that scale
-        their gradient in place do) can be passed back through once. Where two tasks share it, that
+        A loss whose backward pass overwrites what it has saved (some fused cross entropies scale
+        their gradient in place) can be passed back through once. Where two tasks share it, that
         raises (it is looked for near the losses, and of each function a number of times): give
         them as functions, each with a forward pass of its own.
 
@@ -259,21 +256,18 @@ class GCondFused(AssignableOptimizer):
             KeyError: a task is unknown, or not active now.
             TypeError, ValueError: a loss is not a scalar tensor with a graph, or a gradient
                 cannot be accumulated.
-            FloatingPointError: with on_nonfinite="raise", from the last micro-batch of a window;
-                see `resolve`.
+            FloatingPointError: with on_nonfinite="raise"; see `resolve`.
             RuntimeError: the window is resolved, and `step` was not called; or a parameter has a
-                `.grad` that came from elsewhere, or from a backward pass that a loss function ran.
-                (Call `zero_grad` before backward passes of your own: what `step` left in `.grad` is
-                dropped here, with what was added to it.) Or no loss reaches any parameter. Or the
-                ranks were joined after this optimizer was made; or FSDP or DistributedDataParallel
-                are set otherwise than this can work with; the message says how.
+                `.grad` that came from elsewhere (call `zero_grad` before backward passes of your
+                own; what `step` left in `.grad` is dropped here); or no loss reaches any parameter;
+                or the ranks, FSDP or DistributedDataParallel are set up in a way that does not go
+                with this; the message names it.
 
         What the arguments show to be wrong is raised before anything has changed. An exception
         while losses are computed or passed back through voids the window: what it accumulated is
-        lost, a warning says so, and the next call starts afresh. Momentum, history and averages
-        are as they were. (Parameters of other optimizers keep what they were given: call
-        `zero_grad` of those.) Where a rank has sent a part of the window by then, that part stays,
-        and `step` is due.
+        lost, a warning reports it, and the next call starts a new one. Momentum, history and
+        averages are as they were. (Parameters of other optimizers keep what they were given: call
+        `zero_grad` of those.) What a rank has sent by then stays, and `step` is due.
         """
         window, storage = self._window, self._storage
         self._check_not_within("backward")
@@ -374,15 +368,15 @@ class GCondFused(AssignableOptimizer):
         self._strategy.roll_back()
         started = self._strategy.sent
         if not started:
-            lost = f", the {window.position} micro-batches before it are lost"
+            position = window.position
+            lost = f", the {position} micro-batches before it are lost" if position else ""
+            self._start_window()
             warnings.warn(
-                f"backward() failed ({type(error).__name__}): its window is dropped"
-                f"{lost if window.position else ''}, and the next call starts a new one. "
-                "Parameters of other optimizers keep what they were given: call zero_grad() of "
-                "those",
+                f"backward() failed ({type(error).__name__}): its window is dropped{lost}, and the "
+                "next call starts a new one. Parameters of other optimizers keep what they were "
+                "given: call zero_grad() of those",
                 stacklevel=3,
             )
-            self._start_window()
             return
         sent = [names[k] for k in range(started) if storage.counts[k]]
         for k in range(started, len(names)):
@@ -497,7 +491,8 @@ class GCondFused(AssignableOptimizer):
         """
         window = self._window
         self._check_not_within("step")
-        self._check_scaler_calls()
+        if self._loss_scale is None:
+            self._check_scaler_calls()
         if closure is None and not window.resolved and self._is_no_step():
             self._initialize_base()
             return
@@ -561,17 +556,6 @@ class GCondFused(AssignableOptimizer):
             )
         return advice
 
-    def _check_scaler_calls(self) -> None:
-        """What GradScaler.step leaves on the optimizer that it steps tells how it was used."""
-        if self._loss_scale is None and "found_inf" in self.__dict__:
-            # GradScaler.step would take these off after a step that it gets back from.
-            for name in ("grad_scale", "found_inf"):
-                self.__dict__.pop(name, None)
-            raise RuntimeError(
-                "GradScaler.step was called on an optimizer that was not told of the scaler: give "
-                "GCondFused(..., grad_scaler=scaler), and losses without a scale to backward()"
-            )
-
     def _check_ranks(self) -> None:
         if self._knows_ranks or not is_distributed():
             return
@@ -594,24 +578,6 @@ class GCondFused(AssignableOptimizer):
         """Look once for a DistributedDataParallel that this optimizer was not told of."""
         if self._data_parallel.search(self._parameters()):
             self._collector.wrapper_known = True
-
-    def _clear_gradients(self) -> None:
-        """Make way for one task's gradients; what others computed is not thrown away.
-
-        What `step` left is its own, whatever was added to it since; and zeros are nobody's.
-        """
-        own = self._assigned_gradients.ids()
-        for segment in self._storage.segments:
-            gradient = segment.parameter.grad
-            if gradient is not None and id(gradient) not in own and not is_empty(gradient):
-                raise RuntimeError(
-                    f"{segment.name} has a .grad that this optimizer did not write (it comes from "
-                    "another backward pass or optimizer, or was replaced): give its loss a task of "
-                    "its own, back-propagate it between the last backward() of a window and "
-                    "step(), or drop it with zero_grad()"
-                )
-        self._storage.clear_gradients()
-        self._assigned_gradients.remember([])
 
     def __repr__(self) -> str:
         return (

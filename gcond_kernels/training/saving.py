@@ -1,4 +1,4 @@
-"""Saving, loading and copying an optimizer; the form of what is saved is in `storage.state_format`."""
+"""Saving, loading and copying an optimizer; the saved form is in `storage.state_format`."""
 
 from __future__ import annotations
 
@@ -195,6 +195,24 @@ class SavedOptimizer(OptimizerWrapper):
             self._window.position = window["position"]
         self._strategy.require_check()
         self._initialized.clear()
+
+    def _clear_gradients(self) -> None:
+        """Make way for one task's gradients; what others computed is not thrown away.
+
+        What `step` left is its own, whatever was added to it since; and zeros are nobody's.
+        """
+        own = self._assigned_gradients.ids()
+        for segment in self._storage.segments:
+            gradient = segment.parameter.grad
+            if gradient is not None and id(gradient) not in own and not is_empty(gradient):
+                raise RuntimeError(
+                    f"{segment.name} has a .grad that this optimizer did not write (it comes from "
+                    "another backward pass or optimizer, or was replaced): give its loss a task of "
+                    "its own, back-propagate it between the last backward() of a window and "
+                    "step(), or drop it with zero_grad()"
+                )
+        self._storage.clear_gradients()
+        self._assigned_gradients.remember([])
 
     # torch.distributed.checkpoint has the base make its state by a step that changes nothing.
 

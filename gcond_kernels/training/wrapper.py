@@ -116,6 +116,17 @@ class OptimizerWrapper(torch.optim.Optimizer):
         # Where zeros are left, what is added to them is somebody else's.
         self._assigned_gradients.remember([])
 
+    def _check_scaler_calls(self) -> None:
+        """Raise where GradScaler.step, which leaves a flag here, was called without the option."""
+        if "found_inf" in self.__dict__:
+            # GradScaler.step would take these off after a step that it gets back from.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise RuntimeError(
+                "GradScaler.step was called on an optimizer that does not know the scaler: give "
+                "GCondFused(..., grad_scaler=scaler), and losses without a scale to backward()"
+            )
+
     def _parameters(self) -> Iterator[tuple[Tensor, str]]:
         """Return every parameter and its label, in the order of the parameter groups."""
         listed = [p for group in self.base.param_groups for p in group["params"]]
