@@ -2,7 +2,7 @@
 
 K tasks, T parameter tensors, N' elements of flat storage. Gradients and outputs are tensors of any
 shape without gaps in memory; they and the segments of flat storage list a parameter's elements in
-the same memory order. `backend` is "auto", one of `BACKENDS`, or what `backend_for` returned.
+the same memory order.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def accumulate(
     checks.check_dense("gradients", gradients, layout.sizes, device)
     if isinstance(scale, Tensor):
         check_small("scale", scale, [], checks.GRADIENT_DTYPES, device)
+    else:
+        scale = float(scale)
     backend_for(backend, device).accumulate(accumulator, gradients, layout, scale, overwrite)
 
 

@@ -46,24 +46,20 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
 
     def decorate(function: F) -> F:
         run, hints = operation(function), get_type_hints(function)
+        defaults = function.__kwdefaults__ or {}
         parameters = {name: _kind_of(hints[name]) for name in signature(function).parameters}
-        defaults = {
-            name: parameter.default
-            for name, parameter in signature(function).parameters.items()
-            if parameter.default is not parameter.empty
-        }
-        _library.define(schema)
+        first, *_ = parameters
         name = schema.partition("(")[0]
+        _library.define(schema)
         flat_run = operation(_with_objects(function, parameters))
         _library.impl(name, flat_run, "CompositeExplicitAutograd")
-        torch.library.register_fake(
-            f"gcond_kernels::{name}", _with_objects(fake, parameters), lib=_library
-        )
+        flat_fake = _with_objects(fake, parameters)
+        torch.library.register_fake(f"gcond_kernels::{name}", flat_fake, lib=_library)
         registered = getattr(torch.ops.gcond_kernels, name)
 
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> Any:
-            if not is_traced(args[0]):
+            if not is_traced(args[0] if args else options[first]):
                 return run(*args, **options)
             given = {**defaults, **dict(zip(parameters, args, strict=False)), **options}
             flat = [part for name, kind in parameters.items() for part in _apart(given[name], kind)]
