@@ -576,7 +576,8 @@ class GCondFused(AssignableOptimizer):
 
     def _find_wrapper(self) -> None:
         """Look once for a DistributedDataParallel that this optimizer was not told of."""
-        if self._data_parallel.search(self._parameters()):
+        listed = (p for group in self.base.param_groups for p in group["params"])
+        if self._data_parallel.search(listed):
             self._collector.wrapper_known = True
 
     def __repr__(self) -> str:

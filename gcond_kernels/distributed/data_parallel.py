@@ -79,13 +79,13 @@ class DataParallel:
         self._given = weakref.ref(module)
         self._add(wrapped)
 
-    def search(self, named: Iterable[tuple[Tensor, str]]) -> bool:
+    def search(self, parameters: Iterable[Tensor]) -> bool:
         """Find the modules around these parameters, once, where no model was given.
 
         One that cannot be kept from reducing gradients is left alone.
 
         Args:
-            named: parameters of the optimizer, and their names.
+            parameters: of the optimizer.
 
         Returns:
             Whether there are some, which reduce nothing from now on.
@@ -96,7 +96,7 @@ class DataParallel:
         """
         if self._searched or self._group is None or self._given is not None:
             return False
-        known = {parameter for parameter, _ in named}
+        known = set(parameters)
         found, left_alone = [], ""
         modules = () if any(map(is_dtensor, known)) else instances_of(DistributedDataParallel)
         for one in modules:
