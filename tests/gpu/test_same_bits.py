@@ -5,7 +5,7 @@ import torch
 
 from gcond_kernels import GCond, ops
 from tests.helpers import by_name
-from tests.helpers.flat import layout_of, misaligned, rows, unwritten
+from tests.helpers.flat import filled, layout_of, misaligned, unwritten
 
 REASON = ops.unavailable("cuda", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 pytestmark = [
@@ -45,8 +45,8 @@ def resolution(device, tasks, dtype, at_once, options):
             )  # fmt: skip
     for k in range(1, tasks):  # a conflict; one by one, for a sum is formed in orders of its own
         accumulators[0] -= accumulators[k]
-    history = rows(layout, tasks, 1, torch.bfloat16).to(device)
-    momentum, steps = rows(layout, 1, 2)[0].to(device), torch.arange(len(SIZES)).to(device)
+    history = filled(layout, tasks, 1, torch.bfloat16).to(device)
+    momentum, steps = filled(layout, 1, 2)[0].to(device), torch.arange(len(SIZES)).to(device)
     method = GCond()
     state = {key: value.to(device) for key, value in method.new_state(tasks, device).items()}
     state["history_scale"] += 1.0

@@ -1,4 +1,4 @@
-"""Flat storage for tests: a layout, and tensors filled so that an unwritten element shows."""
+"""Flat storage for tests, with tensors filled so that an unwritten element shows."""
 
 import math
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ class Layout:
     length: int
 
     def mask(self) -> torch.Tensor:
-        """Which elements of a row belong to a segment."""
+        """Return which elements of flat storage belong to a segment."""
         mask = torch.zeros(self.length, dtype=torch.bool)
         for offset, size in zip(self.offsets, self.sizes, strict=True):
             mask[offset : offset + size] = True
         return mask
 
-    def split(self, row: torch.Tensor) -> list[torch.Tensor]:
-        return [row[o : o + s] for o, s in zip(self.offsets, self.sizes, strict=True)]
+    def split(self, storage: torch.Tensor) -> list[torch.Tensor]:
+        return [storage[o : o + s] for o, s in zip(self.offsets, self.sizes, strict=True)]
 
 
 def layout_of(sizes: list[int]) -> Layout:
@@ -35,13 +35,13 @@ def layout_of(sizes: list[int]) -> Layout:
 
 
 def packed_layout_of(sizes: list[int]) -> Layout:
-    """Segments without gaps: hardly any begins where a vector may."""
+    """Return segments without gaps: hardly any begins where a vector may."""
     offsets = [sum(sizes[:t]) for t in range(len(sizes))]
     return Layout(offsets, list(sizes), sum(sizes))
 
 
 def random_mask(length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which elements of a row are trained, [N'] bool, and the same in bits, [N' / 32] int32.
+    """Return which elements are trainable, [N'] bool, and the same in bits, [N' / 32] int32.
 
     Single elements here and there, runs of them, and all of some words or none.
     """
@@ -53,8 +53,8 @@ def random_mask(length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return bits.flatten()[:length], (mask - (mask >> 31 << 32)).to(torch.int32)
 
 
-def rows(layout: Layout, count: int, seed: int, dtype=torch.float32) -> torch.Tensor:
-    """Random rows [count, N'] with zero padding."""
+def filled(layout: Layout, count: int, seed: int, dtype=torch.float32) -> torch.Tensor:
+    """Return random flat storage [count, N'] with zeros between the segments."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(count, layout.length, generator=generator) * layout.mask()
     return values.to(dtype)
@@ -65,7 +65,7 @@ def unwritten(*shape: int, dtype=torch.float32) -> torch.Tensor:
 
 
 def misaligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values one element away from an aligned address."""
+    """Return the same values one element away from an aligned address."""
     buffer = unwritten(tensor.numel() + 1, dtype=tensor.dtype)
     buffer[1:] = tensor
     return buffer[1:]

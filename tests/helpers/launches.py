@@ -18,7 +18,7 @@ from gcond_kernels.ops import backends
 from gcond_kernels.triton_kernels import memory
 from gcond_kernels.triton_kernels.graddrop import graddrop_kernel
 from tests.helpers import by_name
-from tests.helpers.flat import layout_of, rows
+from tests.helpers.flat import filled, layout_of
 
 
 def pretend() -> None:
@@ -63,8 +63,8 @@ def launch_graddrop(where: tuple, one: torch.Tensor, moving: dict, mask: torch.T
 
 def launch_everything() -> None:
     layout = layout_of([5000, 3, 0])
-    accumulators, history = rows(layout, 2, 0), rows(layout, 2, 1, torch.bfloat16)
-    momentum, one = rows(layout, 1, 2)[0], torch.ones(2).double()
+    accumulators, history = filled(layout, 2, 0), filled(layout, 2, 1, torch.bfloat16)
+    momentum, one = filled(layout, 1, 2)[0], torch.ones(2).double()
     mask = torch.full((layout.length // 32,), -1, dtype=torch.int32)
     gradients = [torch.randn(5000), None, torch.randn(0).bfloat16()]
     for scale in (1, 0.5, torch.tensor(2.0)):

@@ -1,4 +1,4 @@
-"""Runs the kernels on the GPU for tests whose tensors lie on the CPU.
+"""Kernels run on the GPU for tests whose tensors lie on the CPU.
 
 So the tests of every operation, of the optimizer and of the recorded runs check the real kernels
 where there is a GPU, word for word as they check the interpreted ones elsewhere.
@@ -16,7 +16,7 @@ LAUNCHING = (*OPERATIONS, "multi_tensor_dot")
 
 
 def install(monkeypatch, backend: str) -> None:
-    """For one test: this backend takes CPU tensors, by way of the GPU."""
+    """Let a backend take CPU tensors for one test, by way of the GPU."""
     unavailable, module_of = backends.unavailable, backends.Backend.module
     ours = offloaded_module(importlib.import_module(backends.MODULES[backend]))
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gcond_kernels.ops import checks as contracts
 from tests.helpers import by_name
-from tests.helpers.flat import DTYPES, layout_of, misaligned, rows, unwritten
+from tests.helpers.flat import DTYPES, filled, layout_of, misaligned, unwritten
 from tests.helpers.sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
 
 # One rounding of the scaled gradient and one of the sum.
@@ -101,7 +101,7 @@ def test_what_is_not_finite_stays_where_it_is_and_is_overwritten(backend, bad):
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(backend, gradient, words):
     layout = layout_of([3, 5])
-    accumulator = rows(layout, 1, 0)[0]
+    accumulator = filled(layout, 1, 0)[0]
     before = accumulator.clone()
     with pytest.raises(ValueError, match=words):
         by_name.accumulate(accumulator, [torch.ones(3), gradient], layout, backend=backend)
@@ -165,7 +165,7 @@ def test_a_scale_that_is_not_finite_spares_what_has_no_gradient(backend, bad):
 
 
 @pytest.mark.sanitize
-def test_a_row_that_is_not_aligned(backend):
+def test_an_accumulator_that_is_not_aligned(backend):
     gradients = [torch.randn(5000), torch.randn(3)]
     storage = unwritten(6000)
     accumulator = storage[1:5005]
@@ -180,7 +180,7 @@ def test_a_row_that_is_not_aligned(backend):
 
 
 @pytest.mark.sanitize
-def test_sizes_at_the_ends_of_vectors_tiles_and_pieces(backend):
+def test_sizes_at_the_ends_of_vectors_tiles_and_chunks(backend):
     layout = layout_of(SIZES_AT_BOUNDARIES)
     accumulator = unwritten(layout.length)
     gradients = [torch.randn(size) for size in SIZES_AT_BOUNDARIES]

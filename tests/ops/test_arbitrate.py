@@ -60,7 +60,7 @@ def arbitrate(method, g, previous, state, present=None, backend="python"):
 @pytest.mark.quick
 # Three elements at least: with one, every cosine is ±1 and rounding decides among pairs.
 @given(METHODS, st.integers(1, 6), st.integers(3, 30), st.integers(0, 2**32 - 1), st.data())
-def test_decides_as_on_whole_vectors(backend, method, tasks, size, seed, data):
+def test_decides_as_on_full_vectors(backend, method, tasks, size, seed, data):
     naive, state = NaiveGCond(method, tasks), warm_state(method, tasks, seed)
     naive.ema = state["norm_ema"].tolist()
     previous = np.zeros((tasks, size))

@@ -12,11 +12,11 @@ from gcond_kernels.python import chunks
 from tests.helpers import by_name
 from tests.helpers.flat import (
     DTYPES,
+    filled,
     layout_of,
     misaligned,
     packed_layout_of,
     random_mask,
-    rows,
     unwritten,
 )
 from tests.helpers.sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
@@ -54,11 +54,11 @@ def vector(*values: float) -> torch.Tensor:
 def test_against_float64(backend, sizes, tasks, beta, max_norm, seed, data):
     layout = layout_of(sizes)
     dtype = data.draw(st.sampled_from(contracts.ACCUMULATOR_DTYPES))
-    accumulators = rows(layout, tasks, seed, dtype)
+    accumulators = filled(layout, tasks, seed, dtype)
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(tasks, generator=generator).double()
     scale = torch.rand(tasks, generator=generator).double() + 0.1
-    momentum = rows(layout, 1, seed + 1)[0] if beta else None
+    momentum = filled(layout, 1, seed + 1)[0] if beta else None
     steps = torch.randint(0, 5, (len(sizes),), generator=generator) if beta else None
     history = unwritten(tasks, layout.length, dtype=torch.bfloat16)
     outputs = []
@@ -122,7 +122,7 @@ def test_against_float64(backend, sizes, tasks, beta, max_norm, seed, data):
 
 def test_weights_of_one_give_the_plain_sum(backend):
     layout = layout_of([5000])
-    accumulators = rows(layout, 2, 0)
+    accumulators = filled(layout, 2, 0)
     output = unwritten(5000)
     ones = vector(1.0, 1.0)
     by_name.combine(
@@ -138,10 +138,10 @@ def test_weights_of_one_give_the_plain_sum(backend):
     assert torch.equal(output, accumulators[0, :5000] + accumulators[1, :5000])
 
 
-def test_segments_longer_than_a_block(backend, monkeypatch):
+def test_segments_longer_than_a_chunk(backend, monkeypatch):
     monkeypatch.setattr(chunks, "SCRATCH_ELEMENTS", 1 << 14)
     layout = layout_of([70_001, 5, 16_384])
-    accumulators = rows(layout, 3, 0)
+    accumulators = filled(layout, 3, 0)
     weights, scale = vector(1.0, 0.0, 2.0), vector(0.5, 0.0, 1.0)
     history = unwritten(3, layout.length, dtype=torch.bfloat16)
     outputs = [unwritten(size) for size in layout.sizes]
@@ -164,9 +164,9 @@ def test_segments_longer_than_a_block(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.9])
-def test_a_row_of_weight_zero_is_not_read(backend, beta):
+def test_an_accumulator_of_weight_zero_is_not_read(backend, beta):
     layout = layout_of([40])
-    accumulators = rows(layout, 2, 0)
+    accumulators = filled(layout, 2, 0)
     accumulators[1] = math.nan
     scale = vector(1.0, 0.0)
     output = unwritten(40)
@@ -189,11 +189,11 @@ def test_a_row_of_weight_zero_is_not_read(backend, beta):
 @pytest.mark.sanitize
 def test_what_is_not_finite_writes_zeros_and_keeps_the_state(backend):
     layout = layout_of([40, 3])
-    accumulators = rows(layout, 2, 0)
+    accumulators = filled(layout, 2, 0)
     accumulators[0, 7] = math.nan
     scale = vector(1.0, 1.0)
-    momentum, steps = rows(layout, 1, 1)[0], torch.tensor([3, 4])
-    history = rows(layout, 2, 2, torch.bfloat16)
+    momentum, steps = filled(layout, 1, 1)[0], torch.tensor([3, 4])
+    history = filled(layout, 2, 2, torch.bfloat16)
     before = momentum.clone(), steps.clone(), history.clone()
     outputs = [unwritten(40), None]
     by_name.combine(
@@ -242,7 +242,7 @@ def test_zero_gradients_are_written_as_zeros(backend, beta):
 
 def test_options_that_do_not_go_together_are_refused_before_anything_is_written(backend):
     layout = layout_of([4])
-    accumulators, scale = rows(layout, 2, 0), vector(1.0, 1.0)
+    accumulators, scale = filled(layout, 2, 0), vector(1.0, 1.0)
     output = torch.full((4,), 7.0)
     per_tensor = gramian_of(accumulators, layout, scale)
     momentum, steps = torch.zeros(layout.length), torch.zeros(1, dtype=torch.int64)
@@ -267,7 +267,7 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_written(
 
 def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
     layout = layout_of([3] * 299 + [0])
-    accumulators, scale = rows(layout, 2, 0), vector(1.0, 1.0)
+    accumulators, scale = filled(layout, 2, 0), vector(1.0, 1.0)
     outputs = [unwritten(size) for size in layout.sizes]
     outputs[7] = None
     by_name.combine(
@@ -288,7 +288,7 @@ def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
 @pytest.mark.parametrize("tasks", [7, 8, 9, 17])
 def test_many_tasks(backend, tasks):
     layout = layout_of([1500, 3])
-    accumulators = rows(layout, tasks, 0)
+    accumulators = filled(layout, tasks, 0)
     weights = torch.rand(tasks, dtype=torch.float64)
     weights[3] = 0.0
     scale = torch.ones(tasks, dtype=torch.float64)
@@ -318,7 +318,7 @@ def test_many_tasks(backend, tasks):
 def test_values_that_are_not_finite_stay_where_they_are(backend, bad, place):
     # `finite` says so of inner products; that a value is passed on as it is, is the sum's matter.
     layout = layout_of([3, 9000])
-    accumulators, scale = rows(layout, 2, 0), vector(1.0, 1.0)
+    accumulators, scale = filled(layout, 2, 0), vector(1.0, 1.0)
     accumulators[1, layout.offsets[1] + place] = bad
     outputs = [unwritten(size) for size in layout.sizes]
     by_name.combine(
@@ -340,7 +340,7 @@ def test_values_that_are_not_finite_stay_where_they_are(backend, bad, place):
 def test_outputs_in_any_memory_order(backend):
     output = torch.full((2, 3, 4, 4), math.nan).to(memory_format=torch.channels_last)
     layout = layout_of([output.numel()])
-    accumulators, scale = rows(layout, 1, 0), vector(1.0)
+    accumulators, scale = filled(layout, 1, 0), vector(1.0)
     by_name.combine(
         accumulators,
         [output],
@@ -355,9 +355,9 @@ def test_outputs_in_any_memory_order(backend):
 
 
 @pytest.mark.sanitize
-def test_sizes_at_the_ends_of_vectors_tiles_and_pieces(backend):
+def test_sizes_at_the_ends_of_vectors_tiles_and_chunks(backend):
     layout = layout_of(SIZES_AT_BOUNDARIES)
-    accumulators, scale = rows(layout, 2, 0), vector(1.0, 1.0)
+    accumulators, scale = filled(layout, 2, 0), vector(1.0, 1.0)
     history, momentum = unwritten(2, layout.length, dtype=torch.bfloat16), unwritten(layout.length)
     momentum[layout.mask()] = 0.0
     outputs = [unwritten(size) for size in layout.sizes]
@@ -384,7 +384,7 @@ def test_sizes_at_the_ends_of_vectors_tiles_and_pieces(backend):
 
 def test_a_gramian_of_other_tensors_is_refused(backend):
     layout = layout_of([5, 6])
-    accumulators, scale = rows(layout, 2, 0), vector(1.0, 1.0)
+    accumulators, scale = filled(layout, 2, 0), vector(1.0, 1.0)
     for shape in ((5, 3, 3), (1, 3, 3), (2, 4, 4), (2, 3, 2), ()):
         steps = torch.zeros(2, dtype=torch.int64)
         with pytest.raises(ValueError, match="per_tensor"):
@@ -408,7 +408,7 @@ def test_a_gramian_of_other_tensors_is_refused(backend):
 @pytest.mark.parametrize("tasks", [1, 2, 9])
 @pytest.mark.parametrize("finite", [True, False])
 @pytest.mark.parametrize("options", [{}, {"beta": 0.9}, {"max_norm": 0.1}])
-def test_outputs_in_the_first_row_itself(backend, dtype, tasks, finite, options):
+def test_outputs_in_the_first_accumulator_itself(backend, dtype, tasks, finite, options):
     """An optimizer whose gradients are of the accumulators' type needs no memory for `.grad`."""
     options = dict(options)
     layout = layout_of([3, 0, 1024, 1023, 4097, 1])
@@ -418,10 +418,10 @@ def test_outputs_in_the_first_row_itself(backend, dtype, tasks, finite, options)
     weights[0] = 0.0 if tasks == 9 else 1.0  # the first row's own share
     results = []
     for inside in (False, True):
-        accumulators, history = rows(layout, tasks, 0, dtype), rows(layout, tasks, 1, dtype)
+        accumulators, history = filled(layout, tasks, 0, dtype), filled(layout, tasks, 1, dtype)
         given = {"weights": weights, "scale": scale, "finite": torch.tensor(finite)}
         if options.get("beta"):
-            given["momentum"] = rows(layout, 1, 2)[0]
+            given["momentum"] = filled(layout, 1, 2)[0]
             given["momentum_steps"] = torch.ones(6, dtype=torch.int64)
         given["per_tensor"] = gramian_of(accumulators, layout, scale, given.get("momentum"))
         outputs = [unwritten(size, dtype=dtype) for size in layout.sizes]
@@ -452,9 +452,9 @@ class Update:
 
     def __init__(self, tasks, dtype, *, beta=0.0, max_norm=None, packed=False):
         self.layout = layout = (packed_layout_of if packed else layout_of)(ODD_SIZES)
-        self.accumulators = rows(layout, tasks, 0, dtype)
-        self.history = rows(layout, tasks, 1, torch.bfloat16)
-        self.momentum = rows(layout, 1, 2)[0] if beta else None
+        self.accumulators = filled(layout, tasks, 0, dtype)
+        self.history = filled(layout, tasks, 1, torch.bfloat16)
+        self.momentum = filled(layout, 1, 2)[0] if beta else None
         self.steps = torch.arange(len(ODD_SIZES)) if beta else None
         self.scale = torch.linspace(0.5, 1.5, tasks).double()
         if tasks > 2:

@@ -29,7 +29,7 @@ from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.contexts import fixed_precision, operation
 from gcond_kernels.precision.loss_scale import LossScale
 from tests.helpers import by_name
-from tests.helpers.flat import DTYPES, layout_of, random_mask, rows, unwritten
+from tests.helpers.flat import DTYPES, filled, layout_of, random_mask, unwritten
 from tests.helpers.recorded import resolution_of
 
 CPU = torch.device("cpu")
@@ -178,13 +178,13 @@ def small(*shape, seed=0):
 
 
 def gradients(dtypes=DTYPES, seed=5):
-    parts = LAYOUT.split(rows(LAYOUT, 1, seed)[0])
+    parts = LAYOUT.split(filled(LAYOUT, 1, seed)[0])
     each = zip(parts, dtypes, strict=True)
     return [part.to(dtype).view(1, -1).requires_grad_() for part, dtype in each]
 
 
 def accumulate(backend):
-    total, half = rows(LAYOUT, 1, 1)[0], rows(LAYOUT, 1, 1, torch.bfloat16)[0]
+    total, half = filled(LAYOUT, 1, 1)[0], filled(LAYOUT, 1, 1, torch.bfloat16)[0]
     mixed, plain, scale = gradients(), gradients(DTYPES[:1] * T), torch.tensor(0.3)
 
     def run():
@@ -198,8 +198,8 @@ def accumulate(backend):
 
 
 def gramian(backend):
-    accumulators, history = rows(LAYOUT, K, 0), rows(LAYOUT, K, 3, torch.bfloat16)
-    mask, momentum = random_mask(LAYOUT.length, 2)[1], rows(LAYOUT, 1, 4)[0]
+    accumulators, history = filled(LAYOUT, K, 0), filled(LAYOUT, K, 3, torch.bfloat16)
+    mask, momentum = random_mask(LAYOUT.length, 2)[1], filled(LAYOUT, 1, 4)[0]
     more = {"history": history, "history_scale": SCALE, "momentum": momentum, "mask": mask}
 
     def run():
@@ -213,14 +213,14 @@ def gramian(backend):
 
 def gramian_of_many_tasks(backend):
     """More than a kernel has registers for: by matrix products in every backend."""
-    many, scale = rows(layout_of([300]), 9, 1), torch.ones(9, dtype=torch.float64)
+    many, scale = filled(layout_of([300]), 9, 1), torch.ones(9, dtype=torch.float64)
     return lambda: by_name.gramian(many, ([0], [300]), scale=scale, backend=backend)
 
 
 def gramian_read_in_place(backend):
     """Of a tensor so large that the reference reads it where it lies."""
     layout = layout_of([(1 << 18) + 4097, 5])
-    accumulators = rows(layout, K, 0)
+    accumulators = filled(layout, K, 0)
     if backend == "triton":  # interpreted it takes long
         return lambda: None
     return lambda: by_name.gramian(accumulators, layout, scale=SCALE, backend=backend)
@@ -245,7 +245,7 @@ def outputs_of(dtypes=DTYPES):
 
 def momentum_and_mask():
     return {
-        "momentum": rows(LAYOUT, 1, 2)[0],
+        "momentum": filled(LAYOUT, 1, 2)[0],
         "momentum_steps": torch.arange(T, dtype=torch.int64),
         "beta": 0.9,
         "mask": random_mask(LAYOUT.length, 2)[1],
@@ -253,11 +253,11 @@ def momentum_and_mask():
 
 
 def combine(backend):
-    accumulators, finite = rows(LAYOUT, K, 0), torch.tensor(True)
+    accumulators, finite = filled(LAYOUT, K, 0), torch.tensor(True)
     calls = []
     for options, weights in (
         ({**momentum_and_mask(), "max_norm": 0.1}, small(K)),
-        ({"history": rows(LAYOUT, K, 3, torch.float16)}, small(T, K)),
+        ({"history": filled(LAYOUT, K, 3, torch.float16)}, small(T, K)),
     ):
         momentum = options.get("momentum")
         options["per_tensor"] = by_name.gramian(
@@ -278,7 +278,7 @@ def combine(backend):
 
 
 def graddrop(backend):
-    accumulators, outputs, options = rows(LAYOUT, K, 0), outputs_of(), momentum_and_mask()
+    accumulators, outputs, options = filled(LAYOUT, K, 0), outputs_of(), momentum_and_mask()
     options |= {"finite": torch.tensor(True), "counter": torch.tensor(4), "scale": SCALE}
 
     def run():
@@ -291,9 +291,9 @@ def graddrop(backend):
 
 
 def resolve(backend):
-    accumulators, outputs = rows(LAYOUT, K, 0), outputs_of()
+    accumulators, outputs = filled(LAYOUT, K, 0), outputs_of()
     state = fresh_state(METHOD, K, (), CPU)
-    options = {"history": rows(LAYOUT, K, 3, torch.bfloat16), **momentum_and_mask()}
+    options = {"history": filled(LAYOUT, K, 3, torch.bfloat16), **momentum_and_mask()}
 
     def run():
         found = [
@@ -379,7 +379,7 @@ def test_what_operations_return_can_be_changed_outside_of_inference_mode(backend
 @pytest.mark.parametrize("context", ["autocast cpu bfloat16", "inference_mode", "with meta"])
 def test_an_operator_of_the_library_computes_the_same_bits(backend, context):
     def prepare():
-        accumulators = rows(LAYOUT, K, 0)
+        accumulators = filled(LAYOUT, K, 0)
         arguments = (
             accumulators,
             LAYOUT.offsets,

@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 
 from gcond_kernels import GCond, GCondFused, LionLars, ops
 from gcond_kernels.ops import backends
-from tests.helpers.flat import layout_of, misaligned, packed_layout_of, random_mask, rows, unwritten
+from tests.helpers.flat import (
+    filled,
+    layout_of,
+    misaligned,
+    packed_layout_of,
+    random_mask,
+    unwritten,
+)
 from tests.helpers.sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
 
 CPU = torch.device("cpu")
@@ -65,7 +72,7 @@ class Resolution:
 
     def __init__(self, case: Case):
         layout = packed_layout_of(case.sizes) if case.packed else layout_of(case.sizes)
-        accumulators = rows(layout, case.tasks, case.seed, case.dtype)
+        accumulators = filled(layout, case.tasks, case.seed, case.dtype)
         accumulators -= 0.9 * accumulators.float().mean(0).to(case.dtype)
         if case.infinite and layout.length:
             accumulators[-1, 0] = math.inf
@@ -80,12 +87,14 @@ class Resolution:
             accumulators,
             ops.Layout.of(layout.offsets, layout.sizes),
             scale,
-            None if case.history is None else rows(layout, case.tasks, case.seed + 1, case.history),
+            None
+            if case.history is None
+            else filled(layout, case.tasks, case.seed + 1, case.history),
             mask,
         )
         self.momentum = None
         if case.momentum:
-            buffer, steps = rows(layout, 1, case.seed + 2)[0], torch.arange(len(case.sizes))
+            buffer, steps = filled(layout, 1, case.seed + 2)[0], torch.arange(len(case.sizes))
             self.momentum = ops.Momentum(buffer, steps, 0.9)
         self.outputs = [self.output(case, t) for t in range(len(case.sizes))]
         self.settings = case.settings
@@ -222,12 +231,12 @@ def test_own_weights_of_more_tensors_than_one_launch_holds(beta):
     _, mask = random_mask(layout.length, 1)
     results = {}
     for backend in ("cuda", "python"):
-        accumulators = rows(layout, 2, 0)
+        accumulators = filled(layout, 2, 0)
         segments = ops.Layout.of(layout.offsets, sizes)
         gradients = ops.TaskGradients(accumulators, segments, scale, accumulators.clone(), mask)
         momentum = None
         if beta:
-            momentum = ops.Momentum(rows(layout, 1, 2)[0], torch.arange(len(sizes)), beta)
+            momentum = ops.Momentum(filled(layout, 1, 2)[0], torch.arange(len(sizes)), beta)
         gramians = ops.gramian(
             gradients,
             history_scale=scale,

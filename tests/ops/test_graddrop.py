@@ -1,4 +1,4 @@
-"""graddrop: signs picked element by element, against a loop over single elements."""
+"""graddrop: signs chosen element by element, against a loop over single elements."""
 
 import math
 
@@ -13,11 +13,11 @@ from gcond_kernels.ops import random
 from tests.helpers import by_name
 from tests.helpers.flat import (
     DTYPES,
+    filled,
     layout_of,
     misaligned,
     packed_layout_of,
     random_mask,
-    rows,
     unwritten,
 )
 from tests.helpers.sizes import SIZES_AT_BOUNDARIES
@@ -47,14 +47,14 @@ def splitmix64(state: int) -> tuple[int, int]:
     return state, z ^ (z >> 31)
 
 
-def random_number(seed: int, draws: int, place: int) -> float:
-    """U of one element: number `place` of the stream that is draw number `draws` of this seed."""
-    _, start = splitmix64((seed + (draws - 1) * 0x9E3779B97F4A7C15) % 2**64)
+def random_number(seed: int, counter: int, place: int) -> float:
+    """U of one element: number `place` of the stream of this seed and counter."""
+    _, start = splitmix64((seed + (counter - 1) * 0x9E3779B97F4A7C15) % 2**64)
     _, number = splitmix64((start + place * 0x9E3779B97F4A7C15) % 2**64)
     return (number // 2**41 + 0.5) / 2**23
 
 
-def picked(values, u: float, leak: float) -> tuple[float, bool]:
+def kept_sum(values, u: float, leak: float) -> tuple[float, bool]:
     """The sum of one element's values that are let through, and whether rounding decides it."""
     size = sum(abs(v) for v in values)
     if size == 0.0:
@@ -88,9 +88,9 @@ def test_the_numbers_are_those_of_splitmix64():
     places = torch.arange(4)
     uniform = random.uniform(torch.tensor(1234567), places)
     assert uniform.tolist() == [(n // 2**41 + 0.5) / 2**23 for n in expected]
-    for seed, draws in ((0, 0), (-3, 7), (2**64 - 3, 7), (2**63, 2**62)):
-        uniform = random.uniform(random.start_of(seed, torch.tensor(draws)), places + 2**40)
-        assert uniform.tolist() == [random_number(seed, draws, 2**40 + p) for p in range(4)]
+    for seed, counter in ((0, 0), (-3, 7), (2**64 - 3, 7), (2**63, 2**62)):
+        uniform = random.uniform(random.start_of(seed, torch.tensor(counter)), places + 2**40)
+        assert uniform.tolist() == [random_number(seed, counter, 2**40 + p) for p in range(4)]
 
 
 @given(
@@ -109,10 +109,10 @@ def test_against_a_loop(  # noqa: PLR0913 - one argument for each strategy
     backend, sizes, tasks, dtype, leak, beta, masked, packed, seed, first, data
 ):
     layout = (packed_layout_of if packed else layout_of)(sizes)
-    accumulators = rows(layout, tasks, seed % 2**32, dtype)
+    accumulators = filled(layout, tasks, seed % 2**32, dtype)
     scale = torch.linspace(0.3, 1.2, tasks).double()
     scale[data.draw(st.integers(0, tasks - 1))] *= data.draw(st.sampled_from([0.0, 1.0, -1.0]))
-    draws = data.draw(st.integers(0, 2**40))
+    counter = data.draw(st.integers(0, 2**40))
     kinds = [data.draw(st.sampled_from([None, *DTYPES])) for _ in sizes]
     outputs = [
         None if kind is None else unwritten(size, dtype=kind)
@@ -120,7 +120,7 @@ def test_against_a_loop(  # noqa: PLR0913 - one argument for each strategy
     ]
     if seed % 2:
         outputs = [None if output is None else misaligned(output) for output in outputs]
-    momentum = rows(layout, 1, 1)[0] if beta else None
+    momentum = filled(layout, 1, 1)[0] if beta else None
     steps = torch.arange(len(sizes)) if beta else None
     trained, mask = random_mask(layout.length, 2)
     before = None if momentum is None else momentum.tolist()
@@ -131,7 +131,7 @@ def test_against_a_loop(  # noqa: PLR0913 - one argument for each strategy
         layout,
         scale=scale,
         seed=seed,
-        counter=torch.tensor(draws),
+        counter=torch.tensor(counter),
         leak=leak,
         momentum=momentum,
         momentum_steps=steps,
@@ -148,8 +148,8 @@ def test_against_a_loop(  # noqa: PLR0913 - one argument for each strategy
             if outputs[t] is None:
                 assert momentum is None or momentum[e] == before[e]
                 continue
-            expected, rounding_decides = picked(
-                values[e], random_number(seed, draws, first + e), leak
+            expected, rounding_decides = kept_sum(
+                values[e], random_number(seed, counter, first + e), leak
             )
             bound = SUM_ERROR * sum(abs(v) for v in values[e])
             if beta:
@@ -172,7 +172,7 @@ class Step:
 
     def __init__(self, tasks, *, dtype=torch.float32, packed=False, beta=0.0, masked=False):
         self.layout = layout = (packed_layout_of if packed else layout_of)(SIZES_AT_BOUNDARIES)
-        self.accumulators = rows(layout, tasks, 0, dtype)
+        self.accumulators = filled(layout, tasks, 0, dtype)
         self.scale = torch.linspace(0.5, 1.5, tasks).double()
         if tasks > 2:
             self.scale[1] = 0.0
@@ -183,7 +183,7 @@ class Step:
             for kind, size in zip(kinds, layout.sizes, strict=True)
         ]
         self.beta = beta
-        self.momentum = rows(layout, 1, 1)[0] if beta else None
+        self.momentum = filled(layout, 1, 1)[0] if beta else None
         self.steps = torch.arange(len(kinds)) if beta else None
         self.mask = random_mask(layout.length, 2)[1] if masked else None
 
@@ -259,7 +259,7 @@ def test_values_that_are_not_finite_stay_where_they_are(backend, bad, tasks):
 @pytest.mark.parametrize("tasks", [1, 2, 9])
 @pytest.mark.parametrize("beta", [0.0, 0.9])
 @pytest.mark.parametrize("finite", [True, False])
-def test_outputs_in_the_first_row_itself(backend, dtype, tasks, beta, finite):
+def test_outputs_in_the_first_accumulator_itself(backend, dtype, tasks, beta, finite):
     results = []
     for inside in (False, True):
         step = Step(tasks, dtype=dtype, beta=beta, masked=True)
@@ -272,14 +272,14 @@ def test_outputs_in_the_first_row_itself(backend, dtype, tasks, beta, finite):
     assert all_equal(*results)
 
 
-@pytest.mark.parametrize("cut", [1, 32, 1024, 5000])
+@pytest.mark.parametrize("split", [1, 32, 1024, 5000])
 @pytest.mark.parametrize("first", [0, 3, 2**33])
-def test_a_row_in_two_parts_is_picked_as_the_whole(backend, cut, first):
+def test_two_shards_give_the_bits_of_the_full_accumulators(backend, split, first):
     layout = layout_of([6000])
-    accumulators = rows(layout, 3, 0)
-    whole, *parts = unwritten(6000), unwritten(cut), unwritten(6000 - cut)
+    accumulators = filled(layout, 3, 0)
+    whole, *parts = unwritten(6000), unwritten(split), unwritten(6000 - split)
     run(backend, accumulators, [whole], layout, first=first)
-    for part, start in zip(parts, (0, cut), strict=True):
+    for part, start in zip(parts, (0, split), strict=True):
         own = accumulators[:, start : start + len(part)].contiguous()
         run(backend, own, [part], packed_layout_of([len(part)]), first=first + start)
     assert torch.equal(torch.cat(parts), whole)
@@ -287,7 +287,7 @@ def test_a_row_in_two_parts_is_picked_as_the_whole(backend, cut, first):
 
 @pytest.mark.parametrize(("positive", "negative"), [(1.0, 1.0), (3.0, 1.0), (1.0, 9.0)])
 @pytest.mark.parametrize("leak", [0.0, 0.25])
-def test_a_sign_is_picked_as_often_as_the_purity_says(backend, positive, negative, leak):
+def test_a_sign_is_chosen_with_the_probability_of_the_purity(backend, positive, negative, leak):
     size = 20_000
     layout = layout_of([size])
     accumulators = torch.tensor([[positive], [-negative]]).expand(2, layout.length).contiguous()
@@ -298,13 +298,13 @@ def test_a_sign_is_picked_as_often_as_the_purity_says(backend, positive, negativ
     purity = positive / (positive + negative)
     deviation = math.sqrt(purity * (1.0 - purity) / size)
     assert abs(either.double().mean() - purity) < 4.0 * deviation
-    # Neighbours are picked apart from each other.
+    # Neighbours are independent of each other.
     both = (either[1:] & either[:-1]).double().mean()
     assert abs(both - purity**2) < 8.0 * deviation
 
 
 @pytest.mark.parametrize(("apart", "kept"), [(0.0, (0, 0)), (2.0, (1, 0)), (-2.0, (0, 1))])
-def test_a_purity_at_the_random_number_picks_neither_sign(backend, apart, kept):
+def test_a_purity_at_the_random_number_chooses_neither_sign(backend, apart, kept):
     """All of this is exact: U is an odd number of halves of 2^-23, and the sizes add up to 2^24."""
     layout = layout_of([3000])
     numbers = [random_number(5, 3, place) for place in range(layout.length)]
@@ -316,10 +316,10 @@ def test_a_purity_at_the_random_number_picks_neither_sign(backend, apart, kept):
     assert torch.equal(output, expected[:3000])
 
 
-def test_where_all_agree_everything_is_kept(backend):
+def test_where_all_signs_are_equal_everything_is_kept(backend):
     layout = layout_of([3000])
-    sign = torch.where(rows(layout, 1, 1) > 0.0, 1.0, -1.0)
-    accumulators = rows(layout, 3, 0).abs() * sign
+    sign = torch.where(filled(layout, 1, 1) > 0.0, 1.0, -1.0)
+    accumulators = filled(layout, 3, 0).abs() * sign
     output = unwritten(3000)
     run(backend, accumulators, [output], layout)
     exact = accumulators[0] + accumulators[1] + accumulators[2]
@@ -328,27 +328,29 @@ def test_where_all_agree_everything_is_kept(backend):
     assert torch.equal(output, accumulators[0, :3000])
 
 
-def test_seed_and_draws_decide_and_nothing_else(backend):
+def test_seed_and_counter_decide_and_nothing_else(backend):
     layout = layout_of([2000, 70])
     accumulators = torch.tensor([[1.0], [-1.0]]).expand(2, layout.length).contiguous()
 
-    def outputs_of(seed, draws):
+    def outputs_of(seed, counter):
         outputs = [unwritten(2000), unwritten(70)]
-        run(backend, accumulators.clone(), outputs, layout, seed=seed, counter=torch.tensor(draws))
+        run(
+            backend, accumulators.clone(), outputs, layout, seed=seed, counter=torch.tensor(counter)
+        )
         return torch.cat(outputs)
 
     base = outputs_of(8, 0)
     assert torch.equal(outputs_of(8, 0), base)
     assert torch.equal(outputs_of(8 + 2**64, 0), base)
-    for seed, draws in ((8, 1), (8, 2**40), (9, 0), (8 + 2**32, 0), (8 - 2**63, 0)):
-        differing = outputs_of(seed, draws) != base
+    for seed, counter in ((8, 1), (8, 2**40), (9, 0), (8 + 2**32, 0), (8 - 2**63, 0)):
+        differing = outputs_of(seed, counter) != base
         assert 0.4 < differing.double().mean() < 0.6
 
 
 @pytest.mark.sanitize
 def test_many_tiny_tensors_and_an_empty_last_one(backend):
     layout = layout_of([3] * 99 + [0])
-    accumulators = rows(layout, 2, 0)
+    accumulators = filled(layout, 2, 0)
     outputs = [unwritten(size) for size in layout.sizes]
     expected = [unwritten(size) for size in layout.sizes]
     outputs[7] = expected[7] = None
@@ -361,14 +363,14 @@ def test_many_tiny_tensors_and_an_empty_last_one(backend):
 def test_outputs_in_any_memory_order(backend):
     output = torch.full((2, 3, 4, 4), math.nan).to(memory_format=torch.channels_last)
     layout = layout_of([96])
-    accumulators = rows(layout, 1, 0)
+    accumulators = filled(layout, 1, 0)
     run(backend, accumulators, [output], layout)
     assert torch.equal(output.as_strided((96,), (1,)), accumulators[0, :96])
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(backend):
     layout = layout_of([4])
-    accumulators, output = rows(layout, 2, 0), torch.full((4,), 7.0)
+    accumulators, output = filled(layout, 2, 0), torch.full((4,), 7.0)
     momentum, steps = torch.zeros(layout.length), torch.zeros(1, dtype=torch.int64)
     for words, options in (
         ("leak must be", {"leak": 1.5}),

@@ -14,7 +14,7 @@ from gcond_kernels.python import chunks
 from gcond_kernels.python.gramian import full_float32
 from tests.conftest import slow
 from tests.helpers import by_name
-from tests.helpers.flat import layout_of, misaligned, packed_layout_of, random_mask, rows
+from tests.helpers.flat import filled, layout_of, misaligned, packed_layout_of, random_mask
 from tests.helpers.sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
 
 # A float32 partial sum of n terms in c parallel chains errs by at most (n / c) · 2^-24 · Σ|a·b|;
@@ -41,9 +41,9 @@ def check(got: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 )
 def test_against_float64(backend, sizes, tasks, dtype, history_dtype, with_momentum, seed):
     layout = layout_of(sizes)
-    accumulators = rows(layout, tasks, seed, dtype)
-    history = None if history_dtype is None else rows(layout, tasks, seed + 1, history_dtype)
-    momentum = rows(layout, 1, seed + 2)[0] if with_momentum else None
+    accumulators = filled(layout, tasks, seed, dtype)
+    history = None if history_dtype is None else filled(layout, tasks, seed + 1, history_dtype)
+    momentum = filled(layout, 1, seed + 2)[0] if with_momentum else None
     scale = torch.rand(tasks, dtype=torch.float64) + 0.1
     history_scale = torch.rand(tasks, dtype=torch.float64)
     total, cross, per_tensor, crosses = by_name.gramian(
@@ -72,10 +72,10 @@ def test_against_float64(backend, sizes, tasks, dtype, history_dtype, with_momen
         check(cross, g, past)
 
 
-def test_segments_longer_than_a_block(backend, monkeypatch):
+def test_segments_longer_than_a_chunk(backend, monkeypatch):
     monkeypatch.setattr(chunks, "SCRATCH_ELEMENTS", 1 << 15)
     layout = layout_of([70_001, 5, 0, 16_384])
-    accumulators, history = rows(layout, 3, 0), rows(layout, 3, 1, torch.bfloat16)
+    accumulators, history = filled(layout, 3, 0), filled(layout, 3, 1, torch.bfloat16)
     ones = torch.ones(3, dtype=torch.float64)
     total, cross, _per_tensor, _ = by_name.gramian(
         accumulators, layout, scale=ones, history=history, history_scale=ones, backend=backend
@@ -87,7 +87,7 @@ def test_segments_longer_than_a_block(backend, monkeypatch):
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e30])
 def test_a_task_that_takes_no_part_is_zero_whatever_it_holds(backend, garbage):
     layout = layout_of([100, 7])
-    accumulators, history = rows(layout, 3, 0), rows(layout, 3, 1)
+    accumulators, history = filled(layout, 3, 0), filled(layout, 3, 1)
     accumulators[1] = garbage
     scale = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
     history_scale = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_a_task_that_takes_no_part_is_zero_whatever_it_holds(backend, garbage):
 @pytest.mark.parametrize("place", [0, 4500, 8999])
 def test_what_is_not_finite_shows_on_the_diagonal(backend, bad, place):
     layout = layout_of([3, 9000])
-    accumulators = rows(layout, 2, 0)
+    accumulators = filled(layout, 2, 0)
     accumulators[1, layout.offsets[1] + place] = bad
     per_tensor = by_name.gramian(
         accumulators, layout, scale=torch.ones(2, dtype=torch.float64), backend=backend
@@ -145,7 +145,7 @@ def test_across_partial_sums_the_addition_is_float64(backend):
 
 def test_same_input_same_bits(backend):
     layout = layout_of([20_000, 33])
-    accumulators = rows(layout, 4, 0)
+    accumulators = filled(layout, 4, 0)
     scale = torch.ones(4, dtype=torch.float64)
     runs = [
         by_name.gramian(accumulators.clone(), layout, scale=scale, backend=backend).per_tensor
@@ -156,7 +156,7 @@ def test_same_input_same_bits(backend):
 
 def test_what_does_not_fit_is_refused(backend):
     layout = layout_of([5])
-    accumulators = rows(layout, 2, 0)
+    accumulators = filled(layout, 2, 0)
     ones = torch.ones(2, dtype=torch.float64)
 
     def call(**options):
@@ -212,7 +212,7 @@ def test_lists_that_do_not_match_are_refused(backend):
 
 def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
     layout = layout_of([3] * 299 + [0])
-    accumulators = rows(layout, 1, 0)
+    accumulators = filled(layout, 1, 0)
     one = torch.ones(1, dtype=torch.float64)
     total, _, per_tensor, _ = by_name.gramian(accumulators, layout, scale=one, backend=backend)
     check(total, accumulators, accumulators)
@@ -225,8 +225,8 @@ def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
 @pytest.mark.parametrize("with_momentum", [False, True])
 def test_many_tasks(backend, tasks, with_momentum):
     layout = layout_of([4100, 1, 513])
-    accumulators, history = rows(layout, tasks, 0), rows(layout, tasks, 1, torch.bfloat16)
-    momentum = rows(layout, 1, 2)[0] if with_momentum else None
+    accumulators, history = filled(layout, tasks, 0), filled(layout, tasks, 1, torch.bfloat16)
+    momentum = filled(layout, 1, 2)[0] if with_momentum else None
     ones = torch.ones(tasks, dtype=torch.float64)
     total, cross, per_tensor, crosses = by_name.gramian(
         accumulators,
@@ -250,14 +250,14 @@ def test_many_tasks(backend, tasks, with_momentum):
 MASKED_SIZES = [4101, 1, 0, 513, 64]
 
 
-def masked_rows(tasks: int, dtype, history_dtype, packed: bool):
-    """Rows, history, momentum, and their mask; the rows are in segments with gaps, or without."""
+def masked_storage(tasks: int, dtype, history_dtype, packed: bool):
+    """Return accumulators, history, momentum and their mask, in segments with or without gaps."""
     layout = packed_layout_of(MASKED_SIZES) if packed else layout_of(MASKED_SIZES)
     trained, mask = random_mask(layout.length, 0)
     given = {
-        "accumulators": rows(layout, tasks, 1, dtype),
-        "history": None if history_dtype is None else rows(layout, tasks, 2, history_dtype),
-        "momentum": rows(layout, 1, 3)[0],
+        "accumulators": filled(layout, tasks, 1, dtype),
+        "history": None if history_dtype is None else filled(layout, tasks, 2, history_dtype),
+        "momentum": filled(layout, 1, 3)[0],
     }
     return layout, trained, mask, given
 
@@ -283,28 +283,28 @@ def masked_rows(tasks: int, dtype, history_dtype, packed: bool):
     ],
 )
 def test_what_a_mask_leaves_out_counts_as_zero(backend, tasks, packed, dtype, history_dtype):
-    layout, trained, mask, given = masked_rows(tasks, dtype, history_dtype, packed)
+    layout, trained, mask, given = masked_storage(tasks, dtype, history_dtype, packed)
     options = {"scale": torch.linspace(0.5, 1.0, tasks).double(), "backend": backend}
     if history_dtype is not None:
         options["history_scale"] = torch.linspace(1.0, 0.5, tasks).double()
 
-    def products(filled, **more):
+    def products(garbage, **more):
         values = {
-            name: None if value is None else value.masked_fill(~trained, filled)
+            name: None if value is None else value.masked_fill(~trained, garbage)
             for name, value in given.items()
         }
         first = values.pop("accumulators")
         return by_name.gramian(first, layout, **values, **options, **more)
 
     expected = products(0.0)
-    for filled in (1.0, math.nan, math.inf):
-        for got, zeros in zip(products(filled, mask=mask), expected, strict=True):
+    for garbage in (1.0, math.nan, math.inf):
+        for got, zeros in zip(products(garbage, mask=mask), expected, strict=True):
             assert (got is zeros is None) or torch.equal(got, zeros)
 
 
 def test_a_mask_of_nothing_and_one_of_all(backend):
     layout = layout_of([5000, 3])
-    accumulators, scale = rows(layout, 2, 0), torch.ones(2, dtype=torch.float64)
+    accumulators, scale = filled(layout, 2, 0), torch.ones(2, dtype=torch.float64)
     words = torch.zeros(layout.length // 32, dtype=torch.int32)
     given = (accumulators, layout)
     options = {"scale": scale, "history": accumulators, "history_scale": scale, "backend": backend}
@@ -316,7 +316,7 @@ def test_a_mask_of_nothing_and_one_of_all(backend):
 
 
 @pytest.mark.parametrize("allowed", ["high", "medium", "tf32", "bf16"])
-def test_reduced_precision_allowed_to_the_user_stays_out_of_the_sums(allowed):
+def test_reduced_precision_that_the_user_allows_is_not_used(allowed):
     matmul, on_cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     try:
         if allowed in ("high", "medium"):
@@ -347,9 +347,9 @@ def test_lists_in_different_memory_orders(backend):
 
 
 @pytest.mark.sanitize
-def test_sizes_at_the_ends_of_vectors_tiles_and_pieces(backend):
+def test_sizes_at_the_ends_of_vectors_tiles_and_chunks(backend):
     layout = layout_of(SIZES_AT_BOUNDARIES)
-    accumulators = rows(layout, 2, 0)
+    accumulators = filled(layout, 2, 0)
     accumulators[:, ~layout.mask()] = math.nan  # what lies between the segments is not read
     ones = torch.ones(2, dtype=torch.float64)
     products = by_name.gramian(accumulators, layout, scale=ones, backend=backend).per_tensor
@@ -362,12 +362,12 @@ def test_products_are_symmetric_to_the_bit(backend):
     """Else what is left of a full projection is a cosine of some 1e-5: another conflict."""
     layout = layout_of([4096 * 3 + 7, 33, 5])
     for seed in range(20):
-        accumulators = rows(layout, 3, seed)
+        accumulators = filled(layout, 3, seed)
         total, _, per_tensor, _ = by_name.gramian(
             accumulators,
             layout,
             scale=torch.rand(3).double(),
-            momentum=rows(layout, 1, seed + 100)[0],
+            momentum=filled(layout, 1, seed + 100)[0],
             backend=backend,
         )
         assert torch.equal(total, total.T)
@@ -378,7 +378,7 @@ def test_a_users_default_type_changes_nothing(backend):
     layout = layout_of([5000, 33])
     results = []
     for default in (torch.float32, torch.bfloat16, torch.float64):
-        accumulators, history = rows(layout, 2, 0), rows(layout, 2, 1)
+        accumulators, history = filled(layout, 2, 0), filled(layout, 2, 1)
         scale = torch.tensor([0.5, 0.25], dtype=torch.float64)
         torch.set_default_dtype(default)
         try:
@@ -402,7 +402,7 @@ def test_a_users_default_type_changes_nothing(backend):
 def test_the_reference_may_read_large_tensors_in_place(least, monkeypatch):
     monkeypatch.setattr(sys.modules["gcond_kernels.python.gramian"], "IN_PLACE", least)
     layout = layout_of([10_000, 3, 4096, 0, 5000])
-    accumulators = rows(layout, 3, 0)
+    accumulators = filled(layout, 3, 0)
     products = by_name.gramian(accumulators, layout, scale=torch.ones(3).double(), backend="python")
     places = zip(layout.offsets, layout.sizes, strict=True)
     parts = [accumulators[:, first : first + size].double() for first, size in places]

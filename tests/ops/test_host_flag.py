@@ -40,7 +40,7 @@ def test_on_a_gpu_it_is_known_when_the_copy_is_there(monkeypatch):
     assert len(events) == 1
 
 
-def test_a_copy_that_is_there_makes_room_for_the_next(monkeypatch):
+def test_a_complete_copy_allows_the_next(monkeypatch):
     events, flag = late_flags(monkeypatch), HostFlag()
     assert flag.note(FALSE)
     events[0].done = True
@@ -50,7 +50,7 @@ def test_a_copy_that_is_there_makes_room_for_the_next(monkeypatch):
     assert flag.known
 
 
-def test_what_was_true_is_known_though_nobody_asked_before_the_next(monkeypatch):
+def test_what_was_true_is_known_though_it_was_not_read_before_the_next(monkeypatch):
     events, flag = late_flags(monkeypatch), HostFlag()
     flag.note(TRUE)
     events[0].done = True
@@ -58,7 +58,7 @@ def test_what_was_true_is_known_though_nobody_asked_before_the_next(monkeypatch)
     assert flag.known
 
 
-def test_nothing_is_noted_or_asked_while_a_graph_is_captured(monkeypatch):
+def test_nothing_is_noted_or_read_while_a_graph_is_captured(monkeypatch):
     events, flag = late_flags(monkeypatch), HostFlag()
     assert flag.note(TRUE)
     events[0].done = True

@@ -6,11 +6,11 @@ from torch.library import opcheck
 
 from gcond_kernels import GCond
 from tests.helpers import by_name
-from tests.helpers.flat import layout_of, rows
+from tests.helpers.flat import filled, layout_of
 
 LAYOUT = layout_of([5, 40, 0])
 ONES = torch.ones(2, dtype=torch.float64)
-MASK = torch.full((-(-rows(LAYOUT, 1, 0).shape[1] // 32),), 0x55555555, dtype=torch.int32)
+MASK = torch.full((-(-filled(LAYOUT, 1, 0).shape[1] // 32),), 0x55555555, dtype=torch.int32)
 operators = torch.ops.gcond_kernels
 
 
@@ -20,14 +20,14 @@ def gradients():
 
 def gramian_arguments(history: bool = True, momentum: bool = True):
     return (
-        rows(LAYOUT, 2, 0),
+        filled(LAYOUT, 2, 0),
         LAYOUT.offsets,
         LAYOUT.sizes,
         ONES,
-        rows(LAYOUT, 2, 1, torch.bfloat16) if history else None,
+        filled(LAYOUT, 2, 1, torch.bfloat16) if history else None,
         MASK if momentum else None,
         ONES.clone() if history else None,
-        rows(LAYOUT, 1, 2)[0] if momentum else None,
+        filled(LAYOUT, 1, 2)[0] if momentum else None,
     )
 
 
@@ -55,19 +55,19 @@ def arbitrate_arguments():
 
 
 def combine_arguments():
-    accumulators = rows(LAYOUT, 2, 0)
+    accumulators = filled(LAYOUT, 2, 0)
     return (
         accumulators,
         LAYOUT.offsets,
         LAYOUT.sizes,
         ONES,
-        rows(LAYOUT, 2, 1, torch.bfloat16),
+        filled(LAYOUT, 2, 1, torch.bfloat16),
         MASK,
         [torch.empty(5), torch.empty(0)],
         [True, False, True],
         ONES.clone(),
         torch.tensor(True),
-        rows(LAYOUT, 1, 2)[0],
+        filled(LAYOUT, 1, 2)[0],
         torch.zeros(3, dtype=torch.int64),
         0.9,
         1.0,
@@ -77,7 +77,7 @@ def combine_arguments():
 
 def graddrop_arguments():
     return (
-        rows(LAYOUT, 2, 0),
+        filled(LAYOUT, 2, 0),
         LAYOUT.offsets,
         LAYOUT.sizes,
         ONES,
@@ -90,7 +90,7 @@ def graddrop_arguments():
         torch.tensor(3),
         0.1,
         64,
-        rows(LAYOUT, 1, 2)[0],
+        filled(LAYOUT, 1, 2)[0],
         torch.zeros(3, dtype=torch.int64),
         0.9,
     )
@@ -102,7 +102,7 @@ def check(operator, arguments):
 
 def test_opcheck_passes(backend):
     for scale, overwrite in ((None, True), (torch.tensor(0.5), False)):
-        arguments = (rows(LAYOUT, 1, 0)[0], *gradients(), LAYOUT.offsets, LAYOUT.sizes, 2.0)
+        arguments = (filled(LAYOUT, 1, 0)[0], *gradients(), LAYOUT.offsets, LAYOUT.sizes, 2.0)
         check(operators.accumulate, (*arguments, scale, overwrite, backend))
     for history in (True, False):
         check(operators.gramian, (*gramian_arguments(history, momentum=history), backend))
@@ -134,7 +134,7 @@ def test_compiled_code_holds_the_operators_and_gives_the_same(backend):
         graphs.append(graph)
         return graph
 
-    accumulators, gradient = rows(LAYOUT, 2, 0), torch.randn(5)
+    accumulators, gradient = filled(LAYOUT, 2, 0), torch.randn(5)
     eager, traced = torch.empty(5), torch.empty(5)
     expected = resolve(accumulators.clone(), gradient, eager)
     compiled = torch.compile(resolve, backend=keep, fullgraph=True)
@@ -155,7 +155,7 @@ def test_eager_calls_do_not_go_through_the_dispatcher(backend):
 
     seen = []
     with Recorder():
-        by_name.gramian(rows(LAYOUT, 2, 0), LAYOUT, scale=ONES, backend=backend)
+        by_name.gramian(filled(LAYOUT, 2, 0), LAYOUT, scale=ONES, backend=backend)
         operators.gramian(*gramian_arguments(), backend)
     assert sum(name.startswith("gcond_kernels.gramian") for name in seen) == 1
 
@@ -164,7 +164,7 @@ def test_a_subclass_of_tensor_reaches_the_operation(backend):
     class Marked(torch.Tensor):
         pass
 
-    accumulators = rows(LAYOUT, 2, 0)
+    accumulators = filled(LAYOUT, 2, 0)
     plain = by_name.gramian(accumulators, LAYOUT, scale=ONES, backend=backend)
     marked = by_name.gramian(accumulators.as_subclass(Marked), LAYOUT, scale=ONES, backend=backend)
     assert torch.equal(plain.total, marked.total.as_subclass(torch.Tensor))
@@ -174,4 +174,4 @@ def test_tensors_on_several_devices_are_refused(backend):
     meta = {"device": "meta", "dtype": torch.float64}
     for options in ({"scale": torch.ones(2, **meta)},):
         with pytest.raises(ValueError, match="scale is on meta, not on cpu"):
-            by_name.gramian(rows(LAYOUT, 2, 0), LAYOUT, backend=backend, **options)
+            by_name.gramian(filled(LAYOUT, 2, 0), LAYOUT, backend=backend, **options)

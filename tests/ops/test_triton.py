@@ -10,7 +10,7 @@ from gcond_kernels import ops
 from gcond_kernels.methods.method import Comparison
 from gcond_kernels.ops import backends
 from tests.helpers import by_name
-from tests.helpers.flat import layout_of, random_mask, rows
+from tests.helpers.flat import filled, layout_of, random_mask
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 triton_kernels = pytest.importorskip("gcond_kernels.triton_kernels")
@@ -76,7 +76,7 @@ def test_tensors_that_a_capture_meets_first(captured):
     layout = layout_of([5, 0, 3000, 8] * 17 + [4, 1])
     gradients = [torch.randn(size) for size in layout.sizes]
     gradients[0] = gradients[3] = None
-    expected = rows(layout, 1, 0)[0]
+    expected = filled(layout, 1, 0)[0]
     row = expected.clone()
     tables.table_without_addresses.cache_clear()
     with pytest.raises(tables.CaptureMissError, match="before the capture"):
@@ -209,7 +209,7 @@ def test_many_tasks_arbitrate_as_the_reference_does(tasks):
     from gcond_kernels import GCond
 
     layout = layout_of([50])
-    g = rows(layout, tasks, 0).double()
+    g = filled(layout, tasks, 0).double()
     g -= 0.9 * g.mean(0)
     method = GCond()
     decisions = []
