@@ -28,7 +28,7 @@ class TwoTasks(pl.LightningModule):
         optimizer = GCondFused(sgd, {"l1": 0.85, "mse": 0.15}, **options)
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch, batch_idx):  # noqa: ARG002  Lightning calls it so
         """One micro-batch; with the last one of a window or of the epoch a step."""
         prediction, optimizer = self.model(batch[0]), self.optimizers()
         losses = {task: loss(prediction, batch[1]) for task, loss in LOSSES.items()}

@@ -22,7 +22,7 @@ class TwoTasks(Trainer):
             self.gcond = self.optimizer = GCondFused(adamw, {"l1": 0.85, "mse": 0.15}, **options)
         return self.optimizer
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(self, model, inputs, num_items_in_batch=None):  # noqa: ARG002  its signature
         """One micro-batch. Trainer clips and steps where it synchronizes."""
         with self.compute_loss_context_manager():
             # Not `model`: with several processes that is a DDP, made after the optimizer.

@@ -48,9 +48,13 @@ def test_exact_mode_is_the_weighted_mean_of_every_task(backend):
 def test_stochastic_mode_gives_each_task_its_block(backend):
     model, x = model_of(), batches(5)
     optimizer = GCondFused(
-        sgd(model), TASKS, accumulation_steps=5, mode="stochastic", method=no_conflict(),
+        sgd(model),
+        TASKS,
+        accumulation_steps=5,
+        mode="stochastic",
+        method=no_conflict(),
         backend=backend,
-    )  # fmt: skip
+    )
     order = []
     for batch in x:
         (task,) = optimizer.active_tasks
@@ -64,7 +68,9 @@ def test_stochastic_mode_gives_each_task_its_block(backend):
 
 def test_short_window_divides_by_the_real_count(backend):
     model, x = model_of(), batches(2)
-    optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=8, method=no_conflict())
+    optimizer = GCondFused(
+        sgd(model), TASKS, accumulation_steps=8, method=no_conflict(), backend=backend
+    )
     for batch in x:
         optimizer.backward(losses_of(model, batch))
     optimizer.resolve()
@@ -76,7 +82,9 @@ def test_short_window_divides_by_the_real_count(backend):
 
 def test_short_stochastic_window_leaves_out_tasks_without_micro_batch(backend):
     model, x = model_of(), batches(9)
-    optimizer = GCondFused(sgd(model, 0.0), TASKS, accumulation_steps=4, mode="stochastic")
+    optimizer = GCondFused(
+        sgd(model, 0.0), TASKS, accumulation_steps=4, mode="stochastic", backend=backend
+    )
     for batch in x[:4]:
         optimizer.backward({t: losses_of(model, batch)[t] for t in optimizer.active_tasks})
     optimizer.step()
@@ -209,8 +217,12 @@ def test_max_norm_bounds_what_is_written(backend, momentum):
 def test_lion_lars_writes_signs_with_a_trust_ratio_per_tensor(backend):
     model = model_of()
     optimizer = GCondFused(
-        sgd(model, 0.0), {"a": 1.0}, update=LionLars(0.01, 3.0), momentum=0.5, backend=backend,
-    )  # fmt: skip
+        sgd(model, 0.0),
+        {"a": 1.0},
+        update=LionLars(0.01, 3.0),
+        momentum=0.5,
+        backend=backend,
+    )
     average = 0.0
     for step, batch in enumerate(batches(3), start=1):
         optimizer.backward({"a": losses_of(model, batch)["a"]})
@@ -247,7 +259,8 @@ def test_parameters_without_gradient_keep_none_and_are_left_alone(backend):
 def test_a_parameter_that_only_one_task_uses(backend):
     trunk = nn.Parameter(torch.tensor([1.0, 2.0]))
     head = nn.Parameter(torch.tensor([0.5]))
-    optimizer = GCondFused(torch.optim.SGD([trunk, head], lr=0.0), TASKS, accumulation_steps=2)
+    base = torch.optim.SGD([trunk, head], lr=0.0)
+    optimizer = GCondFused(base, TASKS, accumulation_steps=2, backend=backend)
     for window in range(3):
         optimizer.backward({"a": trunk.sum() * head.sum(), "b": trunk.sum()})
         # The second micro-batch leaves the head without a gradient.
@@ -285,15 +298,10 @@ def test_frozen_parameters_cost_nothing_and_may_thaw_in_the_middle_of_a_window(b
     optimizer.step()
     # Of the two micro-batches the thawed layer saw one: its mean counts the other as zero.
     expected = sum(
-        weight * task_gradient_at(model, [x[1]], task, before=model_of()) / 2
-        for task, weight in TASKS.items()
+        weight * task_gradient(model_of(), [x[1]], task) / 2 for task, weight in TASKS.items()
     )
     got = model[0].weight.grad.double().flatten()
     assert torch.allclose(got, expected[: got.numel()], rtol=1e-5, atol=1e-7)
-
-
-def task_gradient_at(model, x, task, before):
-    return task_gradient(before, x, task)
 
 
 def test_tied_parameters_get_one_gradient(backend):
@@ -440,8 +448,11 @@ def test_a_group_added_later_leaves_the_momentum_of_the_others(backend):
 def test_a_trust_ratio_is_one_where_the_parameter_is_zero(backend):
     p = nn.Parameter(torch.zeros(3))
     optimizer = GCondFused(
-        torch.optim.SGD([p], lr=0.0), {"a": 1.0}, update=LionLars(0.01), backend=backend,
-    )  # fmt: skip
+        torch.optim.SGD([p], lr=0.0),
+        {"a": 1.0},
+        update=LionLars(0.01),
+        backend=backend,
+    )
     optimizer.backward({"a": p @ torch.tensor([5.0, -3.0, 0.0])})
     optimizer.step()
     assert torch.allclose(p.grad, torch.tensor([0.01, -0.01, 0.0]))
@@ -459,9 +470,12 @@ def test_tensors_that_share_a_graph_beside_a_function(backend):
 def test_the_report_of_three_tasks_with_momentum_and_clipping(backend):
     p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     optimizer = GCondFused(
-        torch.optim.SGD([p, q], lr=0.0), dict.fromkeys("abc", 1.0), momentum=0.9, max_norm=1.0,
+        torch.optim.SGD([p, q], lr=0.0),
+        dict.fromkeys("abc", 1.0),
+        momentum=0.9,
+        max_norm=1.0,
         backend=backend,
-    )  # fmt: skip
+    )
     x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.6, 0.8])
     for _ in range(2):
         optimizer.backward({"a": p @ x + q @ x, "b": p @ y - q @ x, "c": p @ x + q @ y})
@@ -478,9 +492,13 @@ def test_the_report_of_three_tasks_with_momentum_and_clipping(backend):
 def test_numbers_of_numpy_are_numbers(backend):
     model = model_of()
     optimizer = GCondFused(
-        sgd(model), {"a": np.float32(1.0), "b": np.float64(0.5)}, accumulation_steps=np.int64(1),
-        max_norm=np.float32(2.0), method=GCond(max_iterations=np.int64(3)), backend=backend,
-    )  # fmt: skip
+        sgd(model),
+        {"a": np.float32(1.0), "b": np.float64(0.5)},
+        accumulation_steps=np.int64(1),
+        max_norm=np.float32(2.0),
+        method=GCond(max_iterations=np.int64(3)),
+        backend=backend,
+    )
     assert optimizer.backward(losses_of(model, batches(1)[0]))
     optimizer.step()
 
@@ -493,7 +511,9 @@ def test_mixed_dtypes_empty_and_scalar_parameters(backend):
         nn.Parameter(torch.randn(7, dtype=torch.float64)),
         nn.Parameter(torch.randn(0)),
     ]
-    optimizer = GCondFused(torch.optim.SGD(parameters, lr=0.1), TASKS, momentum=0.5)
+    optimizer = GCondFused(
+        torch.optim.SGD(parameters, lr=0.1), TASKS, momentum=0.5, backend=backend
+    )
     for _ in range(2):
         loss = sum(p.float().sum() for p in parameters)
         optimizer.backward({"a": loss, "b": loss * 2})
@@ -689,11 +709,11 @@ def test_an_option_that_is_assigned_holds_from_the_next_window_on(options):
 def test_a_failing_backward_pass_leaves_no_gradient_behind(backend):
     class Fails(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):
+        def forward(_, x):
             return x.clone()
 
         @staticmethod
-        def backward(ctx, gradient):
+        def backward(_, __):
             raise ArithmeticError("in the middle")
 
     first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
@@ -868,7 +888,7 @@ def test_an_interrupt_in_resolve_ends_the_window(backend, monkeypatch):
     model, twin, x = model_of(), model_of(), batches(2)
     optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=1, backend=backend)
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "gramian", lambda *args, **options: interrupted())
+        patch.setattr(ops, "gramian", lambda *_, **__: interrupted())
         with pytest.warns(UserWarning, match="is lost"), pytest.raises(KeyboardInterrupt):
             optimizer.backward(losses_of(model, x[0]))
     with pytest.raises(RuntimeError, match="nothing was accumulated"):
@@ -880,7 +900,7 @@ def test_an_interrupt_in_resolve_ends_the_window(backend, monkeypatch):
     assert torch.equal(flat_parameters(model), flat_parameters(twin))
 
 
-def test_task_that_is_not_active_is_refused(backend):
+def test_task_that_is_not_active_is_refused():
     model, x = model_of(), batches(1)
     optimizer = GCondFused(sgd(model), TASKS, accumulation_steps=2, mode="stochastic")
     with pytest.raises(KeyError, match="task 'b' is not active"):
@@ -1009,7 +1029,8 @@ def test_the_models_mode_is_never_touched(backend):
 
 def test_names_of_parameters_come_from_the_optimizer(backend):
     model = model_of()
-    optimizer = GCondFused(torch.optim.SGD(model.named_parameters(), lr=0.1), TASKS)
+    base = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    optimizer = GCondFused(base, TASKS, backend=backend)
     optimizer.backward(losses_of(model, batches(1)[0]))
     optimizer.step()
     names = {"0.weight", "0.bias", "2.weight", "2.bias"}

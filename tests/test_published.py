@@ -167,7 +167,7 @@ def test_a_window_is_one_step_of_the_base_optimizer(module, mode):
         training.window(batches[:1])
 
 
-def test_nothing_is_printed_and_nothing_global_is_changed(tmp_path, module, capfd):
+def test_nothing_is_printed_and_nothing_global_is_changed(module, capfd):
     before = torch.get_rng_state(), torch.is_grad_enabled(), torch.get_default_dtype()
     resolution = PublishedResolution(module, SIZES, ROWS)
     resolution.fill()

@@ -8,9 +8,9 @@ from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
-import torch.nn.functional as F
 from pytorch_optimizer import Lookahead, OrthoGrad, ScheduleFreeWrapper
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 from torch.optim import lr_scheduler, swa_utils
 
@@ -112,7 +112,7 @@ def test_labels_that_are_all_ignored(method):
         y, before = model(x), flat(model.parameters()).clone()
         labels = torch.full((8,), label)
         wanted = torch.autograd.grad(0.5 * y.square().mean(), model.weight, retain_graph=True)[0]
-        optimizer.backward({"a": F.cross_entropy(y, labels), "b": y.square().mean()})
+        optimizer.backward({"a": functional.cross_entropy(y, labels), "b": y.square().mean()})
         if label < 0:
             assert off([model.weight.grad], [wanted]) < 0.01  # GradNorm's weight has moved
         optimizer.step()
@@ -130,10 +130,10 @@ def test_means_over_different_numbers_of_tokens():
     optimizer = summed(sgd(model), accumulation_steps=steps)
     for batch, target in zip(x, labels, strict=True):
         y = model(batch)
-        loss = F.cross_entropy(y, target, reduction="sum") * steps / tokens
+        loss = functional.cross_entropy(y, target, reduction="sum") * steps / tokens
         optimizer.backward({"a": loss, "b": y.square().mean()})
     y = model(x.view(-1, 4))
-    total = F.cross_entropy(y, labels.view(-1)) + 0.5 * y.square().mean()
+    total = functional.cross_entropy(y, labels.view(-1)) + 0.5 * y.square().mean()
     assert off(gradients(model), torch.autograd.grad(total, list(model.parameters()))) < ROUNDING
 
 
@@ -566,7 +566,7 @@ def test_adapters_that_are_added_to_a_frozen_model():
 
     def losses(batch):
         weight = model.weight + adapters[1] @ adapters[0] if adapters else model.weight
-        y = F.linear(batch, weight, model.bias)
+        y = functional.linear(batch, weight, model.bias)
         return {"a": y[:, 0].square().mean(), "b": y[:, 1].mean()}
 
     optimizer.backward(losses(x[0]))

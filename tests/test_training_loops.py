@@ -513,6 +513,26 @@ def test_a_window_is_dropped():
 # `.grad` is the user's.
 
 
+def change(model, what):
+    """Convert a model, or do to its gradients what only their owner may do."""
+    if what == "channels_last":
+        model.to(memory_format=torch.channels_last)
+    elif what == "float64":
+        model.double()
+    for p in model.parameters():
+        if what == "data":
+            p.grad.data = torch.full_like(p, 7.0)
+        elif what == "replaced":
+            p.grad = torch.full_like(p, 7.0)
+            p.grad = None
+        elif what == "resized":
+            p.grad.data = p.grad.data.clone()
+            p.grad.resize_(0)
+            p.grad = None
+        elif what == "transposed" and p.dim() == 2:
+            p.grad.data.t_()
+
+
 @pytest.mark.parametrize(
     "what", ["channels_last", "float64", "data", "replaced", "resized", "transposed"]
 )
@@ -544,24 +564,8 @@ def test_what_becomes_of_a_gradient_does_not_matter_later(what):
         )
         assert off([p.grad for p in model.parameters()], resolved) < ROUNDING
         optimizer.step()
-        if number != 1:
-            continue
-        if what == "channels_last":
-            model.to(memory_format=torch.channels_last)
-        elif what == "float64":
-            model.double()
-        for p in model.parameters():
-            if what == "data":
-                p.grad.data = torch.full_like(p, 7.0)
-            elif what == "replaced":
-                p.grad = torch.full_like(p, 7.0)
-                p.grad = None
-            elif what == "resized":
-                p.grad.data = p.grad.data.clone()
-                p.grad.resize_(0)
-                p.grad = None
-            elif what == "transposed":
-                p.grad.data.t_() if p.dim() == 2 else None
+        if number == 1:
+            change(model, what)
     assert model[0].weight.is_contiguous() == (what != "channels_last")
 
 
@@ -909,9 +913,12 @@ def test_steps_within_inference_mode_leave_nothing_that_cannot_be_changed_later(
 def test_a_sum_that_leaves_float16_is_no_step(choice, method, momentum):
     p = nn.Parameter(torch.ones(3, dtype=torch.float16))
     optimizer = GCondFused(
-        torch.optim.SGD([p], lr=1e-4), {"a": 1.0, "b": 1.0}, method=method, on_nonfinite=choice,
+        torch.optim.SGD([p], lr=1e-4),
+        {"a": 1.0, "b": 1.0},
+        method=method,
+        on_nonfinite=choice,
         momentum=momentum,
-    )  # fmt: skip
+    )
     optimizer.backward({"a": (p * 100).sum(), "b": (p * 200).sum()})
     optimizer.step()
     state = {k: v.clone() for k, v in optimizer._resolver.method_state.items()}
@@ -1055,14 +1062,16 @@ def test_a_parameter_may_be_a_loss():
 
 
 def test_selective_checkpoints_are_passed_back_through_once():
-    def policy(ctx, op, *args, **kwargs):
+    def policy(_, op, *__, **___):
         return CheckpointPolicy.MUST_SAVE if "mm" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
     def logits():
         return checkpoint(
-            block, x, use_reentrant=False,
+            block,
+            x,
+            use_reentrant=False,
             context_fn=lambda: create_selective_checkpoint_contexts(policy),
-        )  # fmt: skip
+        )
 
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 5))

@@ -77,13 +77,22 @@ def two_ranks(tmp_path_factory):
     needs(*NEEDS)
     folder = tmp_path_factory.mktemp("two_ranks")
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", runs.__file__,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        runs.__file__,
         str(folder),
-    ]  # fmt: skip
+    ]
     said = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=240,
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert said.returncode == 0, said.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
@@ -154,7 +163,7 @@ def test_trainer_that_knows_nothing_of_tasks_is_told_at_its_first_step(tmp_path)
 # PyTorch Lightning.
 
 
-def test_lightning_in_bfloat16_comes_to_what_a_plain_loop_comes_to(tmp_path):
+def test_lightning_in_bfloat16_comes_to_what_a_plain_loop_comes_to():
     needs("lightning")
     trainer = runs.lightning()
     assert trainer.global_step == STEPS
@@ -224,7 +233,7 @@ def test_lightnings_automatic_optimization_is_refused(precision):
         def configure_optimizers(self):
             return GCondFused(torch.optim.SGD(self.parameters(), lr=0.1), {"a": 1.0})
 
-        def training_step(self, batch, batch_idx):
+        def training_step(self, batch, batch_idx):  # noqa: ARG002  Lightning calls it so
             return self.model(batch).mean()
 
     trainer = pl.Trainer(

@@ -22,9 +22,15 @@ from tests.helpers.naive_training import NaiveTraining, Options, Outcome
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SHAPES = [(), (1,), (3,), (0,), (2, 3), (4, 1, 2), (33,), (2, 3, 2, 2), (5, 7), (65,)]
 THRESHOLDS = [
-    (-0.8, -0.5, 0.0), (-0.8, -0.5, -0.001), (-0.9, -0.3, -0.1), (-0.5, -0.5, -0.5),
-    (-0.6, -0.6, 0.0), (-0.7, -0.2, -0.2), (-0.4, 0.1, 0.3), (-1.0, -1.0, -1.0),
-]  # fmt: skip
+    (-0.8, -0.5, 0.0),
+    (-0.8, -0.5, -0.001),
+    (-0.9, -0.3, -0.1),
+    (-0.5, -0.5, -0.5),
+    (-0.6, -0.6, 0.0),
+    (-0.7, -0.2, -0.2),
+    (-0.4, 0.1, 0.3),
+    (-1.0, -1.0, -1.0),
+]
 Moment = tuple[int, int]  # a step, and a micro-batch of it
 
 
@@ -284,12 +290,18 @@ class Driver:
         self.base_vectors = self.values.normal(size=(len(c.weights), sum(self.sizes)))
         self.reference = NaiveTraining(
             Options(
-                c.weights, self.sizes, tuple(p.gradient_dtype == F16 for p in c.parameters),
-                c.accumulation_steps, c.mode, c.method, c.momentum, c.update,
+                c.weights,
+                self.sizes,
+                tuple(p.gradient_dtype == F16 for p in c.parameters),
+                c.accumulation_steps,
+                c.mode,
+                c.method,
+                c.momentum,
+                c.update,
                 c.max_norm,
             ),
             c.seed,
-        )  # fmt: skip
+        )
 
     def new_optimizer(self, groups) -> GCondFused:
         c = self.c
@@ -449,12 +461,14 @@ class Driver:
         rows = []
         for row, of_task in zip(g, c.task_exponents, strict=True):
             parts = np.split(row, np.cumsum(self.sizes)[:-1])
-            rows.append([
-                torch.from_numpy(part * 2.0 ** (c.exponent + of_task + p.exponent))
-                .reshape(p.shape)
-                .to(p.dtype)
-                for part, p in zip(parts, c.parameters, strict=True)
-            ])  # fmt: skip
+            rows.append(
+                [
+                    torch.from_numpy(part * 2.0 ** (c.exponent + of_task + p.exponent))
+                    .reshape(p.shape)
+                    .to(p.dtype)
+                    for part, p in zip(parts, c.parameters, strict=True)
+                ]
+            )
         return rows
 
     def used_by(self, task: int) -> list[int]:

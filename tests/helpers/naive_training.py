@@ -67,9 +67,15 @@ class Outcome(NamedTuple):
 
 # What a step changes beside the counts of what happened.
 KEPT = (
-    "resolvers", "momentum", "momentum_slack", "momentum_steps", "last", "last_mass", "owners",
+    "resolvers",
+    "momentum",
+    "momentum_slack",
+    "momentum_steps",
+    "last",
+    "last_mass",
+    "owners",
     "was_shared",
-)  # fmt: skip
+)
 
 
 class NaiveTraining:

@@ -68,16 +68,23 @@ QUIET = {
 
 
 def lightning(
-    method=None, ckpt_path=None, precision="bf16-mixed", max_epochs=EPOCHS,
-    enable_checkpointing=False, **options,
-):  # fmt: skip
+    method=None,
+    ckpt_path=None,
+    precision="bf16-mixed",
+    max_epochs=EPOCHS,
+    enable_checkpointing=False,
+    **options,
+):
     import pytorch_lightning as pl
 
     example = load("lightning", method=method or Sum())
     trainer = pl.Trainer(
-        precision=precision, max_epochs=max_epochs, enable_checkpointing=enable_checkpointing,
-        **QUIET, **options,
-    )  # fmt: skip
+        precision=precision,
+        max_epochs=max_epochs,
+        enable_checkpointing=enable_checkpointing,
+        **QUIET,
+        **options,
+    )
     example.fit(trainer, ckpt_path)
     return trainer
 
@@ -85,10 +92,17 @@ def lightning(
 def transformers(folder, method=None, **options):
     example = load("transformers", method=method or Sum())
     fixed = {
-        "report_to": "none", "disable_tqdm": True, "log_level": "error", "use_cpu": True,
-        "train_sampling_strategy": "sequential", "num_train_epochs": EPOCHS, "learning_rate": 0.1,
-        "gradient_accumulation_steps": WINDOW, "max_grad_norm": 0.5, "save_strategy": "no",
-    }  # fmt: skip
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+        "use_cpu": True,
+        "train_sampling_strategy": "sequential",
+        "num_train_epochs": EPOCHS,
+        "learning_rate": 0.1,
+        "gradient_accumulation_steps": WINDOW,
+        "max_grad_norm": 0.5,
+        "save_strategy": "no",
+    }
     return example.main(str(folder), **{**fixed, **options})
 
 
