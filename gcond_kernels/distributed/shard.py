@@ -104,21 +104,17 @@ class ShardStrategy(ReplicateStrategy):
 
     def begin_saving(self, in_window: bool) -> bool:
         """Wait for all ranks to call state_dict(); return whether any is in a window."""
-        self.group.wait_for_all(
-            "state_dict()", 'use strategy="replicate", where any rank alone may'
-        )
+        alternative = 'use strategy="replicate", where any rank alone may'
+        self.group.wait_for_all("state_dict()", alternative)
         return self.any_rank(in_window)
 
     def full_state(self) -> tuple[Tensor | None, Tensor | None]:
         """Return history and momentum in full, on the host; all ranks call it."""
         self._fit_state()
         history, momentum = self.storage.history, self.storage.momentum
-        return (
-            None
-            if history is None
-            else torch.stack([self._full(shard).cpu() for shard in history]),
-            None if momentum is None else self._full(momentum).cpu(),
-        )
+        if history is not None:
+            history = torch.stack([self._full(shard).cpu() for shard in history])
+        return history, None if momentum is None else self._full(momentum).cpu()
 
     def _full(self, shard: Tensor) -> Tensor:
         """Return a tensor [N'] of which every rank has a shard [n]."""
@@ -137,24 +133,22 @@ class ShardStrategy(ReplicateStrategy):
 
     def _sharded_anew(self, kept: Tensor) -> Tensor:
         storage, device = self.storage, self.storage.accumulators.device
-        segments, length = storage.sharded_layout
-        same = length == storage.accumulators.shape[1] and layout_of(segments) == layout_of(
-            storage.segments
-        )
-        if same and kept.shape[-1] == self._length:
+        before, length_before = storage.sharded_layout
+        length = storage.accumulators.shape[1]
+        is_same = length == length_before and layout_of(before) == layout_of(storage.segments)
+        if is_same and kept.shape[-1] == self._length:
             return kept.to(device)
         sharded = kept.new_zeros((*kept.shape[:-1], self._length), device=device)
         if kept.shape[-1] == 0:
             return sharded
-        place = {segment.parameter: segment for segment in segments}
+        place = {segment.parameter: segment for segment in before}
         pairs = [
             (place[s.parameter], s)
             for s in storage.segments
             if s.parameter in place and place[s.parameter].shape == s.shape
         ]
         for old, new in zip(as_matrix(kept), as_matrix(sharded), strict=True):
-            full = moved(self._full(old), storage.accumulators.shape[1], pairs, device)
-            new.copy_(self.local_shard(full))
+            new.copy_(self.local_shard(moved(self._full(old), length, pairs, device)))
         return sharded
 
 
