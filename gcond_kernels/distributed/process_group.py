@@ -108,8 +108,9 @@ class ProcessGroup:
         own = keys[self.ranks[self.rank]]
         store.set(own, "")
         while not store.check([*keys.values()]):
-            if time.monotonic() > end:
-                missing = [str(rank) for rank, key in keys.items() if not store.check([key])]
+            late = time.monotonic() > end
+            missing = [str(r) for r, key in keys.items() if late and not store.check([key])]
+            if missing:
                 store.delete_key(own)  # so that nobody who comes later takes this one for present
                 raise RuntimeError(
                     f"rank {', '.join(missing)} did not call {call} within {wait:g} s after rank "
