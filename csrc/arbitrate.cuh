@@ -1,5 +1,5 @@
 // arbitrate: resolves the conflicts on K×K numbers in float64, by one block. The formulas are those
-// of python/arbitrate.py, in the same order.
+// of python/_arbitrate.py, in the same order.
 #pragma once
 
 #include "block.cuh"

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.ops.contexts import full_float32
+from gcond_kernels.python._gramian import partial_products
 from gcond_kernels.python.chunks import PARTIAL, chunk_length
-from gcond_kernels.python.gramian import partial_products
 
 
 def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:

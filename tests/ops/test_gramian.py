@@ -1,7 +1,6 @@
 """gramian: inner products from flat storage, against float64."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ from hypothesis import strategies as st
 
 from gcond_kernels import ops
 from gcond_kernels.ops import checks as contracts
-from gcond_kernels.python import chunks
-from gcond_kernels.python.gramian import full_float32
+from gcond_kernels.ops.contexts import full_float32
+from gcond_kernels.python import _gramian, chunks
 from tests.conftest import slow
 from tests.helpers import by_name
 from tests.helpers.flat import filled, layout_of, misaligned, packed_layout_of, random_mask
@@ -400,7 +399,7 @@ def test_a_users_default_type_changes_nothing(backend):
 
 @pytest.mark.parametrize("least", [1, 4096, 1 << 18])
 def test_the_reference_may_read_large_tensors_in_place(least, monkeypatch):
-    monkeypatch.setattr(sys.modules["gcond_kernels.python.gramian"], "IN_PLACE", least)
+    monkeypatch.setattr(_gramian, "IN_PLACE", least)
     layout = layout_of([10_000, 3, 4096, 0, 5000])
     accumulators = filled(layout, 3, 0)
     products = by_name.gramian(accumulators, layout, scale=torch.ones(3).double(), backend="python")

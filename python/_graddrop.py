@@ -8,8 +8,8 @@ from torch import Tensor
 from gcond_kernels.ops.mask import trainable
 from gcond_kernels.ops.random import start_of, uniform
 from gcond_kernels.ops.types import Momentum, SignDropout, TaskGradients
+from gcond_kernels.python._combine import count_steps, output_factors, write_zeros
 from gcond_kernels.python.chunks import chunk_length, chunks, flat
-from gcond_kernels.python.combine import count_steps, output_factors, write_zeros
 
 
 def graddrop(
