@@ -27,22 +27,28 @@ def test_the_first_example_trains(capsys):
     assert "cosines" in capsys.readouterr().out
 
 
+def test_the_example_of_gradients_resolves_them():
+    names = run(1)
+    assert names["weights"].shape == (2,)
+    assert all(p.grad is not None for p in names["parameters"])
+
+
 def test_the_example_of_conflicts_finds_one(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = run(1)
+    names = run(2)
     assert (tmp_path / "conflicts.png").stat().st_size > 10_000
     assert len(names["rows"]) == 300
     assert capsys.readouterr().out.startswith(names["optimizer"].advise().split("\n")[0])
 
 
 def test_the_example_of_other_methods_tells_their_weights(capsys):
-    run(2)
+    run(3)
     assert capsys.readouterr().out.count("mse") == 3
 
 
 def test_the_example_of_layers_draws_them(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(3)
+    run(4)
     said = capsys.readouterr().out
     assert (tmp_path / "layers.png").stat().st_size > 10_000
     assert "below -0.02" in said
@@ -51,28 +57,26 @@ def test_the_example_of_layers_draws_them(capsys, tmp_path, monkeypatch):
 
 
 def test_the_example_of_mixed_precision_trains():
-    names = run(4)
+    names = run(5)
     assert names["optimizer"].report().step == 10
     assert names["optimizer"].report().skipped_steps < 10
 
 
 @pytest.mark.slow
 def test_the_example_of_many_gpus_runs_in_two_processes(tmp_path):
-    (tmp_path / "train.py").write_text(EXAMPLES[5])
+    (tmp_path / "train.py").write_text(EXAMPLES[6])
+    # --standalone takes a port of its own.
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 train.py".split()
     result = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",  # a port of its own
-            "--nproc-per-node", "2", "train.py",
-        ],
-        cwd=tmp_path, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "checkpoint" / ".metadata").exists()
 
 
 def test_the_other_examples_run():
-    assert len(EXAMPLES) == 7
-    run(6)
+    assert len(EXAMPLES) == 8
+    run(7)
 
 
 def test_what_it_shows_of_trainers_is_in_the_examples():
