@@ -66,7 +66,7 @@ def test_the_example_of_mixed_precision_trains():
 def test_the_example_of_many_gpus_runs_in_two_processes(tmp_path):
     (tmp_path / "train.py").write_text(EXAMPLES[6])
     # --standalone takes a port of its own.
-    command = "-m torch.distributed.run --standalone --nproc-per-node 2 train.py".split()
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     result = subprocess.run(
         [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
