@@ -5,10 +5,10 @@ tensors of the same sizes and types. With TRITON_INTERPRET=1 in the environment 
 the CPU, interpreted: slow, for tests.
 """
 
-from gcond_kernels.triton_kernels.accumulate import accumulate
-from gcond_kernels.triton_kernels.arbitrate import arbitrate
-from gcond_kernels.triton_kernels.combine import combine
-from gcond_kernels.triton_kernels.graddrop import graddrop
-from gcond_kernels.triton_kernels.gramian import gramian, multi_tensor_dot
+from gcond_kernels.triton_kernels._accumulate import accumulate
+from gcond_kernels.triton_kernels._arbitrate import arbitrate
+from gcond_kernels.triton_kernels._combine import combine
+from gcond_kernels.triton_kernels._graddrop import graddrop
+from gcond_kernels.triton_kernels._gramian import gramian, multi_tensor_dot
 
 __all__ = ["accumulate", "arbitrate", "combine", "graddrop", "gramian", "multi_tensor_dot"]

@@ -89,7 +89,7 @@ def given(**arguments: str | None) -> tuple[dict[str, str], dict[str, None]]:
 
 
 def accumulate_cases() -> Iterator[Case]:
-    from gcond_kernels.triton_kernels.accumulate import CHUNK, WARPS
+    from gcond_kernels.triton_kernels._accumulate import CHUNK, WARPS
 
     each = CHUNK // (32 * WARPS)
     for row, overwrite, by_tensor in itertools.product(("fp32", "bf16"), (0, 1), (0, 1)):
@@ -121,7 +121,7 @@ def accumulate_cases() -> Iterator[Case]:
 
 
 def gramian_cases() -> Iterator[Case]:
-    from gcond_kernels.triton_kernels.gramian import WARPS, vector_elements
+    from gcond_kernels.triton_kernels._gramian import WARPS, vector_elements
 
     # K, accumulators, history, momentum, mask
     variants = [(K, "fp32", "bf16", 0, 0) for K in range(1, 9)]
@@ -162,7 +162,7 @@ def gramian_cases() -> Iterator[Case]:
 
 
 def list_product_cases() -> Iterator[Case]:
-    from gcond_kernels.triton_kernels.gramian import WARPS
+    from gcond_kernels.triton_kernels._gramian import WARPS
 
     for lists, types in ((1, 1), (1, 2), (1, 15), (2, 1), (2, 3)):
         bytes_each = sum(BYTES[name] for name, bit in TYPES.items() if types & bit)
@@ -185,7 +185,7 @@ def list_product_cases() -> Iterator[Case]:
 
 
 def sum_cases() -> Iterator[Case]:
-    from gcond_kernels.triton_kernels.gramian import SUM_BLOCK, SUM_WARPS
+    from gcond_kernels.triton_kernels._gramian import SUM_BLOCK, SUM_WARPS
 
     for K, R, scaled, crossed in (
         (2, 2, True, True),
@@ -210,7 +210,7 @@ def sum_cases() -> Iterator[Case]:
 
 
 def arbitrate_cases() -> Iterator[Case]:
-    from gcond_kernels.triton_kernels.arbitrate import warps_for
+    from gcond_kernels.triton_kernels._arbitrate import warps_for
 
     for K, window, smooth, rest in (
         (1, 3, True, True),
@@ -252,7 +252,7 @@ def arbitrate_cases() -> Iterator[Case]:
 
 
 def combine_cases() -> Iterator[Case]:
-    from gcond_kernels.triton_kernels.combine import CHUNK, MOST_UNROLLED, WARPS
+    from gcond_kernels.triton_kernels._combine import CHUNK, MOST_UNROLLED, WARPS
 
     each = CHUNK // (32 * WARPS)
     variants = [
@@ -328,7 +328,7 @@ def factor_cases() -> Iterator[Case]:
 
 
 def graddrop_cases() -> Iterator[Case]:
-    from gcond_kernels.triton_kernels.graddrop import CHUNK, MOST_UNROLLED, WARPS
+    from gcond_kernels.triton_kernels._graddrop import CHUNK, MOST_UNROLLED, WARPS
 
     each = CHUNK // (32 * WARPS)
     variants = [

@@ -16,7 +16,7 @@ from gcond_kernels import GCond, ops
 from gcond_kernels.methods.method import Comparison
 from gcond_kernels.ops import backends
 from gcond_kernels.triton_kernels import memory
-from gcond_kernels.triton_kernels.graddrop import graddrop_kernel
+from gcond_kernels.triton_kernels._graddrop import graddrop_kernel
 from tests.helpers import by_name
 from tests.helpers.flat import filled, layout_of
 

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 triton_kernels = pytest.importorskip("gcond_kernels.triton_kernels")
 from gcond_kernels.ops import launch_tables as tables
 
-accumulating = importlib.import_module("gcond_kernels.triton_kernels.accumulate")
+accumulating = importlib.import_module("gcond_kernels.triton_kernels._accumulate")
 
 HERE = torch.device("cpu")
 # On a GPU machine the kernels are not interpreted: tests/gpu checks these things there.

@@ -15,7 +15,7 @@ from torch import Tensor
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops import random
 from gcond_kernels.ops.types import Momentum, SignDropout, TaskGradients
-from gcond_kernels.triton_kernels.combine import (
+from gcond_kernels.triton_kernels._combine import (
     BETA,
     MOST_UNROLLED,
     Update,
