@@ -183,7 +183,7 @@ def without_launches() -> None:
     from gcond_kernels import _cuda
 
     for operation, names in KERNELS.items():
-        module = importlib.import_module(f"gcond_kernels.triton_kernels.{operation}")
+        module = importlib.import_module(f"gcond_kernels.triton_kernels._{operation}")
         for name in names:
             setattr(module, name, NoLaunch())
     launch = importlib.import_module("gcond_kernels.cuda.launch")

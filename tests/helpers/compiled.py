@@ -411,7 +411,7 @@ def compile_case(case: Case, target: str) -> Finding:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(import_module(f"gcond_kernels.triton_kernels.{case.module}"), case.kernel)
+    kernel = getattr(import_module(f"gcond_kernels.triton_kernels._{case.module}"), case.kernel)
     names = list(inspect.signature(kernel.fn).parameters)
     assert set(names) == {*case.arguments, *case.constants}, case.name
     divisible = [n for n, t in case.arguments.items() if t.startswith("*")]
