@@ -9,8 +9,6 @@ from typing import Any
 import torch
 
 from gcond_kernels import ops
-from gcond_kernels.diagnostics.recorder import Recorder
-from gcond_kernels.distributed.data_parallel import DataParallel
 from gcond_kernels.options import (
     Assignable,
     Fixed,
@@ -20,7 +18,6 @@ from gcond_kernels.options import (
     check_selected,
     plain_name,
 )
-from gcond_kernels.storage.collect import Collector
 from gcond_kernels.storage.names import labels_of
 from gcond_kernels.training.saving import SavedOptimizer
 
@@ -28,10 +25,7 @@ from gcond_kernels.training.saving import SavedOptimizer
 class AssignableOptimizer(SavedOptimizer):
     """An optimizer whose options are attributes, checked when they are assigned."""
 
-    recorder: Recorder
     _fixed: dict[str, Any]
-    _data_parallel: DataParallel
-    _collector: Collector
 
     accumulation_steps = Assignable()
     mode = Assignable()
@@ -129,9 +123,3 @@ class AssignableOptimizer(SavedOptimizer):
         self._options.assigned = options
         if self._window.position == 0 and not self._window.resolved:
             self._renew()
-
-    def _renew(self) -> None:
-        """Let the assigned options take effect."""
-        self._resolver.renew()
-        self.recorder.thresholds = self._options.current.method.thresholds
-        self._strategy.require_check()

@@ -8,41 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcond_kernels.distributed.strategy import SingleProcess
 from gcond_kernels.ops.contexts import fixed_precision
-from gcond_kernels.options import OptionsInUse, TaskWeights
 from gcond_kernels.precision.guarded_step import step_of_zeros
-from gcond_kernels.storage.accumulator import GradientStorage
-from gcond_kernels.storage.dtensor import local_shard
 from gcond_kernels.storage.state import Restored, Saved, to_json
 from gcond_kernels.storage.state_format import KEY, VERSION
-from gcond_kernels.training.resolution import Resolver
-from gcond_kernels.training.window import Window, schedule_of
-from gcond_kernels.training.wrapper import OptimizerWrapper
+from gcond_kernels.training.window import schedule_of
+from gcond_kernels.training.windowed import WindowedOptimizer, is_zero
 
 
-class SavedOptimizer(OptimizerWrapper):
+class SavedOptimizer(WindowedOptimizer):
     """An optimizer whose state dict holds that of its base, and what is kept beside it."""
-
-    _weights: TaskWeights
-    _options: OptionsInUse
-    _storage: GradientStorage
-    _strategy: SingleProcess
-    _resolver: Resolver
-    _window: Window
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
         super().__init__(base)
         self._initialized: list[Tensor] = []  # whose state the base made in a step that was none
-
-    def _check_not_within(self, call: str) -> None:
-        raise NotImplementedError
-
-    def _update_layout(self) -> None:
-        raise NotImplementedError
-
-    def _start_window(self) -> None:
-        raise NotImplementedError
 
     def _kept_of(self, parameter: Tensor) -> dict[str, Any]:
         place = self._storage.places.get(parameter)
@@ -196,24 +175,6 @@ class SavedOptimizer(OptimizerWrapper):
         self._strategy.require_check()
         self._initialized.clear()
 
-    def _clear_gradients(self) -> None:
-        """Make way for one task's gradients; what others computed is not thrown away.
-
-        What `step` left is its own, whatever was added to it since; and zeros are nobody's.
-        """
-        own = self._assigned_gradients.ids()
-        for segment in self._storage.segments:
-            gradient = segment.parameter.grad
-            if gradient is not None and id(gradient) not in own and not is_empty(gradient):
-                raise RuntimeError(
-                    f"{segment.name} has a .grad that this optimizer did not write (it comes from "
-                    "another backward pass or optimizer, or was replaced): give its loss a task of "
-                    "its own, back-propagate it between the last backward() of a window and "
-                    "step(), or drop it with zero_grad()"
-                )
-        self._storage.clear_gradients()
-        self._assigned_gradients.remember([])
-
     # torch.distributed.checkpoint has the base make its state by a step that changes nothing.
 
     def _is_no_step(self) -> bool:
@@ -259,14 +220,3 @@ class SavedOptimizer(OptimizerWrapper):
             parameter.grad = gradient
         if gradients:
             self._assigned_gradients.remember(gradient for _, gradient in gradients)
-
-
-def is_zero(values: list[Any]) -> bool:
-    """Return whether all numbers and all elements of tensors are zero."""
-    return not any(bool(v.any()) if isinstance(v, Tensor) else v for v in values)
-
-
-def is_empty(gradient: Tensor) -> bool:
-    """Return whether what this process holds of a gradient is all zeros."""
-    part = local_shard(gradient)
-    return part.layout == torch.strided and is_zero([part])
