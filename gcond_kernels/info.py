@@ -1,4 +1,4 @@
-"""The report of `python -m gcond_kernels info`: what is installed, and which backend serves what."""
+"""The report of `python -m gcond_kernels info`: what is installed, which backend serves what."""
 
 from __future__ import annotations
 

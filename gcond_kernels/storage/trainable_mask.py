@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcond_kernels.ops.mask import trainable
 from gcond_kernels.ops.types import WORD_BITS
 from gcond_kernels.storage.dtensor import is_dtensor, local_shard, shard_coordinate
 from gcond_kernels.storage.layout import Segment
@@ -25,10 +26,8 @@ def write_mask(words: Tensor, segment: Segment, bits: Tensor) -> None:
 
 def read_mask(words: Tensor, segment: Segment) -> Tensor:
     """Return the trainable elements of a parameter (bool, in its shape) from a mask [N' / 32]."""
-    first = segment.offset // WORD_BITS
-    own = words[first : first - (-segment.size // WORD_BITS), None]
-    bits = own >> torch.arange(WORD_BITS, dtype=torch.int32, device=words.device) & 1
-    return segment._replace(offset=0).view(bits.flatten() == 1)
+    bits = trainable(words, segment.offset, segment.offset + segment.size)
+    return segment._replace(offset=0).view(bits)
 
 
 def check_mask(mask: object, parameters: Sequence[tuple[Tensor, str]]) -> dict[Tensor, Tensor]:
