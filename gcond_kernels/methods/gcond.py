@@ -41,7 +41,6 @@ class GCond(Settings, Method):
     shared_state: ClassVar[frozenset[str]] = frozenset({"history_scale"})
     bounded_weights: ClassVar[bool] = True
     compares_single_task: ClassVar[bool] = True  # it keeps an average of each task's norm
-    fuses_operations: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -100,7 +100,6 @@ class Method(ABC):
         adds_magnitudes: whether the result is bounded by the sum of the gradients' magnitudes
             alone, and not by the magnitude of their weighted sum.
         compares_single_task: whether a task that comes alone is compared too.
-        fuses_operations: whether `resolve` is there, one operation for a full resolution.
     """
 
     needs_losses: ClassVar[bool] = False
@@ -111,7 +110,6 @@ class Method(ABC):
     bounded_weights: ClassVar[bool] = False
     adds_magnitudes: ClassVar[bool] = False
     compares_single_task: ClassVar[bool] = False
-    fuses_operations: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         # Without an address: ranks compare it. (A dataclass has one of its own, with its options.)
@@ -207,6 +205,16 @@ class Method(ABC):
         for name, value in state.items():
             value.copy_(torch.where(finite, after[name], value))
         return without_events(torch.where(finite, weights, 0.0), finite)
+
+    def resolve(
+        self,
+        gradients: TaskGradients,
+        destination: Destination,
+        state: State,
+        max_norm: float | None,
+    ) -> tuple[ops.Gramians, ops.Arbitration] | None:
+        """Compare, decide and write in one operation; return None where there is none."""
+        return None
 
     def apply(
         self,

@@ -219,22 +219,21 @@ class Resolver:
         """
         o = self.options.current
         target = Destination(local.outputs, local.momentum, None, local.first, o.backend)
-        if self._is_one_operation(counts):
-            fused: Any = o.method
-            products, decision = fused.resolve(
-                local.gradients, target, self.method_state, o.max_norm
-            )
-            shared = self._shared_parameters(products, counts)
-        else:
+        fused = None
+        if self._nothing_between(counts):
+            fused = o.method.resolve(local.gradients, target, self.method_state, o.max_norm)
+        if fused is None:
             products, decision, shared = self._run_in_turn(local, target, counts)
+        else:
+            products, decision = fused
+            shared = self._shared_parameters(products, counts)
         return Outcome(products, decision, shared, self.strategy.gather(local))
 
-    def _is_one_operation(self, counts: Sequence[int]) -> bool:
+    def _nothing_between(self, counts: Sequence[int]) -> bool:
         """Return whether nothing is to be done between the operations of a resolution."""
         o = self.options.current
         return (
-            o.method.fuses_operations
-            and self.strategy.size == 1
+            self.strategy.size == 1
             and self.options.on_nonfinite == "skip"
             and o.update is None
             and all(counts)
@@ -250,26 +249,13 @@ class Resolver:
         self, local: LocalGradients, target: Destination, counts: Sequence[int]
     ) -> tuple[ops.Gramians, ops.Arbitration, SharedParameters]:
         """Compare, decide and write, with what lies between."""
-        o, K, gradients, momentum = (
-            self.options.current,
-            len(self.tasks),
-            local.gradients,
-            local.momentum,
-        )
-        # What needs the norm of the result needs its products with the momentum.
-        wants_norm = momentum is not None and (o.update is not None or o.max_norm is not None)
-        products = ops.gramian(
-            gradients._replace(layout=local.counted),
-            history_scale=self.method_state.get("history_scale"),
-            momentum=momentum.buffer if momentum is not None and wants_norm else None,
-            backend=o.backend,
-        )
-        if self._compares_all():
-            products = products._replace(cross_per_tensor=None)  # so it need not be sent to others
+        o, K = self.options.current, len(self.tasks)
         squares = None if o.update is None else self.strategy.squared_norms(o.backend)  # [T]
-        products, squares, losses = self.strategy.sum_over_ranks(products, squares, self.losses)
-        products, scale = self._treat_nonfinite(products, gradients.scale)
-        gradients = gradients._replace(scale=scale)
+        products, squares, losses = self.strategy.sum_over_ranks(
+            self._local_products(local), squares, self.losses
+        )
+        products, scale = self._treat_nonfinite(products, local.gradients.scale)
+        gradients = local.gradients._replace(scale=scale)
         before = self._snapshot()
         shared = self._shared_parameters(products, counts)
         self.sharing.clear_absent(local.outputs, counts, products.total)
@@ -288,6 +274,21 @@ class Resolver:
             norms = averaged_norms(products.per_tensor, weights, target.momentum)
             o.update.apply(local.outputs, norms, squares.sqrt(), decision.finite)
         return products, decision, shared
+
+    def _local_products(self, local: LocalGradients) -> ops.Gramians:
+        """Return the inner products of what this process counts."""
+        o, momentum = self.options.current, local.momentum
+        # What needs the norm of the result needs its products with the momentum.
+        if o.update is None and o.max_norm is None:
+            momentum = None
+        products = ops.gramian(
+            local.gradients._replace(layout=local.counted),
+            history_scale=self.method_state.get("history_scale"),
+            momentum=None if momentum is None else momentum.buffer,
+            backend=o.backend,
+        )
+        # What is not needed is not sent to other ranks.
+        return products._replace(cross_per_tensor=None) if self._compares_all() else products
 
     def _shared_parameters(self, products: ops.Gramians, counts: Sequence[int]) -> SharedParameters:
         method, state = self.options.current.method, self.method_state
