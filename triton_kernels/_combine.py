@@ -109,13 +109,13 @@ def combine_kernel(  # noqa: PLR0913 - a kernel's launch takes no objects
     mask_ptr,  # [⌈N' / 32⌉] int32, or None
     table_ptr,  # [T, 4] int64: address, dtype code, offset, size
     chunks_ptr,  # [C, 2] int32: tensor, number of the chunk within it
-    weights_ptr,  # [K] float64, or [T, K]
+    weights_ptr,  # [T, K] float64
     scale_ptr,  # [K] float64
     finite_ptr,  # [] bool
     factors_ptr,  # [T] float64, or None
     clipping_ptr,  # [] float64, or None
     settings_ptr,  # [2] float64: BETA, MAX_NORM
-    weight_stride,  # 0, or K
+    weight_stride,  # K, or 0 where all tensors have the same weights
     stride,  # N'
     K: tl.constexpr,
     TYPES: tl.constexpr,
@@ -145,13 +145,13 @@ def combine_kernel(  # noqa: PLR0913 - a kernel's launch takes no objects
 def factor_kernel(  # noqa: PLR0913 - a kernel's launch takes no objects
     table_ptr,  # [T, 4] int64: -, dtype code, -, -
     per_tensor_ptr,  # [T, R, R] float64, read where there are squares
-    weights_ptr,  # [K] float64, or [T, K]; read where there are squares
+    weights_ptr,  # [T, K] float64, read where there are squares
     finite_ptr,  # [] bool
     steps_ptr,  # [T] int64, counted up; None without momentum
     settings_ptr,  # as in combine_kernel
     factors_ptr,  # [T] float64, written: what multiplies m
     squares_ptr,  # [T] float64, written: ‖m̂‖²; or None
-    weight_stride,  # 0, or K
+    weight_stride,  # K, or 0 where all tensors have the same weights
     K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -218,6 +218,7 @@ def combine(
     buffer = None if momentum is None else momentum.buffer
     device = accumulators.device
     plan = plan_of(outputs, layout, CHUNK, device, accumulators, history, buffer)
+    weights = weights.expand(len(layout.sizes), -1)
     with tables.guard(device):
         settings, factors, clipping = factors_of(plan, weights, finite, momentum, rescale)
         if not plan.chunks.total:
@@ -235,7 +236,7 @@ def combine(
             factors,
             clipping,
             settings,
-            weight_stride(weights),
+            weights.stride(0),
             accumulators.stride(0),
             K=len(scale),
             TYPES=plan.types,
@@ -245,11 +246,6 @@ def combine(
         )
 
 
-def weight_stride(weights: Tensor) -> int:
-    """Return the distance between the weights of two tensors: 0 where all have the same."""
-    return weights.stride(0) if weights.dim() == 2 else 0
-
-
 def factors_of(
     plan: tables.Plan,
     weights: Tensor,
@@ -257,7 +253,7 @@ def factors_of(
     momentum: Momentum | None,
     rescale: Rescale | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the settings, [T] factors of the tensors and the factor [] of all.
+    """Return the settings, [T] factors of the tensors, with weights [T, K], and the factor of all.
 
     None stands for factors that are all 1. The steps of the momentum are counted up.
     """
@@ -267,7 +263,7 @@ def factors_of(
     tables.keep_if_captured(settings)
     if momentum is None and rescale is None:
         return settings, None, None
-    tensors, K = plan.table.shape[0], weights.shape[-1]
+    tensors, K = weights.shape
     factors, squares = torch.empty((2, tensors), dtype=torch.float64, device=weights.device)
     factor_kernel[(tensors,)](
         plan.table,
@@ -278,7 +274,7 @@ def factors_of(
         settings,
         factors,
         None if rescale is None else squares,
-        weight_stride(weights),
+        weights.stride(0),
         K=K,
         BLOCK_R=triton.next_power_of_2(K + (momentum is not None)),
         num_warps=1,

@@ -6,7 +6,6 @@ sum.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -44,15 +43,6 @@ RANDOM_RANGE = tl.constexpr(2**random.RANDOM_BITS)
 RANDOM_UNIT = tl.constexpr(2.0**-random.RANDOM_BITS)
 
 
-class Dropout(NamedTuple):
-    """`SignDropout` in a kernel: seed and first int64, a pointer to the counter, leak float32."""
-
-    seed: Any
-    counter_ptr: Any
-    leak: Any
-    first: Any
-
-
 @triton.jit
 def mixed(bits):
     """Return SplitMix64's finalizer of uint64 numbers, whose products wrap."""
@@ -64,7 +54,7 @@ def mixed(bits):
 @triton.jit
 def random_cosines(dropout, elements):
     """Return 2 U - 1 for the random number U of each element: float32, all of them exact."""
-    origin = mixed(tl.load(dropout.counter_ptr).to(tl.uint64) * GAMMA + dropout.seed.to(tl.uint64))
+    origin = mixed(tl.load(dropout.counter).to(tl.uint64) * GAMMA + dropout.seed.to(tl.uint64))
     origin += (dropout.first + elements.start + 1).to(tl.uint64) * GAMMA
     bits = mixed(origin + elements.offsets.to(tl.uint64) * GAMMA) >> UNUSED_BITS
     return (2 * bits.to(tl.int32) + 1 - RANDOM_RANGE).to(tl.float32) * RANDOM_UNIT
@@ -91,11 +81,11 @@ def let_through(value, total, bar, leak):
 
 
 @triton.jit
-def picked_sum(storage, update, dropout, elements, K):
-    """Return the sum of what is let through of each task's gradient, in the order of the tasks."""
-    shape: tl.constexpr = elements.offsets.shape
-    total, size = tl.zeros(shape, tl.float32), tl.zeros(shape, tl.float32)
-    result = tl.zeros(shape, tl.float32)
+def graddrop_chunk(chunk, storage, update, dropout, K, TYPES, BLOCK_SIZE, ALIGNED):
+    """Write the sum of what is let through of one chunk, in the order of the tasks."""
+    elements = elements_of(chunk, BLOCK_SIZE, ALIGNED)
+    total, size = tl.zeros([BLOCK_SIZE], tl.float32), tl.zeros([BLOCK_SIZE], tl.float32)
+    result = tl.zeros([BLOCK_SIZE], tl.float32)
     # The purity P = (1 + total / size) / 2 is above the random U where total > (2 U - 1) size.
     if K <= MOST_UNROLLED:
         values = ()
@@ -116,17 +106,9 @@ def picked_sum(storage, update, dropout, elements, K):
         for task in range(K):
             value = scaled_gradient(task, storage, update, elements)
             result += let_through(value, total, bar, dropout.leak)
-    return result
-
-
-@triton.jit
-def graddrop_chunk(chunk, storage, update, dropout, K, TYPES, BLOCK_SIZE, ALIGNED):
-    """Write the picked sum of one chunk as momentum and gradient."""
-    elements = elements_of(chunk, BLOCK_SIZE, ALIGNED)
-    total = picked_sum(storage, update, dropout, elements, K)
     if storage.momentum_ptr is not None:
-        total = update.fresh * total
-    write_gradient(total, chunk, storage, update, elements, TYPES)
+        result = update.fresh * result
+    write_gradient(result, chunk, storage, update, elements, TYPES)
 
 
 # Annotated, so that one variant serves numbers of any size.
@@ -163,7 +145,7 @@ def graddrop_kernel(  # noqa: PLR0913 - a kernel's launch takes no objects
     update = Update(None, scale_ptr, is_finite, beta, fresh, factor)
     # Interpreted they are of as many bits as their values need.
     seed, first = tl.cast(seed, tl.int64), tl.cast(first, tl.int64)
-    dropout = Dropout(seed, counter_ptr, leak, first)
+    dropout = SignDropout(seed, counter_ptr, leak, first)
     if chunk.dtype_code != NO_TENSOR:
         if chunk.is_full:
             graddrop_chunk(chunk, storage, update, dropout, K, TYPES, BLOCK_SIZE, True)
@@ -186,7 +168,9 @@ def graddrop(
     device = accumulators.device
     plan = plan_of(outputs, layout, CHUNK, device, accumulators, buffer)
     with tables.guard(device):
-        settings, factors, _ = factors_of(plan, scale, finite, momentum, None)
+        settings, factors, _ = factors_of(
+            plan, scale.expand(len(layout.sizes), -1), finite, momentum, None
+        )
         if not plan.chunks.total:
             return
         graddrop_kernel[(plan.chunks.total,)](

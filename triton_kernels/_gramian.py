@@ -190,16 +190,6 @@ def pair_of(product, R):
     return row, row + rest
 
 
-@triton.jit
-def sum_partials(partials_ptr, begin, end, BLOCK_SIZE):
-    """Return the float64 sum of partials[begin:end]."""
-    sums = tl.zeros([BLOCK_SIZE], tl.float64)
-    for start in range(begin, end, BLOCK_SIZE):
-        offsets = start + tl.arange(0, BLOCK_SIZE)
-        sums += tl.load(partials_ptr + offsets, mask=offsets < end, other=0.0).to(tl.float64)
-    return tl.sum(sums, axis=0)
-
-
 @triton.jit(do_not_specialize=["tensors", "chunk_count"])
 def sum_kernel(  # noqa: PLR0913 - a kernel's launch takes no objects
     partials_ptr,  # [P, C] float32
@@ -222,7 +212,11 @@ def sum_kernel(  # noqa: PLR0913 - a kernel's launch takes no objects
     begin = tl.load(first_ptr + tensor, mask=tensor < tensors, other=0)
     end = tl.load(first_ptr + tl.minimum(tensor + 1, tensors))
     partials_ptr += product * tl.cast(chunk_count, tl.int64)
-    total = sum_partials(partials_ptr, begin, end, BLOCK_SIZE)
+    sums = tl.zeros([BLOCK_SIZE], tl.float64)
+    for start in range(begin, end, BLOCK_SIZE):
+        offsets = start + tl.arange(0, BLOCK_SIZE)
+        sums += tl.load(partials_ptr + offsets, mask=offsets < end, other=0.0).to(tl.float64)
+    total = tl.sum(sums, axis=0)
 
     # A task that takes no part may hold anything, NaN included: select.
     if product < PAIRS:

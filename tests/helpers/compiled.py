@@ -1,7 +1,6 @@
-"""Compiles every kernel for GPUs that need not be there; run as a script it prints what it found.
+"""Compile every Triton kernel for GPUs that need not be there; print a `Finding` of each as JSON.
 
-It must be a process of its own: where Triton interprets, it does not compile. Each line is the
-JSON of one `Finding`.
+It must run as a process of its own: where Triton interprets, it does not compile.
 """
 
 import functools
@@ -26,16 +25,15 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 
 @dataclass(frozen=True)
 class Case:
-    """One variant of one kernel, as a launch would have it.
+    """One variant of one kernel.
 
     Attributes:
         module: of the kernel, in `gcond_kernels.triton_kernels`.
         kernel: its name.
-        arguments: name → Triton type. Pointers are taken to be divisible by 16, as the launcher
-            finds them to be.
+        arguments: name → Triton type. Pointers are divisible by 16, as torch allocates.
         constants: the constexpr arguments, and the pointers that are None.
         warps: per program.
-        loads: bytes that a thread of the main body loads at least 16 at a time; None: not said.
+        loads: bytes that a thread of the main body must load at least 16 at a time; None: any.
         stores: the same for stores.
         fused: whether multiplications and additions are fused.
     """
@@ -62,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the machine code of one case on one target says.
+    """What the machine code of one case for one target shows.
 
     Attributes:
         loads: bytes that a thread loads in accesses of 16 bytes or more, each one counted once.
@@ -386,14 +384,14 @@ def all_cases() -> list[Case]:
 
 
 def wide_bytes(ptx: str, instruction: str) -> int:
-    """Bytes that a thread moves in accesses of 16 bytes or more, every instruction once."""
+    """Return the bytes that a thread moves in accesses of 16 bytes or more, each counted once."""
     pattern = rf"\b{instruction}\.global[.\w:]*\.v(\d)\.[bfu](\d+)"
     sizes = [int(count) * int(bits) // 8 for count, bits in re.findall(pattern, ptx)]
     return sum(size for size in sizes if size >= 16)
 
 
 def resources(binary: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of stack: what does not fit in registers goes there."""
+    """Return registers a thread, and the bytes of stack that hold what does not fit in them."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -1,12 +1,11 @@
-"""Makes Triton's interpreter quick and exact enough for a test suite.
+"""Patch Triton's interpreter, so that it is fast and exact enough for a test suite.
 
-- A call of one jit function by another patches the language anew, which takes longer than
-  running it: once for every module that defines such functions is enough, for the kernel that is
-  running has patched the rest.
-- A hint of alignment means nothing to it; here a hint that is false is an error, as on a GPU.
+- A call of one jit function by another patches the language again, which takes longer than running
+  it: here each module that defines such functions is patched once.
+- It ignores hints of alignment; here a hint that is false is an error, as on a GPU.
 - After a launch it copies every storage back to the device, also where that is the CPU and the
-  copy is the storage itself: of memory that was only reserved, that makes gigabytes real.
-- From float32 to bfloat16 it cuts off bits, where a GPU rounds to nearest, ties to even.
+  copy is the storage itself; for memory that was only reserved this would allocate gigabytes.
+- It truncates float32 to bfloat16, where a GPU rounds to nearest, ties to even.
 """
 
 import numpy as np
@@ -16,11 +15,11 @@ from triton.runtime import interpreter
 
 
 def patch() -> None:
-    """Patches Triton's interpreter, for this process."""
+    """Patch Triton's interpreter, for this process."""
     interpreter.InterpretedFunction.__call__ = call_without_patching
     interpreter._convert_float = convert_float
     interpreter._patch_lang = patch_lang
-    interpreter.GridExecutor._restore_args_dev = lambda *arguments: None
+    interpreter.GridExecutor._restore_args_dev = lambda *_: None
 
 
 def call_without_patching(self, *args, patched=set(), **kwargs):
