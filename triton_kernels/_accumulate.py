@@ -25,9 +25,9 @@ WARPS = 4
 def add_chunk(accumulator_ptr, chunk, scale, OVERWRITE, TYPES, BLOCK_SIZE, ALIGNED):
     """Set a chunk of a segment to scale · gradient, or add that; rounded once."""
     elements = elements_of(chunk, BLOCK_SIZE, ALIGNED)
-    target_ptr = pointers(accumulator_ptr, 0, elements)
     offsets, mask = chunk.first + elements.offsets, elements.mask
     total = load_float32(chunk.address, chunk.dtype_code, offsets, mask, TYPES, ALIGNED) * scale
+    target_ptr = pointers(accumulator_ptr, 0, elements)
     if not OVERWRITE:
         total += tl.load(target_ptr, mask=mask, other=0.0).to(tl.float32)
     tl.store(target_ptr, total.to(target_ptr.dtype.element_ty), mask=mask)

@@ -42,11 +42,9 @@ def load_rows(rows, base_ptr, stride, elements, trainable, COUNT):
 
 
 @triton.jit
-def load_tile(storage, start, remaining, K, LANES, VECTOR, ALIGNED):
+def load_tile(storage, start, vectors, within, mask, K, ALIGNED):
     """Return a tile of the accumulators and the momentum, and one of the history."""
-    vectors, within = tl.arange(0, LANES)[:, None] * VECTOR, tl.arange(0, VECTOR)[None, :]
     offsets = vectors + within
-    mask = True if ALIGNED else offsets < remaining
     elements = Elements(start, offsets, mask, ALIGNED)
     trainable = None
     if storage.mask_ptr is not None:
@@ -118,16 +116,18 @@ def products_kernel(  # noqa: PLR0913 - a kernel's launch takes no objects
     length = tl.minimum(tl.load(table_ptr + 4 * tensor + 3) - first, BLOCK_SIZE).to(tl.int32)
     stride = tl.cast(stride, tl.int64)
     storage = Storage(accumulators_ptr, history_ptr, momentum_ptr, mask_ptr, stride)
+    vectors, within = tl.arange(0, LANES)[:, None] * VECTOR, tl.arange(0, VECTOR)[None, :]
     TILE: tl.constexpr = LANES * VECTOR
     R: tl.constexpr = K + (momentum_ptr is not None)
 
     sums = no_products(R * (R + 1) // 2 + K * K * (history_ptr is not None), LANES)
     full = tl.where(aligned, length // TILE * TILE, 0)
     for tile in range(0, full, TILE):
-        rows, history = load_tile(storage, start + tile, 0, K, LANES, VECTOR, True)
+        rows, history = load_tile(storage, start + tile, vectors, within, True, K, True)
         sums = add_products(sums, rows, history, K)
     for tile in range(full, length, TILE):
-        rows, history = load_tile(storage, start + tile, length - tile, K, LANES, VECTOR, False)
+        mask = tile + vectors + within < length
+        rows, history = load_tile(storage, start + tile, vectors, within, mask, K, False)
         sums = add_products(sums, rows, history, K)
     store_products(partials_ptr, chunk_count, sums)
 

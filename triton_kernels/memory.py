@@ -208,8 +208,8 @@ def load_float32(address, dtype_code, offsets, mask, TYPES, ALIGNED):
     values = tl.zeros(offsets.shape, tl.float32)
     for code in tl.static_range(4):
         if (TYPES >> code) & 1:
-            source_ptr = typed_pointer(address, DTYPES[code], ALIGNED)
             selected = mask & uniform_mask(dtype_code == code, offsets)
+            source_ptr = typed_pointer(address, DTYPES[code], ALIGNED)
             values += tl.load(source_ptr + offsets, mask=selected, other=0.0).to(tl.float32)
     return values
 

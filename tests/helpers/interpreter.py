@@ -22,11 +22,14 @@ def patch() -> None:
     interpreter.GridExecutor._restore_args_dev = lambda *_: None
 
 
-def call_without_patching(self, *args, patched=set(), **kwargs):
+_patched: set[int] = set()  # ids of the namespaces of modules
+
+
+def call_without_patching(self, *args, **kwargs):
     module = id(self.fn.__globals__)
-    if module not in patched:
+    if module not in _patched:
         interpreter._patch_lang(self.fn)
-        patched.add(module)
+        _patched.add(module)
     return self.rewrite()(*args, **kwargs)
 
 
