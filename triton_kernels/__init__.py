@@ -1,8 +1,8 @@
-"""The backend in Triton: the operations, a launch or two each, whatever the tensors.
+"""The backend in Triton: each operation is a launch or two, whatever the number of tensors.
 
-Nothing here waits for the device; a CUDA graph can capture every operation once it has run on
-tensors of the same sizes and types. With TRITON_INTERPRET=1 in the environment the kernels run on
-the CPU, interpreted: slow, for tests.
+Nothing here synchronizes with the device; a CUDA graph can capture every operation once it has run
+on tensors of the same sizes and dtypes. With TRITON_INTERPRET=1 in the environment the kernels run
+on the CPU, interpreted: slow, for tests.
 """
 
 from gcond_kernels.triton_kernels._accumulate import accumulate
