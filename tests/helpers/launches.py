@@ -24,7 +24,7 @@ from gcond_kernels.ops.types import (
     TaskGradients,
 )
 from gcond_kernels.triton_kernels import memory
-from gcond_kernels.triton_kernels.graddrop import graddrop_kernel
+from gcond_kernels.triton_kernels._graddrop import graddrop_kernel
 from tests.helpers.flat import filled, layout_of
 
 

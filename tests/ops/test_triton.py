@@ -1,6 +1,5 @@
 """Tests of the Triton backend alone: launch tables, elements beyond 2^31, why it is unavailable."""
 
-import importlib
 import mmap
 
 import pytest
@@ -13,8 +12,6 @@ from gcond_kernels.ops import launch_tables as tables
 from tests.helpers.flat import filled, layout_of, random_mask
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-
-accumulating = importlib.import_module("gcond_kernels.triton_kernels._accumulate")
 
 HERE = torch.device("cpu")
 # On a GPU machine the kernels are not interpreted: tests/gpu checks these things there.
@@ -143,13 +140,15 @@ def test_masks_beyond_2_31():
 
 @needs_interpreter
 def test_a_chunk_beyond_2_31_elements():
+    from gcond_kernels.triton_kernels import _accumulate
+
     size = 2**31 + 3000
     gradient, accumulator = (reserved(size, torch.bfloat16) for _ in range(2))
     gradient[-3000:] = torch.randn(3000).bfloat16()
-    plan = tables.plan(tables.keys_of([gradient]), (0,), (size,), True, accumulating.CHUNK, HERE)
+    plan = tables.plan(tables.keys_of([gradient]), (0,), (size,), True, _accumulate.CHUNK, HERE)
     last = plan.chunks.table[-2:].contiguous()  # the others would take the interpreter hours
-    accumulating.accumulate_kernel[(2,)](
-        accumulator, plan.table, last, 1.0, None, True, plan.types, accumulating.CHUNK
+    _accumulate.accumulate_kernel[(2,)](
+        accumulator, plan.table, last, 1.0, None, True, plan.types, _accumulate.CHUNK
     )
     assert torch.equal(accumulator[-3000:], gradient[-3000:])
 
