@@ -222,7 +222,6 @@ def trained(records: Sequence[Record], scene: str, window: int) -> list[Record]:
 
 
 def report(records: Sequence[Record]) -> list[str]:
-    """Return the paragraphs of the report."""
     said = [
         "# Variance and direction of accumulated task gradients",
         "At fixed weights the micro-batches are drawn independently, so the variance of their mean "

@@ -132,7 +132,6 @@ def change(gramians: torch.Tensor, weights: torch.Tensor) -> float:
 
 
 def report(records: Sequence[Record]) -> list[str]:
-    """Return the paragraphs of the report."""
     said = [
         "# The thresholds of the zones",
         "Thresholds are (θ_crit, θ_main, θ_weak). Differences are to the default thresholds "

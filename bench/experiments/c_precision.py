@@ -105,7 +105,6 @@ def errors(accumulators: Tensor, exact: Tensor, tasks: Sequence[str]) -> dict[st
 
 
 def report(records: Sequence[Record]) -> list[str]:
-    """Return the paragraphs of the report."""
     said = [
         "# bfloat16 accumulators against float32",
         "The sum is formed in float32 and rounded to the accumulator's type after every "

@@ -39,7 +39,6 @@ COLUMNS = {
 
 
 def report(records: Sequence[Record]) -> list[str]:
-    """Return the paragraphs of the report."""
     said = [
         "# Exact and stochastic mode",
         "Differences are to GCond in exact mode. Stochastic with A = 4 has as many micro-batches "
@@ -55,7 +54,6 @@ def report(records: Sequence[Record]) -> list[str]:
 
 
 def picture(records: Sequence[Record]) -> Figure:
-    """Draw the scores."""
     return score_picture(records, VARIANTS, "Exact and stochastic mode", (EXACT, "GCond exact"))
 
 

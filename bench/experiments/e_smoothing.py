@@ -51,7 +51,6 @@ VARIANTS = {
 
 
 def report(records: Sequence[Record]) -> list[str]:
-    """Return the paragraphs of the report."""
     said = [
         "# Integrated and separate smoothing",
         "Integrated: momentum=0.9 in GCondFused, beta1=0 in AdamW; separate: momentum=0, "
@@ -66,7 +65,6 @@ def report(records: Sequence[Record]) -> list[str]:
 
 
 def picture(records: Sequence[Record]) -> Figure:
-    """Draw the scores."""
     title = "Integrated and separate smoothing, at several learning rates"
     return score_picture(records, VARIANTS, title, (BASELINE, "GCond, separate, 1× rate"))
 

@@ -82,7 +82,6 @@ def replays(job: Job) -> Record:
 
 
 def report(records: Sequence[Record]) -> list[str]:
-    """Return the paragraphs of the report."""
     said = [
         "# The dominance window",
         "W is dominance_window; history is what stability compares with. Thresholds are (0, 0, 0) "

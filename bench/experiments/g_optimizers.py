@@ -107,7 +107,6 @@ def loss_of(found: Record) -> float:
 
 
 def report(records: Sequence[Record]) -> list[str]:
-    """Return the paragraphs of the report."""
     said = [
         "# GCond with three optimizers",
         "AdamW: betas (0.9, 0.95). Lion/LARS: update=LionLars() and momentum=0.9 over SGD. SGD: "
@@ -136,7 +135,6 @@ def rates_tried(settings: dict[str, Any]) -> list[str]:
 
 
 def picture(records: Sequence[Record]) -> Figure:
-    """Draw the scores."""
     title = "GCond and the plain sum with three optimizers, each at its own learning rate"
     return score_picture(records, VARIANTS, title, (ALL[0].key, "the plain sum, AdamW"))
 

@@ -55,7 +55,6 @@ def variants_in(records: Sequence[Record], scene: str) -> list[Variant]:
 
 
 def report(records: Sequence[Record]) -> list[str]:
-    """Return the paragraphs of the report."""
     said = [
         "# What the methods come to on the demo's two scenes",
         "Each has the default options of its class. Some make a sum of the gradients and some a "
@@ -106,7 +105,6 @@ def relative_times(records: Sequence[Record], scene: str) -> tuple[dict[str, flo
 
 
 def picture(records: Sequence[Record]) -> Figure:
-    """Draw the scores."""
     variants = {scene: variants_in(records, scene) for scene in SCENES}
     title = "Validation scores by method and seed"
     return score_picture(records, variants, title, (PLAIN.key, "the plain sum"))
