@@ -31,6 +31,8 @@ WEIGHT, BIAS, PAIRS = 8192, 100, 2
 PARAMETERS = PAIRS * (WEIGHT + BIAS)
 ALIGNMENT = 32
 TASKS = (2, 4, 8)
+# What a backend leaves to the next one.
+LACKING = {"cuda": ("graddrop",)}
 
 FOOT = """\
 launches: torch's operations that move bytes, and launches of kernels; for CUDA calls of the
@@ -128,6 +130,8 @@ def cases(backend: str) -> Iterator[Case]:
         accumulators = filled(tasks, sum(padded))
         accumulators -= 1.1 * accumulators.mean(0)  # there are conflicts to resolve
         for operation, operate in resolution(accumulators, layout).items():
+            if operation in LACKING.get(backend, ()):
+                continue
             at_once = backend == "cuda" and operation == "resolve"
             by = "cuda, one launch" if at_once else backend
             yield Case(operation, "", by, tasks, partial(operate, backend=backend))

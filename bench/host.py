@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import pkgutil
 import sys
 import timeit
 from collections import Counter
@@ -38,14 +39,6 @@ TARGET = 60e-6
 # Where the functions of the package are: below it, and the backends beside it.
 ROOT = Path(gcond_kernels.__file__).resolve().parents[1]
 FOLDERS = tuple(f"{ROOT / name}/" for name in ("gcond_kernels", "python", "triton_kernels", "csrc"))
-
-KERNELS = {
-    "accumulate": ["accumulate_kernel"],
-    "gramian": ["products_kernel", "sum_kernel"],
-    "arbitrate": ["arbitrate_kernel"],
-    "combine": ["combine_kernel", "factor_kernel"],
-    "graddrop": ["graddrop_kernel"],  # its factors are those of combine
-}
 
 
 def check(_: argparse.Namespace) -> None:
@@ -160,38 +153,35 @@ def sums_on_host() -> dict[str, float]:
     """
     from gcond_kernels import _cuda
 
-    launch = importlib.import_module("gcond_kernels.cuda.launch")
-    layout = ops.Layout((0,), (7,))
-    tables = launch.chunk_tables(layout, 4096, torch.device("cpu")).tables
-    no_chunks = _cuda.Chunks(*tables, 0, 0, 4096)
-    accumulators, scale = torch.zeros(TASKS, 32), torch.ones(TASKS, dtype=torch.float64)
-    partials, matrix = torch.empty(10, 0), torch.empty(TASKS, TASKS, dtype=torch.float64)
-    gradients = ops.TaskGradients(accumulators, layout, scale, accumulators)
+    module = importlib.import_module("gcond_kernels.cuda._gramian")
+    layout, scale = ops.Layout((0,), (7,)), torch.ones(TASKS, dtype=torch.float64)
+    chunks = module.chunk_tables(layout, 4096, scale.device).chunks
+    accumulators = torch.zeros(TASKS, 32)
 
-    def time_of(cross: torch.Tensor | None) -> dict[str, float]:
-        gramians = ops.Gramians(matrix, cross, matrix, None)
-        return seconds(
-            lambda: _cuda.gramian((-1, 0), no_chunks, gradients, None, scale, partials, gramians)
-        )
+    def time_of(history: torch.Tensor | None) -> dict[str, float]:
+        own = ops.TaskGradients(accumulators, layout, scale, history)
+        written = module.new_gramians(own, False, 0)
+        return seconds(lambda: _cuda.gramian((-1, 0), chunks, own, None, scale, *written))
 
-    with_cross, without = time_of(matrix), time_of(None)
-    return {key: 10 / 4 * (with_cross[key] - without[key]) for key in with_cross}
+    with_history, without = time_of(accumulators), time_of(None)
+    return {key: 10 / 4 * (with_history[key] - without[key]) for key in without}
 
 
 def without_launches() -> None:
     """Replace Triton's launches by nothing, and leave those in CUDA C++ no chunks."""
     from gcond_kernels import _cuda
 
-    for operation, names in KERNELS.items():
-        module = importlib.import_module(f"gcond_kernels.triton_kernels._{operation}")
-        for name in names:
+    kernels = importlib.import_module("gcond_kernels.triton_kernels")
+    for found in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        module = importlib.import_module(found.name)
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, NoLaunch())
     launch = importlib.import_module("gcond_kernels.cuda.launch")
-    chunk_tables = launch._chunk_tables
+    tables_of = launch._chunk_tables
 
     @functools.cache
     def without_chunks(layout: ops.Layout, length: int, device: torch.device) -> Any:
-        made = chunk_tables(layout, length, device)
+        made = tables_of(layout, length, device)
         return made._replace(chunks=_cuda.Chunks(*made.tables, 0, 0, length))
 
     launch._chunk_tables = without_chunks
