@@ -13,9 +13,9 @@ from gcond_kernels.triton_kernels.memory import (
     elements_of,
     load_chunk,
     load_float32,
-    plan_of,
     pointers,
 )
+from gcond_kernels.triton_kernels.plans import plan_of
 
 CHUNK = 2048
 WARPS = 4

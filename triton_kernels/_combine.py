@@ -22,12 +22,12 @@ from gcond_kernels.triton_kernels.memory import (
     Storage,
     elements_of,
     load_chunk,
-    plan_of,
     pointers,
     store_float32,
     trainable_elements,
     uniform_mask,
 )
+from gcond_kernels.triton_kernels.plans import Plan, plan_of
 
 CHUNK = 1024
 WARPS = 4
@@ -247,7 +247,7 @@ def combine(
 
 
 def factors_of(
-    plan: tables.Plan,
+    plan: Plan,
     weights: Tensor,
     finite: Tensor,
     momentum: Momentum | None,

@@ -26,10 +26,10 @@ from gcond_kernels.triton_kernels.memory import (
     Storage,
     elements_of,
     load_chunk,
-    plan_of,
     pointers,
     uniform_mask,
 )
+from gcond_kernels.triton_kernels.plans import plan_of
 
 CHUNK = 1024
 WARPS = 4

@@ -19,10 +19,10 @@ from gcond_kernels.triton_kernels.memory import (
     Storage,
     load_float32,
     locate,
-    plan_of,
     pointers,
     trainable_bits,
 )
+from gcond_kernels.triton_kernels.plans import plan_of
 
 WARPS = 4
 SUM_BLOCK = 1024

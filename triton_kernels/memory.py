@@ -1,35 +1,24 @@
-"""What the kernels share: tables of addresses, and access to memory in vectors of 16 bytes.
+"""What the kernels share: access to memory in vectors of 16 bytes.
 
-A table holds the address and the dtype code of every tensor. `TYPES` has a bit for each dtype code
-that occurs; a kernel compiles one access for each of these, and masks off all but the right one.
-Such a mask is the same for the whole program, so that it moves no bytes and keeps the access 16
-bytes wide, which a mask that differs between the elements of a vector does not.
+A plan's table holds the address and the dtype code of every tensor. `TYPES` has a bit for each
+dtype code that occurs; a kernel compiles one access for each of these, and masks off all but the
+right one. Such a mask is the same for the whole program, so that it moves no bytes and keeps the
+access 16 bytes wide, which a mask that differs between the elements of a vector does not.
 """
 
-import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops import types
+from gcond_kernels.triton_kernels import plans
 
-NO_TENSOR = tl.constexpr(tables.NO_TENSOR)
-ALIGNED_BIT = tl.constexpr(tables.ALIGNED)
+NO_TENSOR = tl.constexpr(plans.NO_TENSOR)
+ALIGNED_BIT = tl.constexpr(plans.ALIGNED)
 WORD_BITS = tl.constexpr(types.WORD_BITS)
-VECTOR_ELEMENTS = tl.constexpr(tables.VECTOR_ELEMENTS)
+VECTOR_ELEMENTS = tl.constexpr(plans.VECTOR_ELEMENTS)
 DTYPES = tl.constexpr((tl.float32, tl.bfloat16, tl.float16, tl.float64))  # of each dtype code
-
-# Addresses that travel with one launch, where no table can be copied to the device.
-ADDRESSES = 64
-# Triton compiles anew for numbers that are 1, multiples of 16, or fit in 32 bits. Doubled, made odd
-# and moved this far all addresses are of one kind.
-ADDRESS_SHIFT = 1 << 62
-SHIFT = tl.constexpr(ADDRESS_SHIFT)
 
 
 class Storage(NamedTuple):
@@ -61,63 +50,6 @@ class Elements(NamedTuple):
     offsets: Any  # from there
     mask: Any  # which of them exist
     ALIGNED: Any  # whether every vector of them is aligned, in every row of flat storage
-
-
-def plan_of(
-    tensors: Sequence[Tensor | None] | None,
-    layout: types.Layout,
-    length: int,
-    device: torch.device,
-    *storage: Tensor | None,
-) -> tables.Plan:
-    """Return the tables of a launch over all tensors, also while a CUDA graph is captured.
-
-    Args:
-        tensors: T tensors, or None for a launch that works on flat storage alone.
-        layout: where the segment of each lies in flat storage.
-        length: elements of a chunk.
-        device: where the tables are to lie.
-        storage: the flat storage of the launch.
-    """
-    keys = tables.no_keys(len(layout.sizes)) if tensors is None else tables.keys_of(tensors)
-    arguments = (keys, *layout, tables.is_aligned(*storage), length, device)
-    try:
-        plan = tables.plan(*arguments)
-    except tables.CaptureMissError:
-        plan = tables.plan_under_capture(with_addresses, *arguments)
-    else:
-        if device.type == "cuda":
-            load_writer(device)
-    tables.keep_if_captured(plan.table, plan.chunks.table, plan.chunks.first)
-    return plan
-
-
-@functools.cache
-def load_writer(device: torch.device) -> None:
-    """Load the kernel that captures need: older drivers load none during a capture."""
-    with_addresses(torch.zeros((1, 4), dtype=torch.int64, device=device), (0,))
-
-
-def with_addresses(table: Tensor, addresses: tables.Addresses) -> Tensor:
-    """Return a copy of a table [T, 4] with these addresses, made by launches alone."""
-    tensors = len(addresses)
-    padded = -(-tensors // ADDRESSES) * ADDRESSES
-    copy = table.new_empty((padded, 4))
-    copy[:tensors].copy_(table)
-    with tables.guard(table.device):
-        for first in range(0, tensors, ADDRESSES):
-            moved = [2 * a + 1 + ADDRESS_SHIFT for a in addresses[first : first + ADDRESSES]]
-            moved += [1 + ADDRESS_SHIFT] * (ADDRESSES - len(moved))
-            write_addresses[(1,)](copy, first, tuple(moved), num_warps=1)
-    return copy[:tensors]
-
-
-@triton.jit(do_not_specialize=["first"])
-def write_addresses(table_ptr, first, addresses):
-    """Write a tuple of addresses into the first column of a table [T, 4], from `first` on."""
-    for number in tl.static_range(len(addresses)):
-        entry_ptr = table_ptr + 4 * (tl.cast(first, tl.int64) + number)
-        tl.store(entry_ptr, (addresses[number] - SHIFT) >> 1)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from gcond_kernels.ops.types import (
     SignDropout,
     TaskGradients,
 )
-from gcond_kernels.triton_kernels import memory
+from gcond_kernels.triton_kernels import plans
 from gcond_kernels.triton_kernels._graddrop import graddrop_kernel
 from tests.helpers.flat import filled, layout_of
 
@@ -140,8 +140,8 @@ def launch_everything() -> None:
     # As while a graph is captured; addresses of any size, and of none, are one variant.
     table = torch.zeros(130, 4, dtype=torch.int64)
     for addresses in ([0, 1, 16] + 127 * [0x7F0000000000], list(range(130))):
-        memory.with_addresses(table, tuple(addresses))
-    assert variants_of(memory.write_addresses) == 1
+        plans.with_addresses(table, tuple(addresses))
+    assert variants_of(plans.write_addresses) == 1
 
 
 if __name__ == "__main__":

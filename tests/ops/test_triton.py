@@ -12,6 +12,7 @@ from gcond_kernels.ops import launch_tables as tables
 from tests.helpers.flat import filled, layout_of, random_mask
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+plans = pytest.importorskip("gcond_kernels.triton_kernels.plans")
 
 HERE = torch.device("cpu")
 # On a GPU machine the kernels are not interpreted: tests/gpu checks these things there.
@@ -33,9 +34,9 @@ def test_a_plan_is_cached_by_addresses_dtypes_and_sizes_alone():
     accumulator = torch.zeros(layout.length)
 
     def misses(gradients, layout=layout):
-        before = tables.plan.cache_info().misses
+        before = plans.plan.cache_info().misses
         accumulate(accumulator, gradients, layout)
-        return tables.plan.cache_info().misses - before
+        return plans.plan.cache_info().misses - before
 
     assert misses([storage[:5], storage[32:39]]) == 1
     assert misses([storage[:5], storage[32:39]]) == 0  # other objects, same addresses
@@ -53,7 +54,7 @@ def test_a_plan_is_cached_by_addresses_dtypes_and_sizes_alone():
 @pytest.fixture
 def captured(monkeypatch):
     """Simulate the capture of a CUDA graph: nothing new can be copied to the GPU."""
-    copied, plan = tables.to_device, tables.plan
+    copied, plan = tables.to_device, plans.plan
     monkeypatch.setattr(tables, "is_capturing", lambda _: True)
 
     def no_copies(array, device):
@@ -62,7 +63,7 @@ def captured(monkeypatch):
         return copied(array, device)
 
     monkeypatch.setattr(tables, "to_device", no_copies)
-    monkeypatch.setattr(tables, "plan", plan.__wrapped__)  # on the CPU addresses come back
+    monkeypatch.setattr(plans, "plan", plan.__wrapped__)  # on the CPU addresses come back
     return lambda on: monkeypatch.setattr(tables, "is_capturing", lambda _: on)
 
 
@@ -74,7 +75,7 @@ def test_addresses_that_are_new_to_a_capture(captured):
     gradients[0] = gradients[3] = None
     expected = filled(layout, 1, 0)[0]
     accumulator = expected.clone()
-    tables.table_without_addresses.cache_clear()
+    plans.table_without_addresses.cache_clear()
     with pytest.raises(tables.CaptureMissError, match="before the capture"):
         accumulate(accumulator, gradients, layout, overwrite=False)
     captured(False)
@@ -145,7 +146,8 @@ def test_a_chunk_beyond_2_31_elements():
     size = 2**31 + 3000
     gradient, accumulator = (reserved(size, torch.bfloat16) for _ in range(2))
     gradient[-3000:] = torch.randn(3000).bfloat16()
-    plan = tables.plan(tables.keys_of([gradient]), (0,), (size,), True, _accumulate.CHUNK, HERE)
+    layout = ops.Layout((0,), (size,))
+    plan = plans.plan(plans.keys_of([gradient]), layout, True, _accumulate.CHUNK, HERE)
     last = plan.chunks.table[-2:].contiguous()  # the others would take the interpreter hours
     _accumulate.accumulate_kernel[(2,)](
         accumulator, plan.table, last, 1.0, None, True, plan.types, _accumulate.CHUNK
@@ -156,14 +158,13 @@ def test_a_chunk_beyond_2_31_elements():
 @pytest.mark.parametrize("misplaced", ["nothing", "tensor", "offset", "storage"])
 def test_what_is_not_aligned_is_marked(misplaced):
     address, offset = 2**20 + 4 * (misplaced == "tensor"), 32 + (misplaced == "offset")
-    plan = tables.plan(
-        ((address,), (torch.float32,)), (offset,), (5,), misplaced != "storage", 1024, HERE
-    )
-    assert bool(plan.table[0, 1] & tables.ALIGNED) == (misplaced == "nothing")
+    keys, layout = ((address,), (torch.float32,)), ops.Layout((offset,), (5,))
+    plan = plans.plan(keys, layout, misplaced != "storage", 1024, HERE)
+    assert bool(plan.table[0, 1] & plans.ALIGNED) == (misplaced == "nothing")
     storage = torch.zeros(2, 33)
-    assert tables.is_aligned(storage[0], None)
-    assert not tables.is_aligned(storage[0], storage[1])
-    assert not tables.is_aligned(storage)  # its second accumulator
+    assert plans.is_aligned(storage[0], None)
+    assert not plans.is_aligned(storage[0], storage[1])
+    assert not plans.is_aligned(storage)  # its second accumulator
 
 
 def test_chunks_of_tensors_beyond_2_31_are_counted_in_integers():
