@@ -74,28 +74,28 @@ def run(benchmark: Benchmark, what: str, given: Sequence[str]) -> int:
 
 def measure(benchmark: Benchmark, options: argparse.Namespace, command: str) -> int:
     """Measure, print and write all figures; return the exit status."""
-    told: dict[str, Any] = {
+    result: dict[str, Any] = {
         "command": command,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": record.describe(getattr(options, "device", None) or torch.device("cpu")),
         "figures": [],
     }
-    print(", ".join(f"{key} {value}" for key, value in told["machine"].items()))
-    record.write(told, options.output)  # what was there is of another run
+    print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
+    record.write(result, options.output)  # what was there is of another run
     table = Table(benchmark.columns, benchmark.group)
     try:
         for figure in benchmark.figures(options):
             table.add(figure)
-            told["figures"].append(figure)
-            record.write(told, options.output)  # now: what comes later may be stopped
+            result["figures"].append(figure)
+            record.write(result, options.output)  # now: what comes later may be stopped
     except KeyboardInterrupt:
         print(f"Interrupted: {options.output} holds what was measured until then.")
         return INTERRUPTED
-    if foot := benchmark.foot(told["figures"]):
+    if foot := benchmark.foot(result["figures"]):
         print(foot)
     print(f"figures: {options.output}")
     benchmark.after(options.output)
-    return int(any("error" in figure for figure in told["figures"]))
+    return int(any("error" in figure for figure in result["figures"]))
 
 
 def check_output(path: Path) -> None:

@@ -178,8 +178,10 @@ def replayed(records: Sequence[Record], scene: str) -> list[str]:
         found = replays_of(records, window)
         smallest = min(one["smallest_cosine"] for one in found)
         by_tensor = min(one["smallest_cosine_by_tensor"] for one in found)
-        told = f"smallest cosine {smallest:.2f}, within a tensor {by_tensor:.2f}".replace("-", "−")
-        said += [f"Windows of {micro_batches}: {told}.", grid_table(found)]
+        smallest_cosines = (
+            f"smallest cosine {smallest:.2f}, within a tensor {by_tensor:.2f}".replace("-", "−")
+        )
+        said += [f"Windows of {micro_batches}: {smallest_cosines}.", grid_table(found)]
     return said
 
 

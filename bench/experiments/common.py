@@ -96,8 +96,8 @@ def parse(experiment: Experiment, given: Sequence[str]) -> argparse.Namespace:
         prog=f"python -m bench experiments {experiment.name}", description=experiment.about
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
-    told = " and ".join(f"{steps} of {scene}" for scene, steps in experiment.steps.items())
-    parser.add_argument("--steps", type=int, metavar="N", help=f"default: {told}")
+    defaults = " and ".join(f"{steps} of {scene}" for scene, steps in experiment.steps.items())
+    parser.add_argument("--steps", type=int, metavar="N", help=f"default: {defaults}")
     parser.add_argument("--scene", choices=(*SCENES, "both"), default="both")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
     experiment.add_arguments(parser)
@@ -118,7 +118,7 @@ def run(experiment: Experiment, given: Sequence[str]) -> int:
     """Perform the jobs, write the record after each of them, then tables and picture."""
     options = parse(experiment, given)
     torch.set_num_threads(1)  # as in the processes: a model this small gains nothing from more
-    whole: dict[str, Any] = {
+    result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "bench", "experiments", experiment.name, *given]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": record.describe(torch.device("cpu")) | {"processes": processes()},
@@ -128,22 +128,22 @@ def run(experiment: Experiment, given: Sequence[str]) -> int:
     target = options.output / f"{experiment.name}.json"
 
     def keep(found: Record) -> None:
-        whole["figures"].append(found)
-        record.write(finite(whole), target)
+        result["figures"].append(found)
+        record.write(finite(result), target)
 
     jobs: list[Job] = []
     interrupted = False
     try:
         # Digits first: they take little, and what is interrupted has them.
         jobs += sorted(experiment.jobs(options), key=lambda job: (job.scene != "digits", job.seed))
-        whole["settings"] |= {"planned": len(jobs), **experiment.settings(options)}
+        result["settings"] |= {"planned": len(jobs), **experiment.settings(options)}
         perform_all(jobs, keep)
     except KeyboardInterrupt:
         interrupted = True
-        print(f"Interrupted after {len(whole['figures'])} of {len(jobs)} runs.")
-    records = complete_seeds(whole["figures"], jobs)
+        print(f"Interrupted after {len(result['figures'])} of {len(jobs)} runs.")
+    records = complete_seeds(result["figures"], jobs)
     if records:
-        text = document(experiment, whole | {"figures": records})
+        text = document(experiment, result | {"figures": records})
         target.with_suffix(".md").write_text(text, encoding="utf-8")
         experiment.picture(records).savefig(target.with_suffix(".png"), dpi=DPI)
         for suffix in (".json", ".md", ".png"):
@@ -151,23 +151,23 @@ def run(experiment: Experiment, given: Sequence[str]) -> int:
     return INTERRUPTED if interrupted else 0
 
 
-def document(experiment: Experiment, whole: dict[str, Any]) -> str:
+def document(experiment: Experiment, result: dict[str, Any]) -> str:
     """Return the Markdown file of a record."""
-    records = whole["figures"]
+    records = result["figures"]
     heading, *paragraphs = experiment.report(records)
-    machine = ", ".join(f"{key.replace('_', ' ')} {v}" for key, v in whole["machine"].items())
+    machine = ", ".join(f"{key.replace('_', ' ')} {v}" for key, v in result["machine"].items())
     seeds = "; ".join(
         f"{scene} {', '.join(map(str, seeds_of(records, scene)))}" for scene in scenes_in(records)
     )
     which = f"Seeds, of initial parameters and micro-batches: {seeds}."
-    if len(records) < whole["settings"]["planned"]:
+    if len(records) < result["settings"]["planned"]:
         which += (
-            f" **Interrupted: {len(records)} of {whole['settings']['planned']} runs; incomplete "
+            f" **Interrupted: {len(records)} of {result['settings']['planned']} runs; incomplete "
             "seeds are left out.**"
         )
     drawn = f"![{heading.lstrip('# ')}]({experiment.name}.png)"
-    made = f"`{whole['command']}`, {whole['date']}; {machine}."
-    appendix = experiment.appendix(whole["settings"])
+    made = f"`{result['command']}`, {result['date']}; {machine}."
+    appendix = experiment.appendix(result["settings"])
     return "\n\n".join([heading, made, which, *paragraphs, *appendix, drawn]) + "\n"
 
 

@@ -71,10 +71,10 @@ def test_every_experiment_writes_a_record_tables_and_a_picture(experiment, tmp_p
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, **NAMED)
 def test_the_tables_are_those_of_the_record(experiment):
-    whole = record.read(common.RESULTS / f"{experiment.name}.json")
-    whole["figures"].sort(key=lambda found: found["seed"])
+    result = record.read(common.RESULTS / f"{experiment.name}.json")
+    result["figures"].sort(key=lambda found: found["seed"])
     recorded = (common.RESULTS / f"{experiment.name}.md").read_text(encoding="utf-8")
-    assert common.document(experiment, whole) == recorded
+    assert common.document(experiment, result) == recorded
 
 
 @pytest.mark.parametrize(
