@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from gcond_kernels.diagnostics.records import ALL_ZONES, Record, mean_incidence, record_key
+from gcond_kernels.diagnostics.records import (
+    ALL_ZONES,
+    Record,
+    mean_incidence,
+    percent,
+    record_key,
+)
 
 if TYPE_CHECKING:
     from gcond_kernels.diagnostics.recorder import Recorder
@@ -23,6 +29,7 @@ WEAK_COSINE = -0.05
 # Moderate and critical conflicts in one step of ten are a part of training, not a mishap.
 NOTABLE_SHARE = 0.1
 LAYERS_NAMED = 3
+LABELS = {"none": "no conflict"}
 COMPARE = (
     "Whether the model gets better by it, only validation scores tell: compare with the plain sum."
 )
@@ -40,9 +47,9 @@ def advise(recorder: Recorder) -> str:
         return "Nothing is recorded yet: train some steps, then ask again."
     compared = [record for record in records if record["zone"] is not None]
     first, last = records[0]["step"], records[-1]["step"]
-    several = f"{len(records)} steps ({first} to {last})"
+    which = f"{first} to {last}" if len(records) > 1 else f"step {last}"
     paragraphs = (
-        f"Looked at {several if len(records) > 1 else f'1 step (step {last})'}.",
+        f"Looked at {_steps(len(records))} ({which}).",
         _zones(compared),
         _worst_pair(compared, tasks, recorder.thresholds[2]),
         _worst_layers(recorder.layers()),
@@ -52,61 +59,52 @@ def advise(recorder: Recorder) -> str:
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
-def _percent(count: int, total: int) -> str:
-    return f"{100.0 * count / total:.1f} %"
-
-
 def _zones(compared: Sequence[Record]) -> str:
     """Return the share of steps in each zone, and the mean incidence."""
     incidence = mean_incidence(compared)
     if incidence is None:
         return ""
     zones = [record["zone"] for record in compared]
-    lines = ["Steps by the zone of their smallest cosine:"]
-    for zone in ALL_ZONES:
-        label = "no conflict" if zone == "none" else zone
-        lines.append(f"  {label:<12}{_percent(zones.count(zone), len(zones)):>8}")
-    lines.append(
-        "\nIncidence of conflict (pairs of tasks with a cosine below 0, mean over the steps): "
-        f"{100.0 * incidence:.1f} %."
+    shares = {zone: percent(zones.count(zone), len(zones)) for zone in ALL_ZONES}
+    lines = [f"  {LABELS.get(zone, zone):<12}{share:>8}" for zone, share in shares.items()]
+    return "\n".join(
+        [
+            "Steps by the zone of their smallest cosine:",
+            *lines,
+            "\nIncidence of conflict (pairs of tasks with a cosine below 0, mean over the steps): "
+            f"{percent(incidence)}.",
+        ]
     )
-    return "\n".join(lines)
 
 
 def _worst_pair(compared: Sequence[Record], tasks: Sequence[str], weak: float) -> str:
     """Return which pair conflicts in the largest share of the steps that compared it."""
-    worst, text = (0.0, 0.0), ""
+    found = []
     for a, b in combinations(tasks, 2):
         key = record_key("cosine", a, b)
         cosines = [record[key] for record in compared if record[key] is not None]
         below = [cosine for cosine in cosines if cosine < weak]
-        if not below:
-            continue
-        median = statistics.median(below)
-        rank = len(below) / len(cosines), -median
-        if not text or rank > worst:
-            worst = rank
+        if below:
+            median = statistics.median(below)
             text = (
                 f"{a} and {b} conflict{'' if len(tasks) == 2 else ' most'}: "
-                f"in {_percent(len(below), len(cosines))} of {len(cosines)} comparisons.\n"
+                f"in {percent(len(below), len(cosines))} of {len(cosines)} comparisons.\n"
                 f"The median cosine in those is {median:+.2f}."
             )
-    return text
+            found.append((len(below) / len(cosines), -median, text))
+    return max(found, key=lambda pair: pair[:2])[2] if found else ""
 
 
 def _worst_layers(layers: Sequence[Record]) -> str:
     """Return the layers with the largest share of conflicts, of those compared often enough."""
     worst = [layer for layer in layers if layer["compared"] >= ENOUGH_STEPS and layer["conflicts"]]
-    if not worst:
-        return ""
-    worst.sort(key=lambda layer: -layer["share"])
-    lines = ["Layers that conflict most (cosine below 0 within the layer):"]
-    lines += [
-        f"  {_percent(layer['conflicts'], layer['compared']):>7} of {layer['compared']} "
+    lines = [
+        f"  {percent(layer['conflicts'], layer['compared']):>7} of {layer['compared']} "
         f"comparisons: {layer['layer']}"
-        for layer in worst[:LAYERS_NAMED]
+        for layer in sorted(worst, key=lambda layer: -layer["share"])[:LAYERS_NAMED]
     ]
-    return "\n".join(lines)
+    title = "Layers that conflict most (cosine below 0 within the layer):"
+    return "\n".join([title, *lines]) if lines else ""
 
 
 def _left_out(records: Sequence[Record], tasks: Sequence[str]) -> str:
@@ -116,11 +114,14 @@ def _left_out(records: Sequence[Record], tasks: Sequence[str]) -> str:
         key = record_key("dropped", task)
         counts[f"Without {task}, as it"] = sum(r[key] and not r["skipped"] for r in records)
     return "\n".join(
-        f"{what} was not finite: {count} step{'' if count == 1 else 's'} "
-        f"({_percent(count, len(records))})."
+        f"{what} was not finite: {_steps(count)} ({percent(count, len(records))})."
         for what, count in counts.items()
         if count
     )
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'' if count == 1 else 's'}"
 
 
 def _verdict(compared: Sequence[Record], tasks: int) -> str:
@@ -139,7 +140,7 @@ def _verdict(compared: Sequence[Record], tasks: int) -> str:
     if strong >= NOTABLE_SHARE * len(compared):
         return (
             "this conflict is worth resolving: it is moderate or critical in "
-            f"{_percent(strong, len(compared))} of the steps.\n{COMPARE}"
+            f"{percent(strong, len(compared))} of the steps.\n{COMPARE}"
         )
     plain_sum = (
         "The result is close to the plain sum.\n"

@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gcond_kernels.diagnostics.recorder import Recorder
-from gcond_kernels.diagnostics.records import ALL_ZONES, Record, check_count, record_key, shortened
+from gcond_kernels.diagnostics.records import (
+    ALL_ZONES,
+    Record,
+    check_count,
+    percent,
+    record_key,
+    shortened,
+)
 
 if TYPE_CHECKING:  # matplotlib is needed only where a picture is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
 # Okabe and Ito's colours, which colour-blind people can distinguish.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -23,11 +31,10 @@ GREY = "#999999"
 ZONE_COLORS = {"none": "#FFFFFF", "mild": "#FFF4D6", "moderate": "#FFE0A3", "critical": "#FFC46B"}
 # Pairs differ in their markers too, not in colour alone.
 PAIR_STYLES = tuple(zip((BLUE, VERMILION, GREEN, PURPLE, SKY, BLACK), "o^svDX", strict=True))
-BAR = "#B9DDF3"  # light, as the layers' names are written on it
 
 DPI = 110
 LAYERS = 20
-SMALLEST = 8.0  # points of a layer's name above its bar; a longer name loses its middle
+SMALLEST, LARGEST = 8.0, 11.0  # points of a layer's name; a longer name loses its middle
 WINNERS = 12
 FEW_STEPS = 60  # up to this many are joined by lines, more get a running median
 LEAST_HEIGHT = 0.09  # of a zone, in cosine, for its name to fit
@@ -53,17 +60,17 @@ def plot_conflicts(recorder: Recorder, path: str | os.PathLike[str]) -> Path:
         ImportError: matplotlib is missing.
         ValueError: nothing was recorded, or the path is that of a folder.
     """
-    new_figure, target = _figure_and_path("plot_conflicts", path)
-    records = recorder.rows()
-    if not records:
+    figure, target = _figure_and_path("plot_conflicts", path)
+    if not len(recorder):
         raise ValueError(NOTHING_TO_DRAW.format("a step was recorded"))
-    return _saved(_draw(new_figure, recorder, records), target)
+    _draw_conflicts(figure, recorder)
+    return _saved(figure, target)
 
 
 def plot_layer_conflicts(
     recorder: Recorder, path: str | os.PathLike[str], *, threshold: float = 0.0, most: int = 25
 ) -> Path:
-    """Draw how often tasks conflict in each layer, a bar for each.
+    """Draw how often tasks conflict in each layer, a bar for each, and return the path.
 
     In this order Recon (Shi et al. 2023, arXiv 2302.11289) makes layers task-specific:
     `split_conflicting_layers`. On a GPU this synchronizes with the device.
@@ -74,23 +81,21 @@ def plot_layer_conflicts(
         threshold: a pair of tasks with a cosine below it is a conflict.
         most: the largest number of layers, 1 or more.
 
-    Returns:
-        The path of the picture.
-
     Raises:
         ImportError: matplotlib is missing.
         ValueError: no layer had a gradient of two tasks, the path is that of a folder, or `most` is
             out of its range.
     """
-    new_figure, target = _figure_and_path("plot_layer_conflicts", path)
+    figure, target = _figure_and_path("plot_layer_conflicts", path)
     check_count("most", most, 1)
     layers = recorder.layers(threshold=threshold)
     if not layers:
         raise ValueError(NOTHING_TO_DRAW.format("a layer had gradients of two tasks"))
-    return _saved(_draw_ranking(new_figure, layers, threshold, int(most)), target)
+    _draw_ranking(figure, layers, threshold, int(most))
+    return _saved(figure, target)
 
 
-def _figure_and_path(function: str, path: str | os.PathLike[str]) -> tuple[type[Figure], Path]:
+def _figure_and_path(function: str, path: str | os.PathLike[str]) -> tuple[Figure, Path]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -100,7 +105,9 @@ def _figure_and_path(function: str, path: str | os.PathLike[str]) -> tuple[type[
     target = Path(path)
     if target.is_dir():
         raise ValueError(f"{target} is a folder: give the picture a name in it")
-    return Figure, target if target.suffix else target.with_suffix(".png")
+    figure = Figure(dpi=DPI)  # as it is saved: letters are not as wide at another resolution
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
+    return figure, target if target.suffix else target.with_suffix(".png")
 
 
 def _saved(figure: Figure, target: Path) -> Path:
@@ -109,26 +116,48 @@ def _saved(figure: Figure, target: Path) -> Path:
     return target
 
 
-def _draw(new_figure: type[Figure], recorder: Recorder, records: Sequence[Record]) -> Figure:
-    """Return the picture: steps above, layers below, each with margins of its own."""
+def _draw_conflicts(figure: Figure, recorder: Recorder) -> None:
+    """Draw steps above and layers below, each with margins of its own."""
+    records, tasks = recorder.rows(), recorder.tasks
     layers = sorted(recorder.layers(), key=lambda layer: -layer["share"])
-    marks = _marks(records, recorder.tasks)
+    marks = _marks(records, tasks)
     strip = 0.55 + 0.24 * len(marks)
-    heights = (5.7 + strip, 1.3 + 0.3 * max(1, min(len(layers), LAYERS)))
-    figure = new_figure(figsize=(13, sum(heights)))
-    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
+    heights = (5.7 + strip, _height(layers, LAYERS))
+    figure.set_size_inches(13, sum(heights))
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     top, middle = upper.subplots(2, 1, sharex=True, height_ratios=(4.6, strip))
     _draw_cosines(top, recorder, records)
     _draw_marks(middle, records, marks)
-    if len(recorder.tasks) > 1:
-        often = f" (the {WINNERS} that won most often)" if len(recorder.tasks) > WINNERS else ""
+    if len(tasks) > 1:
+        often = f" (the {WINNERS} that won most often)" if len(tasks) > WINNERS else ""
         middle.set_title(f"Who won the first conflict of a step{often}", fontsize=12)
     handles, labels = top.get_legend_handles_labels()
     if handles:
         upper.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=11)
-    _draw_layers(lower.subplots(), layers)
-    return figure
+    axes = lower.subplots()
+    axes.set_xlabel("% of the comparisons of two tasks that had a cosine below 0", fontsize=12)
+    shares = [100.0 * layer["share"] for layer in layers]
+    _draw_bars(figure, axes, layers, shares, LAYERS, "How often do they conflict in each layer?")
+
+
+def _draw_ranking(figure: Figure, layers: Sequence[Record], threshold: float, most: int) -> None:
+    """Draw the layers by their number of conflicts."""
+    figure.set_size_inches(11, _height(layers, most))
+    axes = figure.subplots()
+    axes.set_xlabel("conflicts s(l), of all comparisons of two tasks in the layer", fontsize=12)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+    title = f"Layers by conflicts: pairs of tasks with a cosine below {_number(threshold)}"
+    conflicts = [layer["conflicts"] for layer in layers]
+    _draw_bars(figure, axes, layers, conflicts, most, title)
+
+
+def _number(value: float) -> str:
+    return f"{value:g}".replace("-", "−")
+
+
+def _height(layers: Sequence[Record], most: int) -> float:
+    """Return the height of the bars of `most` layers, in inches."""
+    return 1.5 + 0.46 * max(1, min(len(layers), most))
 
 
 def shade_zones(axes: Axes, thresholds: tuple[float, float, float], labels: bool) -> None:
@@ -140,9 +169,8 @@ def shade_zones(axes: Axes, thresholds: tuple[float, float, float], labels: bool
         axes.axhline(low, color=GREY, linewidth=0.8, zorder=1)
         if labels and high - low >= LEAST_HEIGHT:
             # θ_crit itself is critical; the other thresholds belong to the zone above them.
-            number = f"{high:.1f}" if high == round(high, 1) else f"{high:g}"
-            bound = f"at most {number}" if zone == "critical" else f"below {number}"
-            text = "no conflict" if zone == "none" else f"{zone} ({bound})".replace("-", "−")
+            bound = "at most" if zone == "critical" else "below"
+            text = "no conflict" if zone == "none" else f"{zone} ({bound} {_number(high)})"
             axes.text(
                 1.0,
                 (high + low) / 2,
@@ -158,21 +186,18 @@ def shade_zones(axes: Axes, thresholds: tuple[float, float, float], labels: bool
 def _draw_cosines(axes: Axes, recorder: Recorder, records: Sequence[Record]) -> None:
     """Draw the cosine of each pair, or the range of all where there are too many."""
     shade_zones(axes, recorder.thresholds, labels=True)
-    pairs = list(combinations(recorder.tasks, 2))
-    keys = [record_key("cosine", a, b) for a, b in pairs]
+    names = {record_key("cosine", *pair): pair for pair in combinations(recorder.tasks, 2)}
     compared = [record for record in records if record["min_cosine"] is not None]
     title = "No step compared two tasks"
     if compared:
-        share = sum(record["zone"] != "none" for record in compared) / len(compared)
-        title = (
-            f"Conflict in {100.0 * share:.0f} % of the steps that compared tasks ({len(compared)})"
-        )
-    if len(pairs) <= len(PAIR_STYLES):
-        for (a, b), key, style in zip(pairs, keys, PAIR_STYLES, strict=False):
+        share = percent(sum(r["zone"] != "none" for r in compared), len(compared), digits=0)
+        title = f"Conflict in {share} of the steps that compared tasks ({len(compared)})"
+    if len(names) <= len(PAIR_STYLES):
+        for (key, (a, b)), style in zip(names.items(), PAIR_STYLES, strict=False):
             _draw_series(axes, compared, key, f"cosine of {_plain(a)} and {_plain(b)}", style)
     else:
-        title += f"\n{len(pairs)} pairs are too many to tell apart: their range and the smallest"
-        known = [[record[key] for key in keys if record[key] is not None] for record in compared]
+        title += f"\n{len(names)} pairs are too many to tell apart: their range and the smallest"
+        known = [[record[key] for key in names if record[key] is not None] for record in compared]
         axes.fill_between(
             [record["step"] for record in compared],
             [min(cosines) for cosines in known],
@@ -206,10 +231,8 @@ def _draw_series(
     if len(records) <= FEW_STEPS:
         axes.plot(steps, cosines, linewidth=1.2, markersize=6, label=label, **style)
         return
-    size = 4.0 if len(records) <= 300 else 2.5
-    axes.plot(
-        steps, cosines, linestyle="", markersize=size, alpha=0.4, markeredgewidth=0.0, **style
-    )
+    points = {"markersize": 4.0 if len(records) <= 300 else 2.5, "markeredgewidth": 0.0}
+    axes.plot(steps, cosines, linestyle="", alpha=0.4, **points, **style)
     half = _half_window(records)
     medians = [
         statistics.median(cosines[max(0, index - half) : index + half + 1])
@@ -265,84 +288,48 @@ def _draw_marks(
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
 
 
-def _draw_layers(axes: Axes, layers: Sequence[Record]) -> None:
-    """Draw a bar for each layer with its name on it, which may be long."""
-    worst = layers[:LAYERS]
-    many = f" (the worst {LAYERS} of {len(layers)})" if len(layers) > LAYERS else ""
-    axes.set_title(f"How often do they conflict in each layer?{many}", fontsize=14)
-    axes.set_xlim(0.0, 100.0)
-    axes.set_xlabel("% of the comparisons of two tasks that had a cosine below 0", fontsize=12)
-    if not worst:
-        axes.set_yticks([])
-        axes.text(1.0, 0.5, "no parameter had a gradient of two tasks", verticalalignment="center")
-        axes.set_ylim(0.0, 1.0)
-        return
-    shares = [100.0 * layer["share"] for layer in worst]
-    axes.barh(range(len(worst)), shares, color=BAR, height=0.85)
-    for index, layer in enumerate(worst):
-        name = _plain(layer["layer"])
-        size = max(4.0, min(11.0, 1100.0 / len(name)))  # points: so that the longest just fits
-        axes.text(0.4, index, name, verticalalignment="center", fontsize=size)
-    labels = [
-        f"{share:.0f} % of {layer['compared']}" for share, layer in zip(shares, worst, strict=True)
-    ]
-    axes.set_yticks(range(len(worst)), labels)
-    axes.set_ylim(len(worst) - 0.4, -0.6)
-
-
-def _draw_ranking(
-    new_figure: type[Figure], layers: Sequence[Record], threshold: float, most: int
-) -> Figure:
-    """Return the picture: a thin bar for each layer below its name, which may be of any length."""
-    worst = layers[:most]
-    counts = [layer["conflicts"] for layer in worst]
-    # As it is saved: letters of a size are not as wide at another resolution.
-    figure = new_figure(figsize=(11, 1.5 + 0.46 * len(worst)), dpi=DPI)
-    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
-    axes = figure.subplots()
-    axes.barh(range(len(worst)), counts, color=BLUE, height=0.36)
-    axes.set_yticks(range(len(worst)), [f"{index + 1}." for index in range(len(worst))])
-    axes.set_ylim(len(worst) - 0.5, -0.75)
-    axes.set_xlim(0.0, 1.25 * max(*counts, 1))  # space for the numbers
-    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
-    axes.set_xlabel("conflicts s(l), of all comparisons of two tasks in the layer", fontsize=12)
-    below = f"{threshold:g}".replace("-", "−")
+def _draw_bars(
+    figure: Figure,
+    axes: Axes,
+    layers: Sequence[Record],
+    lengths: Sequence[float],
+    most: int,
+    title: str,
+) -> None:
+    """Draw a thin bar for each layer below its name, which may be of any length."""
     many = f" (the first {most} of {len(layers)})" if len(layers) > most else ""
-    axes.set_title(
-        f"Layers by conflicts: pairs of tasks with a cosine below {below}{many}", fontsize=13
-    )
+    axes.set_title(f"{title}{many}", fontsize=13)
+    layers, lengths = layers[:most], lengths[:most]
+    places = range(len(layers))
+    axes.set_yticks(places, [f"{place + 1}." for place in places])
+    if not layers:
+        axes.text(0.01, 0.5, "no parameter had a gradient of two tasks")
+        return
+    axes.barh(places, lengths, color=BLUE, height=0.36)
+    axes.set_ylim(len(layers) - 0.5, -0.75)
+    axes.set_xlim(0.0, 1.25 * max(*lengths, 1))  # space for the numbers
     figure.draw_without_rendering()  # only then it is known how wide the axes are
-    for index, layer in enumerate(worst):
-        _write_name(axes, index, layer["layer"])
-        count, share = layer["conflicts"], 100.0 * layer["share"]
-        axes.annotate(
-            f"{count} of {layer['compared']} ({share:.0f} %)",
-            (count, index),
-            xytext=(4.0, 0.0),
-            textcoords="offset points",
-            verticalalignment="center",
-            fontsize=10,
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 10.0}
+    for place, length, layer in zip(places, lengths, layers, strict=True):
+        numbers = (
+            f"{layer['conflicts']} of {layer['compared']} ({percent(layer['share'], digits=0)})"
         )
-    return figure
+        at = (length, place)
+        axes.annotate(numbers, at, xytext=(4.0, 0.0), verticalalignment="center", **style)
+        above = (0.0, place - 0.22)
+        name = axes.annotate("", above, xytext=(3.0, 1.0), verticalalignment="bottom", **style)
+        _fit(name, layer["layer"], 0.98 * axes.bbox.width)
 
 
-def _write_name(axes: Axes, index: int, layer: str) -> None:
-    """Write a layer's name above its bar, in one line, as wide as the axes at most."""
-    name = shortened(layer, 1000)
-    text = axes.annotate(
-        _plain(name),
-        (0.0, index - 0.22),
-        xytext=(3.0, 1.0),
-        textcoords="offset points",
-        verticalalignment="bottom",
-        fontsize=11.0,
-    )
-    available = 0.98 * axes.bbox.width
-    length, size = len(name), 11.0
-    while (width := text.get_window_extent().width) > available:
+def _fit(text: Annotation, layer: str, width: float) -> None:
+    """Write a layer's name in one line of at most a width, smaller or without its middle."""
+    length, size = len(shortened(layer, 1000)), LARGEST
+    while True:
+        text.set(text=_plain(shortened(layer, length)), fontsize=size)
+        needed = text.get_window_extent().width
+        if needed <= width:
+            return
         if size > SMALLEST:
-            size = max(SMALLEST, 0.98 * size * available / width)
-            text.set_fontsize(size)
+            size = max(SMALLEST, 0.98 * size * width / needed)
         else:
-            length = min(length - 1, int(length * available / width))
-            text.set_text(_plain(shortened(layer, length)))
+            length = min(length - 1, int(length * width / needed))

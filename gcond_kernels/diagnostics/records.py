@@ -51,6 +51,11 @@ def mean_incidence(records: Sequence[Record]) -> float | None:
     return statistics.fmean(shares) if shares else None
 
 
+def percent(part: float, whole: float = 1.0, digits: int = 1) -> str:
+    """Return a part of a whole in percent."""
+    return f"{100.0 * part / whole:.{digits}f} %"
+
+
 def record_key(kind: str, *tasks: str) -> str:
     """Return the key of a value in a record: "cosine/a/b" for the cosine of tasks "a" and "b".
 

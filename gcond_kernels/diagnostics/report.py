@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class Conflict(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """The report of one resolution.
+    """Report one resolution, in plain Python numbers.
 
     Attributes:
         step: how many resolutions there have been, this one included.
@@ -116,7 +117,6 @@ class Resolution:
         cosines = pair_cosines(self.gramian.cpu())
         skipped = not bool(self.decision.finite)
         step, skipped_steps, *nonfinite_steps = self.counters.tolist()
-        nonfinite = zip(tasks, self.nonfinite.tolist(), strict=True)
 
         def per_task(values: Sequence[Any]) -> dict[str, Any]:
             return dict(zip(tasks, values, strict=True))
@@ -125,11 +125,13 @@ class Resolution:
             return [] if state is None or self.shared.by_tensor else state.tolist()
 
         averages = of_model(self.norm_ema)
+        per_tensor = map(pair_cosines, self.per_tensor.cpu())
+        tensor_cosines = zip(self.parameter_names, per_tensor, strict=True)
         return Report(
             step=step,
             skipped=skipped,
             skipped_steps=skipped_steps,
-            nonfinite_tasks=[task for task, is_nonfinite in nonfinite if is_nonfinite],
+            nonfinite_tasks=[*compress(tasks, self.nonfinite.tolist())],
             nonfinite_steps=per_task(nonfinite_steps),
             micro_batches=per_task(self.counts),
             norms=per_task(self.squares.sqrt().tolist()),
@@ -144,39 +146,36 @@ class Resolution:
             },
             gradient_norm=math.nan if skipped else self._gradient_norm(),
             winners=[tasks[index] for index in of_model(self.winners) if index >= 0],
-            tensor_cosines=self._tensor_cosines(),
+            tensor_cosines={name: min(pairs.values()) for name, pairs in tensor_cosines if pairs},
         )
 
     def _of_shared(self, values: Tensor) -> list[tuple[str, Any]]:
         """Return shared parameters' names and values [T, ...]; none where they have none each."""
         if not self.shared.by_tensor:
             return []
-        shared = self.shared.flags.tolist()
-        each = zip(self.parameter_names, values.tolist(), shared, strict=True)
-        return [(name, value) for name, value, is_shared in each if is_shared]
+        each = zip(self.parameter_names, values.tolist(), strict=True)
+        return [*compress(each, self.shared.flags.tolist())]
 
     def _conflicts(self, tasks: Sequence[str]) -> list[Conflict]:
         events = self.decision.events
         each: Sequence[tuple[str | None, Any]] = [(None, events.tolist())]
         if events.dim() > 2:
             each = self._of_shared(events)
-        conflicts = []
-        for parameter, of_parameter in each:
-            for i, j, cosine, winner, zone in of_parameter:
-                if math.isnan(i):
-                    break
-                pair = tasks[int(i)], tasks[int(j)]
-                name = tasks[int(winner)] if winner >= 0 else None
-                conflicts.append(Conflict(pair, cosine, ZONES[int(zone)], name, parameter))
-        return conflicts
+        return [
+            Conflict(
+                (tasks[int(i)], tasks[int(j)]),
+                cosine,
+                ZONES[int(zone)],
+                tasks[int(winner)] if winner >= 0 else None,
+                parameter,
+            )
+            for parameter, of_parameter in each
+            for i, j, cosine, winner, zone in of_parameter
+            if not math.isnan(i)  # after the last conflict
+        ]
 
     def _gradient_norm(self) -> float:
-        """Return ‖g‖; its square is the sum of wᵀ G w over the tensors."""
+        """Return the root of the sum of wᵀ G w over the tensors."""
         G = self.per_tensor.cpu()
         w = self.shared.weights(self.decision.weights).cpu().expand(len(G), -1)
         return float(torch.einsum("ti,tij,tj->", w, G, w).clamp(min=0.0).sqrt())
-
-    def _tensor_cosines(self) -> dict[str, float]:
-        cosines = map(pair_cosines, self.per_tensor.cpu())
-        each = zip(self.parameter_names, cosines, strict=True)
-        return {name: min(pairs.values()) for name, pairs in each if pairs}

@@ -22,7 +22,7 @@ class AlignedMTL(Method):
     """
 
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
-        """Return √λ_min · S^(-1/2) · mean."""
+        """Return √λ_min · V Λ^(-1/2) Vᵀ · (1/K, …, 1/K)."""
         # What is rounding shows among the normalized gradients: S is made anew without it.
         values, vectors = eigh(cosines(gramian))
         n = norms(gramian)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.checks import check_number
+from gcond_kernels.methods.checks import check_number, check_option
 from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.normalized import (
     cosines,
@@ -41,15 +41,12 @@ class CAGrad(Method):
     rescale: int = 0
 
     def __post_init__(self) -> None:
-        check_number(self, "c", self.c, 0.0, float("inf"))
-        if type(self.rescale) is not int or self.rescale not in (0, 1, 2):
-            raise ValueError(f"CAGrad: rescale must be 0, 1 or 2, not {self.rescale!r}")
+        check_number(self, "c")
+        known = type(self.rescale) is int and self.rescale in (0, 1, 2)
+        check_option(self, "rescale", "0, 1 or 2", known)
 
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
-        """Return 1/K + c ‖g0‖ u / ‖g_u‖, divided by what `rescale` chooses.
-
-        Solved for normalized gradients and relative to ‖g0‖.
-        """
+        """Return 1/K + c ‖g0‖ u / ‖g_u‖, divided by what `rescale` chooses."""
         divisor = (1.0, 1.0 + self.c**2, 1.0 + self.c)[self.rescale]
         mean = mean_weights(gramian)
         if self.c == 0.0:

@@ -11,44 +11,52 @@ from torch import Tensor
 
 
 def check_weights(source: str, weights: object, shape: Sequence[int]) -> None:
-    """Raise a ValueError where the weights that a method returned are none."""
+    """Check that a method returned one weight for each task."""
     if not isinstance(weights, Tensor) or weights.shape != tuple(shape):
-        given = list(weights.shape) if isinstance(weights, Tensor) else repr(weights)
         raise ValueError(
             f"{source} must return one weight for each of the {shape[-1]} tasks, a tensor "
-            f"{list(shape)}, not {given}"
+            f"{list(shape)}, not {_described(weights)}"
         )
 
 
 def check_gramian(method: object, gramian: object) -> None:
-    """Raise a ValueError where a Gramian is none."""
+    """Check that a Gramian is square and of a floating type."""
     if isinstance(gramian, Tensor) and gramian.is_floating_point():
         shape = gramian.shape[-2:]
         if len(shape) == 2 and shape[0] == shape[1] > 0:
             return
-    given = f"{list(gramian.shape)} {gramian.dtype}" if isinstance(gramian, Tensor) else gramian
     raise ValueError(
         f"{type(method).__name__} takes a Gramian [K, K] of inner products of the tasks' "
-        f"gradients, a tensor of a floating type, not {given}"
+        f"gradients, a tensor of a floating type, not {_described(gramian)}"
     )
 
 
-def check_number(method: object, option: str, value: Any, low: float, high: float) -> None:
-    """Raise a ValueError where an option is not a number in [low, high]."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= high or math.isinf(value):
-        bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f"of {low:g} or more"
-        raise ValueError(
-            f"{type(method).__name__}: {option} must be a number {bounds}, not {value!r}"
-        )
+def _described(value: object) -> str:
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
 
 
-def check_seed(method: object, seed: object) -> None:
-    """Raise a ValueError where a seed is not a whole number of 64 bits."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
-        raise ValueError(
-            f"{type(method).__name__}: seed must be a whole number of 64 bits, not {seed!r}"
-        )
+def check_option(method: object, option: str, what: str, holds: bool) -> None:
+    """Check an option of a method, for which a condition holds where it is what it must be."""
+    if not holds:
+        value = getattr(method, option)
+        raise ValueError(f"{type(method).__name__}: {option} must be {what}, not {value!r}")
+
+
+def check_number(method: object, option: str, high: float = math.inf) -> None:
+    """Check that an option is a finite number in [0, high]."""
+    value = getattr(method, option)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    bounds = f"in [0, {high:g}]" if high < math.inf else "of 0 or more"
+    holds = is_number and 0.0 <= value <= high and math.isfinite(value)
+    check_option(method, option, f"a number {bounds}", holds)
+
+
+def check_seed(method: Any) -> None:
+    """Check that the seed of a method is an integer of 64 bits."""
+    seed = method.seed
+    is_integer = isinstance(seed, int) and not isinstance(seed, bool)
+    holds = is_integer and -(2**63) <= seed < 2**63
+    check_option(method, "seed", "a whole number of 64 bits", holds)
 
 
 def refuse_assignment(method: object, name: str, value: object) -> None:

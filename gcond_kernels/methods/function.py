@@ -12,7 +12,7 @@ from gcond_kernels.methods.method import Known, Method, State
 
 
 class Function(Method):
-    """A function from S [K, K] to w [K], as a method."""
+    """A method that calls a function from S [K, K] to w [K]."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function = function
@@ -26,12 +26,9 @@ class Function(Method):
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """Return what the function returns, for one Gramian after another."""
         K = gramian.shape[-1]
-        one_by_one = [self._of_one(S, K) for S in gramian.reshape(-1, K, K)]
-        if gramian.dim() == 2:
-            return one_by_one[0]
+        one_by_one = []
+        for S in gramian.reshape(-1, K, K):
+            weights = self.function(S)
+            check_weights(f"method {self!r}", weights, (K,))
+            one_by_one.append(weights.detach().to(S))
         return torch.stack(one_by_one).view(gramian.shape[:-1])
-
-    def _of_one(self, gramian: Tensor, tasks: int) -> Tensor:
-        weights = self.function(gramian)
-        check_weights(f"method {self!r}", weights, (tasks,))
-        return weights.detach().to(gramian)

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
+from gcond_kernels.methods.checks import check_option
 from gcond_kernels.methods.method import Comparison, Destination, Known, Method, State
-from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.ops.types import ArbitrationState, Settings, TaskGradients
 
 
 @dataclass(frozen=True, kw_only=True)
 class GCond(Settings, Method):
-    """The GCond method (Limarenko et al., IEEE Access 2026, arXiv 2509.07252).
+    """Resolve the smallest cosine first (Limarenko et al., IEEE Access 2026, arXiv 2509.07252).
 
-    The pair of tasks with the smallest cosine c is resolved first, and again until no
-    cosine is below θ_weak or `max_iterations` is reached. In the critical zone
-    (c ≤ θ_crit) the winner stays as it is and the loser is projected onto the complement of
-    the winner; in the mild zone both give way, ever less towards θ_weak; in between the
-    winner gives way less and less towards θ_crit.
+    The pair of tasks with the smallest cosine c is resolved, until no cosine is below θ_weak or
+    `max_iterations` is reached. In the critical zone (c ≤ θ_crit) the winner stays as it is and the
+    loser is projected onto the complement of the winner; in the mild zone both are projected, ever
+    less towards θ_weak; in between the winner is, ever less towards θ_crit.
 
     Args:
         history_dtype: torch.bfloat16 or torch.float32, of the last step's gradients, with which
@@ -44,30 +43,24 @@ class GCond(Settings, Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.history_dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(
-                "GCond: history_dtype must be torch.bfloat16 or torch.float32, not "
-                f"{self.history_dtype!r}"
-            )
+        holds = self.history_dtype in (torch.bfloat16, torch.float32)
+        check_option(self, "history_dtype", "torch.bfloat16 or torch.float32", holds)
 
     @classmethod
     def published(cls, **overrides: Any) -> GCond:
         """Return the settings that reproduce the implementation its authors published."""
-        settings: dict[str, Any] = {"history": "resolved", "norm_ema_start": 1.0, "tolerance": 0.0}
-        return cls(**(settings | overrides))
+        return cls(**{"history": "resolved", "norm_ema_start": 1.0, "tolerance": 0.0, **overrides})
 
     @classmethod
     def paper(cls, **overrides: Any) -> GCond:
         """Return the paper's settings; there, momentum 0.9 stands on the optimizer."""
-        settings: dict[str, Any] = {"dominance_window": 0, "max_iterations": 3}
-        return cls(**(settings | overrides))
+        return cls(**{"dominance_window": 0, "max_iterations": 3, **overrides})
 
     @property
     def needs_history(self) -> bool:
         """Whether it compares with the last step's gradients: 2 bytes per parameter and task."""
         return self.tie_breaking_weights[0] > 0.0
 
-    @fixed_precision
     def new_state(self, tasks: int, device: torch.device) -> State:
         """Return the state before the first step: the fields of `ArbitrationState`, by name."""
 

@@ -18,7 +18,6 @@ from gcond_kernels.methods.method import (
     State,
     without_events,
 )
-from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.ops.types import SignDropout, TaskGradients
 
 
@@ -46,8 +45,8 @@ class GradDrop(Method):
     adds_magnitudes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_number(self, "leak", self.leak, 0.0, 1.0)
-        check_seed(self, self.seed)
+        check_number(self, "leak", 1.0)
+        check_seed(self)
 
     def check(self, granularity: str, sized_by: str | None) -> None:
         """Raise a ValueError where other options of the optimizer do not go with this method."""
@@ -63,13 +62,12 @@ class GradDrop(Method):
                 "torch.nn.utils.clip_grad_norm_"
             )
 
-    @fixed_precision
     def new_state(self, tasks: int, device: torch.device) -> State:
-        """Return the random counter: how many steps there were."""
+        """Return the random counter, [] int64."""
         return {"counter": torch.zeros((), dtype=torch.int64, device=device)}
 
     def __call__(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
-        """Raise a TypeError: there are no weights."""
+        """Raise a TypeError: there are none."""
         return self.weights(gramian, {}, Known(losses=losses))
 
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:

@@ -9,11 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.checks import check_number
+from gcond_kernels.methods.checks import check_number, check_option
 from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.normalized import norms
 from gcond_kernels.methods.positive_losses import PositiveLosses
-from gcond_kernels.ops.contexts import fixed_precision
 
 # Of Adam, which trains the weights.
 BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
@@ -57,29 +56,22 @@ class GradNorm(Method):
     shared_state: ClassVar[frozenset[str]] = frozenset({"initial_losses", "updates"})
 
     def __post_init__(self) -> None:
-        check_number(self, "alpha", self.alpha, 0.0, float("inf"))
-        check_number(self, "lr", self.lr, 0.0, float("inf"))
+        check_number(self, "alpha")
+        check_number(self, "lr")
         if self.parameters is not None:
             is_list = isinstance(self.parameters, Iterable) and not isinstance(self.parameters, str)
             names = tuple(self.parameters) if is_list else ()
-            if not names or not all(isinstance(name, str) for name in names):
-                raise ValueError(
-                    f"GradNorm: parameters must be names in a list, not {self.parameters!r}"
-                )
+            holds = bool(names) and all(isinstance(name, str) for name in names)
+            check_option(self, "parameters", "names in a list", holds)
             object.__setattr__(self, "parameters", names)
 
-    @fixed_precision
     def new_state(self, tasks: int, device: torch.device) -> State:
-        """Return weights, Adam's averages and the losses of each task's first window (0 before it).
-
-        All [K] float64, and the number of updates, [] int64.
-        """
+        """Return weights, Adam's averages, losses of first windows and the number of updates."""
         zeros = torch.zeros(tasks, dtype=torch.float64, device=device)
+        averages = ("average", "square_average", "initial_losses")  # a loss of 0: none yet
         return {
             "task_weights": zeros + 1.0,
-            "average": zeros.clone(),
-            "square_average": zeros.clone(),
-            "initial_losses": zeros.clone(),
+            **{name: zeros.clone() for name in averages},
             "updates": torch.zeros((), dtype=torch.int64, device=device),
         }
 
@@ -106,14 +98,7 @@ class GradNorm(Method):
         return weights
 
     def slope(self, weights: Tensor, n: Tensor, ratio: Tensor, takes_part: Tensor) -> Tensor:
-        """Return ∂/∂w_i of Σ_i |n_i − n̄ r_i^α|, relative to the mean norm: [..., K].
-
-        Args:
-            weights: [..., K].
-            n: [..., K], norms.
-            ratio: [K], L_i / L_i(0).
-            takes_part: [..., K] bool.
-        """
+        """Return ∂/∂w_i of Σ_i |n_i − n̄ r_i^α|, relative to the mean norm, [..., K]."""
         count = takes_part.sum(-1, keepdim=True).clamp(min=1)
 
         def mean(values: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.normalized import cosines, from_normalized, norms
 from gcond_kernels.methods.pcgrad import random_orders
 from gcond_kernels.methods.solvers import identity
-from gcond_kernels.ops.contexts import fixed_precision
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,9 @@ class GradVac(Method):
     shared_state: ClassVar[frozenset[str]] = frozenset({"counter"})
 
     def __post_init__(self) -> None:
-        check_number(self, "beta", self.beta, 0.0, 1.0)
-        check_seed(self, self.seed)
+        check_number(self, "beta", 1.0)
+        check_seed(self)
 
-    @fixed_precision
     def new_state(self, tasks: int, device: torch.device) -> State:
         """Return the targets of the pairs, [K, K] float64, and the random counter, [] int64."""
         return {
@@ -66,11 +64,7 @@ class GradVac(Method):
     def coefficients(self, S: Tensor, present: Tensor, order: Tensor, targets: Tensor) -> Tensor:
         """Return the coefficients [..., K, K] of normalized gradients: row i makes g̃_i / ‖ĝ_i‖.
 
-        Args:
-            S: [..., K, K], the cosines.
-            present: [..., K] bool, the tasks with a gradient.
-            order: [..., K, K], as in `pcgrad.projected`.
-            targets: [..., K, K], changed in place.
+        S are cosines, `order` is as in `pcgrad.projected`, and `targets` is changed in place.
         """
         tasks = torch.arange(S.shape[-1], device=S.device)
         C = identity(S).expand(S.shape)

@@ -20,7 +20,7 @@ State: TypeAlias = dict[str, Tensor]
 
 
 class Known(NamedTuple):
-    """What a method is given beside the Gramian.
+    """Hold what a method is given beside the Gramian.
 
     Attributes:
         rounding: among normalized gradients, an eigenvalue below it is rounding.
@@ -35,15 +35,13 @@ class Known(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What a resolution is decided from.
+    """Hold what a resolution is decided from.
 
     Attributes:
         gramian: S [..., K, K] float64, over the parameters that tasks share.
         cross: X [..., K, K] float64, the products with the history; None without one.
         scale: [K] float64; a task whose scale is 0 takes no part.
         selected: S [K, K] over the method's `parameters` alone; None where it names none.
-        known: what else there is to decide by.
-        backend: of the operations.
     """
 
     gramian: Tensor
@@ -55,14 +53,11 @@ class Comparison(NamedTuple):
 
 
 class Destination(NamedTuple):
-    """Where a resolved gradient is written, and what is done to it on the way.
+    """Hold where a resolved gradient is written, and what is done to it on the way.
 
     Attributes:
         outputs: T tensors of any floating type, without gaps; None where there is no gradient.
-        momentum: the moving average of the gradient; None without.
-        rescale: the bound of its norm; None without.
         first: place of the accumulators' first element, where they are a shard of longer ones.
-        backend: of the operations.
     """
 
     outputs: Sequence[Tensor | None]
@@ -73,21 +68,20 @@ class Destination(NamedTuple):
 
 
 class Method(ABC):
-    """A method that weights the tasks by their Gramian.
+    """Weight the tasks by their Gramian: the resolved gradient is Σ_k w_k g_k.
 
-    `method(S)` returns the weights of a Gramian S [K, K] of any floating type, from a fresh state:
-    the resolved gradient is Σ_k w_k g_k. A float64 S is taken as exact, any other as sums in
-    float32, as those of GCondFused are: gradients that depend on each other leave some rounding.
-    A batch [..., K, K] is weighted entry by entry, but where one entry is not finite all weights
-    are 0. Nothing here synchronizes with the device of S. A task without a gradient (S_kk = 0; also
-    where squares leave float32, below some 1e-22) takes no part: the others are weighted as if it
-    were not there, and its weight is 0.
+    `method(S)` returns the weights of a Gramian S [K, K] of any floating type, from a fresh state.
+    A float64 S is taken as exact, any other as sums in float32, as those of GCondFused are. A batch
+    [..., K, K] is weighted entry by entry, but where one entry is not finite all weights are 0.
+    Nothing here synchronizes with the device of S. A task without a gradient (S_kk = 0; also where
+    squares leave float32, below some 1e-22) has the weight 0, and the others are weighted as if it
+    were not there.
 
     A method of your own with a state subclasses this: `new_state` makes small tensors of any shape,
-    `weights` reads and changes them in place. They are saved with the optimizer, and are as before
-    where a step is skipped, as it is where a weight is not finite; other attributes are its options
-    (a frozen dataclass shows them, and ranks compare them). With granularity="tensor" all Gramians
-    come in one call, [T, K, K], and each has a state of its own but for what `shared_state` names.
+    `weights` changes them in place. They are saved with the optimizer, and stay as they were where
+    a step is skipped, as it is where a weight is not finite. Other attributes are options (a frozen
+    dataclass shows them, and ranks compare them). With granularity="tensor" all Gramians come in
+    one call, [T, K, K], and each has a state of its own but for what `shared_state` names.
 
     Attributes:
         needs_losses: whether it reads the losses, not only their gradients.
@@ -129,18 +123,13 @@ class Method(ABC):
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """Return the weights [..., K] of finite Gramians [..., K, K], float64.
 
-        Args:
-            gramian: S_ij = g_i · g_j.
-            state: a copy, to be changed in place; it is dropped where the step is.
-            known: what else there is to decide by.
+        `state` is a copy, to be changed in place; it is dropped where the step is.
         """
 
     def check(self, granularity: str, sized_by: str | None) -> None:
         """Raise a ValueError where other options of the optimizer do not go with this method.
 
-        Args:
-            granularity: "model" or "tensor".
-            sized_by: the option, if any, that needs the norm of the gradient before it is written.
+        `sized_by` is the option, if any, that needs the norm of a gradient before it is written.
         """
         if granularity == "tensor" and self.parameters is not None:
             raise ValueError(
@@ -152,9 +141,7 @@ class Method(ABC):
     def __call__(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
         """Return the weights [..., K] of Gramians [..., K, K], as in a first step.
 
-        Args:
-            gramian: S.
-            losses: [K], for a method that needs them.
+        `losses` are [K], for a method that needs them.
 
         Raises:
             ValueError: the Gramian is not square, or not of a floating type, or the losses are
@@ -182,12 +169,7 @@ class Method(ABC):
 
     @fixed_precision
     def decide(self, comparison: Comparison, state: State) -> ops.Arbitration:
-        """Return one weight per task; where they are not finite, no state has changed.
-
-        Args:
-            comparison: what to decide from.
-            state: as `fresh_state` makes it; changed in place.
-        """
+        """Return one weight per task and change the state; where one is not finite, change none."""
         gramian, known = comparison.gramian, comparison.known
         finite = gramian.isfinite().all()
         present = gramian.diagonal(dim1=-2, dim2=-1) > 0.0
@@ -224,23 +206,16 @@ class Method(ABC):
         decision: ops.Arbitration,
         state: State,
     ) -> ops.Arbitration:
-        """Write the resolved gradient; return the decision as it is reported.
-
-        Args:
-            gradients: of the tasks; their history becomes their accumulators.
-            destination: where the result is written.
-            weights: [K], or [T, K] of each tensor's own.
-            decision: of `decide`.
-            state: of the method.
-        """
+        """Write the resolved gradient by weights [K] or [T, K]; return the decision to report."""
+        d = destination
         ops.combine(
             gradients,
-            destination.outputs,
+            d.outputs,
             weights=weights,
             finite=decision.finite,
-            momentum=destination.momentum,
-            rescale=destination.rescale,
-            backend=destination.backend,
+            momentum=d.momentum,
+            rescale=d.rescale,
+            backend=d.backend,
         )
         return decision
 
@@ -253,7 +228,7 @@ def without_events(weights: Tensor, finite: Tensor) -> ops.Arbitration:
 
 @fixed_precision
 def fresh_state(method: Method, tasks: int, batch: tuple[int, ...], device: torch.device) -> State:
-    """Return the state of a method before the first step, for a batch of Gramians of this shape."""
+    """Return the state before the first step, for a batch of Gramians of this shape."""
     return {
         name: value if name in method.shared_state else value.expand((*batch, *value.shape)).clone()
         for name, value in method.new_state(tasks, device).items()

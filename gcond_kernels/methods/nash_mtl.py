@@ -52,18 +52,7 @@ class NashMTL(Method):
 def longest_downhill(
     C: Tensor, y: Tensor, direction: Tensor, damped: Tensor, rounding: float
 ) -> Tensor:
-    """Return the largest step damped · 4^j at whose end ½ yᵀ C y − Σ log y still decreases.
-
-    Args:
-        C: [..., K, K].
-        y: [..., K], above 0.
-        direction: [..., K].
-        damped: [..., 1].
-        rounding: see `Known`.
-
-    Returns:
-        [..., 1].
-    """
+    """Return the largest step damped · 4^j at whose end ½ yᵀ C y − Σ log y decreases: [..., 1]."""
     steps = damped * 4.0 ** torch.arange(MULTIPLES, dtype=y.dtype, device=y.device)
     ahead = y[..., None, :] + steps[..., None] * direction[..., None, :]  # [..., multiples, K]
     slope = ahead @ C - 1.0 / ahead

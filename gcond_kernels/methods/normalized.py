@@ -31,10 +31,7 @@ def cosines(gramian: Tensor) -> Tensor:
 
 
 def from_normalized(weights: Tensor, gramian: Tensor) -> Tensor:
-    """Return weights / norms, [..., K]: what weights of normalized gradients are for the gradients.
-
-    0 for a task without a gradient.
-    """
+    """Return the weights of gradients, from those of normalized ones; 0 without a gradient."""
     return quotient(weights, norms(gramian))
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from gcond_kernels.methods.checks import check_seed
 from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.solvers import identity
-from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.ops.random import start_of, uniform
 
 
@@ -36,9 +35,8 @@ class PCGrad(Method):
     shared_state: ClassVar[frozenset[str]] = frozenset({"counter"})
 
     def __post_init__(self) -> None:
-        check_seed(self, self.seed)
+        check_seed(self)
 
-    @fixed_precision
     def new_state(self, tasks: int, device: torch.device) -> State:
         """Return the random counter, [] int64."""
         return {"counter": torch.zeros((), dtype=torch.int64, device=device)}
@@ -59,9 +57,7 @@ def random_orders(gramian: Tensor, seed: int, counter: Tensor) -> Tensor:
 def projected(gramian: Tensor, order: Tensor) -> Tensor:
     """Return the coefficients c [..., K, K], of which row i makes the gradient of task i.
 
-    Args:
-        gramian: S [..., K, K].
-        order: [..., K, K]; row i is the order in which task i is projected; i itself is skipped.
+    Row i of `order` [..., K, K] is the order in which task i is projected; i itself is skipped.
     """
     tasks = torch.arange(gramian.shape[-1], device=gramian.device)
     C = identity(gramian).expand(gramian.shape)

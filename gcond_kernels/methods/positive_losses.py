@@ -1,4 +1,4 @@
-"""Losses that must be positive, checked without synchronizing with the device."""
+"""A check that losses are positive, which does not synchronize with the device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from gcond_kernels.ops.host_flag import HostFlag
 
 
 class PositiveLosses:
-    """Checks losses for a method that divides by them: they must be positive.
-
-    On a CPU the error is raised at once. A GPU is not synchronized with: there the step is to be
-    skipped, and a later call raises the error.
-    """
+    """Check losses: on a CPU at once; on a GPU a later call raises the error."""
 
     def __init__(self) -> None:
         self._flag = HostFlag()
@@ -27,16 +23,10 @@ class PositiveLosses:
         return PositiveLosses, ()
 
     def check(self, method: object, known: Known, ignored: Tensor) -> Tensor:
-        """Return whether a loss is not positive, [] bool.
-
-        Args:
-            method: is named in the error.
-            known: its losses are looked at; what is not finite is no loss.
-            ignored: [K] bool, tasks whose loss may be anything.
+        """Return whether a finite loss of a task that is not ignored is 0 or less, [] bool.
 
         Raises:
-            ValueError: one is not, or was not in a call before, as far as the host knows. Raised
-                once: the losses after it are looked at anew.
+            ValueError: one is, or was in a call before, as far as the host knows; raised once.
         """
         self._raise_if_known(method)
         assert known.losses is not None
@@ -52,13 +42,13 @@ class PositiveLosses:
             return
         losses, tasks = self._noted
         self._flag, self._noted = HostFlag(), None
-        said = [
+        wrong = [
             f"the loss of task {k if tasks is None else repr(tasks[k])} is {loss:g}"
             for k, loss in enumerate(losses.tolist())
             if not math.isnan(loss)
         ]
         raise ValueError(
             f"{type(method).__name__} divides by losses, which must be positive, but "
-            f"{' and '.join(said)}. That step changed nothing. Add a constant to the loss that "
+            f"{' and '.join(wrong)}. That step changed nothing. Add a constant to the loss that "
             "keeps it above 0, take exp() of it, or choose another method"
         )

@@ -9,26 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Newton steps of the interior-point method, before the linear system is solved. On 44,000 problems
-# of 3 to 12 tasks, random, singular, nearly parallel and anti-parallel, with norms 1e12 apart, 20
-# left 45 of them with a residual above 1e-9 for normalized gradients, 25 none, 30 at most 2e-13. In
-# float64 alone, with its smaller eigenvalues, 30 left 9 of them, at most 8e-7.
+# Newton steps of the interior-point method. On 44,000 problems of 3 to 12 tasks, random, singular,
+# nearly parallel and anti-parallel, with norms 1e12 apart, 20 left 45 with a residual above 1e-9,
+# 25 none, 30 at most 2e-13; with the smaller eigenvalues of float64, 30 left 9, at most 8e-7.
 STEPS = 30
 # Fraction of the way to the boundary that a step may go.
 TO_BOUNDARY = 0.99
 # Turns of a path, for each task: of 80,000 paths of 2 to 12 tasks none took more than 1.7 with a
-# radius of 0.5, and 2.5 with one of 2, but for one that cycled among ties. A path that is not
-# followed to its end has a y within the radius all the same.
+# radius of 0.5, and 2.5 with one of 2, but for one that cycled. Cut short, y is within the radius.
 TURNS = 3
-# The inner products are sums of float32 partial sums: for dependent normalized gradients the
-# eigenvalue that should be 0 was 4.9e-7 at most, over 10,000 Gramians of 2 to 10 tasks and 1 to
-# 300,000 elements. An eigenvalue below this is rounding.
+# An eigenvalue below this is rounding: for dependent normalized gradients the one that should be 0
+# was 4.9e-7 at most, over 10,000 Gramians of 2 to 10 tasks and 1 to 300,000 elements.
 FLOAT32_ROUNDING = 2.0**-20
-# The same for Gramians that are exact in float64.
-FLOAT64_ROUNDING = 1e-12
+FLOAT64_ROUNDING = 1e-12  # of Gramians that are exact in float64
 # Most sweeps of Jacobi's method; K = 2, 3, 4 … take 3, 5, 7 …. On 50,000 matrices of each K up to 4
-# they leave rounding alone, 4e-15 of the largest entry. Where eigenvalues repeat, as 0 does in a
-# singular matrix, it converges more slowly, and leaves 2e-11 for K = 12.
+# they leave 4e-15 of the largest entry; where eigenvalues repeat 2e-11 for K = 12.
 SWEEPS = 12
 
 
@@ -49,43 +44,28 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def solve_among(matrix: Tensor, right: Tensor, active: Tensor) -> Tensor:
-    """Return the x of matrix · x = right over the entries that are `active`, and 0 elsewhere.
-
-    Args:
-        matrix: [..., K, K].
-        right: [..., K].
-        active: [..., K] bool.
-    """
+    """Return the x [..., K] of matrix · x = right over `active` entries, and 0 elsewhere."""
     both = active[..., :, None] & active[..., None, :]
     return solve(torch.where(both, matrix, identity(matrix)), torch.where(active, right, 0.0))
 
 
 def definite(C: Tensor, rounding: float) -> Tensor:
-    """Return the cosines with each eigenvalue below `rounding` raised to it.
-
-    So gradients that cancel out up to rounding keep weights of finite size.
-    """
+    """Return the cosines with each eigenvalue below `rounding` raised to it, for finite weights."""
     values, vectors = eigh(C)
     raised = (rounding - values).clamp(min=0.0)  # added, so that the rest keeps its bits
     return C + (vectors * raised[..., None, :]) @ vectors.mT
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues [..., K], in no order, and eigenvectors (columns) [..., K, K].
-
-    By Jacobi's method on a GPU, where `torch.linalg.eigh` synchronizes with the device.
-    """
-    if matrix.is_cuda:
+    """Return eigenvalues [..., K], in no order, and eigenvectors (columns) [..., K, K]."""
+    if matrix.is_cuda:  # torch's would synchronize with the device
         return jacobi(matrix)
     values, vectors = torch.linalg.eigh(matrix)
     return values, vectors
 
 
 def jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues and eigenvectors by rotations of K/2 disjoint pairs at a time.
-
-    (Golub and Van Loan, Matrix Computations, 8.5.)
-    """
+    """Return what `eigh` does, by rotations of disjoint pairs (Golub and Van Loan, 8.5)."""
     K = matrix.shape[-1]
     vectors = identity(matrix).expand(matrix.shape)
     for _ in range(min(2 * K - 1, SWEEPS)):
@@ -98,11 +78,9 @@ def jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pairs_of_round(number: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the disjoint pairs p < q of a round; each pair occurs once in all rounds together.
+    """Return the disjoint pairs p < q of a round by the circle method, computed on the device.
 
-    There are count - 1 rounds, or `count` if that is odd. By the circle method: one index stays
-    (or, of an odd count, sits out), the others turn. Computed on the device, for a copy from the
-    host would synchronize with it.
+    Each pair occurs once in all rounds: count - 1 of them, or `count` if that is odd.
     """
     turning = count - 1 + count % 2
     step = torch.arange(1, (count + 1) // 2, device=device)
@@ -139,17 +117,12 @@ def step_length(values: Tensor, direction: Tensor) -> Tensor:
 
 
 def nonnegative_minimum(C: Tensor, q: Tensor) -> Tensor:
-    """Return the x [..., K] ≥ 0 at which ½ xᵀ C x + qᵀ x is smallest.
+    """Return the x [..., K] ≥ 0 at which ½ xᵀ C x + qᵀ x is smallest, of definite cosines C.
 
     Mehrotra's predictor-corrector method (Nocedal and Wright, Numerical Optimization, 16.6), and
     last the linear system of the entries that are not 0, to remove the method's own error.
-
-    Args:
-        C: [..., K, K], positive definite, of unit diagonal.
-        q: [..., K].
     """
-    # x scales with q.
-    unit = q.abs().amax(-1, keepdim=True)
+    unit = q.abs().amax(-1, keepdim=True)  # x scales with q
     unit = torch.where(unit > 0.0, unit, 1.0)
     q = q / unit
     x, z = torch.ones_like(q), torch.ones_like(q)
@@ -180,17 +153,11 @@ def nonnegative_minimum(C: Tensor, q: Tensor) -> Tensor:
 def best_for_the_worst(C: Tensor, b: Tensor, a: Tensor, radius: float) -> Tensor:
     """Return the y [..., K] ≥ 0 with norm `radius` whose smallest (C y + b)_i / a_i is largest.
 
-    The norm of y is √(yᵀ C y). For a lower bound τ of all (C y + b)_i / a_i the y of least norm is
-    piecewise linear in τ. It is followed from the τ at which y = 0 is enough, until its norm is the
-    radius (as least angle regression follows a path: Efron et al. 2004): where a bound becomes
-    tight its y_i starts to grow, where a y_i returns to 0 its bound is dropped. That is exact,
-    after about K to 2 K turns.
-
-    Args:
-        C: [..., K, K], positive definite, of unit diagonal.
-        b: [..., K].
-        a: [..., K], above 0.
-        radius: above 0.
+    C are definite cosines, a > 0, and the norm of y is √(yᵀ C y). For a lower bound τ of all
+    (C y + b)_i / a_i the y of least norm is piecewise linear in τ. It is followed from the τ at
+    which y = 0 is enough, until its norm is the radius (as in least angle regression: Efron et al.
+    2004): where a bound becomes tight its y_i starts to grow, where a y_i returns to 0 its bound is
+    dropped. That is exact, after about K to 2 K turns.
     """
     tasks = torch.arange(C.shape[-1], device=C.device)
     tau, first = (b / a).min(-1, keepdim=True)

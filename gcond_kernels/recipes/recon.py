@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gcond_kernels.diagnostics.recorder import Recorder
-from gcond_kernels.diagnostics.records import check_count, shortened
+from gcond_kernels.diagnostics.records import check_count, percent, shortened
 from gcond_kernels.storage.names import without_wrappers
 
 COLUMNS = 80  # of a table at most
@@ -159,8 +159,8 @@ def conflict_table(recorder: Recorder, threshold: float = 0.0, most: int | None 
         return f"{title}\nno layer had a gradient of two tasks"
     numbers = [("rank", "conflicts", "compared", "share")]
     for rank, layer in enumerate(layers[:most], 1):
-        share = f"{100.0 * layer['share']:.1f} %"
-        numbers.append((str(rank), str(layer["conflicts"]), str(layer["compared"]), share))
+        counts = str(layer["conflicts"]), str(layer["compared"])
+        numbers.append((str(rank), *counts, percent(layer["share"])))
     widths = [max(len(line[column]) for line in numbers) for column in range(4)]
     length = max(COLUMNS - sum(widths) - 2 * len(widths), 1)
     names = ["layer", *(shortened(layer["layer"], length) for layer in layers[:most])]

@@ -7,7 +7,6 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from gcond_kernels.diagnostics import plots
@@ -53,7 +52,8 @@ def test_a_picture_with_slashes_in_names_and_of_a_task_that_was_added(tmp_path):
 
 
 def axes_of(kept: Recorder):
-    figure = plots._draw(Figure, kept, kept.rows())
+    figure = plots._figure_and_path("", "picture")[0]
+    plots._draw_conflicts(figure, kept)
     figure.canvas.draw()
     upper, lower = figure.subfigs
     return *upper.axes, *lower.axes
@@ -109,13 +109,13 @@ def test_names_are_drawn_as_they_are_and_fit():
     assert labels_of(top) == [r"cosine of _a\$x\$ and _b"]
     assert tick_names(strip)[0].startswith(r"_a\$x\$ won")
     worst = sorted(kept.layers(), key=lambda layer: -layer["share"])[: plots.LAYERS]
-    assert [text.get_text().replace(r"\$", "$") for text in bars.texts] == [
-        layer["layer"] for layer in worst
+    texts = [text.get_text().replace(r"\$", "$") for text in bars.texts]
+    assert texts[1::2] == [layer["layer"] for layer in worst]
+    assert texts[::2] == [
+        f"{n} of 1 ({100 * n} %)" for n in (layer["conflicts"] for layer in worst)
     ]
-    assert tick_names(bars) == [f"{100 * layer['share']:.0f} % of 1" for layer in worst]
-    assert "the worst 20 of 30" in bars.get_title()
-    edge = bars.get_window_extent().x1
-    assert all(text.get_window_extent().x1 <= edge for text in bars.texts)
+    assert [bar.get_width() for bar in bars.patches] == [100 * layer["share"] for layer in worst]
+    assert bars.get_title() == "How often do they conflict in each layer? (the first 20 of 30)"
 
 
 def test_the_folder_is_made_and_png_the_default(tmp_path):
@@ -157,8 +157,8 @@ except ImportError as error:
 
 
 def drawn(rows, threshold=-0.02, most=25):
-    layers = RecordedLayers(rows).layers(threshold=threshold)
-    figure = plots._draw_ranking(Figure, layers, threshold, most)
+    figure = plots._figure_and_path("", "picture")[0]
+    plots._draw_ranking(figure, RecordedLayers(rows).layers(threshold=threshold), threshold, most)
     figure.canvas.draw()
     return figure, figure.axes[0]
 
@@ -195,9 +195,9 @@ def test_the_picture_says_what_the_table_says():
     heights = [bar.get_window_extent().y0 for bar in axes.patches]
     assert heights == sorted(heights, reverse=True)
     texts = [text.get_text() for text in axes.texts]
-    assert texts[::2][0] == "body.2.0"
-    assert texts[::2][2] == "head"
-    assert texts[1::2] == ["30 of 40 (75 %)", "29 of 30 (97 %)", "3 of 40 (8 %)"]
+    assert texts[1::2][0] == "body.2.0"
+    assert texts[1::2][2] == "head"
+    assert texts[::2] == ["30 of 40 (75 %)", "29 of 30 (97 %)", "3 of 40 (8 %)"]
     title = "Layers by conflicts: pairs of tasks with a cosine below −0.02 (the first 3 of 4)"
     assert axes.get_title() == title
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1.", "2.", "3."]
