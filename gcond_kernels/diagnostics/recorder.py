@@ -30,7 +30,7 @@ BINS = 100  # cosines of layers are counted in this many intervals from -1 to 0
 
 
 class _Buffers(NamedTuple):
-    """What a recorder keeps on the device.
+    """Hold what a recorder keeps on the device.
 
     Attributes:
         table: [capacity, K² + 3 K + 4] float64, a record each: Gramian, weights, dropped, squares;
@@ -50,12 +50,10 @@ class _Buffers(NamedTuple):
 
 
 class Recorder:
-    """A bounded history of resolutions, which never synchronizes with the device while it records.
+    """Record the latest resolutions, without synchronizing with the device.
 
-    Reading does: `rows`, `layers`, `incidence`, `advise`, `len`, and assigning `capacity`. A CUDA
-    graph can record too, once one step was recorded outside of it: replays record.
-
-    ::
+    Reading synchronizes: `rows`, `layers`, `incidence`, `advise`, `len`, and assigning `capacity`.
+    A CUDA graph can record too, once one step was recorded outside of it: replays record. ::
 
         optimizer.recorder.capacity = 200
         ...
@@ -65,7 +63,9 @@ class Recorder:
         tasks: the names of the K tasks; `add_task` adds one.
         thresholds: (θ_crit, θ_main, θ_weak), which separate the zones. They can be assigned at any
             time and then hold for all steps that are kept.
-        capacity: how many of the latest steps are kept; 0 records nothing.
+        capacity: how many of the latest steps are kept; 0 records nothing. Assigning it keeps the
+            latest as far as they fit. Steps in a CUDA graph that was captured before are no longer
+            recorded.
     """
 
     def __init__(
@@ -80,29 +80,21 @@ class Recorder:
 
     @property
     def capacity(self) -> int:
-        """How many of the latest steps are kept.
-
-        Assigning it keeps the latest as far as they fit. Steps in a CUDA graph that was captured
-        before are no longer recorded.
-        """
+        """How many of the latest steps are kept."""
         return self._capacity
 
     @capacity.setter
+    @fixed_precision
     def capacity(self, capacity: int) -> None:
         check_count("capacity", capacity, 0)
         self._capacity = int(capacity)
-        self._resize()
-
-    @fixed_precision
-    def _resize(self) -> None:
-        """Move the latest records into a table of the new capacity."""
         if self._buffers is None:
             return
         held = self._held()
         held = held[max(len(held) - self.capacity, 0) :]
         table = self._buffers.table.new_zeros((self.capacity, held.shape[1]))
         table[: len(held)] = held
-        # A count of its own: a CUDA graph that was captured before goes on with the former one.
+        # A new count: a CUDA graph that was captured before goes on with the former one.
         recorded = torch.full_like(self._buffers.recorded, len(held))
         self._buffers = self._buffers._replace(table=table, recorded=recorded)
 
@@ -111,7 +103,7 @@ class Recorder:
         """Write one resolution, in place of the oldest where the table is full."""
         if self.capacity == 0:
             return
-        buffers = self._buffers_for(resolution.gramian.device, resolution.parameter_names)
+        buffers = self._buffers_for(resolution.gramian.device, list(resolution.parameter_names))
         if buffers is None:
             return
         keep_if_captured(*buffers)
@@ -122,10 +114,10 @@ class Recorder:
         if self._layer_names:
             _count_cosines(buffers, resolution.per_tensor, resolution.decision.finite)
 
-    def _buffers_for(self, device: torch.device, parameter_names: Sequence[str]) -> _Buffers | None:
+    def _buffers_for(self, device: torch.device, parameter_names: list[str]) -> _Buffers | None:
         """Return buffers on this device for these parameters; None where none can be made now."""
-        old, K = self._buffers, len(self.tasks)
-        unchanged = self._parameter_names == list(parameter_names)
+        old = self._buffers
+        unchanged = self._parameter_names == parameter_names
         if old is not None and old.table.device == device and unchanged:
             return old
         if is_capturing(device):
@@ -136,22 +128,25 @@ class Recorder:
             )
             return None
         if old is None:
-            table = torch.zeros(
-                (self.capacity, K * K + 3 * K + 4), dtype=torch.float64, device=device
-            )
+            table = self._new_table(self.capacity, device)
             recorded = torch.zeros(1, dtype=torch.int64, device=device)
             counts = recorded.new_zeros((0, BINS + 1))
         else:
             table, recorded, counts = (value.to(device) for value in old[:3])
-        self._parameter_names = list(parameter_names)
+        self._parameter_names = parameter_names
         members = layers_of(parameter_names)
         self._layer_names += [name for name in members if name not in self._layer_names]
         indices = [members.get(name, []) for name in self._layer_names]  # a layer may be gone
-        flat, sizes = [index for layer in indices for index in layer], list(map(len, indices))
-        new = counts.new_zeros((len(sizes) - len(counts), BINS + 1))
-        order, counts = counts.new_tensor(flat), torch.cat([counts, new])
-        self._buffers = _Buffers(table, recorded, counts, order, counts.new_tensor(sizes))
+        new = counts.new_zeros((len(indices) - len(counts), BINS + 1))
+        order = counts.new_tensor([index for layer in indices for index in layer])
+        sizes = counts.new_tensor([len(layer) for layer in indices])
+        self._buffers = _Buffers(table, recorded, torch.cat([counts, new]), order, sizes)
         return self._buffers
+
+    def _new_table(self, capacity: int, device: torch.device) -> Tensor:
+        K = len(self.tasks)
+        width = K * K + 3 * K + 4
+        return torch.zeros((capacity, width), dtype=torch.float64, device=device)
 
     @fixed_precision
     def add_task(self, name: str) -> None:
@@ -218,8 +213,7 @@ class Recorder:
     def _held(self) -> Tensor:
         """Return the records that are kept, oldest first: [n, width] float64 on the CPU."""
         if self._buffers is None:
-            K = len(self.tasks)
-            return torch.zeros((0, K * K + 3 * K + 4), dtype=torch.float64, device="cpu")
+            return self._new_table(0, torch.device("cpu"))
         table, recorded = self._buffers.table.cpu(), int(self._buffers.recorded)
         if recorded <= len(table):
             return table[:recorded]
@@ -243,25 +237,21 @@ class Recorder:
         }
         for i, j in combinations(range(len(tasks)), 2):
             record[record_key("cosine", tasks[i], tasks[j])] = cosines.get((i, j))
-        norms = [
-            math.sqrt(square) if math.isfinite(square) and not is_dropped else None
-            for square, is_dropped in zip(squares.tolist(), dropped.tolist(), strict=True)
-        ]
-        known = [None if math.isnan(weight) else weight for weight in weights.tolist()]
-        flags = [bool(flag) for flag in dropped.tolist()]
-        for kind, values in (("norm", norms), ("weight", known), ("dropped", flags)):
-            for task, value in zip(tasks, values, strict=True):
-                record[record_key(kind, task)] = value
+        flags = dropped.bool()
+        norms = squares.sqrt().masked_fill(flags | ~squares.isfinite(), math.nan)
+        for kind, values in (("norm", norms), ("weight", weights), ("dropped", flags)):
+            for task, value in zip(tasks, values.tolist(), strict=True):
+                record[record_key(kind, task)] = None if math.isnan(value) else value
         return record
 
     @fixed_precision
     def layers(self, threshold: float = 0.0) -> list[Record]:
-        """Return Recon's conflict score of each layer, highest first.
+        """Return the conflict score of Recon (Shi et al. 2023, arXiv 2302.11289) of each layer.
 
-        (Shi et al. 2023, arXiv 2302.11289.) On a GPU this synchronizes with the device. A layer is
-        a module's own parameters together, such as weight and bias; a parameter without a dot in
-        its name is a layer of its own. There is a record of each layer that more than one task had
-        a gradient for, since the first step or the last `clear`, whatever `capacity` is:
+        Highest first. A layer is a module's own parameters together, such as weight and bias; a
+        parameter without a dot in its name is a layer of its own. There is a record of each layer
+        that more than one task had a gradient for, since the first step or the last `clear`,
+        whatever `capacity` is. On a GPU this synchronizes with the device.
 
         - layer: its name;
         - compared: how many pairs of tasks both had a gradient for it, over all steps;
@@ -291,26 +281,19 @@ class Recorder:
         return sorted(records, key=lambda record: (-record["conflicts"], -record["share"]))
 
     def incidence(self) -> float | None:
-        """Return the incidence of conflict: the share of pairs with a cosine below 0.
+        """Return the mean share of pairs with a cosine below 0 (arXiv 2411.18615).
 
-        The mean over the steps (Zhang et al. 2024, arXiv 2411.18615); None where no step compared
-        tasks. On a GPU this synchronizes with the device.
+        None where no step compared tasks. On a GPU this synchronizes with the device.
         """
         return mean_incidence(self.rows())
 
     def advise(self) -> str:
-        """Return whether there is a conflict worth resolving, in plain words.
-
-        On a GPU this synchronizes with the device.
-        """
+        """Return whether conflicts are worth resolving, in words; synchronizes with a GPU."""
         return advise(self)
 
 
 def layers_of(names: Sequence[str]) -> dict[str, list[int]]:
-    """Return the layers of parameters by their names, with the indices of each one's parameters.
-
-    What wrappers (torch.compile, DistributedDataParallel) add to names is left out.
-    """
+    """Return layer → indices of its parameters, without what wrappers add to their names."""
     members: dict[str, list[int]] = {}
     for index, name in enumerate(without_wrappers(names)):
         members.setdefault(name.rpartition(".")[0] or name, []).append(index)
@@ -343,13 +326,7 @@ def _encoded(resolution: Resolution) -> Tensor:
 
 
 def _count_cosines(buffers: _Buffers, per_tensor: Tensor, finite: Tensor) -> None:
-    """Count the cosine of every pair in every layer, from sums over the layer's tensors.
-
-    Args:
-        buffers: `counts` is changed in place.
-        per_tensor: [T, K, K] float64.
-        finite: [] bool; where it is False nothing is counted.
-    """
+    """Count the cosine of every pair in every layer where `finite`, from Gramians [T, K, K]."""
     K = per_tensor.shape[-1]
     i, j = torch.triu_indices(K, K, 1, device=per_tensor.device)
     # One tensor of a layer after another: an atomic addition would round in any order.

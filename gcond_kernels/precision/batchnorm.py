@@ -11,19 +11,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextmanager
 def frozen_batchnorm(model: nn.Module) -> Iterator[None]:
-    """Make every BatchNorm layer use its running statistics, and leave them as they are, within it.
-
-    ::
+    """Make every BatchNorm layer use its running statistics unchanged, as a context manager. ::
 
         with frozen_batchnorm(model):
             optimizer.backward({"a": lambda: loss_a(model(x)), "b": lambda: loss_b(model(x))})
 
     Statistics of a micro-batch are noise that differs between forward passes, and where each task
     has a forward pass of its own (losses given as functions, stochastic mode) the tasks' gradients
-    differ by it. Such passes also update the running statistics several times in a micro-batch. The
-    published implementation of GCond therefore puts the whole model into evaluation mode for its
-    passes, which turns dropout off too; here the statistics alone are frozen. Dropout and all other
-    layers keep their mode, and the layers' weights and biases train.
+    differ by it; such passes also update the running statistics several times in a micro-batch. The
+    published implementation of GCond therefore puts the model into evaluation mode, which turns
+    dropout off too; here all else keeps its mode, and the layers' weights and biases train.
 
     The running statistics of a new model are 0 and 1: train without this at first, or start from a
     trained model. Layers made with `track_running_stats=False` have none and are not affected.

@@ -40,11 +40,7 @@ def step_if(wanted: Tensor, base: torch.optim.Optimizer) -> None:
 
 
 def step_base(base: torch.optim.Optimizer) -> None:
-    """Step the optimizer.
-
-    Raises:
-        RuntimeError: it needs what accumulated gradients do not have.
-    """
+    """Step the optimizer; raise a RuntimeError where it needs what resolved gradients lack."""
     try:
         base.step()
     except Exception as error:
@@ -59,10 +55,7 @@ def step_base(base: torch.optim.Optimizer) -> None:
 
 
 def step_of_zeros(base: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
-    """Step some parameters alone, with gradients and a learning rate of zero.
-
-    So the optimizer makes their state. Gradients and options are then as before.
-    """
+    """Step with gradients and a learning rate of zero, so that parameters have a state."""
     gradients = [(p, p.grad) for group in base.param_groups for p in group["params"]]
     options = [
         {k: (v, copy.deepcopy(v)) for k, v in group.items() if k != "params"}
@@ -114,12 +107,7 @@ def rolls_back_on_device(device: torch.device, base: torch.optim.Optimizer) -> b
 def step_or_roll_back(wanted: Tensor, base: torch.optim.Optimizer) -> None:
     """Make the step, then roll back what it changed where it was not wanted.
 
-    State that the step has added had no value before, which only the host can restore: it reads the
-    flag then, in an optimizer's first step.
-
-    Raises:
-        RuntimeError: state lies on another device, or this is a first step and a CUDA graph is
-            captured.
+    Only the host can remove state that a first step has added: it reads the flag then.
     """
     before = {key: local_shard(value).clone() for key, value in changed_by_step(base).items()}
     for (_, name), value in before.items():

@@ -11,13 +11,10 @@ from gcond_kernels.ops.contexts import fixed_precision
 
 
 class LossScale:
-    """The interface of GCondFused to an enabled `torch.amp.GradScaler`.
+    """Scale losses by an enabled `torch.amp.GradScaler`, and report overflows to it.
 
-    The scaler looks for overflows in the gradients of optimizers. It is given an optimizer of a
-    single number, whose gradient is infinite where a task's gradient is not finite.
-
-    Args:
-        scaler: the user's, who calls its `update` after each step.
+    The scaler looks for them in the gradients of an optimizer: it is given one of a single number,
+    whose gradient is infinite where a task's is not finite. The user calls its `update`.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:

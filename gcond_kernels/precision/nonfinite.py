@@ -14,29 +14,20 @@ from gcond_kernels.ops import Gramians
 
 
 def nonfinite_tasks(gramian: Tensor) -> Tensor:
-    """Return which tasks' gradients hold a value that is not finite: [K] bool.
-
-    Values beyond about 1e19 count too: their squares exceed float32.
-    """
+    """Return which tasks' gradients hold a NaN, an infinity or more than about 1e19: [K] bool."""
     return ~gramian.diagonal().isfinite()
 
 
 def without_tasks(gramians: Gramians, scale: Tensor, dropped: Tensor) -> tuple[Gramians, Tensor]:
-    """Return Gramians and scale as if some tasks had had no micro-batch.
+    """Return Gramians and scale [K] as if the tasks in `dropped` [K] had had no micro-batch.
 
     Where no task would be left, `total` stays as it is, so that the step is skipped.
-
-    Args:
-        gramians: of all tasks.
-        scale: [K] float64.
-        dropped: [K] bool, on the same device; not read by the host.
     """
     kept = torch.where(dropped, 0.0, scale)
     pairs = dropped[:, None] | dropped[None, :]
     R = gramians.per_tensor.shape[-1]
     padded = torch.nn.functional.pad(dropped, (0, R - len(dropped)))  # the momentum is kept
-    cross, crosses = (
-        # [..., K, K]: the history is always finite.
+    cross, crosses = (  # [..., K, K]: the history is always finite
         None if value is None else value.masked_fill(dropped[:, None], 0.0)
         for value in (gramians.cross, gramians.cross_per_tensor)
     )
@@ -49,14 +40,9 @@ def without_tasks(gramians: Gramians, scale: Tensor, dropped: Tensor) -> tuple[G
 
 
 def describe(per_tensor: Tensor, tasks: Sequence[str], parameters: Sequence[str]) -> str | None:
-    """Return in words which tasks and parameters are not finite; None where all are finite.
+    """Return in words which tasks and parameters are not finite; None where all are.
 
-    On a GPU this synchronizes with the device.
-
-    Args:
-        per_tensor: [T, R, R] float64, R ≥ K.
-        tasks: K names.
-        parameters: T names.
+    On a GPU this synchronizes with the device. `per_tensor` is [T, R, R], R ≥ K.
     """
     diagonals = per_tensor.diagonal(dim1=1, dim2=2)[:, : len(tasks)]  # [T, K]
     found = []

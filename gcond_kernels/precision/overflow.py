@@ -1,4 +1,4 @@
-"""Overflow: does a resolved gradient fit into the type of `.grad`, before anything is written."""
+"""Checks, before anything is written, whether a resolved gradient fits into the type of `.grad`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,7 @@ def norms_fit(gramians: ops.Gramians, weights: Tensor) -> Tensor:
 
 
 def norms(gramians: ops.Gramians, weights: Tensor) -> Tensor:
-    """Return the norm √(wᵀ G w) of the resolved gradient in every tensor: [T] float64.
-
-    Args:
-        gramians: with a Gramian of each tensor.
-        weights: [K] or [T, K] float64.
-    """
+    """Return the norm √(wᵀ G w) of the resolved gradient in every tensor: [T] float64."""
     K = weights.shape[-1]
     G = gramians.per_tensor[:, :K, :K]
     w = weights.expand(len(G), K)
@@ -41,9 +36,6 @@ def halves_fit(
 ) -> Tensor:
     """Return whether all elements of Σ_k w_k accumulators[k] fit float16 in segments: [] bool.
 
-    On a CPU a segment is not read where its norm fits; on a GPU, where that would synchronize with
-    the device, all of them are.
-
     Args:
         accumulators: [K, N'], sums of gradients.
         segments: offset and size of each tensor whose `.grad` is float16.
@@ -52,7 +44,7 @@ def halves_fit(
     """
     fit = torch.ones((), dtype=torch.bool, device=accumulators.device)
     doubtful = [True] * len(segments)
-    if accumulators.device.type == "cpu":
+    if accumulators.device.type == "cpu":  # a GPU would synchronize
         doubtful = (~(norms <= LARGEST_HALF)).tolist()
     for (offset, size), w, is_doubtful in zip(segments, weights.float(), doubtful, strict=True):
         if is_doubtful and size:

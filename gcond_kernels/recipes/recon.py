@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from inspect import signature
+from itertools import permutations
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,13 +19,12 @@ COLUMNS = 80  # of a table at most
 
 
 class SplitModel(nn.Module):
-    """A model for each task; they share everything but the layers that each has for itself.
+    """Hold a model for each task, which share everything but the layers each has for itself.
 
-    `split_conflicting_layers` makes it. What is shared exists once: the models hold the same
-    modules, parameters and buffers, so that `.to()`, `train()`, `state_dict()` (with the shared
-    ones under each model's name, as torch does with tied weights), `copy.deepcopy`, `torch.save`,
-    `torch.compile` and activation checkpointing work as with any model. `parameters()` and
-    `named_parameters()` give shared ones once, by the name in the first model:
+    `split_conflicting_layers` makes it. What is shared exists once, so that `.to()`, `train()`,
+    `state_dict()` (with what is shared under each model's name, as torch does with tied weights),
+    `copy.deepcopy`, `torch.save`, `torch.compile` and activation checkpointing work as with any
+    model. `named_parameters()` gives shared ones once, by the name in the first model:
     "models.0.body.0.weight"; a layer of the second task is "models.1.body.2.weight".
 
     The modules that contain a split layer exist once per task too, with the same parameters and
@@ -57,13 +57,7 @@ class SplitModel(nn.Module):
         return self.models[self.tasks.index(task)]
 
     def forward(self, *args: Any, task: str | None = None, **kwargs: Any) -> Any:
-        """Run the model of one task.
-
-        Args:
-            *args: what the model takes.
-            task: its name. It is passed on only where the model's own forward has an argument
-                called task.
-            **kwargs: what the model takes.
+        """Run the model of one task; a model that has an argument called task gets it too.
 
         Raises:
             TypeError: without a task.
@@ -97,9 +91,8 @@ def split_conflicting_layers(
         ...
         optimizer.backward({t: loss(model(x, task=t), y[t]) for t, loss in losses.items()})
 
-    Every task's layers start with the values of the given model. Training starts over where that
-    is a new one, as above, or has its pretrained weights loaded once more; it continues where it is
-    the trained one.
+    Every task's layers start with the values of the given model: training starts over where that is
+    a new one, as above, and continues where it is the trained one.
 
     Args:
         model: is not changed. Split it before it is compiled or wrapped (FSDP2,
@@ -138,9 +131,9 @@ def split_conflicting_layers(
 def conflict_table(recorder: Recorder, threshold: float = 0.0, most: int | None = None) -> str:
     """Return the layers by their number of conflicts, highest first, as text of 80 columns.
 
-    A line per layer: its rank; s(l), how often two tasks conflicted in it; how often two were
-    compared; the share of the one in the other; and its name, without its middle where it is long.
-    On a GPU this synchronizes with the device.
+    A line per layer: rank, how often two tasks conflicted in it, how often two were compared, the
+    share, and the name, without its middle where it is long. On a GPU this synchronizes with the
+    device.
 
     Args:
         recorder: its `layers(threshold=threshold)` are shown.
@@ -174,13 +167,12 @@ def conflict_table(recorder: Recorder, threshold: float = 0.0, most: int | None 
 
 
 def _checked_names(option: str, names: object) -> list[str]:
-    """Return a list of strings, one or more."""
+    """Check that names are strings, one or more, and return their list."""
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise TypeError(f"{option} must be a list of names, not {names!r}")
     checked = list(names)
-    for name in checked:
-        if not isinstance(name, str):
-            raise TypeError(f"{option}: a name must be a string, not {name!r}")
+    if others := [name for name in checked if not isinstance(name, str)]:
+        raise TypeError(f"{option}: a name must be a string, not {others[0]!r}")
     if not checked:
         raise ValueError(f"{option} must have at least one name")
     return checked
@@ -194,18 +186,16 @@ def _selected(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
     for given in layers:
         # A recorder's names are without what wrappers add; the model's may have it.
         name = given if given in known else plain.get(without_wrappers([given])[0], given)
-        error = _error_in(name, model, known)
-        if error:
+        if error := _error_in(name, model, known):
             raise ValueError(f"layers: {error}")
         if known[name] not in selected.values():
             selected[name] = known[name]
-    for outer, module in selected.items():
-        for inner, other in selected.items():
-            if other is not module and other in set(module.modules()):
-                raise ValueError(
-                    f"layers: {inner!r} is in {outer!r}, with which it becomes task-specific "
-                    "already: leave one of them out"
-                )
+    for (outer, module), (inner, other) in permutations(selected.items(), 2):
+        if other in set(module.modules()):
+            raise ValueError(
+                f"layers: {inner!r} is in {outer!r}, with which it becomes task-specific already: "
+                "leave one of them out"
+            )
     return selected
 
 
@@ -231,22 +221,13 @@ def _error_in(name: str, model: nn.Module, known: dict[str, nn.Module]) -> str |
 
 
 class _Split:
-    """Which modules and tensors of a model are shared when some layers become task-specific.
-
-    Attributes:
-        model: the first task's.
-        layers: the task-specific layers, by their names.
-        containers: the modules that contain one of these, by their names. Each task gets its own,
-            with the parameters and buffers of the first.
-        shared: all other modules, by their names.
-        tensors: the parameters and buffers of containers and shared modules, by their names.
-    """
+    """Find which modules and tensors are shared when some layers become task-specific."""
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
-        self.model, self.layers = model, layers
-        self.containers: dict[str, nn.Module] = {}
-        self.shared: dict[str, nn.Module] = {}
-        self.tensors: dict[str, Tensor] = {}
+        self.model, self.layers = model, layers  # of the first task
+        self.containers: dict[str, nn.Module] = {}  # have such a layer: each task gets its own
+        self.shared: dict[str, nn.Module] = {}  # all other modules
+        self.tensors: dict[str, Tensor] = {}  # of containers and shared modules
         specific = set(layers.values())
         for path, module in _walk("", model, set(specific)):
             contains = not specific.isdisjoint(module.modules())
@@ -256,7 +237,7 @@ class _Split:
                     self.tensors[_join(path, name)] = tensor
 
     def model_of_another_task(self) -> nn.Module:
-        """Return a copy of the model in which the layers and their containers alone are copied."""
+        """Return a model in which the layers and their containers alone are copied."""
         kept = (*self.shared.values(), *self.tensors.values())
         another = copy.deepcopy(self.model, {id(value): value for value in kept})
         for path, module in self.containers.items():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from numbers import Real
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +14,16 @@ from torch.nn.parameter import is_lazy
 from gcond_kernels.diagnostics.records import check_count
 from gcond_kernels.storage.dtensor import is_dtensor
 
-# A function from a weight to [neurons, fan-in], and one from that and the weight's shape back.
-Layout: TypeAlias = "tuple[Callable[[Tensor], Tensor], Callable[[Tensor, torch.Size], Tensor]]"
-
 CHUNK = 1 << 24  # weights that are sorted at a time, with 12 bytes or more for each
 MODULES = "Linear, Conv1d to 3d, ConvTranspose1d to 3d, MultiheadAttention"
 
 
 class _Weight(NamedTuple):
-    """A weight that has neurons."""
+    """Name a weight that has neurons."""
 
     name: str
     parameter: nn.Parameter | None  # None where the module computes it (a parametrization)
-    layout: Layout
+    groups: int | None  # of a transposed convolution
 
 
 def neuron_mask(
@@ -41,10 +38,9 @@ def neuron_mask(
 
     Sparse training (Zhang et al. 2024, "Proactive Gradient Conflict Mitigation in Multi-Task
     Learning: A Sparse Training Perspective", arXiv 2411.18615): before training a mask M is chosen
-    once, and every step is θ ← θ − η (M ∘ ∇). Tasks that move fewer weights conflict less. There,
-    the choice per neuron did better than a random one or the largest of the whole network, with
-    about 30 % of the weights of a pretrained backbone and about 60 % of one trained from scratch.
-    Heads stay dense where only the backbone is given, as above.
+    once, and every step is θ ← θ − η (M ∘ ∇). There, the choice per neuron did better than a random
+    one or the largest of the whole network, with about 30 % of the weights of a pretrained backbone
+    and about 60 % of one trained from scratch. Heads stay dense where only the backbone is given.
 
     A neuron is an output unit: a row of a Linear's weight, of a Conv's and of the input projections
     of a MultiheadAttention, and for a ConvTranspose the weights of one output channel in its group.
@@ -88,11 +84,9 @@ def neuron_mask(
         if parameter is not None and parameter.requires_grad and parameter not in mask:
             mask[parameter] = _mask_of(weight, parameter, k, share)
     if not mask:
-        why = (
-            f"all {len(weights)} of them are frozen or parametrized"
-            if weights
-            else f"there is no such module ({MODULES}) in it"
-        )
+        why = f"there is no such module ({MODULES}) in it"
+        if weights:
+            why = f"all {len(weights)} of them are frozen or parametrized"
         raise ValueError(f"{type(model).__name__} has no weights of neurons to choose from: {why}")
     return mask
 
@@ -101,10 +95,8 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
     """Return the weights of all modules that have neurons, in the order of the modules."""
     for path, module in model.named_modules():
         names = ["weight"]
-        layout: Layout = (_rows, _from_rows)
-        if isinstance(module, _ConvTransposeNd):
-            layout = _layout_of_transposed(module.groups)
-        elif isinstance(module, nn.MultiheadAttention):  # its output projection is a Linear
+        groups = module.groups if isinstance(module, _ConvTransposeNd) else None
+        if isinstance(module, nn.MultiheadAttention):  # its output projection is a Linear
             # Keys and values may have a width of their own.
             one = module._qkv_same_embed_dim
             names = ["in_proj_weight"] if one else [f"{p}_proj_weight" for p in "qkv"]
@@ -112,31 +104,23 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
             continue
         own = dict(module.named_parameters(recurse=False))
         for name in names:
-            yield _Weight(f"{path}.{name}" if path else name, own.get(name), layout)
+            yield _Weight(f"{path}.{name}" if path else name, own.get(name), groups)
 
 
-def _rows(weight: Tensor) -> Tensor:
+def _to_neurons(weight: Tensor, groups: int | None) -> Tensor:
+    """Return [neurons, fan-in]; in transposed convolutions a group's inputs are contiguous."""
+    if groups is not None:
+        weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     return weight.flatten(1)
 
 
-def _from_rows(rows: Tensor, shape: torch.Size) -> Tensor:
-    return rows.view(shape)
-
-
-def _layout_of_transposed(groups: int) -> Layout:
-    """Return the layout of [in, out / groups, *kernel]; a group's inputs are contiguous."""
-
-    def to_neurons(weight: Tensor) -> Tensor:
-        inputs, outputs, *kernel = weight.shape
-        grouped = weight.reshape(groups, inputs // groups, outputs, *kernel).transpose(1, 2)
-        return grouped.flatten(2).flatten(0, 1)  # [out, in / groups · kernel]
-
-    def from_neurons(neurons: Tensor, shape: torch.Size) -> Tensor:
-        inputs, outputs, *kernel = shape
-        grouped = neurons.view(groups, outputs, inputs // groups, *kernel)
-        return grouped.transpose(1, 2).reshape(shape)
-
-    return to_neurons, from_neurons
+def _from_neurons(neurons: Tensor, shape: torch.Size, groups: int | None) -> Tensor:
+    """Return what `_to_neurons` made [neurons, fan-in] of, in the shape of the weight."""
+    if groups is None:
+        return neurons.view(shape)
+    inputs, outputs, *kernel = shape
+    grouped = neurons.view(groups, outputs, inputs // groups, *kernel)
+    return grouped.transpose(1, 2).reshape(shape)
 
 
 def _mask_of(
@@ -145,34 +129,29 @@ def _mask_of(
     """Return a bool tensor like the parameter, True where it is trained."""
     if is_lazy(parameter):
         raise ValueError(
-            f"{weight.name} has no values yet, as it belongs to a lazy module: run a forward pass "
-            "first"
+            f"{weight.name} has no values yet, as of a lazy module: run a forward pass first"
         )
     if parameter.is_meta:
         raise ValueError(f"{weight.name} is on the meta device, which holds no values")
     if parameter.numel() == 0:
         return torch.zeros_like(parameter, dtype=torch.bool)
-    full: Any = parameter.detach()
-    if is_dtensor(parameter):
-        full = full.full_tensor()
-    to_neurons, from_neurons = weight.layout
-    magnitudes = to_neurons(full.abs())
+    sharded: Any = parameter if is_dtensor(parameter) else None
+    full = parameter.detach() if sharded is None else sharded.detach().full_tensor()
+    magnitudes = _to_neurons(full.abs(), weight.groups)
     if magnitudes.isnan().any():
         raise ValueError(f"{weight.name} is NaN somewhere: there are no largest of its magnitudes")
     fan_in = magnitudes.shape[1]
     count = k if k is not None else max(1, round((share or 1.0) * fan_in))
     selected = torch.zeros_like(magnitudes, dtype=torch.bool)
     neurons = max(1, CHUNK // fan_in)
-    chunks = torch.split(magnitudes, neurons), torch.split(selected, neurons)
-    for chunk, into in zip(*chunks, strict=True):
+    for chunk, into in zip(magnitudes.split(neurons), selected.split(neurons), strict=True):
         # Not topk, which takes any of those that are equal: all ranks select the same.
         largest = chunk.sort(dim=1, descending=True, stable=True).indices[:, :count]
         into.scatter_(1, largest, True)
-    mask = from_neurons(selected, full.shape)
-    if not is_dtensor(parameter):
+    mask = _from_neurons(selected, full.shape, weight.groups)
+    if sharded is None:
         return mask
     from torch.distributed.tensor import distribute_tensor
 
-    sharded: Any = parameter
     # Nothing is sent: every rank has computed the same.
     return distribute_tensor(mask, sharded.device_mesh, sharded.placements, src_data_rank=None)
