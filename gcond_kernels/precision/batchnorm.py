@@ -11,7 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextmanager
 def frozen_batchnorm(model: nn.Module) -> Iterator[None]:
-    """Make every BatchNorm layer use its running statistics unchanged, as a context manager. ::
+    """Make every BatchNorm layer use its running statistics, and leave them as they are.
+
+    ::
 
         with frozen_batchnorm(model):
             optimizer.backward({"a": lambda: loss_a(model(x)), "b": lambda: loss_b(model(x))})

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gcond_kernels import GCondFused, ops
+from gcond_kernels import GCondFused
 from gcond_kernels.diagnostics import recorder
 from gcond_kernels.diagnostics.recorder import Recorder
-from gcond_kernels.diagnostics.records import ALL_ZONES, record_key, zone_of
+from gcond_kernels.diagnostics.records import record_key, zone_of
 from tests.helpers.host_reads import HostReads
 from tests.helpers.recorded import (
     NAMES,
@@ -24,13 +24,13 @@ from tests.helpers.recorded import (
     add,
     filled,
     gradients_of,
-    resolution_of,
     resolved,
     two_tasks,
     with_cosines,
 )
 
 AGREEING = torch.ones(2, 5, dtype=torch.float64)
+ONE = torch.tensor([[1.0], [0.0]])
 OPPOSED = torch.tensor([[1.0], [-1.0]], dtype=torch.float64).expand(2, 5)
 
 
@@ -61,18 +61,12 @@ def test_steps_keep_the_order_they_came_in_whatever_their_number():
     assert steps_of(kept) == [3, 4, 2]
 
 
-def test_a_recorder_of_capacity_0_keeps_nothing():
-    kept = filled(3, keep=0)
+@pytest.mark.parametrize(("steps", "keep", "advice"), [(3, 0, "is 0"), (0, 5, "train some steps")])
+def test_a_recorder_without_steps_is_empty(steps, keep, advice):
+    kept = filled(steps, keep=keep)
     assert len(kept) == 0
     assert kept.rows() == kept.layers() == []
-    assert "capacity is 0" in kept.advise()
-
-
-def test_a_recorder_without_a_step_is_empty():
-    kept = Recorder("ab", THRESHOLDS, 5)
-    assert len(kept) == 0
-    assert kept.rows() == kept.layers() == []
-    assert "train some steps" in kept.advise()
+    assert advice in kept.advise()
     kept.clear()
 
 
@@ -114,15 +108,10 @@ def test_a_replayed_graph_would_record_every_step():
 
 
 def test_what_was_recorded_may_be_overwritten_afterwards():
-    kept = Recorder("ab", THRESHOLDS, 4)
-    number, G = torch.tensor(1), torch.eye(2, dtype=torch.float64)
-    events = torch.full((4, 5), math.nan, dtype=torch.float64)
-    weights, finite = torch.ones(2, dtype=torch.float64), torch.tensor(True)
-    decision = ops.Arbitration(weights, G, events, finite)
-    step = resolution_of(number, NAMES[:1], G, G[None], decision, torch.tensor([False, False]))
+    kept, step = Recorder("ab", THRESHOLDS, 4), resolved(two_tasks(-0.5))
     kept.record(step)
     before = kept.rows()
-    for tensor in (step.counters, G, events, weights, finite):
+    for tensor in (step.counters, step.gramian, *step.decision[::2], step.decision.finite):
         tensor.zero_()
     assert kept.rows() == before
 
@@ -244,28 +233,24 @@ def test_one_task_has_no_pairs():
 
 
 @pytest.mark.parametrize(
-    ("cosine", "zone"),
+    ("cosine", "zone", "thresholds"),
     [
-        (0.5, "none"),
-        (0.0, "none"),
-        (-1e-9, "mild"),
-        (-0.5, "mild"),
-        (-0.5001, "moderate"),
-        (-0.7999, "moderate"),
-        (-0.8, "critical"),
-        (-1.0, "critical"),
+        (0.5, "none", THRESHOLDS),
+        (0.0, "none", THRESHOLDS),
+        (-1e-9, "mild", THRESHOLDS),
+        (-0.5, "mild", THRESHOLDS),
+        (-0.5001, "moderate", THRESHOLDS),
+        (-0.7999, "moderate", THRESHOLDS),
+        (-0.8, "critical", THRESHOLDS),
+        (-1.0, "critical", THRESHOLDS),
+        (-1.0, "none", (-1.0, -1.0, -1.0)),
+        (0.1, "mild", (-0.8, -0.5, 0.2)),
     ],
 )
-def test_zones_at_the_thresholds(cosine, zone):
-    assert zone_of(cosine, THRESHOLDS) == zone
+def test_zones_at_the_thresholds(cosine, zone, thresholds):
+    assert zone_of(cosine, thresholds) == zone
     if round(cosine, 4) == cosine and cosine not in (-0.5, -0.8):  # rounding of the root decides
-        assert with_cosines([cosine]).rows()[0]["zone"] == zone
-
-
-def test_what_is_no_conflict_is_not_critical_either():
-    assert zone_of(-1.0, (-1.0, -1.0, -1.0)) == "none"
-    assert zone_of(0.1, (-0.8, -0.5, 0.2)) == "mild"
-    assert with_cosines([0.1], (-0.8, -0.5, 0.2)).rows()[0]["zone"] == "mild"
+        assert with_cosines([cosine], thresholds).rows()[0]["zone"] == zone
 
 
 def test_a_skipped_step_counts_only_as_skipped():
@@ -380,15 +365,11 @@ def test_a_task_may_be_added_before_the_first_step(keep):
     assert len(kept.rows()) == min(keep, 1)
 
 
-def test_a_task_is_added_once():
+def test_a_task_is_added_once_and_without_synchronizing_with_the_device():
     kept = filled(2)
     with pytest.raises(ValueError, match="'task1' already: give it another name"):
         kept.add_task("task1")
     assert kept.tasks == ("task0", "task1")
-
-
-def test_a_task_is_added_without_synchronizing_with_the_device():
-    kept = filled(2)
     with HostReads() as reads:
         kept.add_task("c")
     assert reads.found == []
@@ -457,12 +438,35 @@ def test_one_long_layer_among_many_takes_no_more_memory_than_its_tensors():
     assert all(layer["compared"] == pairs for layer in kept.layers())
 
 
-def test_the_tensors_of_a_layer_may_be_separated_by_others():
+@pytest.mark.parametrize(
+    ("gradients", "names", "layers"),
+    [
+        # In x two of three tensors with equal norms agree, in z its one does not.
+        (
+            [OPPOSED, OPPOSED, AGREEING, OPPOSED, AGREEING],
+            ("x.weight", "y", "x.bias", "z.weight", "x.scale"),
+            [("y", 1), ("z", 1), ("x", 0)],
+        ),
+        # Equal shares stay in the order of the model.
+        (
+            [AGREEING, OPPOSED, AGREEING, OPPOSED],
+            ("w", "x", "y", "z"),
+            [("x", 1), ("z", 1), ("w", 0), ("y", 0)],
+        ),
+        # Of two models.
+        (
+            [AGREEING, AGREEING, OPPOSED, OPPOSED],
+            ("0.0.weight", "0.0.bias", "1.0.weight", "1.0.bias"),
+            [("1.0", 1), ("0.0", 0)],
+        ),
+        # A parameter of one task alone.
+        ([AGREEING, OPPOSED * ONE], ("shared", "head"), [("shared", 0)]),
+    ],
+)
+def test_layers_are_those_of_the_names(gradients, names, layers):
     kept = Recorder("ab", THRESHOLDS, 4)
-    names = ("x.weight", "y", "x.bias", "z.weight", "x.scale")
-    # In x two of three tensors with equal norms agree, in z its one does not.
-    add(kept, [OPPOSED, OPPOSED, AGREEING, OPPOSED, AGREEING], names=names)
-    assert conflicts_of(kept) == {"x": 0, "y": 1, "z": 1}
+    add(kept, gradients, names=names)
+    assert list(conflicts_of(kept).items()) == layers
 
 
 @pytest.mark.parametrize("threshold", [-1.0, 0.01, -0.025, 1.0])
@@ -491,27 +495,6 @@ def test_incidence_is_the_share_of_pairs_below_zero():
     assert "Incidence of conflict" in kept.advise()
     assert "16.7 %" in kept.advise()
     assert Recorder("ab", THRESHOLDS, 10).incidence() is None
-
-
-def test_equal_shares_stay_in_the_order_of_the_model():
-    kept = Recorder("ab", THRESHOLDS, 4)
-    add(kept, [AGREEING, OPPOSED, AGREEING, OPPOSED], names=("w", "x", "y", "z"))
-    assert [layer["layer"] for layer in kept.layers()] == ["x", "z", "w", "y"]
-
-
-def test_layers_of_two_models_stay_apart():
-    names = [f"group{group}.0.{name}" for group in (0, 1) for name in ("weight", "bias")]
-    kept = Recorder("ab", THRESHOLDS, 4)
-    add(kept, [AGREEING, AGREEING, OPPOSED, OPPOSED], names=names)
-    assert list(conflicts_of(kept).items()) == [("group1.0", 1), ("group0.0", 0)]
-
-
-def test_a_parameter_of_one_task_alone_is_left_out():
-    kept = Recorder("ab", THRESHOLDS, 4)
-    shared, head = gradients_of(2, 0, 2)
-    head[1] = 0.0
-    add(kept, [shared, head], names=("shared", "head"))
-    assert [layer["layer"] for layer in kept.layers()] == ["shared"]
 
 
 def test_parameters_may_come_while_training():
@@ -603,7 +586,3 @@ def test_a_copy_of_an_optimizer_has_a_copy_of_its_recorder():
     twin = copy.deepcopy(optimizer)
     assert twin.recorder.rows() == optimizer.recorder.rows()
     assert pickle.loads(pickle.dumps(optimizer)).recorder.rows() == optimizer.recorder.rows()
-
-
-def test_all_zones_are_in_the_order_of_the_thresholds():
-    assert ALL_ZONES == ("none", "mild", "moderate", "critical")
