@@ -231,7 +231,10 @@ def _draw_series(
     if len(records) <= FEW_STEPS:
         axes.plot(steps, cosines, linewidth=1.2, markersize=6, label=label, **style)
         return
-    points = {"markersize": 4.0 if len(records) <= 300 else 2.5, "markeredgewidth": 0.0}
+    points: dict[str, Any] = {
+        "markersize": 4.0 if len(records) <= 300 else 2.5,
+        "markeredgewidth": 0.0,
+    }
     axes.plot(steps, cosines, linestyle="", alpha=0.4, **points, **style)
     half = _half_window(records)
     medians = [

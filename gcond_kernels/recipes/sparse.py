@@ -110,7 +110,8 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
 def _to_neurons(weight: Tensor, groups: int | None) -> Tensor:
     """Return [neurons, fan-in]; in transposed convolutions a group's inputs are contiguous."""
     if groups is not None:
-        weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        grouped = weight.reshape(groups, len(weight) // groups, *weight.shape[1:])
+        weight = grouped.transpose(1, 2).flatten(0, 1)
     return weight.flatten(1)
 
 
@@ -144,7 +145,8 @@ def _mask_of(
     count = k if k is not None else max(1, round((share or 1.0) * fan_in))
     selected = torch.zeros_like(magnitudes, dtype=torch.bool)
     neurons = max(1, CHUNK // fan_in)
-    for chunk, into in zip(magnitudes.split(neurons), selected.split(neurons), strict=True):
+    chunks = torch.split(magnitudes, neurons), torch.split(selected, neurons)
+    for chunk, into in zip(*chunks, strict=True):
         # Not topk, which takes any of those that are equal: all ranks select the same.
         largest = chunk.sort(dim=1, descending=True, stable=True).indices[:, :count]
         into.scatter_(1, largest, True)
