@@ -14,12 +14,8 @@ def prepare(accelerator):
     data = torch.utils.data.TensorDataset(x, x[:, :2] - x[:, 2:4])
     model = accelerator.prepare(torch.nn.Linear(8, 2))  # first, so that GCondFused sees the DDP
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    options = {
-        "distributed": Distributed(module=model),
-        "grad_scaler": accelerator.scaler,
-        "accumulation_steps": 8,
-    }
-    gcond = GCondFused(sgd, {"l1": 0.85, "mse": 0.15}, **options)
+    options = {"distributed": Distributed(module=model), "accumulation_steps": 8}
+    gcond = GCondFused(sgd, {"l1": 0.85, "mse": 0.15}, grad_scaler=accelerator.scaler, **options)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(gcond, 0.9)
     loader = torch.utils.data.DataLoader(data, batch_size=8)
     return model, gcond, *accelerator.prepare(gcond, scheduler, loader)

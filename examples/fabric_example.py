@@ -15,12 +15,8 @@ def prepare(fabric):
     model = fabric.setup(torch.nn.Linear(8, 2))  # first, so that GCondFused sees the DDP
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scaler = getattr(fabric.strategy.precision, "scaler", None)  # with precision="16-mixed"
-    options = {
-        "distributed": Distributed(module=model),
-        "grad_scaler": scaler,
-        "accumulation_steps": 8,
-    }
-    gcond = GCondFused(sgd, {"l1": 0.85, "mse": 0.15}, **options)
+    options = {"distributed": Distributed(module=model), "accumulation_steps": 8}
+    gcond = GCondFused(sgd, {"l1": 0.85, "mse": 0.15}, grad_scaler=scaler, **options)
     loader = fabric.setup_dataloaders(torch.utils.data.DataLoader(data, batch_size=8))
     return model, fabric.setup_optimizers(gcond), loader
 

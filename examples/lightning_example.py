@@ -20,12 +20,8 @@ class TwoTasks(pl.LightningModule):
         """GCondFused around any optimizer; the scheduler takes it as it is."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # with precision="16-mixed"
         sgd = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-        options = {
-            "distributed": Distributed(module=self.trainer.model),
-            "grad_scaler": scaler,
-            "accumulation_steps": 8,
-        }
-        optimizer = GCondFused(sgd, {"l1": 0.85, "mse": 0.15}, **options)
+        options = {"distributed": Distributed(module=self.trainer.model), "accumulation_steps": 8}
+        optimizer = GCondFused(sgd, {"l1": 0.85, "mse": 0.15}, grad_scaler=scaler, **options)
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
     def training_step(self, batch, batch_idx):  # noqa: ARG002  Lightning calls it so

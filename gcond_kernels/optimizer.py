@@ -294,7 +294,7 @@ class GCondFused(AssignableOptimizer):
         try:
             self.resolve()
         except Exception as error:
-            # Of several ranks all have raised it, and of what is not finite the user is asked.
+            # All ranks have raised it; and what is not finite is the user's to decide.
             if self._strategy.size == 1 and not isinstance(error, FloatingPointError):
                 self._void_window(error)
             raise
@@ -389,8 +389,8 @@ class GCondFused(AssignableOptimizer):
 
         A window that is not full is resolved as it is. Where a gradient held a NaN or an infinity,
         the base optimizer is not stepped and no state changes (but see `on_nonfinite`). With
-        torch's fused optimizers, and with `capturable=True`, the device sees to that; with any
-        other the host reads one flag, and on a GPU waits for it.
+        torch's fused optimizers, and with `capturable=True`, the device does that; with any
+        other it synchronizes with the device, for one flag.
 
         Args:
             closure: must do nothing; there are trainers that call `step` with such a one.

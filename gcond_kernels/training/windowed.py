@@ -149,7 +149,7 @@ class WindowedOptimizer(OptimizerWrapper):
             )
 
     def _find_wrapper(self) -> None:
-        """Look once for a DistributedDataParallel that this optimizer was not told of."""
+        """Look once for a DistributedDataParallel that this optimizer does not know."""
         listed = (p for group in self.base.param_groups for p in group["params"])
         if self._data_parallel.search(listed):
             self._collector.wrapper_known = True
