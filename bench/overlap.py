@@ -189,14 +189,14 @@ class Training:
         """Time what the last `backward` of a window calls; `step` calls it for nothing."""
         if self.optimizer._window.resolved:
             return
-        self.sent = self.optimizer._strategy.sent
+        self.sent = self.optimizer._rank_strategy.sent
         self._full = self.micro_batches.now()
         GCondFused.resolve(self.optimizer)
         self._resolved = self.micro_batches.now()
 
     def exchange(self) -> Times:
         """Make the collectives of a window; what is in the accumulators is of no use then."""
-        strategy: Any = self.optimizer._strategy
+        strategy: Any = self.optimizer._rank_strategy
         now = self.micro_batches.now
         start = now()
         for task in range(len(self.micro_batches.targets)):
@@ -209,7 +209,7 @@ class Training:
     def _sending(self, sent: str) -> AbstractContextManager[object]:
         if sent == AT_ONCE:
             return nullcontext()
-        return mock.patch.object(self.optimizer._strategy, "mark_complete", return_value=None)
+        return mock.patch.object(self.optimizer._rank_strategy, "mark_complete", return_value=None)
 
 
 class Rank:

@@ -193,14 +193,14 @@ class GCondFused(AssignableOptimizer):
         self._storage.configure(options.history, options.momentum > 0.0)
         self._collector = Collector(self._storage)
         self._collector.wrapper_known = ranks.module is not None
-        self._strategy = strategy(self._storage, group)
+        self._rank_strategy = strategy(self._storage, group)
         self._resolver = Resolver(
-            self._storage, self._strategy, self._options, self._weights, device
+            self._storage, self._rank_strategy, self._options, self._weights, device
         )
         self._loss_scale = None
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             self._loss_scale = LossScale(self.grad_scaler)
-            if self._strategy.size > 1:
+            if self._rank_strategy.size > 1:
                 # Now: GradScaler.step asks for a scale also where a rank had no loss to scale.
                 self._loss_scale.inverse(device)
         self._losses = LossBackward(
@@ -214,7 +214,7 @@ class GCondFused(AssignableOptimizer):
         """The tasks whose losses the next `backward` takes; none once the window is full."""
         window, o = self._window, self._options.assigned
         schedule, position = window.schedule, window.position
-        if window.resolved or (position and position >= len(schedule) and self._strategy.sent):
+        if window.resolved or (position and position >= len(schedule) and self._rank_strategy.sent):
             return ()
         if not 0 < position < len(schedule):  # a full one could not be resolved, and is dropped
             schedule, position = schedule_of(len(self._weights), o.accumulation_steps, o.mode), 0
@@ -276,7 +276,7 @@ class GCondFused(AssignableOptimizer):
         given = check_losses(losses, self.active_tasks, tuple(self._weights), o.mode == "exact")
         self._find_wrapper()
         self._update_layout()
-        self._strategy.check_gradient_sync()
+        self._rank_strategy.check_gradient_sync()
         self._clear_gradients()
         self._begin_window()
         window.in_backward = True
@@ -295,7 +295,7 @@ class GCondFused(AssignableOptimizer):
             self.resolve()
         except Exception as error:
             # All ranks have raised it; and what is not finite is the user's to decide.
-            if self._strategy.size == 1 and not isinstance(error, FloatingPointError):
+            if self._rank_strategy.size == 1 and not isinstance(error, FloatingPointError):
                 self._void_window(error)
             raise
         return True
@@ -336,7 +336,7 @@ class GCondFused(AssignableOptimizer):
 
     def _resolve(self) -> None:
         window, storage, resolver = self._window, self._storage, self._resolver
-        if self._strategy.size > 1:
+        if self._rank_strategy.size > 1:
             if tables.is_capturing(resolver.device):
                 raise RuntimeError(
                     "a CUDA graph cannot hold what several ranks tell each other in a step: "
@@ -348,9 +348,9 @@ class GCondFused(AssignableOptimizer):
             weights = window.weights or tuple(self._weights.values())
             describe = partial(resolver.describe, self.base.param_groups, weights)
             begun = window.position > 0
-            counts = self._strategy.synchronize(describe, self._options.on_nonfinite, begun)
+            counts = self._rank_strategy.synchronize(describe, self._options.on_nonfinite, begun)
         finally:
-            if self._strategy.sent:  # what the ranks have exchanged cannot be added to
+            if self._rank_strategy.sent:  # what the ranks have exchanged cannot be added to
                 self._begin_window()
                 window.position = len(window.schedule)
         if not any(storage.window_tasks):

@@ -38,7 +38,7 @@ class TrainingState:
     """
 
     def __init__(self, model: nn.Module, optimizer: GCondFused) -> None:
-        if not hasattr(optimizer, "_strategy"):
+        if not hasattr(optimizer, "_rank_strategy"):
             raise TypeError(f"optimizer must be a GCondFused, not {optimizer!r}")
         if not is_plain(optimizer.base.state_dict()):
             raise ValueError(

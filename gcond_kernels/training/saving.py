@@ -31,8 +31,8 @@ class SavedOptimizer(WindowedOptimizer):
         """Return what is saved beside the base; `alone` without what other ranks keep too."""
         storage, resolver, window = self._storage, self._resolver, self._window
         o, state = self._options.current, resolver.method_state
-        left_out = alone and self._strategy.shards_state
-        history, momentum = (None, None) if left_out else self._strategy.full_state()
+        left_out = alone and self._rank_strategy.shards_state
+        history, momentum = (None, None) if left_out else self._rank_strategy.full_state()
         of_base, made = self.base.state, set(self._initialized)
         without_state = {p for p, _ in self._parameters() if p in made or not of_base.get(p)}
         by_tensor = {
@@ -84,8 +84,8 @@ class SavedOptimizer(WindowedOptimizer):
         """
         if self._window.resolved:
             raise RuntimeError("there is a resolved gradient in .grad: call step() before saving")
-        in_window = self._strategy.begin_saving(any(self._storage.counts))
-        if self._strategy.size > 1 and in_window:
+        in_window = self._rank_strategy.begin_saving(any(self._storage.counts))
+        if self._rank_strategy.size > 1 and in_window:
             raise RuntimeError(
                 "with several ranks a state is saved between windows: call step() before saving"
             )
@@ -118,7 +118,7 @@ class SavedOptimizer(WindowedOptimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self._check_not_within("load_state_dict")
-        if self._strategy.is_sending:
+        if self._rank_strategy.is_sending:
             raise RuntimeError(
                 "a part of this window is on its way to the other ranks: load a state between "
                 "step() and backward()"
@@ -164,15 +164,15 @@ class SavedOptimizer(WindowedOptimizer):
         new = [(p, name) for p, name in restored.parameters if p not in storage]
         if new:  # frozen here
             storage.append(new)
-        sharded = self._strategy.shards_state
-        restored.write_to(storage, self._strategy.local_shard if sharded else None)
+        sharded = self._rank_strategy.shards_state
+        restored.write_to(storage, self._rank_strategy.local_shard if sharded else None)
         resolver.method_state = restored.method_state(storage, resolver.fresh_state(), shared)
         resolver.restore(restored.common["counters"], window["losses"])
         if window["position"]:
             turns = schedule_of(len(self._weights), o.accumulation_steps, o.mode)
             self._window.begin(window["weights"], turns)
             self._window.position = window["position"]
-        self._strategy.require_check()
+        self._rank_strategy.require_check()
         self._initialized.clear()
 
     # torch.distributed.checkpoint has the base make its state by a step that changes nothing.
@@ -189,7 +189,7 @@ class SavedOptimizer(WindowedOptimizer):
 
     def _prepare_saving(self) -> None:
         """Let the base make the state that a TrainingState needs; all ranks call it."""
-        if self._strategy.any_rank(self._window.resolved or any(self._storage.counts)):
+        if self._rank_strategy.any_rank(self._window.resolved or any(self._storage.counts)):
             raise RuntimeError("a TrainingState is saved and loaded between windows: call step()")
         self._initialize_base()
 
@@ -207,7 +207,7 @@ class SavedOptimizer(WindowedOptimizer):
         self._initialized.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._strategy.size > 1:
+        if self._rank_strategy.size > 1:
             raise RuntimeError("an optimizer that is one of several ranks cannot be copied")
         gradients = [(p, p.grad) for p, _ in self._parameters() if p.grad is not None]
         return {**super().__getstate__(), "_gradients": gradients if self._window.resolved else []}

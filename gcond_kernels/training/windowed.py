@@ -29,7 +29,8 @@ class WindowedOptimizer(OptimizerWrapper):
     _options: OptionsInUse
     _storage: GradientStorage
     _collector: Collector
-    _strategy: SingleProcess
+    # Not _strategy: Fabric sets an attribute of that name on what borrows these methods.
+    _rank_strategy: SingleProcess
     _data_parallel: DataParallel
     _knows_ranks: bool
     _resolver: Resolver
@@ -48,7 +49,7 @@ class WindowedOptimizer(OptimizerWrapper):
         self._window.begin(tuple(self._weights.values()), turns)
 
     def _start_window(self) -> None:
-        self._strategy.end_window()
+        self._rank_strategy.end_window()
         self._storage.start_window()
         if self._resolver.losses is not None:
             self._resolver.losses.zero_()
@@ -60,7 +61,7 @@ class WindowedOptimizer(OptimizerWrapper):
         """Let the assigned options take effect."""
         self._resolver.renew()
         self.recorder.thresholds = self._options.current.method.thresholds
-        self._strategy.require_check()
+        self._rank_strategy.require_check()
 
     def drop_window(self) -> None:
         """Drop what this window has accumulated; the next `backward` starts a new one.
@@ -73,7 +74,7 @@ class WindowedOptimizer(OptimizerWrapper):
             RuntimeError: a part of the window is on its way to other ranks.
         """
         self._check_not_within("drop_window")
-        if self._strategy.is_sending:
+        if self._rank_strategy.is_sending:
             raise RuntimeError(
                 "a part of this window is on its way to the other ranks: call step() instead"
             )
@@ -83,8 +84,8 @@ class WindowedOptimizer(OptimizerWrapper):
     def _void_window(self, error: BaseException) -> None:
         """Drop the window of a call that has failed, and say so."""
         window, storage, names = self._window, self._storage, tuple(self._weights)
-        self._strategy.roll_back()
-        started = self._strategy.sent
+        self._rank_strategy.roll_back()
+        started = self._rank_strategy.sent
         if not started:
             position = window.position
             lost = f", the {position} micro-batches before it are lost" if position else ""
@@ -126,7 +127,7 @@ class WindowedOptimizer(OptimizerWrapper):
             )
         if not window.weights or window.position < len(window.schedule):
             return
-        if self._strategy.sent:
+        if self._rank_strategy.sent:
             raise RuntimeError(
                 "a part of this window is on its way to the other ranks: call step() before "
                 "backward()"
@@ -158,7 +159,7 @@ class WindowedOptimizer(OptimizerWrapper):
         """Lay out the parameters that the base has now."""
         groups = self.base.param_groups
         places = self._storage.update_layout(
-            groups, lambda: labels_of(groups), self._strategy.sent > 0
+            groups, lambda: labels_of(groups), self._rank_strategy.sent > 0
         )
         if places:
             self._resolver.follow_layout(places)

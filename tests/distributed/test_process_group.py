@@ -97,7 +97,7 @@ def train_in_another_order():
     rank = dist.get_rank(group)
     model = t.new_model()
     optimizer = t.new_optimizer(model, **t.distributed("shard", process_group=group))
-    assert optimizer._strategy.group.rank == rank
+    assert optimizer._rank_strategy.group.rank == rank
     decisions = []
     for step in range(4):
         t.window(optimizer, model, t.numbers_of(step, rank))

@@ -103,7 +103,7 @@ def accumulators_sent(strategy, mode):
     sent = []
 
     def loss(task, number):
-        sent.append(optimizer._strategy.sent)
+        sent.append(optimizer._rank_strategy.sent)
         return t.losses_of(model, number)[task]
 
     for step in range(2):
@@ -135,7 +135,7 @@ def memory_of(dtype):
         optimizer = t.GCondFused(sgd, tasks, **t.distributed(module=model))
         y = model(torch.ones(2, 6, dtype=dtype)).float()
         optimizer.backward({task: (y - int(task)).pow(2).mean() for task in tasks})
-        shards = optimizer._strategy._shards()
+        shards = optimizer._rank_strategy._shards()
         optimizer.step()
         memory = optimizer._storage.accumulators.untyped_storage().data_ptr()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
