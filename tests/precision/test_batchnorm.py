@@ -66,25 +66,6 @@ def test_running_statistics_are_used_and_not_updated(name):
     assert torch.allclose(output, model[3](normal), atol=1e-5)
 
 
-def test_sync_batchnorm_in_training_mode_is_frozen_too():
-    model = model_of(nn.SyncBatchNorm)
-    with frozen_batchnorm(model):
-        assert not model[1].training
-        model(X)
-    assert model[1].training
-    assert model[1].num_batches_tracked == 0
-
-
-def test_statistics_are_updated_outside_of_it():
-    model = model_of()
-    before = buffers(model)
-    with frozen_batchnorm(model):
-        model(X)
-    model(X)
-    assert model[1].num_batches_tracked == 1
-    assert not torch.equal(before["1.running_mean"], model[1].running_mean)
-
-
 @pytest.mark.parametrize("make", [nn.BatchNorm1d, NormThenDrop])
 def test_dropout_stays_active_and_nothing_else_changes_its_mode(make):
     model = model_of(make)
@@ -102,8 +83,9 @@ def test_dropout_stays_active_and_nothing_else_changes_its_mode(make):
     assert dropped == pytest.approx(0.75 if hasattr(layer, "drop") else 0.5, abs=0.15)
 
 
-def test_nested_contexts_end_with_the_outermost():
-    model = model_of()
+@pytest.mark.parametrize("make", [nn.BatchNorm1d, nn.SyncBatchNorm])
+def test_nested_contexts_end_with_the_outermost(make):
+    model = model_of(make)
     with frozen_batchnorm(model):
         with frozen_batchnorm(model):
             assert not model[1].training
@@ -111,6 +93,9 @@ def test_nested_contexts_end_with_the_outermost():
         model(X)
     assert model[1].training
     assert model[1].num_batches_tracked == 0
+    if make is nn.BatchNorm1d:  # the other's training needs a GPU
+        model(X)
+        assert model[1].num_batches_tracked == 1
 
 
 def test_an_exception_passes_and_restores_modes():
@@ -184,12 +169,3 @@ def test_gcond_trains_with_frozen_statistics(functions):
     assert not torch.equal(weight, model[1].weight)
     after = buffers(model)
     assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-def test_gcond_changes_no_mode():
-    model = model_of()
-    optimizer = GCondFused(torch.optim.SGD(model.parameters(), lr=0.1), {"a": 1.0})
-    optimizer.backward({"a": model(X).pow(2).mean()})
-    optimizer.step()
-    assert all(modes(model))
-    assert model[1].num_batches_tracked == 1
