@@ -31,32 +31,22 @@ class Collector:
 
     Gradients that fit in one bucket together are added after the backward pass, which then has no
     hooks. Others are added during the pass, a bucket at a time.
-
-    Attributes:
-        storage: the accumulators.
-        wrapper_known: whether the wrapper of the model is known. DistributedDataParallel replaces
-            gradients after the pass unless it is told not to; where there are several ranks and it
-            is not known, gradients are added after the pass.
     """
 
     def __init__(self, storage: GradientStorage) -> None:
         self.storage = storage
+        # DistributedDataParallel replaces gradients after the pass unless it is told not to: where
+        # there are several ranks and the model's wrapper is not known, they are added after it.
         self.wrapper_known = False
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._hooked: list[Segment] = []
         self._pass: BackwardPass | None = None
 
     @contextmanager
-    def collect(
-        self, task: int, scale: float | Tensor, backend: str | ops.Backend
-    ) -> Iterator[None]:
+    def collect(self, task: int, scale: float | Tensor, backend: ops.Backend) -> Iterator[None]:
         """Add `scale` times every `.grad` that a backward pass within leaves, and free it.
 
         Where the pass fails a part of it may have been added: the window is lost.
-
-        Raises:
-            ValueError: a gradient cannot be accumulated.
-            RuntimeError: FSDP has not reduced the gradients, or a wrapper has replaced them.
         """
         storage = self.storage
         several = storage.accumulators[0].nbytes > BUCKET_BYTES
@@ -116,14 +106,14 @@ class BackwardPass:
     """
 
     def __init__(
-        self, storage: GradientStorage, task: int, scale: float | Tensor, backend: str | ops.Backend
+        self, storage: GradientStorage, task: int, scale: float | Tensor, backend: ops.Backend
     ) -> None:
         self.storage = storage
         self.task = task
         self.scale = scale
         self.backend = backend
         self.overwrite = storage.counts[task] == 0
-        self.added: set[int] = set()
+        self.added: set[int] = set()  # places, as in the bucket
         self.bucket: dict[int, None] = {}
         self.bytes = 0
         self.stream: torch.cuda.Stream | None = None
@@ -161,9 +151,8 @@ class BackwardPass:
     def _add(self, places: list[int]) -> None:
         # A gradient may come in parts, each with a hook call of its own: where a module is used in
         # several reentrant checkpoints. Only the first part may overwrite.
-        first = [t for t in places if t not in self.added]
         again = [t for t in places if t in self.added]
-        if first:
+        if first := [t for t in places if t not in self.added]:
             self._launch(first, self.overwrite)
         if again:
             self._launch(again, False)
@@ -174,15 +163,15 @@ class BackwardPass:
         if places != list(range(len(segments))):
             segments = [segments[t] for t in places]
             layout = Layout.of([s.offset for s in segments], [s.size for s in segments])
-        parameters = [segment.parameter for segment in segments]
         read = local_gradient if storage.has_dtensors else attrgetter("grad")
-        gradients = in_memory_order(segments, list(map(read, parameters)), device)
+        gradients = [read(segment.parameter) for segment in segments]
+        gradients = in_memory_order(segments, gradients, device)
         present = [t for t, gradient in zip(places, gradients, strict=True) if gradient is not None]
         if not overwrite and not present:
             return
         self.added.update(places)
         # Autograd and `in_memory_order` have checked all that `ops.accumulate` would check.
-        ops.backend_for(self.backend, device).accumulate(
+        self.backend.accumulate(
             storage.accumulators[self.task], gradients, layout, self.scale, overwrite
         )
         for t in present:
@@ -197,9 +186,9 @@ def is_distributed() -> bool:
 
 def check_reduced(segments: Sequence[Segment]) -> None:
     """Raise a RuntimeError where FSDP was told not to reduce gradients, and keeps them."""
-    sharded = [s.parameter for s in segments if is_dtensor(s.parameter)]
-    expected = [parameter for parameter in sharded if parameter.requires_grad]
-    if expected and all(parameter.grad is None for parameter in expected):
+    parameters = [segment.parameter for segment in segments]
+    expected = [p for p in parameters if is_dtensor(p) and p.requires_grad]
+    if expected and all(p.grad is None for p in expected):
         raise RuntimeError(
             "the backward pass left no gradient on any sharded parameter: leave "
             "set_requires_gradient_sync and set_requires_all_reduce at True, for gradients of "
@@ -210,11 +199,7 @@ def check_reduced(segments: Sequence[Segment]) -> None:
 def in_memory_order(
     segments: Sequence[Segment], gradients: list[Tensor | None], device: torch.device
 ) -> list[Tensor | None]:
-    """Return every gradient in its segment's memory order; a copy only where it has another.
-
-    Raises:
-        ValueError: a gradient cannot be accumulated.
-    """
+    """Return every gradient in its segment's memory order; a copy only where it has another."""
     ordered = gradients.copy()
     for t, (segment, gradient) in enumerate(zip(segments, gradients, strict=True)):
         # Hundreds of them for every micro-batch: no call of Python where nothing is special.
@@ -254,7 +239,5 @@ def one_in_memory_order(segment: Segment, gradient: Tensor, device: torch.device
         raise ValueError(f"{segment.name} got a gradient {problem}")
     if gradient.stride() == segment.stride:
         return gradient.resolve_neg()
-    ordered = torch.empty_strided(
-        gradient.shape, segment.stride, dtype=gradient.dtype, device=gradient.device
-    )
+    ordered = gradient.new_empty_strided(gradient.shape, segment.stride)
     return ordered.copy_(gradient.detach())
