@@ -30,23 +30,15 @@ Entry: TypeAlias = "dict[str, Any]"  # what is kept of one parameter
 
 @dataclass
 class Saved:
-    """What is saved of an optimizer beside the state of its base.
-
-    Attributes:
-        storage: layout, counts and accumulators of the window.
-        history: [K, N'] of all tensors, or None.
-        momentum: [N'] of all tensors, or None.
-        by_tensor: the method's state of each tensor, by name: [T, ...].
-        common: what belongs to the method, as plain values.
-        without_state: parameters that the base keeps nothing of; what it may show now was made for
-            torch.distributed.checkpoint, which loads only what has a place.
-    """
+    """What is saved of an optimizer beside the state of its base."""
 
     storage: GradientStorage
-    history: Tensor | None
-    momentum: Tensor | None
-    by_tensor: Mapping[str, Tensor]
-    common: dict[str, Any]
+    history: Tensor | None  # [K, N'], of all ranks
+    momentum: Tensor | None  # [N'], of all ranks
+    by_tensor: Mapping[str, Tensor]  # the method's state of each tensor, by name: [T, ...]
+    common: dict[str, Any]  # what belongs to the method, as plain values
+    # Parameters that the base keeps nothing of; what it may show now was made for
+    # torch.distributed.checkpoint, which loads only what has a place.
     without_state: set[Tensor]
 
     def entry(self, t: int) -> Entry:
@@ -74,8 +66,8 @@ class Saved:
             entry["mask"] = placed_like(parameter, mask)
         if self.by_tensor:
             entry["method"] = {name: value[t] for name, value in self.by_tensor.items()}
-        if any(storage.counts):  # between windows nothing reads the accumulators
-            counted = [k for k, count in enumerate(storage.counts) if count]
+        # Between windows nothing reads the accumulators.
+        if counted := [k for k, count in enumerate(storage.counts) if count]:
             entry["accumulators"] = {str(k): shaped(storage.accumulators[k]) for k in counted}
         return entry
 
@@ -86,7 +78,7 @@ class Saved:
         if not is_plain(state):
             numbers = itertools.count()
             groups = [
-                {**group, "params": [next(numbers) for _ in group["params"]]}
+                {**group, "params": list(itertools.islice(numbers, len(group["params"])))}
                 for group in base.param_groups
             ]
             state = {"state": {}, "param_groups": groups, BASE: state}
@@ -105,19 +97,13 @@ class Saved:
 class Restored:
     """A state dict, split into what is the base's and what is written to a storage.
 
-    Args:
-        state_dict: as `Saved` makes it.
-        base: the wrapped optimizer.
-        parameters: its parameters, and their names.
+    A state of anything but a GCondFused of this version and these groups raises a ValueError.
 
     Attributes:
         common: what belongs to the method.
         of_base: the state dict of the base.
-        entries: what the state holds of each parameter.
-        parameters: those that it holds something of, and their names.
-
-    Raises:
-        ValueError: the state is not of a GCondFused, or of another version, or of other parameters.
+        entries: what the state holds of each parameter that it knows.
+        parameters: these parameters, and their names.
     """
 
     def __init__(
@@ -137,9 +123,9 @@ class Restored:
         self.of_base = without_gcond(state)
         ids = [i for group in state["param_groups"] for i in group["params"]]
         entries = [state["state"].get(i, {}).get(KEY) for i in ids]
-        named = [pair for pair in zip(parameters, entries, strict=True) if pair[1] is not None]
-        self.entries: dict[Tensor, Entry] = {p: entry for (p, _), entry in named}
-        self.parameters = [parameter for parameter, _ in named]
+        named = zip(parameters, entries, strict=True)
+        self.entries: dict[Tensor, Entry] = {p: e for (p, _), e in named if e is not None}
+        self.parameters = [(p, name) for p, name in parameters if p in self.entries]
 
     def check(self, storage: GradientStorage) -> None:
         """Raise a ValueError that names the difference if the state does not fit a storage."""
@@ -161,8 +147,8 @@ class Restored:
                         "backward(), or load it without torch.distributed.checkpoint"
                     )
                 raise ValueError(f"{label} has no {missing[0]} in the state{reason}")
-            for tensor in [*entry.get("history", {}).values(), entry.get("momentum")]:
-                if tensor is not None and tensor.shape != parameter.shape:
+            for tensor in [*entry.get("history", {}).values(), entry.get("momentum", parameter)]:
+                if tensor.shape != parameter.shape:
                     raise ValueError(
                         f"{label} has shape {list(parameter.shape)}, in the state it has "
                         f"{list(tensor.shape)}"
@@ -173,70 +159,46 @@ class Restored:
     ) -> None:
         """Write everything to a storage, in new memory: the state may hold what is there.
 
-        Args:
-            storage: laid out for these parameters.
-            shard: of flat storage [N'] the shard of history and momentum that this process keeps;
-                None is all.
+        `shard` takes from flat storage [N'] what this process keeps of history and momentum.
         """
         keep = shard or Tensor.detach
-        tasks = range(len(storage.counts))
+        tasks = [str(k) for k in range(len(storage.counts))]
+        entries = [self.entries.get(segment.parameter, {}) for segment in storage.segments]
+
+        def flat(name: str, dtype: torch.dtype, key: str) -> Tensor:
+            result = storage.accumulators.new_zeros(storage.accumulators.shape[1], dtype=dtype)
+            for segment, entry in zip(storage.segments, entries, strict=True):
+                saved = entry.get(name, {})
+                value = saved.get(key) if isinstance(saved, Mapping) else saved
+                if value is not None:
+                    segment.view(result).copy_(local_like(segment, value))
+            return result
+
         storage.sharded_layout = storage.segments, storage.accumulators.shape[1]
-        accumulators = [self._flat(storage, "accumulators", storage.dtype, k) for k in tasks]
+        accumulators = [flat("accumulators", storage.dtype, k) for k in tasks]
         storage.accumulators = torch.stack(accumulators)
         if storage.history is not None:
             dtype = storage.history.dtype
-            flat = [keep(self._flat(storage, "history", dtype, k)) for k in tasks]
-            storage.history = torch.stack(flat)
+            storage.history = torch.stack([keep(flat("history", dtype, k)) for k in tasks])
         if storage.momentum is not None and storage.momentum_steps is not None:
-            momentum = self._flat(storage, "momentum", storage.momentum.dtype)
-            storage.momentum = keep(momentum).clone()
-            storage.momentum_steps = self._stacked(
-                storage, "momentum_steps", storage.momentum_steps, 0
-            )
-        entries = [self.entries.get(segment.parameter, {}) for segment in storage.segments]
+            storage.momentum = keep(flat("momentum", storage.momentum.dtype, "")).clone()
+            storage.momentum_steps = stacked(entries, "momentum_steps", storage.momentum_steps)
         storage.counts = list(self.common["window"]["counts"])
         storage.window_tasks = [int(entry.get("window_tasks", 0)) for entry in entries]
-        storage.parameter_tasks = self._stacked(storage, "tasks", storage.parameter_tasks, 0)
-        storage.was_shared = self._stacked(storage, "was_shared", storage.was_shared, -1)
+        storage.parameter_tasks = stacked(entries, "tasks", storage.parameter_tasks)
+        storage.was_shared = stacked(entries, "was_shared", storage.was_shared, -1)
         if storage.mask is not None:
             storage.mask = storage.mask.clone()
             for segment, entry in zip(storage.segments, entries, strict=True):
                 if "mask" in entry:
                     write_mask(storage.mask, segment, local_like(segment, entry["mask"]))
 
-    def _flat(
-        self, storage: GradientStorage, name: str, dtype: torch.dtype, task: int | None = None
-    ) -> Tensor:
-        """Return flat storage [N'] with what the state has of that name, of a task or of all."""
-        flat = storage.accumulators.new_zeros(storage.accumulators.shape[1], dtype=dtype)
-        for segment in storage.segments:
-            value = self.entries.get(segment.parameter, {}).get(name)
-            if task is not None and value is not None:
-                value = value.get(str(task))
-            if value is not None:
-                segment.view(flat).copy_(local_like(segment, value))
-        return flat
-
-    def _stacked(self, storage: GradientStorage, name: str, like: Tensor, fill: int) -> Tensor:
-        """Return [T, ...] of what the state has of that name; `fill` where it has nothing."""
-        stacked = torch.full_like(like, fill)
-        for t, segment in enumerate(storage.segments):
-            if segment.parameter in self.entries:
-                stacked[t] = local_shard(self.entries[segment.parameter][name]).to(like)
-        return stacked
-
     def method_state(
         self, storage: GradientStorage, fresh: dict[str, Tensor], common: frozenset[str] | None
     ) -> dict[str, Tensor]:
         """Return the method's state, from one that is fresh.
 
-        Args:
-            storage: with the tensors of this optimizer.
-            fresh: by name, of those tensors where it is by tensor.
-            common: names of what all tensors have in common; None where everything is.
-
-        Raises:
-            ValueError: the state is of a method with other settings.
+        The entries named in `common` belong to all tensors, the others to one each; None is all.
         """
         state = {}
         of_all = json.loads(self.common["method"])
@@ -250,10 +212,19 @@ class Restored:
                 continue
             state[name] = value.clone()
             for t, segment in enumerate(storage.segments):
-                entry = self.entries.get(segment.parameter)
-                if entry is not None and "method" in entry:
+                entry = self.entries.get(segment.parameter, {})
+                if "method" in entry:
                     state[name][t] = checked(name, entry["method"].get(name), value[t])
         return state
+
+
+def stacked(entries: Sequence[Entry], name: str, like: Tensor, fill: int = 0) -> Tensor:
+    """Return [T, ...] of what the entries have of that name; `fill` of those that are empty."""
+    result = torch.full_like(like, fill)
+    for t, entry in enumerate(entries):
+        if entry:
+            result[t] = local_shard(entry[name]).to(like)
+    return result
 
 
 def to_json(state: Mapping[str, Tensor]) -> str:
