@@ -12,7 +12,7 @@ from torch import Tensor
 from gcond_kernels.distributed.replicate import ReplicateStrategy
 from gcond_kernels.distributed.strategy import LocalGradients, momentum_of
 from gcond_kernels.ops.types import Layout, TaskGradients
-from gcond_kernels.storage.layout import Segment, as_matrix, moved
+from gcond_kernels.storage.layout import Segment, moved
 
 
 class ShardStrategy(ReplicateStrategy):
@@ -147,7 +147,7 @@ class ShardStrategy(ReplicateStrategy):
             for s in storage.segments
             if s.parameter in place and place[s.parameter].shape == s.shape
         ]
-        for old, new in zip(as_matrix(kept), as_matrix(sharded), strict=True):
+        for old, new in zip(*map(torch.atleast_2d, (kept, sharded)), strict=True):
             new.copy_(self.local_shard(moved(self._full(old), length, pairs, device)))
         return sharded
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gcond_kernels.ops.types import WORD_BITS, Layout
 from gcond_kernels.storage.dtensor import placed_like
@@ -27,15 +28,8 @@ class GradientStorage:
     """The accumulated task gradients, and what is kept beside them: history, momentum, counts.
 
     Nothing is allocated before the first gradient. The first micro-batch of a window overwrites the
-    accumulators.
-
-    Args:
-        tasks: K, the number of tasks.
-        dtype: of the accumulators.
-        shards: number of shards of history and momentum. Where it is above 1, this process keeps
-            one, [K, N' / shards] and [N' / shards], which `ShardStrategy` alone lays out.
-        has_dtensors: whether parameters may be DTensors.
-        masks: parameter → its trainable elements, bool in its shape.
+    accumulators. Where history and momentum have more than one of `shards`, this process keeps one
+    of each, [K, N' / shards] and [N' / shards], which `ShardStrategy` alone lays out.
 
     Attributes:
         accumulators: [K, N'] of `dtype`, the sums of this window's gradients.
@@ -43,7 +37,6 @@ class GradientStorage:
         momentum: [N'] float32; None where not kept.
         momentum_steps: [T] int64, how often each tensor's momentum was updated.
         segments: T segments, in the order in which their parameters were first seen.
-        layout: their offsets and sizes.
         places: parameter → index of its segment.
         counts: micro-batches of each task in this window.
         window_tasks: T sets of tasks, a bit for each, that were given a gradient for a tensor in
@@ -87,9 +80,6 @@ class GradientStorage:
         # Views of the first accumulator, one per segment, and the accumulators that they are of.
         self._views: tuple[Tensor, list[Tensor]] | None = None
 
-    def __contains__(self, parameter: Tensor) -> bool:
-        return parameter in self.places
-
     def __getstate__(self) -> dict[str, Any]:
         # Without the ids of the parameters: those of a copy are others.
         return {**self.__dict__, "_views": None, "_listed": []}
@@ -98,25 +88,24 @@ class GradientStorage:
         """Start or stop keeping history and momentum; what is kept already stays as it is."""
         tasks, length = self.accumulators.shape
         length = length if self.shards == 1 else 0
-        device = self.accumulators.device
+        zeros = self.accumulators.new_zeros
         if history_dtype is None:
             self.history = None
         elif self.history is None or self.history.dtype != history_dtype:
-            self.history = torch.zeros((tasks, length), dtype=history_dtype, device=device)
+            self.history = zeros((tasks, length), dtype=history_dtype)
         if not momentum:
             self.momentum = self.momentum_steps = None
         elif self.momentum is None:
-            self.momentum = torch.zeros(length, dtype=torch.float32, device=device)
-            self.momentum_steps = torch.zeros(len(self.segments), dtype=torch.int64, device=device)
+            self.momentum = zeros(length, dtype=torch.float32)
+            self.momentum_steps = zeros(len(self.segments), dtype=torch.int64)
 
     def add_task(self) -> None:
         """Add a task, the last one, that has had no gradient yet; between two windows."""
         tasks, length = self.accumulators.shape
         self.accumulators = self.accumulators.new_zeros((tasks + 1, length))
         if self.history is not None:
-            self.history = torch.cat([self.history, torch.zeros_like(self.history[:1])])
-        new = torch.zeros_like(self.parameter_tasks[:, :1])
-        self.parameter_tasks = torch.cat([self.parameter_tasks, new], 1)
+            self.history = pad(self.history, (0, 0, 0, 1))
+        self.parameter_tasks = pad(self.parameter_tasks, (0, 1))
         self.counts.append(0)
 
     def update_layout(
@@ -124,17 +113,11 @@ class GradientStorage:
     ) -> list[int]:
         """Lay out the parameters of an optimizer: new, removed, thawed or converted ones.
 
-        Args:
-            groups: the parameter groups.
-            names: of all parameters, in their order; called where something has changed.
-            sent: whether other ranks have a part of this window.
+        `names` is called where something has changed, which raises an error if a part of this
+        window was `sent` to other ranks.
 
         Returns:
             Of each segment its index before, -1 where it is new; nothing if all is as it was.
-
-        Raises:
-            ValueError: a parameter cannot be accumulated; nothing has changed.
-            RuntimeError: others are to be laid out, and a part of this window was sent.
         """
         listed = [parameter for group in groups for parameter in group["params"]]
         ids = list(map(id, listed))
@@ -144,7 +127,7 @@ class GradientStorage:
             return []
         named = dict(zip(listed, names(), strict=True))
         old = [s.parameter for s in self.segments if s.parameter in named]
-        new = [p for p in named if p.requires_grad and p not in self]
+        new = [p for p in named if p.requires_grad and p not in self.places]
         changed = bool(converted or new or len(old) < len(self.segments))
         if changed and sent:
             raise RuntimeError(
@@ -153,7 +136,7 @@ class GradientStorage:
             )
         places = self._lay_out([(p, named[p]) for p in (*old, *new)]) if changed else []
         self._listed = ids
-        self._frozen = [p for p in listed if p not in self]
+        self._frozen = [p for p in listed if p not in self.places]
         self._shapes = shapes_of(self.segments)
         return places
 
@@ -213,8 +196,7 @@ class GradientStorage:
 
     def name_with_gradient(self) -> str | None:
         """Return the name of the first parameter with a `.grad`; None where there is none."""
-        names = [s.name for s in self.segments if s.parameter.grad is not None]
-        return names[0] if names else None
+        return next((s.name for s in self.segments if s.parameter.grad is not None), None)
 
     def gradient_dtypes(self) -> list[torch.dtype]:
         """Return the type of each parameter's `.grad`."""
@@ -225,13 +207,14 @@ class GradientStorage:
         """Return memory for each `.grad`; None where no task was given a gradient.
 
         It is the segment of the first accumulator where that is of the gradient's type: it was read
-        when the gradient is written, and is overwritten before it is read again. Every window has
-        tensors of its own: what becomes of those that were assigned does not matter.
+        when the gradient is written, and is overwritten before it is read again.
         """
         first = self.accumulators[0]
         if self._views is None or self._views[0] is not self.accumulators:
             self._views = self.accumulators, [segment.view(first) for segment in self.segments]
-        views = map(Tensor.detach, self._views[1])
+        views = map(
+            Tensor.detach, self._views[1]
+        )  # what becomes of the last window's is the user's
         columns = zip(self.segments, views, self.gradient_dtypes(), self.window_tasks, strict=True)
         return [
             None if not tasks else view if dtype == self.dtype else s.empty(dtype, first.device)

@@ -17,12 +17,6 @@ def is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
-def is_partial(tensor: Tensor) -> bool:
-    """Return whether the tensor is still to be summed over its mesh, as no parameter can be."""
-    placements: Any = getattr(tensor, "placements", ())
-    return any(placement.is_partial() for placement in placements)
-
-
 def local_shard(tensor: Tensor) -> Tensor:
     """Return the memory that this process holds of a tensor, without autograd."""
     if not is_dtensor(tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import itemgetter
@@ -39,13 +39,10 @@ class FreedGraph(torch.autograd.Function):
 def free(losses: Iterable[Tensor]) -> None:
     """Free the graphs of losses after their backward passes.
 
-    A graph that several losses share is kept by autograd until the last backward pass, which frees
-    what it reaches. What the others have for themselves, a head or a forward pass, is freed when
-    nothing refers to it any more: so each loss is detached, in place. Used again it raises, as any
-    loss does after its backward pass.
-
-    A parameter has no graph, a view cannot be detached, and subclasses have ways of their own.
+    The last backward pass frees what the losses share. What the others have for themselves, a head
+    or a forward pass, is freed when nothing refers to it: so each loss is detached, in place.
     """
+    # A parameter has no graph, a view cannot be detached, and subclasses have ways of their own.
     detached = [
         loss.detach_()
         for loss in losses
@@ -66,17 +63,13 @@ class SharedFunctions:
     The backward pass of some overwrites it: a fused cross entropy multiplies a saved gradient in
     place. The second loss would read what the first has left, which autograd does not detect.
 
-    Args:
-        losses: with graphs that may share a part.
-        checks: by the name of a function, how often it was found to overwrite nothing.
-        everywhere: whether to search whole graphs, and not near the losses alone.
+    `checks` counts by a function's name how often it was found to overwrite nothing; `everywhere`
+    searches whole graphs, and not near the losses alone.
     """
 
     def __init__(self, losses: Sequence[Tensor], checks: dict[str, int], everywhere: bool) -> None:
-        seen: dict[Any, int] = {}
-        for loss in losses:
-            for node in nodes_of(loss, None if everywhere else NEAR):
-                seen[node] = seen.get(node, 0) + 1
+        most = None if everywhere else NEAR
+        seen = Counter(chain.from_iterable([nodes_of(loss, most) for loss in losses]))
         custom = torch.autograd.function.BackwardCFunction
         shared = [n for n, count in seen.items() if count > 1 and isinstance(n, custom)]
         self._nodes = [n for n in shared if checks.get(type(n).__name__, 0) < ENOUGH_CHECKS]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.ops.types import WORD_BITS
-from gcond_kernels.storage.dtensor import is_dtensor, is_partial, local_shard
+from gcond_kernels.storage.dtensor import is_dtensor, local_shard
 
 # Segments start at multiples of this many elements: 128 bytes of float32, 64 of bfloat16.
 ALIGNMENT = 32
@@ -18,28 +18,20 @@ assert ALIGNMENT % WORD_BITS == 0  # no word of a mask belongs to two parameters
 
 
 class Segment(NamedTuple):
-    """The segment of one parameter in flat storage, in the parameter's memory order.
-
-    Attributes:
-        parameter: the parameter.
-        name: its name in messages and reports.
-        offset: first element in flat storage.
-        size: number of elements.
-        shape: of the parameter; of a DTensor that of the local shard, which may be empty.
-        stride: strides without gaps, which define the memory order.
-    """
+    """The segment of one parameter in flat storage, in the parameter's memory order."""
 
     parameter: Tensor
     name: str
-    offset: int
+    offset: int  # in elements, like the size
     size: int
-    shape: torch.Size
-    stride: tuple[int, ...]
+    shape: torch.Size  # of a DTensor that of the local shard, which may be empty
+    stride: tuple[int, ...]  # without gaps
 
     def view(self, flat: Tensor) -> Tensor:
-        """Return the segment of flat storage [N'], in the parameter's shape."""
+        """Return the segment of flat storage [..., N'], in the parameter's shape [..., *shape]."""
+        shape, stride = (*flat.shape[:-1], *self.shape), (*flat.stride()[:-1], *self.stride)
         # An offset given to as_strided counts from the start of the memory, not of the tensor.
-        return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.offset)
+        return flat.as_strided(shape, stride, flat.storage_offset() + self.offset)
 
     def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return new memory in the parameter's shape and the segment's memory order."""
@@ -81,14 +73,7 @@ def align(elements: int) -> int:
 
 def shapes_of(segments: Sequence[Segment]) -> list[tuple[torch.Size, tuple[int, ...]]]:
     """Return shape and strides that each parameter has now."""
-    parameters = [segment.parameter for segment in segments]
-    shapes = [parameter.shape for parameter in parameters]
-    return list(zip(shapes, map(Tensor.stride, parameters), strict=True))
-
-
-def as_matrix(flat: Tensor) -> Tensor:
-    """Return a tensor [R, n] as it is, and [n] as [1, n]."""
-    return flat if flat.dim() == 2 else flat[None]
+    return [(segment.parameter.shape, segment.parameter.stride()) for segment in segments]
 
 
 def moved(
@@ -96,9 +81,8 @@ def moved(
 ) -> Tensor:
     """Return flat storage [..., length] with each pair's first segment copied to its second."""
     result = torch.zeros((*flat.shape[:-1], length), dtype=flat.dtype, device=device)
-    for source, target in zip(as_matrix(flat), as_matrix(result), strict=True):
-        for old, new in pairs:
-            new.view(target).copy_(old.view(source))
+    for old, new in pairs:
+        new.view(result).copy_(old.view(flat))
     return result
 
 
@@ -112,14 +96,7 @@ def picked(values: Tensor, places: Sequence[int], fill: int, device: torch.devic
 
 
 def check_parameter(parameter: Tensor, name: str, device: torch.device, dtensors: bool) -> None:
-    """Raise a ValueError that says why a parameter cannot have a segment, if it cannot.
-
-    Args:
-        parameter: the parameter.
-        name: its name.
-        device: of the first parameter.
-        dtensors: whether parameters may be DTensors.
-    """
+    """Check that a parameter can have a segment, and raise a ValueError that says why not."""
     if torch.nn.parameter.is_lazy(parameter):
         raise ValueError(f"{name} is not initialized yet: run the model once before training")
     real = ": let the model take torch.view_as_complex of a real parameter"
@@ -132,7 +109,9 @@ def check_parameter(parameter: Tensor, name: str, device: torch.device, dtensors
         "is a DTensor, which no parameter was when GCondFused was made: shard the model first": (
             is_dtensor(parameter) and not dtensors
         ),
-        "is a DTensor still to be summed over its mesh (Partial)": is_partial(parameter),
+        "is a DTensor still to be summed over its mesh (Partial)": any(
+            placement.is_partial() for placement in getattr(parameter, "placements", ())
+        ),
         "belongs to a FullyShardedDataParallel, which hides what is sharded: use "
         "torch.distributed.fsdp.fully_shard": getattr(parameter, "_fsdp_flattened", False),
         f"is on {parameter.device}, but the first parameter is on {device}: all parameters of one "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -24,17 +25,12 @@ class SharedParameters(NamedTuple):
     zeros instead of None where losses are indexed from one tensor, where a compiled model has
     several heads, and in reentrant checkpoints. So the device knows what is shared, not the host.
 
-    Attributes:
-        by_tensor: whether each tensor's conflicts are resolved by themselves.
-        flags: [T] bool, whether tasks share a tensor.
-        all_shared: whether the host knows that all tensors are shared; False where it does not.
-        selected: [T] bool, the shared tensors that the method compares; None where all.
     """
 
     by_tensor: bool
-    flags: Tensor
-    all_shared: bool
-    selected: Tensor | None = None
+    flags: Tensor  # [T] bool, whether tasks share a tensor
+    all_shared: bool  # whether the host knows that they share all of them
+    selected: Tensor | None = None  # [T] bool, the shared tensors to compare; None where all
 
     def gramians(self, products: ops.Gramians, tasks: int) -> tuple[Tensor, Tensor | None]:
         """Return S and X for the method, [K, K] or [T, K, K].
@@ -75,11 +71,9 @@ class SharedParameters(NamedTuple):
         return torch.where(self.flags[:, None], weights, 1.0)
 
     def mean_weights(self, decision: ops.Arbitration, squares: Tensor) -> Tensor:
-        """Return [K] weights for reports: of [T, K] the mean over the shared tensors.
+        """Return [K] weights for reports, from [K] squared norms of the gradients too.
 
-        Args:
-            decision: its weights are [K] or [T, K].
-            squares: [K], squared norms of the gradients.
+        Weights [T, K] are averaged over the shared tensors.
         """
         mean = decision.weights
         if self.by_tensor:
@@ -95,11 +89,7 @@ class SharedParameters(NamedTuple):
 
 
 class Sharing:
-    """Finds out which tensors tasks share, window after window.
-
-    Args:
-        storage: its `parameter_tasks` are updated.
-    """
+    """Finds out which tensors tasks share, window after window."""
 
     def __init__(self, storage: GradientStorage) -> None:
         self._storage = storage
@@ -146,9 +136,6 @@ class Sharing:
 
         Returns:
             Which tensors are shared, and whether those are others than in the last window, [] bool.
-
-        Raises:
-            ValueError: tasks share none of those that are selected.
         """
         storage, finite = self._storage, products.total.isfinite().all()
         seen = products.per_tensor.diagonal(dim1=1, dim2=2)[:, : len(counts)] > 0.0
@@ -185,15 +172,9 @@ class Sharing:
     ) -> None:
         """Write no gradient for tensors that no task of this window has ever used.
 
-        Autograd gives zeros for them where it cannot tell, from a compiled model with several
-        heads, say; a step with those would follow stale momentum. The device is synchronized with
-        only where a task had nothing in this window, and others that are not known to use a tensor
-        had a gradient for it.
-
-        Args:
-            outputs: T tensors or None; entries are set to None.
-            counts: micro-batches of each task in this window.
-            total: [K, K] float64, its Gramian.
+        A step with the zeros that autograd gives for them would follow stale momentum. The device
+        is synchronized with only where a task had nothing in this window, and others that are not
+        known to use a tensor had a gradient for it. Entries of `outputs` are set to None.
         """
         storage = self._storage
         active = [k for k, count in enumerate(counts) if count]
@@ -201,8 +182,7 @@ class Sharing:
             return
         bits = sum(1 << k for k in active)
         known = [] if self._rolled_back.known else self._known_tasks
-        known = known + [0] * (len(storage.segments) - len(known))
-        given = zip(storage.window_tasks, known, strict=True)
+        given = zip_longest(storage.window_tasks, known, fillvalue=0)
         if not any(hit and not tasks & bits for hit, tasks in given):
             return
         table = storage.parameter_tasks.tolist()
@@ -220,20 +200,15 @@ def summed(per_tensor: Tensor, flags: Tensor) -> Tensor:
 
 
 def shared_tensors(parameter_tasks: Tensor, alone: bool) -> Tensor:
-    """Return [T] bool, the tensors that several tasks ever had a gradient for.
+    """Return [T] bool, the tensors that several tasks ever had a gradient for, from [T, K].
 
-    Args:
-        parameter_tasks: [T, K] bool, which tasks ever had a gradient for each tensor.
-        alone: whether all tensors count as shared where none is: so one task alone is resolved too.
+    Where none is shared all are if `alone`: so one task alone is resolved too.
     """
     several = parameter_tasks.sum(1) > 1
     return several | ~several.any() if alone else several
 
 
 def is_selected(name: str, selected: Sequence[str]) -> bool:
-    """Return whether a parameter, or a module that it belongs to, has one of these names.
-
-    What wrappers of a model add to names does not count.
-    """
+    """Return whether a parameter or a module of it has one of these names, but for wrappers."""
     plain, *others = without_wrappers([name, *selected])
     return any(plain == one or plain.startswith(f"{one}.") for one in others)

@@ -18,7 +18,7 @@ def write_mask(words: Tensor, segment: Segment, bits: Tensor) -> None:
     """Write the trainable elements of a parameter (bool, in its shape) into a mask [N' / 32]."""
     length = -(-segment.size // WORD_BITS)
     ordered = torch.ones(length, WORD_BITS, dtype=torch.bool, device=words.device)
-    segment._replace(offset=0).view(ordered).copy_(bits)  # 1 after the end
+    segment._replace(offset=0).view(ordered.view(-1)).copy_(bits)  # 1 after the end
     packed = (ordered.long() << torch.arange(WORD_BITS, device=words.device)).sum(-1)
     first = segment.offset // WORD_BITS
     words[first : first + length] = packed.to(torch.int32)  # the highest bit becomes the sign
@@ -50,9 +50,9 @@ def check_mask(mask: object, parameters: Sequence[tuple[Tensor, str]]) -> dict[T
         label = f"mask of {names[parameter]}"
         if not isinstance(bits, Tensor) or bits.dtype != torch.bool:
             raise TypeError(f"{label} must be a bool tensor, not {bits!r}")
-        shape, wanted = list(bits.shape), list(parameter.shape)
-        if shape != wanted:
-            raise ValueError(f"{label} has shape {shape}, the parameter {wanted}")
+        if bits.shape != parameter.shape:
+            shapes = f"{list(bits.shape)}, the parameter {list(parameter.shape)}"
+            raise ValueError(f"{label} has shape {shapes}")
         if not same_placement(bits, parameter):
             raise ValueError(
                 f"{label} is not sharded as the parameter is: make it with neuron_mask after the "

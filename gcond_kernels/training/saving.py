@@ -161,7 +161,7 @@ class SavedOptimizer(WindowedOptimizer):
             if not entry["base_has_state"]:
                 self.base.state.pop(p, None)
         self._start_window()
-        new = [(p, name) for p, name in restored.parameters if p not in storage]
+        new = [(p, name) for p, name in restored.parameters if p not in storage.places]
         if new:  # frozen here
             storage.append(new)
         sharded = self._rank_strategy.shards_state
