@@ -88,7 +88,10 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(f"NOT TESTED: backend {backend!r}: {reason}")
 
 
-@pytest.fixture(params=[parameter(b) for b in ops.BACKENDS if MISSING[b] is None])
+PRESENT = [parameter(b) for b in ops.BACKENDS if MISSING[b] is None]
+
+
+@pytest.fixture(params=PRESENT)
 def backend(request, monkeypatch):
     """Every backend, on CPU tensors; where there is a GPU the kernels run on that."""
     interpreted = request.param == "triton" and INTERPRETED

@@ -18,9 +18,9 @@ from tests.helpers.models import (
     losses_of,
     no_conflict,
     same,
+    through_a_file,
     without_counters,
 )
-from tests.storage.test_state import through_a_file
 
 
 def others():

@@ -18,8 +18,10 @@ from tests.helpers.models import (
     losses_of,
     model_of,
     same,
+    through_a_file,
+    train,
 )
-from tests.storage.test_state import METHODS, optimizer_of, own_of, through_a_file, train
+from tests.storage.test_state import METHODS, optimizer_of, own_of
 
 dcp = pytest.importorskip("torch.distributed.checkpoint")
 torchs = pytest.importorskip("torch.distributed.checkpoint.state_dict")

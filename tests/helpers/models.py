@@ -1,6 +1,7 @@
 """A small model with two tasks, its losses, and comparisons to the bit."""
 
 import copy
+import io
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ def no_conflict() -> GCond:
     return GCond(thresholds=(-1.0, -1.0, -1.0))
 
 
-def train(model, optimizer, x, scaler=None, by_scaler=False):
+def train(model, optimizer, x, scaler=None, by_scaler=False, losses_of=losses_of):
     """Train on batches, with a GradScaler's update, and its step if `by_scaler`."""
     for batch in x:
         losses = losses_of(model, batch)
@@ -58,6 +59,13 @@ def train(model, optimizer, x, scaler=None, by_scaler=False):
             scaler.step(optimizer) if by_scaler else optimizer.step()
             if scaler is not None:
                 scaler.update()
+
+
+def through_a_file(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, map_location="cpu")  # weights_only: plain types and tensors alone
 
 
 def without_counters(state: dict) -> dict:

@@ -1,6 +1,7 @@
 """Collecting gradients during or after a backward pass: the same bits, no trace of failures."""
 
 import copy
+import functools
 import gc
 import weakref
 
@@ -12,7 +13,17 @@ from torch.utils.checkpoint import checkpoint
 
 from gcond_kernels import GCondFused
 from gcond_kernels.storage import collect
-from tests.helpers.models import TASKS, batches, flat_parameters, losses_of, model_of, same, sgd
+from tests.helpers.models import (
+    TASKS,
+    batches,
+    flat_gradients,
+    flat_parameters,
+    losses_of,
+    model_of,
+    same,
+    sgd,
+    train,
+)
 
 # Bytes of a bucket: gradients are added after the backward pass, or during it, one at a time.
 BUCKETS = {"after": 32 << 20, "during": 8}
@@ -29,10 +40,7 @@ def trained(model, loss_of, when, backend="python", steps=3, **options):
     optimizer = GCondFused(sgd(model), TASKS, backend=backend, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collect, "BUCKET_BYTES", BUCKETS[when])
-        for batch in batches(2 * steps):
-            losses = loss_of(model, batch)
-            if optimizer.backward({task: losses[task] for task in optimizer.active_tasks}):
-                optimizer.step()
+        train(model, optimizer, batches(2 * steps), losses_of=loss_of)
     return flat_parameters(model), optimizer.state_dict()
 
 
@@ -86,37 +94,33 @@ def test_gradients_are_freed_during_the_pass():
     assert len(alive) == 3
 
 
-def checkpointed(use_reentrant):
+def with_layers_through(call):
+    """Losses with the same layer twice: of reentrant checkpoints a gradient of two parts."""
+
     def losses(model, x):
-        x = x.clone().requires_grad_(True)
-        hidden = checkpoint(model[0], x, use_reentrant=use_reentrant)
-        # The same layer twice: reentrant, its gradient comes in two parts.
-        again = checkpoint(model[0], hidden[:, :4], use_reentrant=use_reentrant)
-        y = checkpoint(model[2], again.tanh(), use_reentrant=use_reentrant)
+        hidden = call(model[0], x.clone().requires_grad_(True))
+        y = call(model[2], call(model[0], hidden[:, :4]).tanh())
         return {"a": (y[:, 0] - 1).pow(2).mean(), "b": (y.sum(1) + 1).pow(2).mean()}
 
     return losses
 
 
+def as_functions(losses_of):
+    return lambda *given: {task: lambda task=task: losses_of(*given)[task] for task in TASKS}
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("mode", ["exact", "stochastic"])
 def test_activation_checkpointing(backend, use_reentrant, mode):
+    loss_of = with_layers_through(functools.partial(checkpoint, use_reentrant=use_reentrant))
     if use_reentrant and mode == "exact":
-        # Reentrant checkpoints go through one backward pass alone: as functions then.
-        def loss_of(model, x):
-            return {task: lambda task=task: checkpointed(True)(model, x)[task] for task in TASKS}
-    else:
-        loss_of = checkpointed(use_reentrant)
-    results = [trained(model_of(), loss_of, when, backend, mode=mode) for when in BUCKETS]
-    plain = trained(model_of(), plain_twice, "after", backend, mode=mode)
-    for result in results:
+        loss_of = as_functions(loss_of)  # reentrant checkpoints go through one backward pass alone
+    plain = with_layers_through(lambda layer, x: layer(x))
+    expected = trained(model_of(), plain, "after", backend, mode=mode)
+    for when in BUCKETS:
+        result = trained(model_of(), loss_of, when, backend, mode=mode)
         # In parts the gradient is summed in another order.
-        assert torch.allclose(result[0], plain[0], rtol=1e-5, atol=1e-6)
-
-
-def plain_twice(model, x):
-    y = model[2](model[0](model[0](x)[:, :4]).tanh())
-    return {"a": (y[:, 0] - 1).pow(2).mean(), "b": (y.sum(1) + 1).pow(2).mean()}
+        assert torch.allclose(result[0], expected[0], rtol=1e-5, atol=1e-6)
 
 
 def test_parts_of_a_gradient_are_added_up(monkeypatch):
@@ -133,11 +137,10 @@ def test_parts_of_a_gradient_are_added_up(monkeypatch):
     optimizer.backward({"a": loss})
     assert len(launches.sizes) > 4
     optimizer.step()
-    written = {name: p.grad.clone() for name, p in model.named_parameters()}
+    written = flat_gradients(model)
     optimizer.zero_grad()
     loss().backward()
-    for name, p in model.named_parameters():
-        assert torch.allclose(written[name], p.grad, rtol=1e-5, atol=1e-6), name
+    assert torch.allclose(written, flat_gradients(model), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -166,7 +169,7 @@ def test_compiled_for_one_pass_and_passed_through_twice():
         pytest.raises(RuntimeError, match="give the losses as functions"),
     ):
         optimizer.backward(losses_of(compiled, x[0]))
-    assert optimizer.backward({t: lambda t=t: losses_of(compiled, x[1])[t] for t in TASKS})
+    assert optimizer.backward(as_functions(losses_of)(compiled, x[1]))
     optimizer.step()
 
 
@@ -181,11 +184,7 @@ def test_a_model_whose_wrapper_replaces_gradients_after_the_pass(when, tmp_path)
     try:
         model = model_of()
         wrapped = nn.parallel.DistributedDataParallel(model)
-
-        def functions(_, x):
-            return {task: lambda task=task: losses_of(wrapped, x)[task] for task in TASKS}
-
-        got = trained(model, functions, when)
+        got = trained(model, as_functions(lambda _, x: losses_of(wrapped, x)), when)
     finally:
         torch.distributed.destroy_process_group()
     assert torch.allclose(got[0], expected[0], rtol=1e-5, atol=1e-6)
@@ -258,8 +257,7 @@ def fail(monkeypatch):
     return lambda broken=True: monkeypatch.setattr(Fails, "broken", broken)
 
 
-def functions(model, x):
-    return {task: lambda task=task: fragile(model, x)[task] for task in TASKS}
+functions = as_functions(fragile)
 
 
 @pytest.mark.parametrize("when", BUCKETS)
@@ -273,9 +271,7 @@ def test_a_pass_that_fails_leaves_nothing_of_its_window(backend, fail, monkeypat
     options = {"accumulation_steps": 2, "momentum": 0.5, "backend": backend}
     optimizer, calm = (GCondFused(sgd(m), TASKS, **options) for m in (model, twin))
     for m, o in ((model, optimizer), (twin, calm)):
-        for batch in x[:2]:
-            o.backward(functions(m, batch))
-        o.step()
+        train(m, o, x[:2], losses_of=functions)
     for batch in x[2 : 2 + before]:
         optimizer.backward(functions(model, batch))
     launches.sizes.clear()
@@ -290,9 +286,7 @@ def test_a_pass_that_fails_leaves_nothing_of_its_window(backend, fail, monkeypat
     assert optimizer._storage.counts == [0, 0]
     assert all(p.grad is None for p in model.parameters())
     for m, o in ((model, optimizer), (twin, calm)):
-        for batch in x[4:]:
-            if o.backward(functions(m, batch)):
-                o.step()
+        train(m, o, x[4:], losses_of=functions)
     assert torch.equal(flat_parameters(model), flat_parameters(twin))
 
 

@@ -1,7 +1,7 @@
 """What is compared and what is not: heads, granularity, masks, methods in training."""
 
 import copy
-import io
+import functools
 import math
 
 import pytest
@@ -27,6 +27,9 @@ from gcond_kernels import (
 )
 from gcond_kernels.methods.method import Known, Method, fresh_state
 from gcond_kernels.storage.shared_parameters import SharedParameters, shared_tensors
+from tests import conftest
+from tests.helpers import models
+from tests.helpers.models import flat_gradients, flat_parameters, through_a_file
 
 TASKS = {"a": 1.0, "b": 0.5, "c": 2.0}
 WITH_WEIGHTS = [
@@ -47,12 +50,24 @@ EVERY = [(m, g) for m in WITH_WEIGHTS for g in ("model", "tensor")] + [(GradDrop
 # What the kernels see of methods are the shapes of weights and masks: of those one of each sort.
 FEW = [(CAGrad(c=0.4), "model"), (GCond(), "model"), (GCond(), "tensor")]
 FEW_AND_DROP = [*FEW, (GradDrop(seed=5), "model")]
+AB = {"a": 1.0, "b": 1.0}
 # Of a float32 sum of a few products, relative to the largest of them.
 ROUNDING = 2e-5
 
 
 def half_of_both(gramian):
     return gramian.new_full((len(gramian),), 0.5)
+
+
+def on_backends(every, few):
+    """Methods and granularities of a test: every one with the reference, few with others."""
+    cases = [
+        pytest.param(*on.values, *case, marks=on.marks)
+        for on in conftest.PRESENT
+        for case in (every if on.values == ("python",) else few)
+    ]
+    names = ("backend", "method", "granularity")
+    return pytest.mark.parametrize(names, cases, indirect=["backend"])
 
 
 class Net(nn.Module):
@@ -92,11 +107,11 @@ def optimizer_of(model: nn.Module, **options) -> GCondFused:
     return GCondFused(base, TASKS, **({"accumulation_steps": 2} | options))
 
 
-def train(model: Net, optimizer: GCondFused, x: torch.Tensor) -> None:
-    for batch in x:
-        losses = losses_of(model, batch)
-        if optimizer.backward({task: losses[task] for task in optimizer.active_tasks}):
-            optimizer.step()
+def optimizer_over(*parameters, lr=0.0, tasks=AB, **options) -> GCondFused:
+    return GCondFused(torch.optim.SGD(parameters, lr=lr), tasks, **options)
+
+
+train = functools.partial(models.train, losses_of=losses_of)
 
 
 def task_gradients(model: Net, x: torch.Tensor) -> list[dict[str, torch.Tensor]]:
@@ -133,26 +148,11 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, size: float) -> No
 SHARED = [name for name, _ in Net().named_parameters() if name.startswith("body")]
 
 
-def named(method):
-    """Without an address: the names of tests are the same in every process."""
-    return getattr(method, "__name__", repr(method))
-
-
 # Heads.
 
 
-@pytest.mark.parametrize("granularity", ["model", "tensor"])
-@pytest.mark.parametrize("method", [*WITH_WEIGHTS, half_of_both], ids=named)
-def test_heads_keep_their_gradient_and_take_no_part(method, granularity):
-    check_heads("python", method, granularity)
-
-
-@pytest.mark.parametrize(("method", "granularity"), FEW)
-def test_heads_take_no_part_with_any_backend(backend, method, granularity):
-    check_heads(backend, method, granularity)
-
-
-def check_heads(backend, method, granularity):
+@on_backends([*EVERY[:-1], (half_of_both, "model"), (half_of_both, "tensor")], FEW)
+def test_heads_keep_their_gradient_and_take_no_part(backend, method, granularity):
     """Against autograd in float64 and the method on Gramians of the shared parameters alone."""
     model, x = net(), inputs(2)
     optimizer = optimizer_of(model, method=method, granularity=granularity, backend=backend)
@@ -218,7 +218,7 @@ def test_sign_dropout_leaves_heads_alone(backend):
 def test_what_a_task_once_had_a_gradient_for_stays_shared():
     """A parameter is a task's own until another has a gradient for it, and never again after."""
     p = nn.Parameter(torch.ones(2))
-    optimizer = GCondFused(torch.optim.SGD([p], lr=0.0), {"a": 1.0, "b": 1.0}, method=MGDA())
+    optimizer = optimizer_over(p, method=MGDA())
     none = p.new_zeros(()).requires_grad_()
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])
     for first, second, expected in (
@@ -240,17 +240,15 @@ def test_what_a_task_once_had_a_gradient_for_stays_shared():
 def test_a_step_that_overflows_does_not_make_a_task_use_a_parameter():
     p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     weight = 1.0
-    optimizer = GCondFused(
-        torch.optim.SGD([p, q], lr=0.1),
-        {"a": 1.0, "b": 1.0},
-        method=lambda S: torch.full_like(S[0], weight),
-    )
+    optimizer = optimizer_over(p, q, lr=0.1, method=lambda S: torch.full_like(S[0], weight))
     optimizer.backward({"a": p.sum(), "b": p.sum()})
     optimizer.step()
     weight = math.inf
     optimizer.backward({"a": (p + q).sum()})
     optimizer.step()
     assert optimizer.report().skipped
+    assert p.tolist() == pytest.approx([0.8, 0.8])
+    assert q.tolist() == [1.0, 1.0]
     weight = 1.0
     optimizer.backward({"a": p.sum() + (0.0 * q).sum()})
     assert q.grad is None
@@ -259,7 +257,7 @@ def test_a_step_that_overflows_does_not_make_a_task_use_a_parameter():
 def test_history_starts_anew_where_tasks_come_to_share_more():
     """Else its norms would be of other parameters than its products."""
     p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    optimizer = GCondFused(torch.optim.SGD([p, q], lr=0.0), {"a": 1.0, "b": 1.0})
+    optimizer = optimizer_over(p, q)
     d = torch.tensor([1.0, 0.0])
     seen = []
     for b_uses_q in (False, False, True, True):
@@ -343,26 +341,17 @@ def test_each_tensor_is_resolved_as_if_it_were_the_only_one(backend):
 
     def run(which, granularity):
         parameters = [nn.Parameter(torch.zeros(shapes[t])) for t in which]
-        base = torch.optim.SGD(parameters, lr=0.1)
-        optimizer = GCondFused(
-            base,
-            TASKS,
-            granularity=granularity,
-            momentum=0.5,
-            backend=backend,
-            method=GCond(dominance_window=2),
+        options = {"momentum": 0.5, "backend": backend, "method": GCond(dominance_window=2)}
+        optimizer = optimizer_over(
+            *parameters, lr=0.1, tasks=TASKS, granularity=granularity, **options
         )
         written = []
         for step in range(steps):
-            optimizer.backward(
-                {
-                    task: sum(
-                        (p * directions[k][t][step]).sum()
-                        for p, t in zip(parameters, which, strict=True)
-                    )
-                    for k, task in enumerate(TASKS)
-                }
-            )
+            losses = {}
+            for task, of_task in zip(TASKS, directions, strict=True):
+                products = [p * of_task[t][step] for p, t in zip(parameters, which, strict=True)]
+                losses[task] = sum(product.sum() for product in products)
+            optimizer.backward(losses)
             written.append([p.grad.clone() for p in parameters])
             optimizer.step()
         return written, optimizer
@@ -396,20 +385,13 @@ def test_max_norm_and_signs_use_the_weights_of_each_tensor(backend):
             )
             for batch in x:
                 optimizer.backward(losses_of(model, batch))
-            written.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            written.append(flat_gradients(model))
         torch.testing.assert_close(written[0], written[-1], rtol=1e-4, atol=1e-7)
         if "max_norm" in options:
             assert float(written[0].norm()) == pytest.approx(0.1, rel=1e-5)
 
 
 # Saving.
-
-
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer)
 
 
 @pytest.mark.parametrize(("method", "granularity"), [*EVERY, (half_of_both, "tensor")])
@@ -426,32 +408,10 @@ def test_training_goes_on_to_the_same_bits(method, granularity, at):
     other = optimizer_of(resumed, **options)
     other.load_state_dict(saved["optimizer"])
     train(resumed, other, x[at:])
-    for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(p, q)
-    for key, value in optimizer._resolver.method_state.items():
-        assert torch.equal(value, other._resolver.method_state[key]), key
+    assert torch.equal(flat_parameters(model), flat_parameters(resumed))
+    assert models.same(optimizer._resolver.method_state, other._resolver.method_state)
     assert torch.equal(optimizer._storage.parameter_tasks, other._storage.parameter_tasks)
     assert torch.equal(optimizer._storage.was_shared, other._storage.was_shared)
-
-
-def test_a_state_of_another_method_is_refused_by_name():
-    options = {
-        "": {"method": PCGrad()},
-        "'GradVac'": {"method": GradVac()},
-        "'tensor'": {"method": PCGrad(), "granularity": "tensor"},
-        "has no mask|has mask": {"method": PCGrad(), "mask": {}},
-    }
-    optimizers = {}
-    for name, given in options.items():
-        model = net()
-        optimizers[name] = optimizer_of(model, **given)
-        train(model, optimizers[name], inputs(2))
-    first = optimizers.pop("")
-    for name, other in optimizers.items():
-        with pytest.raises(ValueError, match=name):
-            other.load_state_dict(first.state_dict())
-        with pytest.raises(ValueError, match=name):
-            first.load_state_dict(other.state_dict())
 
 
 # Steps that are not finite.
@@ -475,23 +435,12 @@ def test_a_gradient_that_is_not_finite_leaves_all_as_it_was(method, granularity,
     assert optimizer.report().skipped
     assert optimizer.report().nonfinite_tasks == ["b"]
     after = [model.state_dict(), optimizer._resolver.method_state]
-    for was, now in zip(before, after, strict=True):
-        for key, value in was.items():
-            assert torch.equal(value, now[key]), key
+    assert models.same(before, after)
     assert torch.equal(momentum, optimizer._storage.momentum)
 
 
-@pytest.mark.parametrize(("method", "granularity"), EVERY)
-def test_a_task_that_is_dropped_is_as_if_it_were_not_there(method, granularity):
-    check_dropped("python", method, granularity)
-
-
-@pytest.mark.parametrize(("method", "granularity"), FEW_AND_DROP)
-def test_a_task_is_dropped_with_any_backend(backend, method, granularity):
-    check_dropped(backend, method, granularity)
-
-
-def check_dropped(backend, method, granularity):
+@on_backends(EVERY, FEW_AND_DROP)
+def test_a_task_that_is_dropped_is_as_if_it_were_not_there(backend, method, granularity):
     found = {}
     for bad in (True, False):
         model, x = net(), inputs(2)
@@ -526,17 +475,8 @@ def masks_of(model: nn.Module, seed: int = 3) -> dict[nn.Parameter, torch.Tensor
     }
 
 
-@pytest.mark.parametrize(("method", "granularity"), EVERY)
-def test_a_mask_is_as_if_the_gradients_were_masked(method, granularity):
-    check_mask("python", method, granularity)
-
-
-@pytest.mark.parametrize(("method", "granularity"), FEW_AND_DROP)
-def test_a_mask_masks_with_any_backend(backend, method, granularity):
-    check_mask(backend, method, granularity)
-
-
-def check_mask(backend, method, granularity):
+@on_backends(EVERY, FEW_AND_DROP)
+def test_a_mask_is_as_if_the_gradients_were_masked(backend, method, granularity):
     """Before the inner products, and exactly zero in the write."""
     x, found = inputs(4), []
     for by_hook in (False, True):
@@ -563,9 +503,7 @@ def check_mask(backend, method, granularity):
 def test_a_mask_hides_what_is_not_finite(backend):
     p = nn.Parameter(torch.ones(3))
     mask = {p: torch.tensor([True, False, True])}
-    optimizer = GCondFused(
-        torch.optim.SGD([p], lr=1.0), {"a": 1.0, "b": 1.0}, mask=mask, backend=backend
-    )
+    optimizer = optimizer_over(p, lr=1.0, mask=mask, backend=backend)
     d = torch.tensor([1.0, math.nan, 2.0])
     optimizer.backward({"a": (p * d).sum(), "b": (p * d).sum()})
     optimizer.step()
@@ -577,16 +515,13 @@ def test_a_mask_follows_the_memory_of_its_parameter(backend):
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
     mask = {conv.weight: torch.rand(5, 3, 3, 3) < 0.5}
-    optimizer = GCondFused(
-        torch.optim.SGD(conv.parameters(), lr=1.0), {"a": 1.0, "b": 1.0}, mask=mask, backend=backend
-    )
+    optimizer = optimizer_over(*conv.parameters(), lr=1.0, mask=mask, backend=backend)
     y = conv(torch.randn(2, 3, 6, 6))
     optimizer.backward({"a": y.square().sum(), "b": y.sum()})
     optimizer.step()
     assert torch.equal(conv.weight.grad != 0.0, mask[conv.weight])
-    assert torch.equal(
-        optimizer._storage.mask_of(optimizer._storage.segments[0]), mask[conv.weight]
-    )
+    storage = optimizer._storage
+    assert torch.equal(storage.mask_of(storage.segments[0]), mask[conv.weight])
 
 
 def test_a_mask_is_in_the_state_and_comes_back():
@@ -600,8 +535,7 @@ def test_a_mask_is_in_the_state_and_comes_back():
     other.load_state_dict(saved)
     train(model, optimizer, x[4:])
     train(resumed, other, x[4:])
-    for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(p, q)
+    assert torch.equal(flat_parameters(model), flat_parameters(resumed))
     twin = copy.deepcopy(other)
     assert torch.equal(twin._storage.mask, other._storage.mask)
 
@@ -676,25 +610,16 @@ def test_what_is_no_method_is_refused():
 def test_a_function_that_returns_no_weights_changes_nothing(function, error):
     model = net()
     optimizer = optimizer_of(model, method=function, accumulation_steps=1)
-    before = [p.clone() for p in model.parameters()]
+    before = flat_parameters(model)
     with pytest.raises(ValueError, match=error), pytest.warns(match="its window is dropped"):
         optimizer.backward(losses_of(model, inputs(1)[0]))
     with pytest.raises(RuntimeError, match="nothing was accumulated"):
         optimizer.step()
     assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert torch.equal(flat_parameters(model), before)
     optimizer.method = torch.diag
     optimizer.backward(losses_of(model, inputs(1)[0]))
     optimizer.step()
-
-
-def test_weights_that_are_not_finite_skip_the_step():
-    model = net()
-    optimizer = optimizer_of(model, method=lambda S: S[0] / 0.0, accumulation_steps=1)
-    before = [p.clone() for p in model.parameters()]
-    train(model, optimizer, inputs(1))
-    assert optimizer.report().skipped
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 def test_gradnorm_may_compare_one_layer():
@@ -754,14 +679,13 @@ def test_a_loss_that_gradnorm_cannot_use_is_refused_before_a_state_changes():
     model, (x,) = net(), inputs(1)
     optimizer = optimizer_of(model, method=GradNorm(lr=0.1), accumulation_steps=1)
     train(model, optimizer, [x])
-    before = {name: value.clone() for name, value in optimizer._resolver.method_state.items()}
-    parameters = [p.clone() for p in model.parameters()]
+    before = copy.deepcopy(optimizer._resolver.method_state)
+    parameters = flat_parameters(model)
     losses = losses_of(model, x)
     with pytest.raises(ValueError, match=r"GradNorm .* the loss of task 'b' is -.* constant"):
         optimizer.backward({**losses, "b": losses["b"] - 100.0})
-    state = optimizer._resolver.method_state
-    assert all(torch.equal(state[name], value) for name, value in before.items())
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), parameters, strict=True))
+    assert models.same(optimizer._resolver.method_state, before)
+    assert torch.equal(flat_parameters(model), parameters)
 
 
 def test_the_mean_loss_of_a_task_without_a_micro_batch_is_unknown():
@@ -782,7 +706,7 @@ def test_random_orders_go_on_where_they_were():
         optimizer = optimizer_of(model, method=PCGrad(seed=seed))
         train(model, optimizer, inputs(20))
         assert int(optimizer._resolver.method_state["counter"]) == 10
-        runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        runs.append(flat_parameters(model))
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
 
@@ -792,15 +716,15 @@ def test_two_tasks_of_pcgrad_are_gcond_with_one_zone(backend):
     written = []
     for method in (PCGrad(), GCond(arbitration="zones", thresholds=(-1.0, -1.0, 0.0))):
         model = net()
-        base = torch.optim.SGD(model.parameters(), lr=0.05)
-        optimizer = GCondFused(base, {"a": 1.0, "b": 0.5}, method=method, backend=backend)
+        options = {"tasks": models.TASKS, "method": method, "backend": backend}
+        optimizer = optimizer_over(*model.parameters(), lr=0.05, **options)
         conflicts = 0
         for batch in inputs(6):
             losses = losses_of(model, batch)
             optimizer.backward({"a": losses["a"], "b": losses["b"]})
             optimizer.step()
             conflicts += optimizer.report().min_cosine < 0.0
-        written.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        written.append(flat_parameters(model))
     assert conflicts > 0
     torch.testing.assert_close(*written, rtol=1e-5, atol=1e-6)
 
@@ -808,9 +732,8 @@ def test_two_tasks_of_pcgrad_are_gcond_with_one_zone(backend):
 def test_one_task_and_every_method(backend):
     for method in ALL:
         model = nn.Linear(3, 1)
-        optimizer = GCondFused(
-            torch.optim.SGD(model.parameters(), lr=0.1), {"a": 1.0}, method=method, backend=backend
-        )
+        options = {"tasks": {"a": 1.0}, "method": method, "backend": backend}
+        optimizer = optimizer_over(*model.parameters(), lr=0.1, **options)
         optimizer.backward({"a": model(torch.ones(3)).sum() + 10.0})  # GradNorm: above 0
         optimizer.step()
         assert not optimizer.report().skipped
@@ -829,35 +752,30 @@ def test_reports_contain_the_incidence_of_conflict():
     assert report.norm_ema == {}
 
 
-def test_the_operations_of_a_step_of_graddrop_are_two():
+def test_the_operations_of_a_step_of_graddrop_are_two(monkeypatch):
     """No Gramian is needed for the write, but for what is not finite and for the report."""
     calls = []
     model = net()
     optimizer = optimizer_of(model, method=GradDrop(), accumulation_steps=1)
     losses = losses_of(model, inputs(1)[0])
-    before = {name: getattr(ops, name) for name in ("gramian", "graddrop", "combine", "resolve")}
-    try:
-        for name, function in before.items():
-            setattr(
-                ops, name, lambda *a, name=name, f=function, **k: calls.append(name) or f(*a, **k)
-            )
-        optimizer.backward(losses)
-    finally:
-        for name, function in before.items():
-            setattr(ops, name, function)
+
+    def counted(name, function):
+        return lambda *args, **options: calls.append(name) or function(*args, **options)
+
+    for name in ("gramian", "graddrop", "combine", "resolve"):
+        monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
+    optimizer.backward(losses)
     assert calls == ["gramian", "graddrop"]
 
 
 # What float32 leaves of gradients that depend on each other.
 
 
-def weights_through_float32(method, rows: torch.Tensor, backend: str, **options) -> torch.Tensor:
+def written_for(method, rows: torch.Tensor) -> torch.Tensor:
     """The result of a step whose task gradients are these rows [K, n], of one parameter."""
     p = nn.Parameter(torch.zeros(rows.shape[1]))
     tasks = {f"t{k}": 1.0 for k in range(len(rows))}
-    optimizer = GCondFused(
-        torch.optim.SGD([p], lr=0.0), tasks, method=method, backend=backend, **options
-    )
+    optimizer = optimizer_over(p, tasks=tasks, method=method)
     losses = zip(tasks, rows.float(), strict=True)
     optimizer.backward({task: (p * row).sum() for task, row in losses})
     assert not optimizer.report().skipped
@@ -881,7 +799,7 @@ def test_rounding_of_dependent_gradients_decides_nothing(method, kind):
             "two elements": torch.randn(4, 2, generator=generator).double(),
         }[kind]
         rows = rows.float().double()
-        found = weights_through_float32(method, rows, "python")
+        found = written_for(method, rows)
         expected = method((rows @ rows.T).float()).double() @ rows
         # Where a pair barely agrees or not, an active set may turn; the result moves little then.
         # (The weights of IMTL-G may sum to nearly 0, and the result then be long.)
@@ -895,7 +813,7 @@ def test_gradients_that_cancel_out_make_no_noise(method):
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
         a = torch.randn(1000, generator=generator, dtype=torch.float64)
-        found = weights_through_float32(method, torch.stack([a, -0.3 * a]), "python")
+        found = written_for(method, torch.stack([a, -0.3 * a]))
         # It is along a, or nothing: what is across is noise.
         along = (found @ a) / (a @ a) * a
         assert (found - along).norm() <= 2e-3 * a.norm()
@@ -950,8 +868,7 @@ def test_names_go_without_what_wrappers_add():
 def test_weights_of_tasks_that_share_nothing_are_one():
     p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     for granularity in ("model", "tensor"):
-        base = torch.optim.SGD([p, q], lr=0.0)
-        optimizer = GCondFused(base, {"a": 1.0, "b": 1.0}, method=MGDA(), granularity=granularity)
+        optimizer = optimizer_over(p, q, method=MGDA(), granularity=granularity)
         optimizer.backward({"a": p.sum(), "b": 3 * q.sum()})
         optimizer.step()
         report = optimizer.report()
@@ -959,7 +876,7 @@ def test_weights_of_tasks_that_share_nothing_are_one():
         assert report.incidence is None
         assert report.zone == "none"
         assert q.grad.tolist() == [3.0, 3.0]
-        base.zero_grad()
+        optimizer.zero_grad()
 
 
 class Slowed(Method):

@@ -1,7 +1,6 @@
 """state_dict and load_state_dict: training goes on to the same bits."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -9,9 +8,26 @@ from torch import nn
 
 from gcond_kernels import GCond, GCondFused, neuron_mask
 from gcond_kernels.methods import GradDrop, GradNorm, GradVac, PCGrad
-from tests.helpers.models import TASKS, batches, flat_parameters, losses_of, model_of, same
+from tests.helpers.models import (
+    TASKS,
+    batches,
+    flat_parameters,
+    losses_of,
+    model_of,
+    same,
+    through_a_file,
+    train,
+)
 
 OPTIONS = {"accumulation_steps": 3, "momentum": 0.9}
+METHODS = {
+    "PCGrad": {"method": PCGrad(seed=1)},
+    "GradNorm": {"method": GradNorm(lr=0.05)},
+    "GradDrop": {"method": GradDrop(leak=0.1)},
+    "by tensor": {"granularity": "tensor"},
+    "GradVac by tensor": {"granularity": "tensor", "method": GradVac(beta=0.3)},
+    "GradNorm by tensor": {"granularity": "tensor", "method": GradNorm(lr=0.05)},
+}
 
 
 def optimizer_of(model, **options) -> GCondFused:
@@ -19,11 +35,27 @@ def optimizer_of(model, **options) -> GCondFused:
     return GCondFused(base, TASKS, **(OPTIONS | options))
 
 
-def train(model, optimizer, x) -> None:
-    for batch in x:
-        losses = losses_of(model, batch)
-        if optimizer.backward({task: losses[task] for task in optimizer.active_tasks}):
-            optimizer.step()
+def masked_optimizer_of(model, **options) -> GCondFused:
+    return optimizer_of(model, mask=neuron_mask(model, 2), **options)
+
+
+def check_training_goes_on(model, optimizer, twin, other, x, rtol=0.0) -> None:
+    """Both to the same bits, or but for rounding where sums are in another order."""
+    train(model, optimizer, x)
+    train(twin, other, x)
+    found, expected = flat_parameters(twin), flat_parameters(model)
+    assert torch.allclose(found, expected, rtol=rtol, atol=min(rtol, 1e-7))
+
+
+def check_resuming(x, at, seed=5, make=optimizer_of, **options) -> None:
+    model, resumed = model_of(), model_of(seed)
+    optimizer, other = make(model, **options), make(resumed, **options)
+    train(model, optimizer, x[:at])
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    resumed.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    check_training_goes_on(model, optimizer, resumed, other, x[at:])
+    assert same(optimizer.state_dict(), other.state_dict())
 
 
 def kept_in(state):
@@ -36,13 +68,6 @@ def own_of(state):
     return kept_in(state), [g["gcond"] for g in state["param_groups"]], state["gcond"]
 
 
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, map_location="cpu")  # weights_only: plain types and tensors alone
-
-
 @pytest.mark.parametrize(
     ("mode", "at", "history"),
     [
@@ -52,21 +77,7 @@ def through_a_file(state):
     ],
 )
 def test_round_trip_at_any_micro_batch_gives_the_same_bits(backend, mode, at, history):
-    x = batches(18)
-    options = {"mode": mode, "method": GCond(history=history), "backend": backend}
-    model = model_of()
-    optimizer = optimizer_of(model, **options)
-    train(model, optimizer, x[:at])
-    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    train(model, optimizer, x[at:])
-
-    resumed = model_of(seed=5)
-    resumed.load_state_dict(saved["model"])
-    other = optimizer_of(resumed, **options)
-    other.load_state_dict(saved["optimizer"])
-    train(resumed, other, x[at:])
-    assert torch.equal(flat_parameters(model), flat_parameters(resumed))
-    assert same(optimizer.state_dict(), other.state_dict())
+    check_resuming(batches(18), at, mode=mode, method=GCond(history=history), backend=backend)
 
 
 def test_loading_copies(backend):
@@ -83,13 +94,25 @@ def test_loading_copies(backend):
 
 @pytest.mark.parametrize("at", [3, 4])
 def test_loading_its_own_state_changes_nothing(backend, at):
-    model, x = model_of(), batches(at)
-    optimizer = optimizer_of(model, backend=backend)
-    train(model, optimizer, x)
+    check_loading_its_own(at, backend=backend)
+
+
+@pytest.mark.parametrize("at", [3, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_any_method_loads_its_own_state_and_nothing_changes(method, at):
+    check_loading_its_own(at, **METHODS[method])
+
+
+def check_loading_its_own(at, **options):
+    model = model_of()
+    optimizer = masked_optimizer_of(model, **options)
+    train(model, optimizer, batches(at))
     before = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(optimizer.state_dict())
     assert same(before, optimizer.state_dict())
     assert all(own["momentum"].abs().sum() > 0 for own in kept_in(before))
+    losses = before["param_groups"][0]["gcond"]["window"]["losses"]
+    assert losses is None or any(losses) == (at == 4)
     with pytest.raises(RuntimeError, match="nothing to report"):
         optimizer.report()
 
@@ -122,9 +145,7 @@ def test_into_a_process_that_saw_its_parameters_in_another_order(backend):
     twin.load_state_dict(model.state_dict())
     other.load_state_dict(through_a_file(optimizer.state_dict()))
     assert optimizer._storage.layout.sizes != other._storage.layout.sizes
-    train(model, optimizer, x[5:])
-    train(twin, other, x[5:])
-    assert torch.allclose(flat_parameters(model), flat_parameters(twin), rtol=1e-6, atol=1e-7)
+    check_training_goes_on(model, optimizer, twin, other, x[5:], rtol=1e-6)
 
 
 def test_into_another_memory_order(backend):
@@ -230,49 +251,13 @@ def test_a_state_with_masks_is_refused_without():
         optimizer_of(model).load_state_dict(optimizer.state_dict())
 
 
-METHODS = {
-    "PCGrad": {"method": PCGrad(seed=1)},
-    "GradNorm": {"method": GradNorm(lr=0.05)},
-    "GradDrop": {"method": GradDrop(leak=0.1)},
-    "by tensor": {"granularity": "tensor"},
-    "GradVac by tensor": {"granularity": "tensor", "method": GradVac(beta=0.3)},
-    "GradNorm by tensor": {"granularity": "tensor", "method": GradNorm(lr=0.05)},
-}
-
-
 @pytest.mark.parametrize("mode", ["exact", "stochastic"])
 @pytest.mark.parametrize("method", METHODS)
 def test_any_method_goes_on_to_the_same_bits(method, mode):
     """Masks are those of the state: the others that are given are forgotten."""
-    x = batches(12)
-    options = METHODS[method] | {"mode": mode}
     for at in (0, 1, 2, 3, 4, 8):
-        model = model_of()
-        optimizer = optimizer_of(model, mask=neuron_mask(model, 2), **options)
-        train(model, optimizer, x[:at])
-        saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-        train(model, optimizer, x[at:])
-
-        resumed = model_of(seed=0 if at == 0 else 5)  # before a first window nothing is known
-        other = optimizer_of(resumed, mask=neuron_mask(resumed, 2), **options)
-        resumed.load_state_dict(saved["model"])
-        other.load_state_dict(saved["optimizer"])
-        train(resumed, other, x[at:])
-        assert torch.equal(flat_parameters(model), flat_parameters(resumed))
-        assert same(optimizer.state_dict(), other.state_dict())
-
-
-@pytest.mark.parametrize("at", [3, 4])
-@pytest.mark.parametrize("method", METHODS)
-def test_any_method_loads_its_own_state_and_nothing_changes(method, at):
-    model, x = model_of(), batches(at)
-    optimizer = optimizer_of(model, mask=neuron_mask(model, 2), **METHODS[method])
-    train(model, optimizer, x)
-    before = copy.deepcopy(optimizer.state_dict())
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert same(before, optimizer.state_dict())
-    losses = before["param_groups"][0]["gcond"]["window"]["losses"]
-    assert losses is None or any(losses) == (at == 4)
+        seed = 0 if at == 0 else 5  # before a first window nothing is known
+        check_resuming(batches(12), at, seed, masked_optimizer_of, **METHODS[method], mode=mode)
 
 
 def test_tasks_of_parameters_are_saved():
@@ -297,14 +282,6 @@ def test_tasks_of_parameters_are_saved():
         other.resolve()
         assert model["shared"].grad.tolist() == [0.5 if known else 1.0] * 2
         assert model["own"].grad.tolist() == [1.0] * 3
-
-
-def test_a_plain_state_is_refused_with_a_way_out(backend):
-    model = model_of()
-    optimizer = optimizer_of(model, backend=backend)
-    plain = optimizer.base.state_dict()
-    with pytest.raises(ValueError, match=r"optimizer\.base\.load_state_dict"):
-        optimizer.load_state_dict(plain)
 
 
 def test_a_state_of_another_version_is_refused_and_nothing_changes():
@@ -349,10 +326,7 @@ def test_parameters_in_another_order_are_matched_by_their_names(backend, at, spl
     other = named_optimizer(resumed, TURNED, backend, split)
     other.load_state_dict(through_a_file(optimizer.state_dict()))
     assert other.param_groups[0]["param_names"] == TURNED[:split]
-    train(model, optimizer, x[at:])
-    train(resumed, other, x[at:])
-    # The Gramian sums the tensors in another order.
-    assert torch.allclose(flat_parameters(model), flat_parameters(resumed), rtol=1e-5, atol=1e-7)
+    check_training_goes_on(model, optimizer, resumed, other, x[at:], rtol=1e-5)
     # The same way back, and its own order is still its own.
     state = copy.deepcopy(other.state_dict())
     other.load_state_dict(state)
@@ -395,34 +369,21 @@ def test_state_by_tensor_follows_its_tensor(method, seen, at):
     assert list(kept_there) == TURNED
     assert same(kept, {name: kept_there[name] for name in kept})
     assert not same(kept["0.weight"][0], kept["0.bias"][0])
-    train(model, optimizer, x[at:])
-    train(resumed, other, x[at:])
-    assert torch.allclose(flat_parameters(model), flat_parameters(resumed), rtol=1e-5, atol=1e-7)
+    check_training_goes_on(model, optimizer, resumed, other, x[at:], rtol=1e-5)
 
 
-def test_names_that_wrappers_of_a_model_have_put_before_do_not_count():
+@pytest.mark.parametrize(
+    ("prefix", "make", "rtol"),
+    [("module.", lambda model: named_optimizer(model, TURNED), 1e-5), ("", optimizer_of, 0.0)],
+)
+def test_wrappers_do_not_count_in_names_and_without_names_the_place_does(prefix, make, rtol):
     model, x = model_of(), batches(4)
-    optimizer = named_optimizer(model, [f"module.{name}" for name in NAMES])
+    optimizer = named_optimizer(model, [prefix + name for name in NAMES])
     train(model, optimizer, x)
-    resumed = copy.deepcopy(model)
-    other = named_optimizer(resumed, TURNED)
-    other.load_state_dict(through_a_file(optimizer.state_dict()))
-    train(model, optimizer, x)
-    train(resumed, other, x)
-    assert torch.allclose(flat_parameters(model), flat_parameters(resumed), rtol=1e-5, atol=1e-7)
-
-
-def test_without_names_they_are_matched_by_place():
-    model, x = model_of(), batches(4)
-    optimizer = named_optimizer(model, NAMES)
-    train(model, optimizer, x)
-    state = through_a_file(optimizer.state_dict())
     twin = copy.deepcopy(model)
-    other = optimizer_of(twin)
-    other.load_state_dict(state)
-    train(model, optimizer, x)
-    train(twin, other, x)
-    assert torch.equal(flat_parameters(model), flat_parameters(twin))
+    other = make(twin)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    check_training_goes_on(model, optimizer, twin, other, x, rtol)
 
 
 @pytest.mark.parametrize(
@@ -484,8 +445,9 @@ def test_other_objects_are_refused_with_a_reason():
             optimizer.load_state_dict(wrong)
     turned = torch.optim.AdamW(reversed(list(model.named_parameters())), lr=0.05)
     named = torch.optim.AdamW(model.named_parameters(), lr=0.05, betas=(0.0, 0.9))
-    with pytest.raises(ValueError, match=r"optimizer\.base\.load_state_dict"):
-        GCondFused(named, TASKS).load_state_dict(turned.state_dict())
+    for plain, other in ((optimizer.base, optimizer), (turned, GCondFused(named, TASKS))):
+        with pytest.raises(ValueError, match=r"optimizer\.base\.load_state_dict"):
+            other.load_state_dict(plain.state_dict())
 
 
 def test_other_names_and_groups_are_refused():
