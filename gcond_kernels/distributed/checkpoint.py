@@ -71,9 +71,9 @@ class TrainingState:
 
         Raises:
             ValueError: it is of other tasks, parameters or another method, or has history, momentum
-                or masks where this optimizer has none. torch.distributed.checkpoint has read into
-                place by then what fits, and raises itself where sizes do not, or where it lacks
-                what is kept here: the model is not to be used after either.
+                or masks where this optimizer has none. What fits was read into place by then, so
+                that the model is not to be used; nor after an error of torch.distributed.checkpoint
+                where sizes differ, or something that is kept here is missing.
         """
         from torch.distributed.checkpoint import state_dict as torchs
 

@@ -25,44 +25,38 @@ FINGERPRINT_CHUNK = 1 << 24  # elements that are converted to float64 at a time
 def check_ranks(
     storage: GradientStorage, group: ProcessGroup, settings: dict[str, str]
 ) -> Replicas:
-    """Check that ranks have the same settings, parameters and masks; return who holds what.
-
-    Raises:
-        RuntimeError: two ranks differ; the message names them and the difference.
-    """
+    """Check that ranks have the same settings, parameters and masks; return who holds what."""
     segments = storage.segments
     described = [f"{option}={value}" for option, value in settings.items()]
     described += [description(segment) for segment in segments]
     described += [f"{len(segments)} parameters that require a gradient"]
+    masks_here = [mask for s in segments if (mask := storage.mask_of(s)) is not None]
     own = (
         digest(repr(described).encode()),
         [shard_coordinate(segment.parameter) for segment in segments],
         fingerprints([local_shard(segment.parameter) for segment in segments]),
-        mask_fingerprints(storage),
+        [[digest(mask.cpu().numpy().tobytes())] for mask in masks_here],
     )
     digests, coordinates, parameters, masks = zip(*group.gather_objects(own), strict=True)
     if len(set(digests)) > 1:
         raise RuntimeError(difference(group.gather_objects(described)))
     replicas = [ranks_by_coordinate(of_tensor) for of_tensor in zip(*coordinates, strict=True)]
-    if mismatch := first_mismatch(parameters, replicas, rel_tol=1e-6):
-        raise RuntimeError(
-            f"{of_two_ranks(segments, mismatch)}: start from the same parameters "
-            "(DistributedDataParallel sees to it; or load, or broadcast them)"
-        )
-    if storage.mask is not None and (mismatch := first_mismatch(masks, replicas, rel_tol=0.0)):
-        raise RuntimeError(
-            f"mask of {of_two_ranks(segments, mismatch)}: make masks from the same weights, or "
-            "broadcast them"
-        )
+    advice = "load or broadcast the same parameters (DistributedDataParallel does)"
+    checks = [("", parameters, 1e-6, advice)]
+    if storage.mask is not None:
+        checks.append(("mask of ", masks, 0.0, "make masks of the same weights, or broadcast them"))
+    for what, values, rel_tol, advice in checks:
+        if mismatch := first_mismatch(values, replicas, rel_tol):
+            tensor, rank, other = mismatch
+            raise RuntimeError(
+                f"{what}{segments[tensor].name} of rank {rank} is not that of rank {other}: "
+                f"{advice}"
+            )
     return replicas
 
 
 def check_gradients(storage: GradientStorage, group: ProcessGroup, replicas: Replicas) -> None:
-    """Check that ranks that hold the same shard have the same gradients of it, but for rounding.
-
-    Raises:
-        RuntimeError: two ranks have other gradients.
-    """
+    """Check that ranks that hold the same shard have the same gradients of it, but for rounding."""
     segments = storage.segments
     of_tasks = [storage.accumulators[task] for task, count in enumerate(storage.counts) if count]
     own = [[float(segment.view(of_task).norm()) for of_task in of_tasks] for segment in segments]
@@ -86,33 +80,29 @@ def first_mismatch(
     for tensor, groups in enumerate(replicas):
         for first, *others in groups:
             for rank in others:
-                for here, there in zip(values[rank][tensor], values[first][tensor], strict=True):
-                    both_nan = here != here and there != there
-                    close = math.isclose(here, there, rel_tol=rel_tol, abs_tol=abs_tol)
-                    if not close and not both_nan:
-                        return tensor, rank, first
+                pairs = zip(values[rank][tensor], values[first][tensor], strict=True)
+                if not all(
+                    math.isclose(a, b, rel_tol=rel_tol, abs_tol=abs_tol) or (a != a and b != b)
+                    for a, b in pairs
+                ):
+                    return tensor, rank, first
     return None
-
-
-def of_two_ranks(segments: Sequence[Segment], mismatch: tuple[int, int, int]) -> str:
-    """Return which tensor of which ranks differs."""
-    tensor, rank, other = mismatch
-    return f"{segments[tensor].name} of rank {rank} is not that of rank {other}"
 
 
 def difference(of_ranks: Sequence[list[str]]) -> str:
     """Return how what describes a rank, item by item, differs from that of rank 0."""
-    for rank, here in enumerate(of_ranks):
-        there = of_ranks[0]
+    there = of_ranks[0]
+    rank, own, first = next(
+        (rank, own, first)
+        for rank, here in enumerate(of_ranks)
         # The number of parameters, which comes last, where all that both have is the same.
-        pairs = [*zip(here[:-1], there[:-1], strict=False), (here[-1], there[-1])]
-        for own, first in pairs:
-            if own != first:
-                return (
-                    f"rank {rank} has {own}, rank 0 {first}. Ranks that train other parameters "
-                    "belong in another process_group"
-                )
-    raise AssertionError("the ranks do not differ")
+        for own, first in [*zip(here[:-1], there[:-1], strict=False), (here[-1], there[-1])]
+        if own != first
+    )
+    return (
+        f"rank {rank} has {own}, rank 0 {first}. Ranks that train other parameters belong in "
+        "another process_group"
+    )
 
 
 def ranks_by_coordinate(coordinates: Sequence[object]) -> list[list[int]]:
@@ -125,17 +115,13 @@ def ranks_by_coordinate(coordinates: Sequence[object]) -> list[list[int]]:
 
 def shard_number(segments: Sequence[Segment]) -> int:
     """Return the number of this rank's shard, where all parameters have one placement; else 0."""
+    parameters: list[Any] = [segment.parameter for segment in segments]
+    of_each = {is_dtensor(p) and (p.device_mesh, tuple(p.placements)) for p in parameters}
     number = 0
-    if len({placement_of(segment) for segment in segments}) == 1:
-        for place, size in zip(*shard_coordinate(segments[0].parameter), strict=True):
+    if len(of_each) == 1:
+        for place, size in zip(*shard_coordinate(parameters[0]), strict=True):
             number = number * size + place
     return number
-
-
-def placement_of(segment: Segment) -> object:
-    """Return the mesh and the placements of a DTensor; None of any other parameter."""
-    p: Any = segment.parameter
-    return (p.device_mesh, tuple(p.placements)) if is_dtensor(p) else None
 
 
 def description(segment: Segment) -> str:
@@ -163,9 +149,3 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[list[float]]:
             sums += torch.stack([squares.sum(), (squares * (places / len(chunk))).sum()])
         prints.append(sums)
     return torch.stack(prints).tolist() if prints else []
-
-
-def mask_fingerprints(storage: GradientStorage) -> list[list[float]]:
-    """Return a number of each tensor's mask that distinguishes masks; nothing without one."""
-    masks = [storage.mask_of(segment) for segment in storage.segments]
-    return [[digest(mask.cpu().numpy().tobytes())] for mask in masks if mask is not None]

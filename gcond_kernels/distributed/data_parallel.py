@@ -29,25 +29,17 @@ class DataParallel:
     """The DistributedDataParallel modules around a model, which do not reduce gradients.
 
     They are in the model that is given, at the start or later, or else are found by `search`.
-
-    Args:
-        group: the ranks that train together; None is one process.
-        is_chosen: whether the user has named the process group.
-
-    Attributes:
-        modules: those that are known.
-        left_alone: what an error may add of one that was found, and cannot be taken; or nothing.
+    `left_alone` is what an error may add of one that was found, and cannot be taken.
     """
 
     def __init__(self, group: ProcessGroup | None, is_chosen: bool) -> None:
         # One rank alone has nothing to send, and may be copied.
         self._group = group if group is not None and group.size > 1 else None
-        self._is_chosen = is_chosen
+        self._is_chosen = is_chosen  # whether the user has named the process group
         self._given: weakref.ref[nn.Module] | None = None
         self._searched = False
         self.left_alone = ""
-        self.modules: list[Any] = []
-        self._without_sync: list[WithoutSync] = []
+        self.modules: dict[Any, WithoutSync] = {}
 
     @property
     def module(self) -> nn.Module | None:
@@ -55,17 +47,7 @@ class DataParallel:
         return None if self._given is None else self._given()
 
     def take(self, module: nn.Module, parameters: Sequence[Tensor]) -> None:
-        """Keep the modules in a model from reducing gradients.
-
-        Args:
-            module: the model; may hold none.
-            parameters: of the optimizer.
-
-        Raises:
-            TypeError: it is no module.
-            ValueError: a parameter would be left without a reduced gradient; an option of a module
-                does not go with this; or it reduces over other ranks, or DTensors.
-        """
+        """Keep the modules in a model from reducing gradients, given the optimizer's parameters."""
         check_module(module)
         wrapped = data_parallel_modules(module)
         for one in wrapped:
@@ -77,22 +59,12 @@ class DataParallel:
                 "on a mesh of two dimensions, which also replicates"
             )
         self._given = weakref.ref(module)
-        self._add(wrapped)
+        self.modules |= {one: WithoutSync.of(one) for one in wrapped}
 
     def search(self, parameters: Iterable[Tensor]) -> bool:
         """Find the modules around these parameters, once, where no model was given.
 
-        One that cannot be kept from reducing gradients is left alone.
-
-        Args:
-            parameters: of the optimizer.
-
-        Returns:
-            Whether there are some, which reduce nothing from now on.
-
-        Raises:
-            RuntimeError: one reduces over other ranks; or the forward pass that was made in it
-                cannot be told that its gradients are not to be reduced.
+        Return whether there are some. One that cannot be kept from reducing is left alone.
         """
         if self._searched or self._group is None or self._given is not None:
             return False
@@ -115,12 +87,8 @@ class DataParallel:
                 )
             found.append(one)
         self._searched, self.left_alone = True, left_alone
-        self._add(found)
+        self.modules |= {one: WithoutSync.of(one) for one in found}
         return bool(found)
-
-    def _add(self, wrapped: Sequence[Any]) -> None:
-        self._without_sync += [WithoutSync.of(one) for one in wrapped]
-        self.modules += [one for one in wrapped if one not in self.modules]
 
     def _other_ranks(self, wrapped: Any) -> str | None:
         """Return an error where a module reduces over other ranks than these."""
@@ -133,15 +101,13 @@ class DataParallel:
 
     def broadcast_buffers(self) -> None:
         """Send the buffers of rank 0 to the others, as each module would in its forward pass."""
-        sent = [
-            (buffer, buffer.contiguous(), wrapped.process_group)
-            for wrapped in self.modules
-            if wrapped.broadcast_buffers
-            for name, buffer in wrapped.module.named_buffers()
-            if name not in wrapped.parameters_to_ignore
-        ]
-        works = [self._start_broadcast(copy, group) for _, copy, group in sent]
-        for work, (buffer, copy, _) in zip(works, sent, strict=True):
+        sent = []
+        for wrapped in self.modules:
+            for name, buffer in wrapped.module.named_buffers() if wrapped.broadcast_buffers else ():
+                if name not in wrapped.parameters_to_ignore:
+                    copy = buffer.contiguous()
+                    sent.append((buffer, copy, self._start_broadcast(copy, wrapped.process_group)))
+        for buffer, copy, work in sent:
             work.wait()
             if copy is not buffer:
                 buffer.copy_(copy)
@@ -153,13 +119,7 @@ class DataParallel:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a model of its own, and may be given it, or search for it.
-        changed: dict[str, Any] = {
-            "_given": None,
-            "_searched": False,
-            "modules": [],
-            "_without_sync": [],
-        }
-        return {**self.__dict__, **changed}
+        return {**self.__dict__, "_given": None, "_searched": False, "modules": {}}
 
 
 class WithoutSync:
@@ -171,34 +131,28 @@ class WithoutSync:
     _alive: ClassVar[weakref.WeakValueDictionary[int, WithoutSync]] = weakref.WeakValueDictionary()
 
     def __init__(self, wrapped: Any) -> None:
-        self._entered = ExitStack()
-        self._entered.enter_context(wrapped.no_sync())
+        self._until_the_end = ExitStack()
+        self._until_the_end.enter_context(wrapped.no_sync())
         # A forward pass that was made before this has it waiting for gradients.
         if can_call_off(wrapped):
             wrapped.reducer._reset_state()
         # Its first forward pass would broadcast buffers, which a rank without data would not join.
         wrapped.require_forward_param_sync = False
-        self._wrapped = wrapped
+        self._until_the_end.callback(setattr, wrapped, "require_forward_param_sync", True)
 
     @classmethod
     def of(cls, wrapped: Any) -> WithoutSync:
         """Return the one for this module."""
-        one = cls._alive.get(id(wrapped))
-        if one is None:
-            one = cls._alive[id(wrapped)] = cls(wrapped)
+        one = cls._alive.get(id(wrapped)) or cls(wrapped)
+        cls._alive[id(wrapped)] = one
         return one
 
     def __del__(self) -> None:
-        self._entered.close()
-        self._wrapped.require_forward_param_sync = True
+        self._until_the_end.close()
 
 
 def check_module(module: object) -> None:
-    """Check that a model is one.
-
-    Raises:
-        TypeError: it is no module.
-    """
+    """Check that a model is one."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, not {module!r}")
 
@@ -227,9 +181,8 @@ def can_call_off(wrapped: Any) -> bool:
 
 def data_parallel_modules(module: nn.Module | None) -> list[Any]:
     """Return the DistributedDataParallel modules in a module, itself included."""
-    if module is None or not dist.is_available():
-        return []
-    return [part for part in module.modules() if isinstance(part, DistributedDataParallel)]
+    parts = () if module is None else module.modules()
+    return [part for part in parts if isinstance(part, DistributedDataParallel)]
 
 
 def instances_of(kind: type[T]) -> Iterator[T]:

@@ -3,52 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from gcond_kernels.distributed.data_parallel import instances_of
-from gcond_kernels.storage.dtensor import is_dtensor
 from gcond_kernels.storage.layout import Segment
 
 
-class FullySharded:
-    """The modules that `fully_shard` made of those that hold some parameters."""
-
-    def __init__(self) -> None:
-        self._modules: list[tuple[weakref.ref[Any], str]] = []
-        self._seen = 0
-
-    def check(self, segments: Sequence[Segment]) -> None:
-        """Check that all of them reduce gradients in the next backward pass.
-
-        Args:
-            segments: of the parameters; where their number has changed the modules are searched
-                for, which takes as long as there are objects in the process.
-
-        Raises:
-            RuntimeError: one does not; the message names it.
-        """
-        if len(segments) != self._seen:
-            names = {segment.parameter: segment.name for segment in segments}
-            self._modules = [(weakref.ref(module), name) for module, name in modules_of(names)]
-            self._seen = len(segments)
-        for reference, name in self._modules:
-            if (module := reference()) is not None:
-                check_reduces(module, name)
-
-
 def check_reduces(module: Any, name: str) -> None:
-    """Check that a module of FSDP2 reduces its gradients in the next backward pass.
-
-    Args:
-        module: the module.
-        name: of a parameter that it holds.
-
-    Raises:
-        RuntimeError: it does not; the message names it.
-    """
+    """Check that a module, which holds the named parameter, reduces gradients in every pass."""
     for group in param_groups_of(module):
         call = "" if group.reduce_grads else "set_requires_gradient_sync"
         # Where no rank has a copy of the shard there is no all-reduce to leave out.
@@ -84,14 +47,13 @@ def param_groups_of(module: Any) -> Iterator[Any]:
         yield state._fsdp_param_group
 
 
-def modules_of(names: Mapping[Tensor, str]) -> Iterator[tuple[Any, str]]:
-    """Return the modules of FSDP2 that hold named parameters, each with the name of one of them."""
-    if not any(map(is_dtensor, names)):
-        return
+def modules_of(segments: Sequence[Segment]) -> Iterator[tuple[weakref.ref[Any], str]]:
+    """Return the modules of FSDP2 that hold some parameters, each with the name of one of them."""
     from torch.distributed.fsdp import FSDPModule
 
+    names = {segment.parameter: segment.name for segment in segments}
     for module in instances_of(FSDPModule):
         held = [p.sharded_param for group in param_groups_of(module) for p in group.fsdp_params]
         known = [names[parameter] for parameter in held if parameter in names]
         if known:
-            yield module, known[0]
+            yield weakref.ref(module), known[0]

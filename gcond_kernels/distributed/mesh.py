@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +15,7 @@ from gcond_kernels.distributed.consistency import (
     digest,
     shard_number,
 )
-from gcond_kernels.distributed.fsdp import FullySharded
+from gcond_kernels.distributed.fsdp import check_reduces, modules_of
 from gcond_kernels.distributed.process_group import ProcessGroup
 from gcond_kernels.distributed.strategy import Describe, LocalGradients, SingleProcess
 from gcond_kernels.ops.types import Gramians, Layout
@@ -43,12 +46,19 @@ class MeshStrategy(SingleProcess):
         # Of each tensor, which replica of the shard this rank has, and how many there are.
         self._own_replicas: list[tuple[int, int]] = []
         self._shard_number = 0
-        self._fsdp = FullySharded()
+        # Modules of FSDP with the name of a parameter; how many segments there were at the search.
+        self._fsdp_modules: list[tuple[weakref.ref[Any], str]] = []
+        self._searched_segments = 0
 
     def check_gradient_sync(self) -> None:
         """Check that FSDP reduces the gradients of every module in the next backward pass."""
-        if self.storage.has_dtensors:
-            self._fsdp.check(self.storage.segments)
+        segments = self.storage.segments
+        if self.storage.has_dtensors and len(segments) != self._searched_segments:
+            self._fsdp_modules = list(modules_of(segments))
+            self._searched_segments = len(segments)
+        for reference, name in self._fsdp_modules:
+            if (module := reference()) is not None:
+                check_reduces(module, name)
 
     def synchronize(self, describe: Describe, on_nonfinite: str, begun: bool) -> list[int]:
         """Check that ranks are consistent; return the micro-batches of each task that count."""
@@ -69,10 +79,7 @@ class MeshStrategy(SingleProcess):
                 f"nothing was accumulated on any of the {self.size} ranks: call backward(losses) "
                 "before step()"
             )
-        counts = self._counts([counts for _, _, _, *counts in table])
-        if self._is_first:
-            self._check_gradients()
-        return counts
+        return self._counts([counts for _, _, _, *counts in table])
 
     def _check_consistent(self, describe: Describe) -> None:
         """Compare ranks, once a window before anything else, where one of them has changed."""
@@ -109,10 +116,9 @@ class MeshStrategy(SingleProcess):
                     f"rank {rank} had {counts} micro-batches of the tasks, rank 0 {table[0]}: with "
                     "sharded parameters all ranks make the same backward passes"
                 )
+        if self._is_first:
+            check_gradients(self.storage, self.group, self._replicas)
         return table[0]
-
-    def _check_gradients(self) -> None:
-        check_gradients(self.storage, self.group, self._replicas)
 
     def local_gradients(self, scale: Tensor, beta: float) -> LocalGradients:
         """Return what this process resolves."""
@@ -137,11 +143,8 @@ class MeshStrategy(SingleProcess):
         flat = torch.cat([part.flatten() for part in present])
         self.group.sum(flat)
         summed = iter(torch.split(flat, [part.numel() for part in present]))
-        total, cross, per_tensor, crosses, norms, losses = (
-            None if part is None else next(summed).view(part.shape) for part in parts
-        )
-        assert total is not None
-        assert per_tensor is not None
+        results: list[Any] = [p if p is None else next(summed).view(p.shape) for p in parts]
+        total, cross, per_tensor, crosses, norms, losses = results
         # S_ij and S_ji may be sums in another order of the ranks.
         total, per_tensor = (S.triu() + S.triu(1).mT for S in (total, per_tensor))
         return Gramians(total, cross, per_tensor, crosses), norms, losses

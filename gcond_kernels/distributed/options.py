@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from gcond_kernels.distributed.data_parallel import check_module, data_parallel_modules
@@ -15,6 +14,7 @@ from gcond_kernels.distributed.process_group import ProcessGroup
 from gcond_kernels.distributed.replicate import ReplicateStrategy
 from gcond_kernels.distributed.shard import ShardStrategy
 from gcond_kernels.distributed.strategy import SingleProcess
+from gcond_kernels.storage.collect import is_distributed
 from gcond_kernels.storage.dtensor import is_dtensor
 
 
@@ -22,19 +22,19 @@ from gcond_kernels.storage.dtensor import is_dtensor
 class Distributed:
     """How the ranks of a process group come to one resolved gradient.
 
-    With one rank it has no effect. Of DTensors (FSDP2, tensor parallel) the backward pass reduces
-    the gradients, and only inner products are summed over the ranks: they need no strategy.
+    With one rank it has no effect. DTensors (FSDP2, tensor parallel) need no strategy: the backward
+    pass reduces their gradients, and only inner products are summed over the ranks.
 
     Args:
         strategy: for parameters that every rank holds in full. "shard" (the default):
             accumulators are reduce-scattered, each rank resolves its shard and keeps its shard of
             history and momentum, and the result is gathered. "replicate": accumulators are
             all-reduced, and every rank resolves and keeps everything.
-        module: the model, where it is or holds a `DistributedDataParallel`. That one is kept from
-            reducing gradients in every backward pass (by `no_sync`, for as long as the optimizer
-            lives; its `require_backward_grad_sync = True` ends it before), since accumulators are
-            reduced once a window; its buffers are broadcast after every step. It may be assigned
-            later (`optimizer.module = model`); without it the first `backward` looks for one.
+        module: the model, where it is or holds a `DistributedDataParallel`. That one reduces no
+            gradients for as long as the optimizer lives (`no_sync`; its
+            `require_backward_grad_sync = True` ends it before), since accumulators are reduced once
+            a window; its buffers are broadcast after every step. It may be assigned later
+            (`optimizer.module = model`); without it the first `backward` looks for one.
         process_group: the ranks that train together; None is the group of `module`'s
             DistributedDataParallel, else all ranks. Each of them makes its GCondFused at the same
             point of the program.
@@ -56,21 +56,16 @@ class Distributed:
 
     def connect(self) -> ProcessGroup | None:
         """Return the ranks that train together; None where torch.distributed is not initialized."""
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        if not is_distributed():
             return None
-        group = self.process_group
-        for wrapped in data_parallel_modules(self.module):
-            group = wrapped.process_group if group is None else group
-        return ProcessGroup(group)
+        of_modules = [wrapped.process_group for wrapped in data_parallel_modules(self.module)]
+        chosen = [group for group in (self.process_group, *of_modules) if group is not None]
+        return ProcessGroup(chosen[0] if chosen else None)
 
     def choose_strategy(
         self, parameters: Sequence[Tensor], group: ProcessGroup | None
     ) -> type[SingleProcess]:
-        """Return the strategy for these parameters and ranks.
-
-        Raises:
-            ValueError: the parameters are DTensors, and the user has named a strategy.
-        """
+        """Return the strategy for these parameters and ranks."""
         if any(map(is_dtensor, parameters)):
             if self.strategy is not None:
                 raise ValueError(

@@ -13,20 +13,19 @@ from torch import Tensor
 
 # How long a rank waits for the others before it raises an error that names the missing ones.
 PATIENCE = timedelta(minutes=2)
-# torch 2.13 has renamed some collectives.
+# torch 2.13 has renamed them.
 NEWER_NAMES = hasattr(dist, "all_gather_single")
+ALL_GATHER = "all_gather_single" if NEWER_NAMES else "all_gather_into_tensor"
+REDUCE_SCATTER = "reduce_scatter_single" if NEWER_NAMES else "reduce_scatter_tensor"
 
 
 class ProcessGroup:
-    """The ranks of a process group, which `connect` joins in two groups more.
+    """The ranks of a process group of the user, None for all, which `connect` joins in two more.
 
     This package sends nothing in the user's group: other threads may send there at any time
     (`dcp.async_save` does), and collectives of two threads in one group get mixed up. Metadata and
     accumulators have a group each, since accumulators are sent in the middle of a backward pass,
     which on another rank may be later than its metadata.
-
-    Args:
-        group: the process group of the user; None is all ranks.
 
     Attributes:
         ranks: the ranks in the whole job, in the order of the group.
@@ -47,11 +46,7 @@ class ProcessGroup:
         self._waits = 0
 
     def connect(self) -> None:
-        """Make the two groups; all ranks call this at the same point of the program.
-
-        Raises:
-            RuntimeError: a group cannot be made.
-        """
+        """Make the two groups; all ranks call this at the same point of the program."""
         # Between hosts, so that no GPU has to wait. A dry run with a fake group stays one.
         hosts = dist.is_gloo_available() and "fake" not in self._config
         self._on_host = hosts or "cpu:" in self._config
@@ -87,17 +82,10 @@ class ProcessGroup:
         return torch.device("cpu") if self._on_host else tensors
 
     def wait_for_all(self, call: str, alternative: str) -> None:
-        """Wait for all ranks to make the same call, for two minutes at most.
+        """Wait two minutes at most for all ranks to make a call; raise an error of who is missing.
 
         In the store of the group: a barrier would keep all but one rank until the timeout of the
         group, and not name the missing ones.
-
-        Args:
-            call: what all of them are to call.
-            alternative: what else may be done.
-
-        Raises:
-            RuntimeError: some have not called by then; the message names them.
         """
         store = store_of(self._metadata_group)
         if store is None:
@@ -124,7 +112,7 @@ class ProcessGroup:
         """Return the whole numbers of every rank, by rank; each has as many."""
         sent = torch.tensor(own, dtype=torch.int64, device=self.device(tensors))
         table = sent.new_empty(self.size * len(own))
-        self._gather(table, sent, self._metadata_group)
+        getattr(dist, ALL_GATHER)(table, sent, group=self._metadata_group)
         by_rank: list[list[int]] = table.view(self.size, len(own)).tolist()
         return by_rank
 
@@ -146,13 +134,7 @@ class ProcessGroup:
 
     def gather(self, full: Tensor, shard: Tensor) -> None:
         """Put the shards [n] of all ranks side by side into `full`, which may hold this one."""
-        self._gather(full, shard, self._gradient_group)
-
-    def _gather(self, full: Tensor, shard: Tensor, group: Any) -> None:
-        # torch 2.13 has given up the older name.
-        newer = hasattr(dist, "all_gather_single")
-        run = dist.all_gather_single if newer else dist.all_gather_into_tensor
-        run(full, shard, group=group)
+        getattr(dist, ALL_GATHER)(full, shard, group=self._gradient_group)
 
     def sum(self, tensor: Tensor) -> None:
         """Sum a tensor over the ranks, in place."""
@@ -164,8 +146,7 @@ class ProcessGroup:
 
     def start_sum_to_shards(self, shard: Tensor, full: Tensor) -> Any:
         """Start to sum `full` over the ranks into this rank's shard [n], which may lie in it."""
-        newer = hasattr(dist, "reduce_scatter_single")
-        run = dist.reduce_scatter_single if newer else dist.reduce_scatter_tensor
+        run = getattr(dist, REDUCE_SCATTER)
         return run(shard, full, group=self._gradient_group, async_op=True)
 
     def start_broadcast(self, tensor: Tensor) -> Any:
@@ -189,6 +170,4 @@ def timeout_of(group: Any) -> Any:
 def store_of(group: Any) -> Any:
     """Return the key-value store by which ranks of a group found each other; None without one."""
     ask = getattr(dist.distributed_c10d, "_get_process_group_store", None)
-    if ask is None or "fake" in dist.get_backend_config(group):
-        return None
-    return ask(group)
+    return None if ask is None or "fake" in dist.get_backend_config(group) else ask(group)

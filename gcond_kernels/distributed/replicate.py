@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -29,7 +28,7 @@ class ReplicateStrategy(MeshStrategy):
         super().__init__(storage, group)
         self.losses_per_micro_batch = 1  # the micro-batches of all ranks are counted
         self._complete: set[int] = set()
-        self._under_way: list[tuple[int, Any]] = []
+        self._under_way: list[Callable[[], object]] = []  # each waits for an accumulator
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -41,16 +40,13 @@ class ReplicateStrategy(MeshStrategy):
         """Send what is complete, in the order of the tasks, which is the same on all ranks."""
         self._complete.add(task)
         # Accumulators of other sizes would end in a deadlock; to compare them now would wait.
-        if self._checked_segments == len(self.storage.segments):
-            while self.sent in self._complete and not self._would_block():
-                self._send()
-
-    def _would_block(self) -> bool:
-        """Return whether the host would wait for a rank that may wait in `synchronize` for this.
-
-        On a GPU a stream waits instead. gloo's reduce-scatter cannot be asked whether it is done.
-        """
-        return self.one_at_a_time and not self.storage.accumulators.is_cuda and self.is_sending
+        if self._checked_segments != len(self.storage.segments):
+            return
+        # On a GPU a stream waits for one after another. The host would wait for a rank that may
+        # wait in `synchronize` for this one; gloo's reduce-scatter cannot be asked if it is done.
+        host_waits = self.one_at_a_time and not self.storage.accumulators.is_cuda
+        while self.sent in self._complete and not (host_waits and self.is_sending):
+            self._send()
 
     def roll_back(self) -> None:
         """Forget what a failed micro-batch has marked complete and was not sent."""
@@ -63,7 +59,7 @@ class ReplicateStrategy(MeshStrategy):
                 self._wait()
             if storage.counts[task] == 0:
                 storage.accumulators[task].zero_()  # it may hold anything: nothing is ever cleared
-            self._under_way.append((task, self._start_reduction(task)))
+            self._under_way.append(self._start_reduction(task))
         self.sent += 1
 
     @contextmanager
@@ -82,9 +78,7 @@ class ReplicateStrategy(MeshStrategy):
     def _wait(self) -> None:
         """Wait for the accumulators under way; on a GPU the stream waits, not the host."""
         while self._under_way:
-            task, work = self._under_way.pop(0)
-            work.wait()
-            self._finish_reduction(task)
+            self._under_way.pop(0)()
 
     def _finish(self) -> None:
         """Have what is launched from here on wait for the accumulators under way."""
@@ -93,11 +87,10 @@ class ReplicateStrategy(MeshStrategy):
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
-    def _start_reduction(self, task: int) -> Any:
-        return self.group.start_sum(self.storage.accumulators[task])
-
-    def _finish_reduction(self, task: int) -> None:
-        """Put what has arrived in its place, where it is not."""
+    def _start_reduction(self, task: int) -> Callable[[], object]:
+        """Start to send an accumulator; return what waits for it and puts it in its place."""
+        work = self.group.start_sum(self.storage.accumulators[task])
+        return lambda: work.wait()
 
     def synchronize(self, describe: Describe, on_nonfinite: str, begun: bool) -> list[int]:
         """Reduce what was not sent; return the micro-batches of each task over all ranks."""
@@ -109,9 +102,6 @@ class ReplicateStrategy(MeshStrategy):
 
     def _counts(self, table: list[list[int]]) -> list[int]:
         return [sum(of_task) for of_task in zip(*table, strict=True)]
-
-    def _check_gradients(self) -> None:
-        """Check nothing: ranks have gradients of their own, which are summed by now."""
 
     def end_window(self) -> None:
         """Forget what was marked and sent in this window."""

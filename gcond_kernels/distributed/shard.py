@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from gcond_kernels.distributed.replicate import ReplicateStrategy
-from gcond_kernels.distributed.strategy import LocalGradients, momentum_of
+from gcond_kernels.distributed.strategy import LocalGradients
 from gcond_kernels.ops.types import Layout, TaskGradients
 from gcond_kernels.storage.layout import Segment, moved
 
@@ -45,15 +44,18 @@ class ShardStrategy(ReplicateStrategy):
             return self.local_shard(accumulators[0])[None]
         return accumulators.view(-1)[: K * self._length].view(K, self._length)
 
-    def _start_reduction(self, task: int) -> Any:
-        full = self.storage.accumulators[task]
+    def _start_reduction(self, task: int) -> Callable[[], object]:
+        full, place = self.storage.accumulators[task], self._shards()[task]
         # In place where nothing was sent before it; elsewhere in it would be read meanwhile.
-        shard = self.local_shard(full) if task == 0 else self._shards()[task]
-        return self.group.start_sum_to_shards(shard, full)
+        shard = self.local_shard(full) if task == 0 else place
+        work = self.group.start_sum_to_shards(shard, full)
 
-    def _finish_reduction(self, task: int) -> None:
-        if task == 0 and len(self.storage.accumulators) > 1 and self.group.rank > 0:
-            self._shards()[0].copy_(self.local_shard(self.storage.accumulators[0]))
+        def finish() -> None:
+            work.wait()
+            if shard.data_ptr() != place.data_ptr():
+                place.copy_(shard)
+
+        return finish
 
     def local_gradients(self, scale: Tensor, beta: float) -> LocalGradients:
         """Return this rank's shards, and where in them the tensors lie."""
@@ -69,14 +71,13 @@ class ShardStrategy(ReplicateStrategy):
         ]
         layout = Layout.of([offset - first for offset in offsets], sizes)
         gradients = TaskGradients(self._shards(), layout, scale, storage.history, mask)
-        momentum = momentum_of(storage, beta)
-        return LocalGradients(gradients, layout, momentum, outputs, first, gathered)
+        return LocalGradients(gradients, layout, self._momentum(beta), outputs, first, gathered)
 
     def _counted(self, layout: Layout) -> Layout:
         """Return the part of each segment that lies in this rank's shard."""
-        first, last = (rank * self._length for rank in (self.group.rank, self.group.rank + 1))
+        first = self.group.rank * self._length
         ends = [
-            (min(max(offset, first), last), min(max(offset + size, first), last))
+            [min(max(end, first), first + self._length) for end in (offset, offset + size)]
             for offset, size in zip(*layout, strict=True)
         ]
         return Layout.of([start for start, _ in ends], [stop - start for start, stop in ends])
@@ -84,8 +85,8 @@ class ShardStrategy(ReplicateStrategy):
     def _new_result(self) -> Tensor:
         """Return [N'] memory for the result, of the type of the gradients where that is one."""
         storage = self.storage
-        dtypes = set(storage.gradient_dtypes())
-        dtype = functools.reduce(torch.promote_types, dtypes)  # of mixed ones none loses digits
+        # Of mixed ones none loses digits.
+        dtype = functools.reduce(torch.promote_types, set(storage.gradient_dtypes()))
         K, length = storage.accumulators.shape
         if dtype.itemsize <= storage.dtype.itemsize and K > 1:
             return storage.accumulators[-1].view(dtype)[:length]

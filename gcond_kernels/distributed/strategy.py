@@ -1,4 +1,4 @@
-"""The interface of the strategies for several ranks, and what one process does by itself."""
+"""What one process does in a resolution; strategies for several ranks override what differs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class LocalGradients:
     """What this process reads and writes in a resolution.
 
     Attributes:
-        gradients: the accumulated gradients that are here; a tensor of size 0 has nothing here.
-        counted: the part of them whose inner products this process contributes: over all ranks
-            that is every element once.
+        gradients: what is here; a tensor of size 0 has nothing here.
+        counted: the part whose inner products this process contributes: over all ranks that is
+            every element once.
         momentum: of what is here, or None.
         outputs: T tensors of the layout's sizes, to be written; None where there is no gradient.
         first: the place of the first element here among those of all ranks.
@@ -42,12 +42,7 @@ class LocalGradients:
 
 
 class SingleProcess:
-    """One process, which holds everything; strategies for several ranks override what differs.
-
-    Args:
-        storage: what this process keeps.
-        group: the ranks that train together; None is one process.
-    """
+    """One process, which holds everything."""
 
     name: ClassVar[str] = "single process"
     # Whether each rank keeps a shard of history and momentum only.
@@ -70,11 +65,7 @@ class SingleProcess:
     # In a backward pass.
 
     def check_gradient_sync(self) -> None:
-        """Check that the next backward pass reduces gradients, where it is to do so.
-
-        Raises:
-            RuntimeError: a module was told to keep them; the message names it.
-        """
+        """Check that no module was told to keep the gradients of the next backward pass."""
 
     def mark_complete(self, task: int) -> None:
         """Note that nothing more is added to this task's accumulator in this window."""
@@ -90,45 +81,34 @@ class SingleProcess:
         on_nonfinite: str,  # noqa: ARG002  an interface
         begun: bool,
     ) -> list[int]:
-        """Check that ranks are consistent; return the micro-batches of each task that count.
-
-        Args:
-            describe: returns by name what must be the same on all ranks.
-            on_nonfinite: what becomes of gradients that are not finite.
-            begun: whether this window had a micro-batch, with a loss or without.
-
-        Raises:
-            RuntimeError: nothing was accumulated, or ranks differ; all of them raise it.
-        """
+        """Check that ranks are consistent; return the micro-batches of each task that count."""
         if not begun:
             raise RuntimeError("nothing was accumulated: call backward(losses) before step()")
         return self.storage.counts
 
     def local_gradients(self, scale: Tensor, beta: float) -> LocalGradients:
-        """Return what this process resolves.
-
-        Args:
-            scale: [K] float64, of the accumulators.
-            beta: of the momentum, where there is some.
-        """
-        storage = self.storage
-        layout = storage.layout
-        gradients = TaskGradients(
-            storage.accumulators, layout, scale, storage.history, storage.mask
+        """Return what this process resolves, given the scale [K] and the β of the momentum."""
+        s = self.storage
+        gradients = TaskGradients(s.accumulators, s.layout, scale, s.history, s.mask)
+        return LocalGradients(
+            gradients, self._counted(s.layout), self._momentum(beta), s.new_gradients()
         )
-        momentum = momentum_of(storage, beta)
-        return LocalGradients(gradients, self._counted(layout), momentum, storage.new_gradients())
+
+    def _momentum(self, beta: float) -> Momentum | None:
+        s = self.storage
+        if s.momentum is None or s.momentum_steps is None:
+            return None
+        return Momentum(s.momentum, s.momentum_steps, beta)
 
     def _counted(self, layout: Layout) -> Layout:
         return layout
 
     def squared_norms(self, backend: str) -> Tensor:
         """Return [T] float64, the squared norm of each parameter, of the elements counted here."""
-        storage = self.storage
-        counted = self._counted(storage.layout)
+        segments, layout = self.storage.segments, self.storage.layout
         parts = [
             elements_of(segment, max(offset - segment.offset, 0), size)
-            for segment, offset, size in zip(storage.segments, *counted, strict=True)
+            for segment, offset, size in zip(segments, *self._counted(layout), strict=True)
         ]
         return ops.multi_tensor_norm(parts, per_tensor=True, backend=backend).square()
 
@@ -159,11 +139,7 @@ class SingleProcess:
         return flag
 
     def begin_saving(self, in_window: bool) -> bool:
-        """Wait for all ranks where a state takes all of them; return whether any is in a window.
-
-        Raises:
-            RuntimeError: some do not call it in time; the message names them.
-        """
+        """Wait for all ranks that a state takes; return whether any of them is in a window."""
         return in_window
 
     def full_state(self) -> tuple[Tensor | None, Tensor | None]:
@@ -173,13 +149,6 @@ class SingleProcess:
     def local_shard(self, full: Tensor) -> Tensor:
         """Return the view of a tensor [N'] that this rank keeps of history and momentum."""
         return full
-
-
-def momentum_of(storage: GradientStorage, beta: float) -> Momentum | None:
-    """Return the momentum that the storage keeps here, if it keeps some."""
-    if storage.momentum is None or storage.momentum_steps is None:
-        return None
-    return Momentum(storage.momentum, storage.momentum_steps, beta)
 
 
 def elements_of(segment: Segment, start: int, size: int) -> Tensor:
