@@ -111,12 +111,7 @@ def test_error_of_a_wrapper_that_is_left_alone_says_why(ranks2):
 
 
 def found(kind, net=t.Net, idle=False):
-    """DistributedDataParallel that is found: losses are tensors of one graph, or functions.
-
-    Args:
-        kind: "tensors", "functions"; "assigned" where the model is given in the second window.
-        net: the model.
-        idle: whether rank 1 has no micro-batch in the first window.
+    """DistributedDataParallel that is found; "assigned" is given in the second window.
 
     Returns:
         Parameters; whether the wrapper reduces before, in training, and afterwards; a buffer.
@@ -134,13 +129,11 @@ def found(kind, net=t.Net, idle=False):
     reduces = [model.require_backward_grad_sync]
     for step in range(1 if assigned else 0, 5):
         for number in [] if idle and (step, rank) == (0, 1) else t.numbers_of(step):
-            losses = t.losses_of(model, number)
+            losses = (t.loss_functions if kind == "functions" else t.losses_of)(model, number)
             if assigned:
                 optimizer.module = model
                 optimizer.module = None
                 assert optimizer.module is model
-            if kind == "functions":
-                losses = t.loss_functions(model, number)
             optimizer.backward(losses)
         optimizer.step()
     reduces.append(model.require_backward_grad_sync)

@@ -33,14 +33,7 @@ pytestmark = [
 
 
 def train(folder, mode, ready, at):
-    """Train, from the last checkpoint on if there is one.
-
-    Args:
-        folder: of the checkpoint.
-        mode: of the optimizer.
-        ready: is sent the number of the micro-batch from which the training goes on.
-        at: holds the number of the micro-batch that it is at.
-    """
+    """Train, from the last checkpoint on; `ready` is sent where, `at` holds how far it is."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from tests.helpers import distributed_training as t
 
@@ -10,16 +12,9 @@ from tests.helpers import distributed_training as t
 def without_sync(kind, given):
     """One module is to keep its gradients, in the second micro-batch of two windows.
 
-    Args:
-        kind: "gradient_sync", "all_reduce"; or "in a function" that makes the loss.
-        given: whether the optimizer is given the model.
-
     Returns:
         Parameters; of each window the error, and the counts of the tasks after it.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     model = t.new_model()
     if kind == "all_reduce":
         shape = (dist.get_world_size(), 1)
@@ -78,8 +73,7 @@ def without_all_reduce():
     """On a mesh of one dimension, where there is nothing to all-reduce."""
     model, optimizer = t.new_training("fsdp")
     model.second.set_requires_all_reduce(False)
-    for step in range(2):
-        t.window(optimizer, model, t.numbers_of(step))
+    t.train_steps(model, optimizer, range(2))
     return t.parameters_of(model)
 
 

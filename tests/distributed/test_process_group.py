@@ -11,28 +11,20 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from gcond_kernels import TrainingState
 from gcond_kernels.distributed import process_group
-from tests.distributed.test_traffic import ALL_GATHER, REDUCE_SCATTER
+from gcond_kernels.distributed.process_group import ALL_GATHER, REDUCE_SCATTER
 from tests.helpers import distributed_training as t
 
-COLLECTIVES = (
-    "all_reduce",
-    "broadcast",
-    "all_gather_object",
-    "barrier",
-    ALL_GATHER,
-    REDUCE_SCATTER,
-)
+CALLS = ("all_reduce", "broadcast", "all_gather_object", "barrier", ALL_GATHER, REDUCE_SCATTER)
 
 
 def train_beside_async_save(parallelism, folder):
-    """A training beside dcp.async_save, whose thread sends in the default group; who else does?"""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
-
+    """A training beside dcp.async_save, whose thread alone sends in the default group."""
     if parallelism == "fsdp":
         model = fully_shard(t.new_model(), mesh=DeviceMesh.from_group(dist.new_group(), "cpu"))
     else:
@@ -53,7 +45,7 @@ def train_beside_async_save(parallelism, folder):
     optimizer = t.new_optimizer(model, parallelism)
     decisions, saving = [], None
     with ExitStack() as watching:
-        for name in COLLECTIVES:
+        for name in CALLS:
             watching.enter_context(watched(name))
         for step in range(8):
             if step % 2 == 1:
@@ -61,8 +53,7 @@ def train_beside_async_save(parallelism, folder):
                     saving.result()
                 state = {"training": TrainingState(model, optimizer)}
                 saving = dcp.async_save(state, checkpoint_id=f"{folder}/{step}")
-            t.window(optimizer, model, t.numbers_of(step))
-            decisions.append(t.decision_of(optimizer))
+            decisions += t.train_steps(model, optimizer, [step])
         saving.result()
     assert in_default == []
     return t.parameters_of(model), decisions
@@ -98,10 +89,7 @@ def train_in_another_order():
     model = t.new_model()
     optimizer = t.new_optimizer(model, **t.distributed("shard", process_group=group))
     assert optimizer._rank_strategy.group.rank == rank
-    decisions = []
-    for step in range(4):
-        t.window(optimizer, model, t.numbers_of(step, rank))
-        decisions.append(t.decision_of(optimizer))
+    decisions = t.train_steps(model, optimizer, range(4), rank)
     return t.parameters_of(model), decisions, history_of(model, optimizer)
 
 
@@ -116,7 +104,7 @@ def history_of(model, optimizer):
 
 
 @pytest.mark.skipif(
-    not dist.is_available() or "sort_ranks" not in inspect.signature(dist.new_group).parameters,
+    "sort_ranks" not in inspect.signature(dist.new_group).parameters,
     reason="this torch sorts the ranks of a group",
 )
 def test_ranks_in_another_order_than_in_the_job(ranks2):

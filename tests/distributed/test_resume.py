@@ -3,12 +3,13 @@
 import copy
 import os
 import signal
-from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict as torchs
 
 from gcond_kernels import TrainingState
 from tests.conftest import slow
@@ -19,22 +20,18 @@ from tests.distributed.test_strategies import (
     train_mixed,
 )
 from tests.helpers import distributed_training as t
+from tests.helpers.models import same
 from tests.helpers.ranks import join, start
 
 # Each rank by its own state dict.
 
 
 def load_own_state(parallelism, folder, saved_by, options=None):
-    """A state saved by every rank for itself, or by rank 0 for all, loaded into a fresh optimizer.
-
-    Returns:
-        Whether both train on to the same bits.
-    """
+    """Whether a fresh optimizer trains on to the same bits from a state of each rank, or of 0."""
     rank, size = t.world()
     data, _ = t.data_rank(parallelism, rank, size)
     model, optimizer = t.new_training(parallelism, **(options or {}))
-    for step in range(4):
-        t.window(optimizer, model, t.numbers_of(step, data))
+    t.train_steps(model, optimizer, range(4), data)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(state, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -44,9 +41,8 @@ def load_own_state(parallelism, folder, saved_by, options=None):
     saved = torch.load(f"{folder}/{name}.pt", weights_only=False)
     again.load_state_dict(saved["model"])
     other.load_state_dict(saved["optimizer"])
-    for step in range(4, 7):
-        t.window(optimizer, model, t.numbers_of(step, data))
-        t.window(other, again, t.numbers_of(step, data))
+    for training in ((model, optimizer), (again, other)):
+        t.train_steps(*training, range(4, 7), data)
     return t.equal(t.parameters_of(model), t.parameters_of(again))
 
 
@@ -73,16 +69,14 @@ def load_earlier_states(strategy):
         optimizer = t.new_optimizer(model, **t.distributed(strategy))
         if reload:
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        for step in range(2):
-            t.window(optimizer, model, t.numbers_of(step))
+        t.train_steps(model, optimizer, range(2))
         saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
         model.last.requires_grad_(True)
         for attempt in range(2 if reload else 1):
             if attempt == 1:
                 model.load_state_dict(saved[0])
                 optimizer.load_state_dict(saved[1])
-            for step in range(2, 4):
-                t.window(optimizer, model, t.numbers_of(step))
+            t.train_steps(model, optimizer, range(2, 4))
         results.append(t.parameters_of(model))
     return t.equal(*results)
 
@@ -99,23 +93,20 @@ def new_used(parallelism):
     return t.new_training(parallelism, net=t.Used)
 
 
-@contextmanager
-def torch_prints_all():
-    torch.set_printoptions(precision=12, threshold=10**7)
-    yield
-    torch.set_printoptions(profile="default")
-
-
 def everything(model, optimizer):
-    """Parameters, rate, states of the base and of the optimizer itself, to the bit, as text."""
+    """Parameters, rate, states of the base and of the optimizer itself."""
     base, storage, now = optimizer.base, optimizer._storage, optimizer._resolver
     kept = []
     if now.counters[0]:
         kept = [storage.history, storage.momentum, storage.momentum_steps, storage.parameter_tasks]
-    state = [dict(base.state.get(p, {})) for p in model.parameters()]
-    parts = list(t.parameters_of(model).values()), state, base.param_groups[0]["lr"], kept
-    with torch_prints_all():
-        return repr(copy.deepcopy((parts, now.method_state, now.counters)))
+    state = [
+        {name: t.full(value) for name, value in base.state.get(p, {}).items()}
+        for p in model.parameters()
+    ]
+    rate = base.param_groups[0]["lr"]
+    return copy.deepcopy(
+        (t.parameters_of(model), state, rate, kept, now.method_state, now.counters)
+    )
 
 
 FORMS = {
@@ -130,35 +121,25 @@ FORMS = {
 
 
 def states_of_torch(parallelism, steps):
-    """What get_optimizer_state_dict and set_optimizer_state_dict change, in all their forms.
-
-    Returns:
-        By form: whether the optimizer was left as it was; whether a fresh one goes on from it to
-        the same bits.
-    """
-    from torch.distributed.checkpoint import state_dict as torchs
-
+    """By form: whether get_optimizer_state_dict changes nothing; and set_… carries all bits."""
     model, optimizer = new_used(parallelism)
-    for step in range(steps):
-        t.window(optimizer, model, t.numbers_of(step))
+    t.train_steps(model, optimizer, range(steps))
     trainings, unchanged = [(model, optimizer)], []
     for get, put in FORMS.values():
         before = everything(model, optimizer)
         options = torchs.StateDictOptions(**get)
         state = copy.deepcopy(torchs.get_optimizer_state_dict(model, optimizer, options=options))
-        unchanged.append(everything(model, optimizer) == before)
+        unchanged.append(same(everything(model, optimizer), before))
         again, other = new_used(parallelism)
         torchs.set_model_state_dict(again, copy.deepcopy(torchs.get_model_state_dict(model)))
         options = torchs.StateDictOptions(**put)
         torchs.set_optimizer_state_dict(again, other, state, options=options)
         trainings.append((again, other))
-    for its_model, its_optimizer in trainings:
-        for step in range(steps, steps + 2):
-            t.window(its_optimizer, its_model, t.numbers_of(step))
-    first, *ends = [everything(*one) for one in trainings]
-    return {
-        form: (same, end == first) for form, same, end in zip(FORMS, unchanged, ends, strict=True)
-    }
+    for training in trainings:
+        t.train_steps(*training, range(steps, steps + 2))
+    first, *ends = [everything(*training) for training in trainings]
+    carried = [same(first, end) for end in ends]
+    return dict(zip(FORMS, zip(unchanged, carried, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("steps", [0, 2])
@@ -176,23 +157,15 @@ class ThroughTorch:
     """The states that torch makes of a model and its optimizer, without TrainingState."""
 
     def __init__(self, model, optimizer, flat):
-        from torch.distributed.checkpoint import state_dict as torchs
-
-        self.torchs = torchs
         self.of = model, optimizer
         self.options = torchs.StateDictOptions(flatten_optimizer_state_dict=flat)
 
     def state_dict(self):
-        model, optimizer = self.torchs.get_state_dict(*self.of, options=self.options)
-        return {"model": model, "optimizer": optimizer}
+        model, optimizer = torchs.get_state_dict(*self.of, options=self.options)
+        return {"model_state_dict": model, "optim_state_dict": optimizer}
 
     def load_state_dict(self, state):
-        self.torchs.set_state_dict(
-            *self.of,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=self.options,
-        )
+        torchs.set_state_dict(*self.of, **state, options=self.options)
 
 
 def train_on(parallelism, folder, save_after=None, steps=t.STEPS, options=None, flat=None):
@@ -201,8 +174,6 @@ def train_on(parallelism, folder, save_after=None, steps=t.STEPS, options=None, 
     Every step's window is that of one process that sees everything: so the number of ranks changes
     nothing but rounding. `flat` None is saved by a TrainingState, False and True by torch.
     """
-    import torch.distributed.checkpoint as dcp
-
     data, of = (0, 1) if parallelism is None else t.data_rank(parallelism, *t.world())
     model, optimizer = t.new_training(parallelism, 4 // of, **(options or {}))
     state = {"training": TrainingState(model, optimizer)}
@@ -321,13 +292,10 @@ def test_checkpoint_of_parameters_of_all_sorts(run, tmp_path, size, strategy):
 
 def frozen_since(parallelism, folder):
     """A state whose layer `first` is frozen when it is loaded, saved by `save` and `async_save`."""
-    import torch.distributed.checkpoint as dcp
-
     results = []
     for name in ("save", "async_save"):
         model, optimizer = t.new_training(parallelism)
-        for step in range(3):
-            t.window(optimizer, model, t.numbers_of(step))
+        t.train_steps(model, optimizer, range(3))
         state = {"training": TrainingState(model, optimizer)}
         done = getattr(dcp, name)(state, checkpoint_id=f"{folder}/{name}")
         if name == "async_save":
@@ -338,9 +306,8 @@ def frozen_since(parallelism, folder):
         other = t.new_optimizer(again, parallelism)
         dcp.load({"training": TrainingState(again, other)}, checkpoint_id=f"{folder}/{name}")
         getattr(model, "module", model).first.requires_grad_(False)
-        for step in range(3, 6):
-            t.window(optimizer, model, t.numbers_of(step))
-            t.window(other, again, t.numbers_of(step))
+        for training in ((model, optimizer), (again, other)):
+            t.train_steps(*training, range(3, 6))
         results.append((t.parameters_of(model), t.parameters_of(again)))
     return results
 
@@ -354,8 +321,6 @@ def test_layer_that_was_frozen_since_it_was_saved_is_left_out(ranks2, tmp_path, 
 
 def train_until_hit(rank, size, store, folder, signal_number, timeout):
     """A training that is saved after every second step, until rank 1 is hit in its sixth window."""
-    import torch.distributed.checkpoint as dcp
-
     join(rank, size, store, timeout)
     model, optimizer = t.new_training("shard", 4 // size)
     state = {"training": TrainingState(model, optimizer)}

@@ -1,18 +1,29 @@
 """Ranks decide the same to the bit, and as one process that sees the data of all of them."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from gcond_kernels import LionLars, TrainingState
 from gcond_kernels.distributed.mesh import counted_range
+from gcond_kernels.distributed.process_group import ProcessGroup
 from gcond_kernels.methods import CAGrad, GCond, GradDrop, GradNorm, PCGrad
 from gcond_kernels.storage.dtensor import local_shard
 from tests.conftest import slow
 from tests.helpers import distributed_training as t
+
+
+def quick_first(quick, runs):
+    """Some runs as they are, and the rest of all marked slow."""
+    return [*quick, *(slow(*run) for run in runs if run not in quick)]
+
 
 OF_TWO = ("shard", "replicate", "fsdp", "tp", "sp")
 OF_FOUR = {
@@ -28,8 +39,6 @@ OTHERS = [
     *((2, parallelism, options) for parallelism in OF_TWO for options in ALL),
     *((4, parallelism, options) for parallelism in OF_FOUR for options in OF_FOUR[parallelism]),
 ]
-RUNS = [*QUICK, *(slow(*run) for run in OTHERS if run not in QUICK)]
-
 OPTIONS = {
     "plain": {"momentum": 0.0},
     "momentum": {},
@@ -41,13 +50,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("size", "parallelism", "options"), RUNS)
+@pytest.mark.parametrize(("size", "parallelism", "options"), quick_first(QUICK, OTHERS))
 def test_ranks_decide_as_one_process_that_sees_all_data(ranks, size, parallelism, options):
-    options = OPTIONS[options]
-    parameters, decisions = t.of_all(ranks(size)(t.train, parallelism, options))
-    data = t.data_rank(parallelism, 0, size)[1]
-    parameters_alone, decisions_alone = t.train_alone(data, options)
-    t.assert_close(parameters, parameters_alone)
+    _, decisions, decisions_alone = t.train_both(ranks(size), parallelism, OPTIONS[options])
     assert [d.winners for d in decisions] == [d.winners for d in decisions_alone]
     assert sum(len(d.conflicts) for d in decisions) >= t.STEPS  # there is something to decide
     for ours, theirs in zip(decisions, decisions_alone, strict=True):
@@ -57,28 +62,19 @@ def test_ranks_decide_as_one_process_that_sees_all_data(ranks, size, parallelism
 
 @pytest.mark.parametrize(
     ("parallelism", "options"),
-    [
-        ("shard", "plain"),
-        ("replicate", "resolved"),
-        ("fsdp", "stochastic"),
-        slow("shard", "resolved"),
-        slow("shard", "stochastic"),
-        slow("replicate", "plain"),
-        slow("replicate", "stochastic"),
-        slow("fsdp", "plain"),
-        slow("fsdp", "resolved"),
-    ],
+    quick_first(
+        [("shard", "plain"), ("replicate", "resolved"), ("fsdp", "stochastic")],
+        product(("shard", "replicate", "fsdp"), ("plain", "resolved", "stochastic")),
+    ),
 )
 def test_other_options(ranks2, parallelism, options):
-    parameters, _ = t.of_all(ranks2(t.train, parallelism, OPTIONS[options]))
-    t.assert_close(parameters, t.train_alone(2, OPTIONS[options])[0])
+    t.train_both(ranks2, parallelism, OPTIONS[options])
 
 
 @pytest.mark.parametrize("strategy", t.STRATEGIES)
 def test_bfloat16_accumulators(ranks2, strategy):
     """Rounded to 8 bits at every addition, in another order: the same on all ranks, and near."""
-    parameters, _ = t.of_all(ranks2(t.train, strategy, OPTIONS["bfloat16"], 5))
-    t.assert_close(parameters, t.train_alone(2, OPTIONS["bfloat16"], 5)[0], atol=0.05)
+    t.train_both(ranks2, strategy, OPTIONS["bfloat16"], 5, atol=0.05)
 
 
 def test_kernels_in_cuda_cpp(ranks2):
@@ -108,10 +104,7 @@ OTHER_METHODS = [
     (4, "shard", "by tensor"),
     (4, "fsdp_tp", "PCGrad"),
 ]
-RUNS_OF_METHODS = [
-    *QUICK_METHODS,
-    *(slow(*run) for run in OTHER_METHODS if run not in QUICK_METHODS),
-]
+RUNS_OF_METHODS = quick_first(QUICK_METHODS, OTHER_METHODS)
 
 
 def assert_masked_stay(parameters):
@@ -135,11 +128,8 @@ def assert_same_decisions(decisions, others):
 
 @pytest.mark.parametrize(("size", "parallelism", "method"), RUNS_OF_METHODS)
 def test_any_method_decides_as_one_process_that_sees_all_data(ranks, size, parallelism, method):
-    options = METHODS[method]
-    parameters, decisions = t.of_all(ranks(size)(t.train, parallelism, options, 10))
-    data = t.data_rank(parallelism, 0, size)[1]
-    parameters_alone, decisions_alone = t.train_alone(data, options, 10)
-    t.assert_close(parameters, parameters_alone)
+    both = t.train_both(ranks(size), parallelism, METHODS[method], 10)
+    parameters, decisions, decisions_alone = both
     assert_same_decisions(decisions, decisions_alone)
     assert_masked_stay(parameters)
     for decision in decisions[1:]:  # there is something to decide
@@ -151,10 +141,9 @@ def test_any_method_decides_as_one_process_that_sees_all_data(ranks, size, paral
 
 @pytest.mark.parametrize("strategy", t.STRATEGIES)
 def test_losses_are_means_over_the_micro_batches_of_all_ranks(ranks2, strategy):
-    arguments = METHODS["GradNorm"], 10, [(1, 3), (3, 1)] * 5
-    parameters, decisions = t.of_all(ranks2(t.train, strategy, *arguments))
-    parameters_alone, decisions_alone = t.train_alone(2, *arguments)
-    t.assert_close(parameters, parameters_alone)
+    counts = [(1, 3), (3, 1)] * 5
+    both = t.train_both(ranks2, strategy, METHODS["GradNorm"], counts=counts)
+    _, decisions, decisions_alone = both
     assert_same_decisions(decisions, decisions_alone)
     for ours, theirs in zip(decisions, decisions_alone, strict=True):
         for key, value in theirs.state.items():
@@ -162,6 +151,10 @@ def test_losses_are_means_over_the_micro_batches_of_all_ranks(ranks2, strategy):
 
 
 # The signs of GradDrop.
+
+
+def whole_numbers(parameters, generator):
+    return [torch.randint(-3, 4, p.shape, generator=generator).float() for p in parameters]
 
 
 def sign_dropout(strategy, ranks=None):
@@ -232,10 +225,6 @@ class Uneven(nn.Module):
 
 def signs_of_shards(parallelism):
     """The signs that GradDrop picks of gradients of 1 and -1, of what this rank holds."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = Uneven()
     if parallelism == "fsdp":
@@ -273,8 +262,6 @@ def train_mixed(strategy, options, folder=None):
 
     Where a folder is given it is saved there in the middle, and goes on in another optimizer.
     """
-    import torch.distributed.checkpoint as dcp
-
     rank, size = t.world() if strategy else (0, 1)
     base = {"base": torch.optim.SGD, "lr": 0.1, "momentum": 0.9}
     options = {"net": t.Mixed, **base, **options}
@@ -323,10 +310,7 @@ def sums_of_tasks(K, dtype):
     optimizer = t.GCondFused(sgd, tasks, **options)
     for step in range(2):
         generator = torch.Generator().manual_seed(step)
-        numbers = [
-            [torch.randint(-3, 4, p.shape, generator=generator).float() for p in parameters]
-            for _ in range(size * K)
-        ]
+        numbers = [whole_numbers(parameters, generator) for _ in range(size * K)]
         mine = numbers[rank * K : (rank + 1) * K]
         optimizer.backward(
             {
@@ -351,8 +335,6 @@ def test_shards_of_any_number_of_tasks_add_up(ranks, size, K, dtype):
 
 def sums_written_at_once():
     """The same with a reduce-scatter that writes before it is waited for."""
-    from gcond_kernels.distributed.process_group import ProcessGroup
-
     original = ProcessGroup.start_sum_to_shards
 
     def start_sum_to_shards(self, shard, full):

@@ -8,11 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gcond_kernels.distributed.process_group import NEWER_NAMES
+from gcond_kernels.distributed.process_group import ALL_GATHER, REDUCE_SCATTER
 from tests.helpers import distributed_training as t
 
-ALL_GATHER = "all_gather_single" if NEWER_NAMES else "all_gather_into_tensor"
-REDUCE_SCATTER = "reduce_scatter_single" if NEWER_NAMES else "reduce_scatter_tensor"
 # Of n bytes a reduce-scatter or an all-gather sends n (P - 1) / P, an all-reduce twice as many; and
 # which argument has the n bytes.
 COLLECTIVES = {"all_reduce": (2, 0), REDUCE_SCATTER: (1, 1), ALL_GATHER: (1, 0)}
@@ -46,17 +44,13 @@ def traffic_of(strategy, granularity="model", dtype=None, net=t.Net):
     del model.unused
     model = t.parallelize(model, strategy)
     optimizer = t.new_optimizer(model, strategy, granularity=granularity)
-    for step in range(2):
-        t.window(optimizer, model, t.numbers_of(step))
+    t.train_steps(model, optimizer, range(2))
     with counted_traffic() as sent:
         t.window(optimizer, model, t.numbers_of(2))
     storage = optimizer._storage
     kept = [list(storage.history.shape), list(storage.momentum.shape)]
-    return (
-        {name: sorted(moved) for name, moved in sent.items()},
-        storage.accumulators.shape[1],
-        kept,
-    )
+    sent = {name: sorted(moved) for name, moved in sent.items()}
+    return sent, storage.accumulators.shape[1], kept
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -87,9 +81,8 @@ def test_inner_products_with_the_history_travel_by_tensor_only_where_needed(rank
         for granularity in ("model", "tensor"):
             sent, _, _ = ranks2(traffic_of, "shard", granularity, None, net)[0]
             each = 1 if (net, granularity) == (t.Net, "model") else 2
-            assert sum(sent["all_reduce"]) == 8 * K**2 * (
-                2 + each * T
-            )  # of two ranks each sends as much as it has
+            # Of two ranks each sends as much as it has.
+            assert sum(sent["all_reduce"]) == 8 * K**2 * (2 + each * T)
 
 
 def test_the_result_travels_in_the_type_of_the_gradients(ranks2):

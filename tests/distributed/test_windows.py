@@ -16,9 +16,7 @@ from tests.helpers import distributed_training as t
 def test_other_numbers_of_micro_batches(ranks2, strategy):
     """Ranks in turn have a full window, a short one, and none at all, also in the first step."""
     counts = [(2, 3), (0, 3), (3, 0), (1, 3), (3, 3), (0, 1)]
-    parameters, decisions = t.of_all(ranks2(t.train, strategy, None, None, counts))
-    parameters_alone, decisions_alone = t.train_alone(2, counts=counts)
-    t.assert_close(parameters, parameters_alone)
+    _, decisions, decisions_alone = t.train_both(ranks2, strategy, counts=counts)
     micro_batches = [decision.micro_batches for decision in decisions]
     assert micro_batches == [decision.micro_batches for decision in decisions_alone]
     assert micro_batches[-1] == {"a": 1, "b": 1, "c": 1}
@@ -95,7 +93,7 @@ def test_scaler_step_on_a_rank_without_data(ranks2):
 
 
 class TwoPaths(nn.Module):
-    """A module whose side path is taken only where it is asked for."""
+    """The side path is taken only where it is asked for."""
 
     def __init__(self):
         super().__init__()
@@ -129,14 +127,14 @@ def test_parameter_that_one_rank_uses_has_a_gradient_on_all(ranks2, strategy):
 # Failures, when accumulators may have been sent.
 
 
+def fail():
+    raise ValueError("no such luck")
+
+
 def failing_last_task(strategy, fails, steps):
     """The last task of the last micro-batch fails on rank 1 when the others are sent."""
     model, optimizer = t.new_training(strategy, steps)
     messages = []
-
-    def fail():
-        raise ValueError("no such luck")
-
     for step in range(2):
         for position, number in enumerate(t.numbers_of(step, count=steps)):
             losses = t.loss_functions(model, number)
@@ -176,17 +174,12 @@ def test_task_that_fails_when_others_are_sent(ranks2, strategy, steps):
 def repeated_after_failure(strategy, mode):
     """A function fails after tensors were passed back; in stochastic mode in the second task."""
     model, optimizer = t.new_training(strategy, 3 if mode == "stochastic" else 1, mode=mode)
-
-    def fail():
-        raise ValueError("no such luck")
-
     for step in range(3):
         for number in t.numbers_of(step, count=optimizer.accumulation_steps):
             first, *_ = optimizer.active_tasks
             losses = t.losses_of(model, number, optimizer.active_tasks)
-            if (step, dist.get_rank()) == (1, 1) and first == (
-                "b" if mode == "stochastic" else "a"
-            ):
+            fails = "b" if mode == "stochastic" else "a"
+            if (step, dist.get_rank(), first) == (1, 1, fails):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     with pytest.raises(ValueError, match="no such luck"):
@@ -266,7 +259,7 @@ def test_accumulators_that_were_reduced_take_no_more(ranks2, strategy, load):
 
 def collective_before_step():
     """A collective of the user's before step(), where one rank's window is short."""
-    rank = dist.get_rank()
+    rank, _ = t.world()
     model, optimizer = t.new_training("shard")
     sums = []
     for step in range(3):
@@ -288,9 +281,9 @@ def test_collectives_of_the_user_where_windows_differ(ranks2):
 def nothing_then_something():
     model, optimizer = t.new_training("shard")
     for step in range(2):
-        t.window(optimizer, model, t.numbers_of(step))
         with pytest.raises(RuntimeError, match="nothing was accumulated on any of the 2 ranks"):
             optimizer.step()
+        t.train_steps(model, optimizer, [step])
     return t.parameters_of(model)
 
 

@@ -13,8 +13,7 @@ from gcond_kernels import Distributed, GCond, GCondFused, neuron_mask
 TASKS = {"a": 0.7, "b": 1.0, "c": 0.4}
 STEPS = 20
 MICRO_BATCHES = 3  # of a rank in a window
-# Strategies for a DistributedDataParallel; the others ("fsdp", "hsdp", "tp", "sp", "fsdp_tp") are
-# of DTensors.
+# For a DistributedDataParallel; others ("fsdp", "hsdp", "tp", "sp", "fsdp_tp") are of DTensors.
 STRATEGIES = ("shard", "replicate")
 
 # Sums over ranks are added in another order than those over micro-batches in one process; twenty
@@ -181,15 +180,7 @@ def new_optimizer(
 
 
 def new_training(parallelism=None, steps=MICRO_BATCHES, *, net=Net, share=None, **options):
-    """A model as it is trained, and its optimizer.
-
-    Args:
-        parallelism: a strategy or a parallelism of DTensors; None is one process.
-        steps: micro-batches of a window.
-        net: the model.
-        share: of the weights that a mask leaves; None is no mask.
-        options: of the optimizer.
-    """
+    """A model as it is trained, and its optimizer; a mask leaves a share of the weights."""
     model = parallelize(new_model(net=net), parallelism)
     if share is not None:
         options["mask"] = mask_of(model, share)
@@ -213,11 +204,6 @@ def by_norm(gramian):
     """A method of the user's own: all gradients get the mean of their norms."""
     norms = gramian.diagonal().sqrt()
     return norms.mean() / norms.clamp(min=1e-12)
-
-
-def half(gramian):
-    """Another one."""
-    return torch.full_like(gramian.diagonal(), 0.5)
 
 
 def number_of(step, data, position):
@@ -246,6 +232,15 @@ def window(optimizer, model, numbers):
     optimizer.step()
 
 
+def train_steps(model, optimizer, steps, data=None):
+    """The windows of these steps, on the data of this rank or another; what each decided."""
+    decisions = []
+    for step in steps:
+        window(optimizer, model, numbers_of(step, data))
+        decisions.append(decision_of(optimizer))
+    return decisions
+
+
 def full(tensor):
     tensor = tensor.detach()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone().cpu()
@@ -269,26 +264,21 @@ def decision_of(optimizer):
 def train(parallelism, options=None, steps=STEPS, counts=None):
     """A training in this rank: parameters, decisions of all steps.
 
-    Args:
-        parallelism: a strategy or a parallelism of DTensors.
-        options: of the model and the optimizer.
-        steps: how many.
-        counts: of each step the micro-batches of every rank; None is as many for all.
+    `counts` are of each step the micro-batches of every rank; None is as many for all.
     """
     rank, size = world()
     model, optimizer = new_training(parallelism, **(options or {}))
     data, _ = data_rank(parallelism, rank, size)
     decisions = []
-    for step in range(steps if counts is None else len(counts)):
-        count = MICRO_BATCHES if counts is None else counts[step][rank]
-        window(optimizer, model, numbers_of(step, data, count))
+    for step, of_ranks in enumerate(counts or [[MICRO_BATCHES] * size] * steps):
+        window(optimizer, model, numbers_of(step, data, of_ranks[rank]))
         decisions.append(decision_of(optimizer))
     return parameters_of(model), decisions
 
 
 def train_alone(ranks, options=None, steps=STEPS, counts=None):
     """The same in one process, which sees the data of that many ranks."""
-    counts = [[MICRO_BATCHES] * ranks] * steps if counts is None else counts
+    counts = counts or [[MICRO_BATCHES] * ranks] * steps
     model, optimizer = new_training(None, max(map(sum, counts)), **(options or {}))
     decisions = []
     for step, of_ranks in enumerate(counts):
@@ -310,12 +300,21 @@ def assert_close(ours, others, atol=ROUNDING):
         torch.testing.assert_close(ours[name], others[name], rtol=0, atol=atol, msg=name)
 
 
-def of_all(results):
-    """What all ranks return to the bit: parameters, or these and decisions, and more that differs.
+def train_both(ranks, parallelism, options=None, steps=STEPS, counts=None, atol=ROUNDING):
+    """A training in ranks, which must end where one process does that sees all their data.
 
     Returns:
-        Parameters and decisions of all, or parameters alone.
+        Parameters and decisions of the ranks, and the decisions of the process.
     """
+    parameters, decisions = of_all(ranks(train, parallelism, options, steps, counts))
+    data = data_rank(parallelism, 0, len(ranks.pipes))[1]
+    parameters_alone, decisions_alone = train_alone(data, options, steps, counts)
+    assert_close(parameters, parameters_alone, atol)
+    return parameters, decisions, decisions_alone
+
+
+def of_all(results):
+    """Parameters, or these and decisions, that all ranks return to the bit; not what follows."""
     if isinstance(results[0], dict):
         assert all(equal(parameters, results[0]) for parameters in results)
         return results[0]
