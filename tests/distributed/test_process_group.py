@@ -4,7 +4,6 @@ import inspect
 import json
 import re
 import threading
-from contextlib import ExitStack
 from datetime import timedelta
 from unittest import mock
 
@@ -32,21 +31,13 @@ def train_beside_async_save(parallelism, folder):
         model.module.register_buffer("own", torch.zeros(2))
     in_default, trains = [], threading.current_thread()
 
-    def watched(name):
-        original = getattr(dist, name)
-
-        def collective(*args, **kwargs):
-            if threading.current_thread() is trains and kwargs.get("group") is None:
-                in_default.append(name)
-            return original(*args, **kwargs)
-
-        return mock.patch.object(dist, name, collective)
+    def note(name, _, kwargs):
+        if threading.current_thread() is trains and kwargs.get("group") is None:
+            in_default.append(name)
 
     optimizer = t.new_optimizer(model, parallelism)
     decisions, saving = [], None
-    with ExitStack() as watching:
-        for name in CALLS:
-            watching.enter_context(watched(name))
+    with t.watched(CALLS, note):
         for step in range(8):
             if step % 2 == 1:
                 if saving is not None:

@@ -1,8 +1,5 @@
 """What ranks send, when they send it, and in whose memory."""
 
-from contextlib import ExitStack, contextmanager
-from unittest import mock
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,28 +13,6 @@ from tests.helpers import distributed_training as t
 COLLECTIVES = {"all_reduce": (2, 0), REDUCE_SCATTER: (1, 1), ALL_GATHER: (1, 0)}
 
 
-@contextmanager
-def counted_traffic():
-    """Bytes that one rank sends at least, by collective, while this is open."""
-    sent, size = {}, dist.get_world_size()
-
-    def counting(name, factor, argument):
-        original = getattr(dist, name)
-
-        def collective(*args, **kwargs):
-            tensor = args[argument]
-            moved = factor * tensor.numel() * tensor.element_size() * (size - 1) / size
-            sent.setdefault(name, []).append(moved)
-            return original(*args, **kwargs)
-
-        return mock.patch.object(dist, name, collective)
-
-    with ExitStack() as patches:
-        for name, how in COLLECTIVES.items():
-            patches.enter_context(counting(name, *how))
-        yield sent
-
-
 def traffic_of(strategy, granularity="model", dtype=None, net=t.Net):
     """Bytes sent in the third window, by collective; lengths of accumulators, history, momentum."""
     model = t.new_model(dtype, net)
@@ -45,7 +20,14 @@ def traffic_of(strategy, granularity="model", dtype=None, net=t.Net):
     model = t.parallelize(model, strategy)
     optimizer = t.new_optimizer(model, strategy, granularity=granularity)
     t.train_steps(model, optimizer, range(2))
-    with counted_traffic() as sent:
+    sent, size = {}, dist.get_world_size()
+
+    def note(name, args, _):
+        factor, argument = COLLECTIVES[name]
+        share = factor * (size - 1) / size
+        sent.setdefault(name, []).append(share * args[argument].nbytes)
+
+    with t.watched(COLLECTIVES, note):
         t.window(optimizer, model, t.numbers_of(2))
     storage = optimizer._storage
     kept = [list(storage.history.shape), list(storage.momentum.shape)]

@@ -1,7 +1,10 @@
 """A small training in the ranks of a process group, in any parallelism, or in one process."""
 
 from collections import namedtuple
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import zip_longest
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -285,6 +288,21 @@ def train_alone(ranks, options=None, steps=STEPS, counts=None):
         window(optimizer, model, numbers_of_all(step, of_ranks))
         decisions.append(decision_of(optimizer))
     return parameters_of(model), decisions
+
+
+@contextmanager
+def watched(collectives, note):
+    """Calls `note(name, args, kwargs)` before each of these collectives of torch."""
+
+    def collective(name, original, *args, **kwargs):
+        note(name, args, kwargs)
+        return original(*args, **kwargs)
+
+    with ExitStack() as patches:
+        for name in collectives:
+            noted = partial(collective, name, getattr(dist, name))
+            patches.enter_context(mock.patch.object(dist, name, noted))
+        yield
 
 
 # What ranks return.
