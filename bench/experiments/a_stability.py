@@ -13,12 +13,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bench.experiments.common import SCENES, Experiment, Job, Record, advance, scene_of, scenes_in
+from bench.experiments.common import SCENES, Experiment, Job, Record, scene_of, scenes_in
 from bench.experiments.pictures import number_windows
 from bench.experiments.tables import markdown, percent
 from bench.experiments.training import at_moments, cosine, plain_training, with_micro_batches
@@ -34,22 +35,19 @@ MOMENT_STYLES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"))
 MODES = {"exact": "cosine_of_tasks", "stochastic": "cosine_of_tasks_apart"}
 
 
-def jobs(options: argparse.Namespace) -> list[Job]:
+def jobs(options: argparse.Namespace, scene: str, seed: int) -> list[Job]:
     """Return measurements at fixed weights (window 0), and trainings with windows of each size."""
-    found = []
-    for seed, scene in itertools.product(range(options.seeds), options.scenes):
-        kind, steps = SCENES[scene], options.steps_of[scene]
-        each = 1.6 * kind.step_cost / kind.accumulation_steps
-        micro_batches = steps * kind.accumulation_steps
-        micro_batches += len(MOMENTS) * LARGE_WINDOWS * max(WINDOW)
-        found.append(Job(seed, scene, steps, at_fixed_weights, 0, each * micro_batches))
-        # Large windows cost much, and step by step there is one to measure in each.
-        steps = max(2, steps // 2)
-        found += [
-            Job(seed, scene, steps, from_step_to_step, window, each * steps * window)
-            for window in WINDOW
-        ]
-    return found
+    kind, steps = SCENES[scene], options.steps_of[scene]
+    each = 1.6 * kind.step_cost / kind.accumulation_steps
+    micro_batches = steps * kind.accumulation_steps
+    micro_batches += len(MOMENTS) * LARGE_WINDOWS * max(WINDOW)
+    fixed = Job(seed, scene, steps, at_fixed_weights, 0, each * micro_batches)
+    # Large windows cost much, and step by step there is one to measure in each.
+    steps = max(2, steps // 2)
+    return [fixed] + [
+        Job(seed, scene, steps, from_step_to_step, window, each * steps * window)
+        for window in WINDOW
+    ]
 
 
 def at_fixed_weights(job: Job) -> Record:
@@ -57,7 +55,6 @@ def at_fixed_weights(job: Job) -> Record:
     tasks = list(scene_of(job.scene).tasks)
     places = [round(share * (job.steps - 1)) for share in MOMENTS.values()]
     found = at_moments(job, places, lambda gradients: measure(gather(gradients), tasks))
-    advance(job.cost)
     moments = [{"step": step, **one} for step, one in zip(sorted(places), found, strict=True)]
     return {"method": AT_FIXED_WEIGHTS, "moments": moments}
 
@@ -168,7 +165,6 @@ def from_step_to_step(job: Job) -> Record:
             for task, now, then in zip(scene.tasks, gradients, before, strict=True):
                 steps[task].append(cosine(now, then))
         before = gradients
-    advance(job.cost)
     return {
         "method": f"{job.subject} micro-batches",
         "window": job.subject,
@@ -177,30 +173,19 @@ def from_step_to_step(job: Job) -> Record:
     }
 
 
-class Means(NamedTuple):
-    """Mean, range and standard error over the seeds."""
-
-    mean: float
-    low: float
-    high: float
-    error: float | None
-
-
-def over_seeds(values: Sequence[float | None]) -> Means | None:
-    """Return the mean of the values that there are."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
-    return Means(statistics.fmean(known), min(known), max(known), error)
+def known(values: Sequence[float | None]) -> list[float]:
+    """Return the values that there are."""
+    return [value for value in values if value is not None]
 
 
 def cell(values: Sequence[float | None]) -> str:
-    """Return mean ± standard error."""
-    found = over_seeds(values)
-    if found is None:
+    """Return mean ± standard error of the values that there are."""
+    found = known(values)
+    if not found:
         return ""
-    text = f"{found.mean:.2f}" + ("" if found.error is None else f" ± {found.error:.2f}")
+    text = f"{statistics.fmean(found):.2f}"
+    if len(found) > 1:
+        text += f" ± {statistics.stdev(found) / math.sqrt(len(found)):.2f}"
     return text.replace("-", "−")
 
 
@@ -210,48 +195,46 @@ def cells(found: Sequence[dict[str, float]]) -> list[str]:
     return [*(cell([one[key] for one in found]) for key in ("mean", "deviation")), conflicts]
 
 
-def moments_of(records: Sequence[Record], scene: str, place: int) -> list[dict[str, Any]]:
+def moments_of(records: Sequence[Record], place: int) -> list[dict[str, Any]]:
     """Return what was measured at a moment, of all seeds."""
-    fixed = [r for r in records if r["scene"] == scene and r["method"] == AT_FIXED_WEIGHTS]
-    return [found["moments"][place] for found in fixed]
+    return [found["moments"][place] for found in records if found["method"] == AT_FIXED_WEIGHTS]
 
 
-def trained(records: Sequence[Record], scene: str, window: int) -> list[Record]:
+def trained(records: Sequence[Record], window: int) -> list[Record]:
     """Return the trainings with a window, of all seeds."""
-    return [r for r in records if r["scene"] == scene and r.get("window") == window]
+    return [found for found in records if found.get("window") == window]
 
 
-def report(records: Sequence[Record]) -> list[str]:
-    said = [
-        "# Variance and direction of accumulated task gradients",
-        "At fixed weights the micro-batches are drawn independently, so the variance of their mean "
-        "must be 1/A of that of a single one: that column checks the measurement. What is to be "
-        "learned is how large the noise is beside the gradient, E‖ĝ−μ‖² / ‖μ‖², and so from which "
-        "A on the direction is stable: the mean cosine of two independent windows. "
-        f"{SMALL_WINDOWS} windows of 1, {3 * LARGE_WINDOWS} of 8 and {LARGE_WINDOWS} of 24 "
-        "micro-batches. All are means over the seeds ± standard error.",
+INTRODUCTION = (
+    "# Variance and direction of accumulated task gradients",
+    "At fixed weights the micro-batches are drawn independently, so the variance of their mean "
+    "must be 1/A of that of a single one: that column checks the measurement. What is to be "
+    "learned is how large the noise is beside the gradient, E‖ĝ−μ‖² / ‖μ‖², and so from which "
+    "A on the direction is stable: the mean cosine of two independent windows. "
+    f"{SMALL_WINDOWS} windows of 1, {3 * LARGE_WINDOWS} of 8 and {LARGE_WINDOWS} of 24 "
+    "micro-batches. All are means over the seeds ± standard error.",
+)
+
+
+def section(records: Sequence[Record], scene: str) -> list[str]:
+    steps = next(found["steps"] for found in records if "moments" in found)
+    return [
+        f"## {scene}: at fixed weights",
+        f"Moments of a training of {steps} steps of {SCENES[scene].accumulation_steps} "
+        f"micro-batches; tasks {' and '.join(SCENES[scene].tasks)}. Variance by law: the variance "
+        "of the mean of A micro-batches, times A, relative to that of one; 1 is the law.",
+        direction_table(records, scene),
+        "The cosine between the tasks, as windows measure it: mean and standard deviation over "
+        "windows and the share that counts as a conflict, of tasks that share the "
+        "micro-batches of a window (exact mode) and of tasks with different ones (stochastic "
+        "mode, A for each). Without noise: the cosine of the expected gradients.",
+        tasks_table(records),
+        f"## {scene}: from step to step",
+        f"{trained(records, 1)[0]['steps']} steps with A micro-batches each at the same "
+        "learning rate; steps at which the tasks' measured cosine is below 0 count as "
+        "conflict.",
+        steps_table(records, scene),
     ]
-    for scene in scenes_in(records):
-        tasks = " and ".join(SCENES[scene].tasks)
-        steps = next(r["steps"] for r in records if r["scene"] == scene and "moments" in r)
-        said += [
-            f"## {scene}: at fixed weights",
-            f"Moments of a training of {steps} steps of {SCENES[scene].accumulation_steps} "
-            f"micro-batches; tasks {tasks}. Variance by law: the variance of the mean "
-            "of A micro-batches, times A, relative to that of one; 1 is the law.",
-            direction_table(records, scene),
-            "The cosine between the tasks, as windows measure it: mean and standard deviation over "
-            "windows and the share that counts as a conflict, of tasks that share the "
-            "micro-batches of a window (exact mode) and of tasks with different ones (stochastic "
-            "mode, A for each). Without noise: the cosine of the expected gradients.",
-            tasks_table(records, scene),
-            f"## {scene}: from step to step",
-            f"{trained(records, scene, 1)[0]['steps']} steps with A micro-batches each at the same "
-            "learning rate; steps at which the tasks' measured cosine is below 0 count as "
-            "conflict.",
-            steps_table(records, scene),
-        ]
-    return said
 
 
 def direction_table(records: Sequence[Record], scene: str) -> str:
@@ -263,8 +246,7 @@ def direction_table(records: Sequence[Record], scene: str) -> str:
     for (place, moment), size in itertools.product(enumerate(MOMENTS), WINDOW):
         rows.append([moment, str(size)])
         both = [
-            (found["sizes"]["1"], found["sizes"][str(size)])
-            for found in moments_of(records, scene, place)
+            (found["sizes"]["1"], found["sizes"][str(size)]) for found in moments_of(records, place)
         ]
         for task in tasks:
             rows[-1] += [
@@ -275,13 +257,13 @@ def direction_table(records: Sequence[Record], scene: str) -> str:
     return markdown(rows)
 
 
-def tasks_table(records: Sequence[Record], scene: str) -> str:
+def tasks_table(records: Sequence[Record]) -> str:
     """Return the table of the cosines between the tasks."""
     rows = [["moment", "A", "without noise"]]
     for mode in MODES:
         rows[0] += [f"{mode}: cosine", "deviation", "conflicts"]
     for (place, moment), size in itertools.product(enumerate(MOMENTS), WINDOW):
-        found = moments_of(records, scene, place)
+        found = moments_of(records, place)
         rows.append([moment, str(size), cell([one["expected_cosine"] for one in found])])
         for key in MODES.values():
             rows[-1] += cells([one["sizes"][str(size)][key] for one in found])
@@ -294,7 +276,7 @@ def steps_table(records: Sequence[Record], scene: str) -> str:
     heads = ["A", *(f"{task}: cosine with the step before" for task in tasks)]
     rows = [[*heads, "cosine of the tasks", "deviation over steps", "conflicts"]]
     for size in WINDOW:
-        found = trained(records, scene, size)
+        found = trained(records, size)
         steps = [cell([r["cosine_of_steps"][task] for r in found]) for task in tasks]
         rows.append([str(size), *steps, *cells([r["cosine_of_tasks"] for r in found])])
     return markdown(rows)
@@ -307,7 +289,7 @@ def picture(records: Sequence[Record]) -> Figure:
     panels = figure.subplots(len(scenes), 3, squeeze=False)
     for scene, of_scene in zip(scenes, panels, strict=True):
         for axes, draw in zip(of_scene, (draw_noise, draw_direction, draw_tasks), strict=True):
-            draw(axes, records, scene)
+            draw(axes, [found for found in records if found["scene"] == scene], scene)
             number_windows(axes, WINDOW)
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=9)
     figure.suptitle("Accumulated task gradients: mean and range over the seeds", fontsize=15)
@@ -318,16 +300,17 @@ def draw_means(
     axes: Axes, found: dict[int, list[float | None]], style: tuple[str, str], **more: Any
 ) -> None:
     """Draw means with the range over the seeds."""
-    known = {size: means for size, values in found.items() if (means := over_seeds(values))}
-    means = [m.mean for m in known.values()]
-    ranges = [[m.mean - m.low for m in known.values()], [m.high - m.mean for m in known.values()]]
-    axes.errorbar(list(known), means, ranges, color=style[0], marker=style[1], capsize=3, **more)
+    there = {size: values for size in found if (values := known(found[size]))}
+    means = [statistics.fmean(values) for values in there.values()]
+    low, high = ([end(values) for values in there.values()] for end in (min, max))
+    ranges = np.subtract(means, low), np.subtract(high, means)
+    axes.errorbar(list(there), means, ranges, color=style[0], marker=style[1], capsize=3, **more)
 
 
 def draw_noise(axes: Axes, records: Sequence[Record], scene: str) -> None:
     """Draw the relative variance at the three moments."""
     for place, (moment, style) in enumerate(zip(MOMENTS, MOMENT_STYLES, strict=True)):
-        sizes = [found["sizes"] for found in moments_of(records, scene, place)]
+        sizes = [found["sizes"] for found in moments_of(records, place)]
         for task, line in zip(SCENES[scene].tasks, ("-", "--"), strict=True):
             found = {n: [s[str(n)]["relative_variance"][task] for s in sizes] for n in WINDOW}
             draw_means(axes, found, style, linestyle=line, label=f"{task}, {moment}")
@@ -338,13 +321,11 @@ def draw_noise(axes: Axes, records: Sequence[Record], scene: str) -> None:
 
 def draw_direction(axes: Axes, records: Sequence[Record], scene: str) -> None:
     """Draw the cosines of independent windows at the last moment, and from step to step."""
-    sizes = [found["sizes"] for found in moments_of(records, scene, -1)]
+    sizes = [found["sizes"] for found in moments_of(records, -1)]
     for task, style in zip(SCENES[scene].tasks, MOMENT_STYLES, strict=False):
         found = {n: [s[str(n)]["cosine_of_windows"][task] for s in sizes] for n in WINDOW}
         draw_means(axes, found, style, label=f"{task}: two windows, last step")
-        steps = {
-            n: [r["cosine_of_steps"][task] for r in trained(records, scene, n)] for n in WINDOW
-        }
+        steps = {n: [r["cosine_of_steps"][task] for r in trained(records, n)] for n in WINDOW}
         more = {"linestyle": "--", "markerfacecolor": "white"}
         draw_means(axes, steps, style, label=f"{task}: from step to step", **more)
     axes.set_ylim(top=1.05)
@@ -354,35 +335,35 @@ def draw_direction(axes: Axes, records: Sequence[Record], scene: str) -> None:
 def draw_tasks(axes: Axes, records: Sequence[Record], scene: str) -> None:
     """Draw the measured cosine between the tasks: mean and standard deviation over windows."""
     for place, (moment, (color, marker)) in enumerate(zip(MOMENTS, MOMENT_STYLES, strict=True)):
-        found = moments_of(records, scene, place)
+        found = moments_of(records, place)
         for key, mode, fill, shift in (
             ("cosine_of_tasks", "same", color, 0.93),
             ("cosine_of_tasks_apart", "different", "white", 1.08),
         ):
-            means, noise = (
-                [
-                    statistics.fmean(m["sizes"][str(size)][key][what] for m in found)
-                    for size in WINDOW
-                ]
-                for what in ("mean", "deviation")
-            )
+            windows = [[m["sizes"][str(size)][key] for m in found] for size in WINDOW]
             axes.errorbar(
-                [size * shift * 1.06**place for size in WINDOW],
-                means,
-                noise,
+                np.multiply(WINDOW, shift * 1.06**place),
+                [statistics.fmean(w["mean"] for w in of_size) for of_size in windows],
+                [statistics.fmean(w["deviation"] for w in of_size) for of_size in windows],
+                fmt=marker,
                 color=color,
-                marker=marker,
                 markerfacecolor=fill,
-                linestyle="",
                 capsize=3,
                 label=f"{moment}, {mode} micro-batches",
             )
-        if true := over_seeds([one["expected_cosine"] for one in found]):
-            axes.axhline(true.mean, color=color, linewidth=1.0, linestyle="--", zorder=0)
+        if true := known([one["expected_cosine"] for one in found]):
+            mean = statistics.fmean(true)
+            axes.axhline(mean, color=color, linewidth=1.0, linestyle="--", zorder=0)
     axes.axhline(0.0, color=BLACK, linewidth=1.0)
     axes.set_title(f"{scene}: cosine of two tasks (bars: deviation; dashed: no noise)", fontsize=11)
 
 
 EXPERIMENT = Experiment(
-    "a_stability", __doc__.splitlines()[0], jobs, report, picture, {"photos": 50, "digits": 200}
+    "a_stability",
+    __doc__.splitlines()[0],
+    jobs,
+    INTRODUCTION,
+    section,
+    picture,
+    {"photos": 50, "digits": 200},
 )

@@ -8,16 +8,16 @@ training by the plain sum, of windows of 1 and 4 micro-batches, through a grid o
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from bench.experiments.common import SCENES, Experiment, Job, Record, advance, scene_of, scenes_in
+from bench.experiments.common import SCENES, Experiment, Job, Record, scene_of
 from bench.experiments.pictures import name_lines, score_picture
-from bench.experiments.tables import markdown, score_section, steps_of
+from bench.experiments.tables import markdown, score_section
 from bench.experiments.training import (
     Variant,
     jobs_of,
@@ -48,7 +48,7 @@ GRID = (
 SAME = ((-0.95, -0.5, 0.0), (-0.65, -0.5, 0.0), (-0.5, -0.5, 0.0))
 BY_TENSOR = ((-0.8, -0.5, 0.0), (-0.3, -0.3, 0.0), (0.0, 0.0, 0.0))
 DEFAULT = f"model {GRID[0]}"
-WINDOWS = {"1 exact": 1, "4 exact": 4}
+WINDOWS = {"1 exact": 1, "4 exact": 4}  # name in the record → micro-batches
 ZONE_COLORS = dict(zip(ALL_ZONES, ("#EEEEEE", SKY, BLUE, VERMILION), strict=True))
 
 
@@ -80,17 +80,15 @@ VARIANTS: dict[str, list[Variant]] = {
 }
 
 
-def jobs(options: argparse.Namespace) -> list[Job]:
+def jobs(options: argparse.Namespace, scene: str, seed: int) -> list[Job]:
     """Return the trainings, and recordings with what the grid makes of them."""
-    found = jobs_of(options, VARIANTS)
-    for scene in options.scenes:
-        steps = recorded_steps(options, scene)
-        for window, micro_batches in WINDOWS.items():
-            cost = 0.5 * micro_batches * steps * SCENES[scene].step_cost
-            found += [
-                Job(seed, scene, steps, replays, window, cost) for seed in range(options.seeds)
-            ]
-    return found
+    steps = recorded_steps(options, scene)
+    cost = 0.5 * steps * SCENES[scene].step_cost
+    recordings = [
+        Job(seed, scene, steps, replays, window, cost * micro_batches)
+        for window, micro_batches in WINDOWS.items()
+    ]
+    return jobs_of(VARIANTS, options, scene, seed) + recordings
 
 
 def replays(job: Job) -> Record:
@@ -108,7 +106,6 @@ def replays(job: Job) -> Record:
             "largest_change": max(result.changes),
             "mean_change_to_default": change(recorded.gramians, result.weights - default),
         }
-    advance(job.cost)
     return {
         "method": f"replay, {job.subject}",
         "window": job.subject,
@@ -131,20 +128,38 @@ def change(gramians: torch.Tensor, weights: torch.Tensor) -> float:
     return float((squares / gramians.sum((1, 2))).clamp(min=0.0).sqrt().mean())
 
 
-def report(records: Sequence[Record]) -> list[str]:
-    said = [
-        "# The thresholds of the zones",
-        "Thresholds are (θ_crit, θ_main, θ_weak). Differences are to the default thresholds "
-        f"{name_of(GRID[0])} with the same granularity. With (0, 0, 0) every conflict is critical.",
+INTRODUCTION = (
+    "# The thresholds of the zones",
+    "Thresholds are (θ_crit, θ_main, θ_weak). Differences are to the default thresholds "
+    f"{name_of(GRID[0])} with the same granularity. With (0, 0, 0) every conflict is critical.",
+)
+
+
+def section(records: Sequence[Record], scene: str) -> list[str]:
+    """Return the scores where there were trainings, and the replays."""
+    said = []
+    if VARIANTS[scene]:
+        what = f"{records[0]['steps']} steps; zones of the steps' smallest cosine over the model."
+        columns = {f"{zone} %": zone_column(zone) for zone in ALL_ZONES}
+        said += score_section(records, scene, VARIANTS[scene], what, columns)
+    said += [
+        f"## {scene}: the same gradients through all thresholds",
+        f"Task gradients of {replays_of(records, '4 exact')[0]['steps']} steps of a training by "
+        "the plain sum, with windows of 1 and 4 micro-batches; the share of steps in a zone, over "
+        "the model, and in brackets the share of the comparisons within a parameter tensor. "
+        "Change: mean over the steps of the norm of what GCond takes from the sum of the "
+        "gradients, relative to that sum; to default: how far it is from the result with the "
+        "default thresholds.",
     ]
-    columns = {f"{zone} %": zone_column(zone) for zone in ALL_ZONES}
-    for scene in scenes_in(records):
-        own = [found for found in records if found["scene"] == scene]
-        if VARIANTS[scene]:
-            what = "steps; zones of the steps' smallest cosine over the model."
-            what = f"{steps_of(own, scene)} {what}"
-            said += score_section(own, scene, VARIANTS[scene], what, columns)
-        said += replayed(own, scene)
+    for window, micro_batches in WINDOWS.items():
+        found = replays_of(records, window)
+        smallest = min(one["smallest_cosine"] for one in found)
+        by_tensor = min(one["smallest_cosine_by_tensor"] for one in found)
+        cosines = f"smallest cosine {smallest:.2f}, within a tensor {by_tensor:.2f}"
+        said += [
+            f"Windows of {micro_batches}: {cosines.replace('-', '−')}.",
+            grid_table(found),
+        ]
     return said
 
 
@@ -161,28 +176,6 @@ def zone_column(zone: str) -> Callable[[Sequence[Record]], str]:
 def replays_of(records: Sequence[Record], window: str) -> list[Record]:
     """Return the replays of a window."""
     return [found for found in records if found.get("window") == window]
-
-
-def replayed(records: Sequence[Record], scene: str) -> list[str]:
-    """Return heading, paragraphs and tables of a scene's replays."""
-    said = [
-        f"## {scene}: the same gradients through all thresholds",
-        f"Task gradients of {replays_of(records, '4 exact')[0]['steps']} steps of a training by "
-        "the plain sum, with windows of 1 and 4 micro-batches; the share of steps in a zone, over "
-        "the model, and in brackets the share of the comparisons within a parameter tensor. "
-        "Change: mean over the steps of the norm of what GCond takes from the sum of the "
-        "gradients, relative to that sum; to default: how far it is from the result with the "
-        "default thresholds.",
-    ]
-    for window, micro_batches in WINDOWS.items():
-        found = replays_of(records, window)
-        smallest = min(one["smallest_cosine"] for one in found)
-        by_tensor = min(one["smallest_cosine_by_tensor"] for one in found)
-        smallest_cosines = (
-            f"smallest cosine {smallest:.2f}, within a tensor {by_tensor:.2f}".replace("-", "−")
-        )
-        said += [f"Windows of {micro_batches}: {smallest_cosines}.", grid_table(found)]
-    return said
 
 
 def grid_table(records: Sequence[Record]) -> str:
@@ -202,13 +195,6 @@ def grid_table(records: Sequence[Record]) -> str:
 def zone_mean(found: Sequence[dict[str, Any]], key: str, zone: str) -> float:
     """Return the mean share of a zone in %."""
     return 100.0 * statistics.fmean(one[key][zone] for one in found)
-
-
-def picture(records: Sequence[Record]) -> Figure:
-    """Draw the scores, and the zones of the replays."""
-    title = "Thresholds (θ_crit, θ_main, θ_weak)"
-    baseline = (DEFAULT, "the default thresholds, whole model")
-    return score_picture(records, VARIANTS, title, baseline, draw_zones)
 
 
 def draw_zones(axes: Axes, records: Sequence[Record], scene: str) -> None:
@@ -237,7 +223,14 @@ EXPERIMENT = Experiment(
     "b_thresholds",
     __doc__.splitlines()[0],
     jobs,
-    report,
-    picture,
+    INTRODUCTION,
+    section,
+    partial(
+        score_picture,
+        variants=VARIANTS,
+        title="Thresholds (θ_crit, θ_main, θ_weak)",
+        baseline=(DEFAULT, "the default thresholds, whole model"),
+        extra=draw_zones,
+    ),
     {"photos": 120, "digits": 100},
 )

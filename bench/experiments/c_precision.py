@@ -8,14 +8,14 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from bench.experiments.common import SCENES, Experiment, Job, Record, advance, scene_of, scenes_in
+from bench.experiments.common import SCENES, Experiment, Job, Record, scene_of
 from bench.experiments.pictures import number_windows, score_picture
 from bench.experiments.tables import markdown, score_section
 from bench.experiments.training import Variant, at_moments, cosine, jobs_of, recorded_steps
@@ -27,7 +27,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STYLES = {"float32": (BLUE, "o"), "bfloat16": (VERMILION, "s")}
 ERRORS = "errors"
 MOMENTS = ("first step", "last step")
-BASELINE = "4 float32"
 
 
 def variants(windows: dict[int, float]) -> list[Variant]:
@@ -54,34 +53,27 @@ VARIANTS: dict[str, list[Variant]] = {
 }
 
 
-def jobs(options: argparse.Namespace) -> list[Job]:
+def jobs(options: argparse.Namespace, scene: str, seed: int) -> list[Job]:
     """Return the trainings, and the errors of accumulated gradients."""
-    found = jobs_of(options, VARIANTS)
-    for scene in options.scenes:
-        steps, kind = recorded_steps(options, scene), SCENES[scene]
-        more = len(MOMENTS) * max(WINDOWS) / kind.accumulation_steps
-        cost = 1.6 * kind.step_cost * (steps + more)
-        found += [
-            Job(seed, scene, steps, measure_errors, None, cost) for seed in range(options.seeds)
-        ]
-    return found
+    steps, kind = recorded_steps(options, scene), SCENES[scene]
+    more = len(MOMENTS) * max(WINDOWS) / kind.accumulation_steps
+    job = Job(seed, scene, steps, measure_errors, None, 1.6 * kind.step_cost * (steps + more))
+    return [*jobs_of(VARIANTS, options, scene, seed), job]
 
 
 def measure_errors(job: Job) -> Record:
     """Measure the errors at both moments."""
     tasks = list(scene_of(job.scene).tasks)
     moments = at_moments(job, (0, job.steps - 1), lambda new: accumulate(new, tasks))
-    advance(job.cost)
     return {"method": ERRORS, "moments": moments}
 
 
 def accumulate(gradients: Callable[[], Tensor], tasks: Sequence[str]) -> dict[str, Any]:
     """Return window → type → errors, of the first so many micro-batches."""
     found: dict[str, Any] = {}
-    exact, sums = None, {}
     for number in range(1, max(WINDOWS) + 1):
         new = gradients()
-        if exact is None:
+        if number == 1:
             exact = torch.zeros_like(new, dtype=torch.float64)
             sums = {name: torch.zeros_like(new, dtype=dtype) for name, dtype in DTYPES.items()}
         exact += new
@@ -104,24 +96,25 @@ def errors(accumulators: Tensor, exact: Tensor, tasks: Sequence[str]) -> dict[st
     }
 
 
-def report(records: Sequence[Record]) -> list[str]:
-    said = [
-        "# bfloat16 accumulators against float32",
-        "The sum is formed in float32 and rounded to the accumulator's type after every "
-        "micro-batch. Error: ‖accumulated − exact‖ / ‖exact‖, exact being the sum of the same "
-        "float32 gradients in float64; of the cosine between the tasks the absolute error. Means "
-        "over the seeds. Differences of scores are to float32 with as many micro-batches.",
-    ]
-    for scene in scenes_in(records):
-        own = [found for found in records if found["scene"] == scene]
-        said += [f"## {scene}: errors", error_table(own, scene)]
-        if VARIANTS[scene]:
-            trained = {v.key: next(r for r in own if r["method"] == v.key) for v in VARIANTS[scene]}
-            steps = "; ".join(
-                f"{found['steps']} steps of {found['micro_batches']} micro-batches"
-                for found in list(trained.values())[::2]
-            )
-            said += score_section(own, scene, VARIANTS[scene], f"{steps}.")
+INTRODUCTION = (
+    "# bfloat16 accumulators against float32",
+    "The sum is formed in float32 and rounded to the accumulator's type after every "
+    "micro-batch. Error: ‖accumulated − exact‖ / ‖exact‖, exact being the sum of the same "
+    "float32 gradients in float64; of the cosine between the tasks the absolute error. Means "
+    "over the seeds. Differences of scores are to float32 with as many micro-batches.",
+)
+
+
+def section(records: Sequence[Record], scene: str) -> list[str]:
+    """Return the errors, and the scores where there were trainings."""
+    said = [f"## {scene}: errors", error_table(records, scene)]
+    if VARIANTS[scene]:
+        first = {found["method"]: found for found in records[::-1]}
+        steps = "; ".join(
+            f"{first[v.key]['steps']} steps of {first[v.key]['micro_batches']} micro-batches"
+            for v in VARIANTS[scene][::2]
+        )
+        said += score_section(records, scene, VARIANTS[scene], f"{steps}.")
     return said
 
 
@@ -147,13 +140,6 @@ def entries(records: Sequence[Record], place: int, window: int, name: str) -> li
     return [r["moments"][place][str(window)][name] for r in records if r["method"] == ERRORS]
 
 
-def picture(records: Sequence[Record]) -> Figure:
-    """Draw the scores, and the errors."""
-    title = "Accumulators in bfloat16 and float32"
-    baseline = (BASELINE, "float32 with 4 micro-batches")
-    return score_picture(records, VARIANTS, title, baseline, draw_errors)
-
-
 def draw_errors(axes: Axes, records: Sequence[Record], scene: str) -> None:
     """Draw the errors at the last step's weights: a dot per seed and task, and the mean."""
     for name, (color, marker) in STYLES.items():
@@ -171,4 +157,17 @@ def draw_errors(axes: Axes, records: Sequence[Record], scene: str) -> None:
     axes.legend(fontsize=10)
 
 
-EXPERIMENT = Experiment("c_precision", __doc__.splitlines()[0], jobs, report, picture)
+EXPERIMENT = Experiment(
+    "c_precision",
+    __doc__.splitlines()[0],
+    jobs,
+    INTRODUCTION,
+    section,
+    partial(
+        score_picture,
+        variants=VARIANTS,
+        title="Accumulators in bfloat16 and float32",
+        baseline=("4 float32", "float32 with 4 micro-batches"),
+        extra=draw_errors,
+    ),
+)

@@ -12,7 +12,7 @@ import shlex
 import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -34,7 +34,6 @@ SCENES = {"photos": Photos, "digits": Digits}
 # the photos' model is no better than before.
 STEPS = {"photos": 120, "digits": 200}
 PROCESSES = 2
-POLL = 0.5  # seconds between two looks at the progress
 INTERRUPTED = 130
 DPI = 110
 
@@ -44,17 +43,11 @@ Record = dict[str, Any]
 class Job(NamedTuple):
     """One measurement, in a process of one thread.
 
-    Attributes:
-        seed: of initial parameters and micro-batches.
-        scene: its name.
-        steps: of the training.
-        measure: makes the fields of the record that the job itself does not have. It calls
-            `advance`, in all by `cost`.
-        subject: what `measure` is of.
-        cost: rough milliseconds, so that the bar moves evenly.
+    `measure` returns the fields of the record that the job itself does not have; `cost` is rough
+    milliseconds, so that the bar moves evenly.
     """
 
-    seed: int
+    seed: int  # of initial parameters and micro-batches
     scene: str
     steps: int
     measure: Callable[[Job], Record]
@@ -63,31 +56,21 @@ class Job(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """An experiment.
-
-    Attributes:
-        name: of its files.
-        about: the question, in a line.
-        jobs: makes the jobs of the options.
-        report: makes the paragraphs of the Markdown file from the records.
-        picture: draws the records.
-        steps: default number of optimizer steps of each scene.
-        add_arguments: adds options of its own.
-        check: raises ValueError where these cannot be used; may change the options.
-        settings: more for the record, from the options, after `jobs`.
-        appendix: more paragraphs, from the record's settings.
-    """
+    """An experiment: its jobs, and what its files show of their records."""
 
     name: str
-    about: str
-    jobs: Callable[[argparse.Namespace], Sequence[Job]]
-    report: Callable[[Sequence[Record]], Sequence[str]]
+    about: str  # the question, in a line
+    jobs: Callable[[argparse.Namespace, str, int], Sequence[Job]]  # of options, scene and seed
+    introduction: Sequence[str]  # the heading of the Markdown file, and a paragraph
+    section: Callable[[Sequence[Record], str], Sequence[str]]  # of the records of a scene
     picture: Callable[[Sequence[Record]], Figure]
     steps: dict[str, int] = STEPS
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda _: None
+    # Raises ValueError where the options cannot be used; may change them.
     check: Callable[[argparse.Namespace], None] = lambda _: None
-    settings: Callable[[argparse.Namespace], dict[str, Any]] = lambda _: {}
-    appendix: Callable[[dict[str, Any]], Sequence[str]] = lambda _: ()
+    # Measures what the jobs depend on, for the settings of the record.
+    prepare: Callable[[argparse.Namespace], dict[str, Any]] = lambda _: {}
+    appendix: Callable[[dict[str, Any]], Sequence[str]] = lambda _: ()  # of these settings
 
 
 def parse(experiment: Experiment, given: Sequence[str]) -> argparse.Namespace:
@@ -134,9 +117,9 @@ def run(experiment: Experiment, given: Sequence[str]) -> int:
     jobs: list[Job] = []
     interrupted = False
     try:
-        # Digits first: they take little, and what is interrupted has them.
-        jobs += sorted(experiment.jobs(options), key=lambda job: (job.scene != "digits", job.seed))
-        result["settings"] |= {"planned": len(jobs), **experiment.settings(options)}
+        prepared = experiment.prepare(options)
+        jobs += plan(experiment, options)
+        result["settings"] |= {"planned": len(jobs), **prepared}
         perform_all(jobs, keep)
     except KeyboardInterrupt:
         interrupted = True
@@ -151,10 +134,22 @@ def run(experiment: Experiment, given: Sequence[str]) -> int:
     return INTERRUPTED if interrupted else 0
 
 
+def plan(experiment: Experiment, options: argparse.Namespace) -> list[Job]:
+    """Return the jobs, digits first: they take little, and what is interrupted has them."""
+    return [
+        job
+        for scene in sorted(options.scenes)
+        for seed in range(options.seeds)
+        for job in experiment.jobs(options, scene, seed)
+    ]
+
+
 def document(experiment: Experiment, result: dict[str, Any]) -> str:
     """Return the Markdown file of a record."""
     records = result["figures"]
-    heading, *paragraphs = experiment.report(records)
+    heading, *paragraphs = experiment.introduction
+    for scene in scenes_in(records):
+        paragraphs += experiment.section([r for r in records if r["scene"] == scene], scene)
     machine = ", ".join(f"{key.replace('_', ' ')} {v}" for key, v in result["machine"].items())
     seeds = "; ".join(
         f"{scene} {', '.join(map(str, seeds_of(records, scene)))}" for scene in scenes_in(records)
@@ -209,75 +204,38 @@ def scene_of(name: str) -> Scene:
     return Photos(read_images(bundled_files())[0]) if name == "photos" else Digits()
 
 
-# The processes.
-
-
 def processes() -> int:
     """Return how many jobs run at a time."""
     return min(PROCESSES, record.cores())
 
 
-def perform(job: Job) -> Record:
-    """Perform a job and return its record."""
-    return {"scene": job.scene, "seed": job.seed, "steps": job.steps, **job.measure(job)}
+def set_up_process() -> None:
+    """Use one thread, and leave Ctrl-C to the process that started this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def perform(job: Job) -> tuple[float, Record]:
+    """Perform a job; return its cost and its record."""
+    found = {"scene": job.scene, "seed": job.seed, "steps": job.steps, **job.measure(job)}
+    return job.cost, found
 
 
 def perform_all(jobs: Sequence[Job], keep: Callable[[Record], None]) -> None:
     """Perform all jobs, with a bar; call `keep` with each record as soon as it is there."""
-    if processes() == 1:
-        for job in jobs:
-            found = perform(job)
-            keep(found)
-            print(line(found))
-        return
-    context = multiprocessing.get_context("spawn")
-    done, stop = context.Value("d", 0.0), context.Event()
-    total = sum(job.cost for job in jobs)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
-    with (
-        ProcessPoolExecutor(
-            processes(), mp_context=context, initializer=start, initargs=(done, stop)
-        ) as pool,
-        Progress(*columns, TimeRemainingColumn(), speed_estimate_period=60.0) as progress,
-    ):
-        bar = progress.add_task("starting", total=total)
-        pending = {pool.submit(perform, job) for job in jobs}
-        try:
-            while pending:
-                finished, pending = wait(pending, timeout=POLL, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    found = future.result()
-                    keep(found)
-                    progress.console.print(line(found), highlight=False)
-                runs = f"{len(jobs) - len(pending)} of {len(jobs)} runs"
-                completed = done.value if pending else total
-                progress.update(bar, completed=completed, description=runs)
-        except BaseException:
-            stop.set()
-            for future in pending:
-                future.cancel()
-            raise
-
-
-def line(found: Record) -> str:
-    """Return the line that is printed of a record."""
-    scores = " ".join(f"{value:.4f}" for value in found.get("scores", {}).values())
-    return f"{found['scene']}, {found['method']}, seed {found['seed']}: {scores}"
-
-
-def start(done: Any, stop: Any) -> None:
-    """Set up a process; Ctrl-C is handled by the one that started it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    start.shared = done, stop
-
-
-def advance(cost: float) -> None:
-    """Report that a part of a job is done, and end the job after an interruption."""
-    if not hasattr(start, "shared"):  # in the only process
-        return
-    done, stop = start.shared
-    with done.get_lock():
-        done.value += cost
-    if stop.is_set():
-        raise KeyboardInterrupt
+    with ExitStack() as stack:  # which ends the processes, after an interruption too
+        performed = map(perform, jobs)
+        if processes() > 1:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(context.Pool(processes(), set_up_process))
+            performed = pool.imap_unordered(perform, jobs)
+        progress = Progress(*columns, TimeRemainingColumn(), speed_estimate_period=60.0)
+        stack.enter_context(progress)
+        bar = progress.add_task("starting", total=sum(job.cost for job in jobs))
+        for count, (cost, found) in enumerate(performed, start=1):
+            keep(found)
+            scores = " ".join(f"{value:.4f}" for value in found.get("scores", {}).values())
+            line = f"{found['scene']}, {found['method']}, seed {found['seed']}: {scores}"
+            progress.console.print(line, highlight=False)
+            progress.update(bar, advance=cost, description=f"{count} of {len(jobs)} runs")

@@ -8,9 +8,7 @@ twice as long or in twice the steps. The sum of the same gradients shows what th
 from collections.abc import Sequence
 from functools import partial
 
-from matplotlib.figure import Figure
-
-from bench.experiments.common import Experiment, Record, scenes_in
+from bench.experiments.common import Experiment, Record
 from bench.experiments.pictures import score_picture
 from bench.experiments.tables import mean_of, score_section
 from bench.experiments.training import Variant, jobs_of
@@ -38,30 +36,31 @@ COLUMNS = {
 }
 
 
-def report(records: Sequence[Record]) -> list[str]:
-    said = [
-        "# Exact and stochastic mode",
-        "Differences are to GCond in exact mode. Stochastic with A = 4 has as many micro-batches "
-        "and half the backward passes; with A = 8, or with A = 4 and twice the steps, it has as "
-        "many backward passes and twice the micro-batches (and forward passes). Passes are forward "
-        "and backward, in thousands.",
-    ]
-    for scene in scenes_in(records):
-        steps = min(found["steps"] for found in records if found["scene"] == scene)
-        what = f"{steps} steps but where the table says more."
-        said += score_section(records, scene, VARIANTS[scene], what, COLUMNS)
-    return said
+INTRODUCTION = (
+    "# Exact and stochastic mode",
+    "Differences are to GCond in exact mode. Stochastic with A = 4 has as many micro-batches "
+    "and half the backward passes; with A = 8, or with A = 4 and twice the steps, it has as "
+    "many backward passes and twice the micro-batches (and forward passes). Passes are forward "
+    "and backward, in thousands.",
+)
 
 
-def picture(records: Sequence[Record]) -> Figure:
-    return score_picture(records, VARIANTS, "Exact and stochastic mode", (EXACT, "GCond exact"))
+def section(records: Sequence[Record], scene: str) -> list[str]:
+    what = f"{min(found['steps'] for found in records)} steps but where the table says more."
+    return score_section(records, scene, VARIANTS[scene], what, COLUMNS)
 
 
 EXPERIMENT = Experiment(
     "d_modes",
     __doc__.splitlines()[0],
-    partial(jobs_of, variants=VARIANTS),
-    report,
-    picture,
+    partial(jobs_of, VARIANTS),
+    INTRODUCTION,
+    section,
+    partial(
+        score_picture,
+        variants=VARIANTS,
+        title="Exact and stochastic mode",
+        baseline=(EXACT, "GCond exact"),
+    ),
     {"photos": 120, "digits": 100},
 )

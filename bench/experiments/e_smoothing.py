@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import product
 
-from matplotlib.figure import Figure
-
-from bench.experiments.common import SCENES, Experiment, Record, scenes_in
+from bench.experiments.common import SCENES, Experiment, Record
 from bench.experiments.pictures import score_picture
-from bench.experiments.tables import score_section, steps_of
+from bench.experiments.tables import score_section
 from bench.experiments.training import Variant, jobs_of
 from gcond_kernels import GCond
 from gcond_kernels.methods import Method, Sum
@@ -50,25 +48,29 @@ VARIANTS = {
 }
 
 
-def report(records: Sequence[Record]) -> list[str]:
-    said = [
-        "# Integrated and separate smoothing",
-        "Integrated: momentum=0.9 in GCondFused, beta1=0 in AdamW; separate: momentum=0, "
-        "beta1=0.9; none: both 0. beta2 is 0.95. Rate: relative to the demo's learning rate. "
-        "Differences are to GCond with separate smoothing and that rate. Sum does the same "
-        "without resolving conflicts.",
-    ]
-    for scene in scenes_in(records):
-        what = f"{steps_of(records, scene)} steps."
-        said += score_section(records, scene, VARIANTS[scene], what)
-    return said
+INTRODUCTION = (
+    "# Integrated and separate smoothing",
+    "Integrated: momentum=0.9 in GCondFused, beta1=0 in AdamW; separate: momentum=0, "
+    "beta1=0.9; none: both 0. beta2 is 0.95. Rate: relative to the demo's learning rate. "
+    "Differences are to GCond with separate smoothing and that rate. Sum does the same "
+    "without resolving conflicts.",
+)
 
 
-def picture(records: Sequence[Record]) -> Figure:
-    title = "Integrated and separate smoothing, at several learning rates"
-    return score_picture(records, VARIANTS, title, (BASELINE, "GCond, separate, 1× rate"))
+def section(records: Sequence[Record], scene: str) -> list[str]:
+    return score_section(records, scene, VARIANTS[scene], f"{records[0]['steps']} steps.")
 
 
 EXPERIMENT = Experiment(
-    "e_smoothing", __doc__.splitlines()[0], partial(jobs_of, variants=VARIANTS), report, picture
+    "e_smoothing",
+    __doc__.splitlines()[0],
+    partial(jobs_of, VARIANTS),
+    INTRODUCTION,
+    section,
+    partial(
+        score_picture,
+        variants=VARIANTS,
+        title="Integrated and separate smoothing, at several learning rates",
+        baseline=(BASELINE, "GCond, separate, 1× rate"),
+    ),
 )

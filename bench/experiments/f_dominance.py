@@ -9,14 +9,14 @@ training by the plain sum.
 import argparse
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from bench.experiments.common import SCENES, Experiment, Job, Record, advance, scene_of, scenes_in
+from bench.experiments.common import SCENES, Experiment, Job, Record, scene_of
 from bench.experiments.pictures import name_lines, score_picture
-from bench.experiments.tables import markdown, percent, score_section, steps_of
+from bench.experiments.tables import markdown, percent, score_section
 from bench.experiments.training import (
     Variant,
     conflicts_of,
@@ -58,15 +58,12 @@ def variants() -> list[Variant]:
 VARIANTS: dict[str, list[Variant]] = {"photos": [], "digits": variants()}
 
 
-def jobs(options: argparse.Namespace) -> list[Job]:
+def jobs(options: argparse.Namespace, scene: str, seed: int) -> list[Job]:
     """Return the trainings, and recordings with what all windows make of them."""
-    found = jobs_of(options, VARIANTS)
-    for scene in options.scenes:
-        steps = recorded_steps(options, scene)
-        cost = 2.0 * steps * SCENES[scene].step_cost
-        for seed in range(options.seeds):
-            found += [Job(seed, scene, steps, replays, mode, cost) for mode in RECORDINGS]
-    return found
+    steps = recorded_steps(options, scene)
+    cost = 2.0 * steps * SCENES[scene].step_cost
+    recordings = [Job(seed, scene, steps, replays, mode, cost) for mode in RECORDINGS]
+    return jobs_of(VARIANTS, options, scene, seed) + recordings
 
 
 def replays(job: Job) -> Record:
@@ -77,33 +74,45 @@ def replays(job: Job) -> Record:
     for name, method in SETTINGS.items():
         winners = [tasks[number] for number in replay(recorded, method).winners]
         found[name] = conflicts_of(winners, scene)
-    advance(job.cost)
     return {"method": f"replay, {mode}", "mode": mode, "settings": found}
 
 
-def report(records: Sequence[Record]) -> list[str]:
-    said = [
-        "# The dominance window",
-        "W is dominance_window; history is what stability compares with. Thresholds are (0, 0, 0) "
-        "unless the default ones are named. Differences are to W = 3 with the raw history and the "
-        "same thresholds. Conflicts: steps with one. Share: of those that the task won. "
-        "Streak: the most of them that one task won in a row, mean over the seeds and (largest). "
-        "In the mild zone a step projects several times, each with a winner that enters the "
-        "history; here its first counts.",
+INTRODUCTION = (
+    "# The dominance window",
+    "W is dominance_window; history is what stability compares with. Thresholds are (0, 0, 0) "
+    "unless the default ones are named. Differences are to W = 3 with the raw history and the "
+    "same thresholds. Conflicts: steps with one. Share: of those that the task won. "
+    "Streak: the most of them that one task won in a row, mean over the seeds and (largest). "
+    "In the mild zone a step projects several times, each with a winner that enters the "
+    "history; here its first counts.",
+)
+
+
+def section(records: Sequence[Record], scene: str) -> list[str]:
+    """Return the scores where there were trainings, and the replays."""
+    first = next(iter(SCENES[scene].tasks))
+    columns = {
+        "conflicts": conflicts,
+        f"{first}: share": lambda found: share(found, first),
+        "streak": streak,
+    }
+    said = []
+    if VARIANTS[scene]:
+        what = f"{records[0]['steps']} steps."
+        said += score_section(records, scene, VARIANTS[scene], what, columns)
+    rows = [[""], *([name] for name in SETTINGS)]
+    for mode in RECORDINGS:
+        rows[0] += [f"{mode}: conflicts", f"{first}: share", "streak"]
+        for row, name in zip(rows[1:], SETTINGS, strict=True):
+            row += [column(settings_of(records, mode, name)) for column in columns.values()]
+    steps = next(found["steps"] for found in records if "mode" in found)
+    return [
+        *said,
+        f"## {scene}: the same gradients through all windows",
+        f"Task gradients of {steps} steps of a training by the plain sum, with "
+        "windows as in exact and in stochastic mode.",
+        markdown(rows),
     ]
-    for scene in scenes_in(records):
-        own = [found for found in records if found["scene"] == scene]
-        first = next(iter(SCENES[scene].tasks))
-        columns = {
-            "conflicts": conflicts,
-            f"{first}: share": lambda found, task=first: share(found, task),
-            "streak": streak,
-        }
-        if VARIANTS[scene]:
-            what = f"{steps_of(own, scene)} steps."
-            said += score_section(own, scene, VARIANTS[scene], what, columns)
-        said += replayed([found for found in own if "mode" in found], scene, first)
-    return said
 
 
 def conflicts(found: Sequence[Record]) -> str:
@@ -128,30 +137,6 @@ def settings_of(records: Sequence[Record], mode: str, name: str) -> list[dict[st
     return [found["settings"][name] for found in records if found.get("mode") == mode]
 
 
-def replayed(records: Sequence[Record], scene: str, first: str) -> list[str]:
-    """Return heading, paragraph and table of a scene's replays."""
-    rows = [[""]]
-    for mode in RECORDINGS:
-        rows[0] += [f"{mode}: conflicts", f"{first}: share", "streak"]
-    for name in SETTINGS:
-        rows.append([name])
-        for mode in RECORDINGS:
-            found = settings_of(records, mode, name)
-            rows[-1] += [conflicts(found), share(found, first), streak(found)]
-    return [
-        f"## {scene}: the same gradients through all windows",
-        f"Task gradients of {steps_of(records, scene)} steps of a training by the plain sum, with "
-        "windows as in exact and in stochastic mode.",
-        markdown(rows),
-    ]
-
-
-def picture(records: Sequence[Record]) -> Figure:
-    """Draw the scores, and the streaks in the replays."""
-    title = "Dominance window W, every conflict critical"
-    return score_picture(records, VARIANTS, title, (BASELINE, "W = 3, raw"), draw_streaks)
-
-
 def draw_streaks(axes: Axes, records: Sequence[Record], scene: str) -> None:
     """Draw the longest streaks in the replays: bars of the means, a dot per seed."""
     for mode, shift, color in (("exact", -0.2, BLUE), ("stochastic", 0.2, SKY)):
@@ -169,4 +154,17 @@ def draw_streaks(axes: Axes, records: Sequence[Record], scene: str) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=10)
 
 
-EXPERIMENT = Experiment("f_dominance", __doc__.splitlines()[0], jobs, report, picture)
+EXPERIMENT = Experiment(
+    "f_dominance",
+    __doc__.splitlines()[0],
+    jobs,
+    INTRODUCTION,
+    section,
+    partial(
+        score_picture,
+        variants=VARIANTS,
+        title="Dominance window W, every conflict critical",
+        baseline=(BASELINE, "W = 3, raw"),
+        extra=draw_streaks,
+    ),
+)

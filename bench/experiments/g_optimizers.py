@@ -9,14 +9,13 @@ a seed that is none of the others. The others compare at the chosen rates.
 import argparse
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
-
-from bench.experiments.common import SCENES, Experiment, Job, Record, perform_all, scenes_in
+from bench.experiments.common import SCENES, Experiment, Job, Record, perform_all
 from bench.experiments.pictures import score_picture
-from bench.experiments.tables import markdown, mean_of, score_section, steps_of
-from bench.experiments.training import Variant
+from bench.experiments.tables import markdown, mean_of, score_section
+from bench.experiments.training import Variant, jobs_of
 from gcond_kernels import GCond, LionLars
 from gcond_kernels.methods import Sum
 
@@ -68,32 +67,31 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError("this experiment is of the digits alone: leave --scene out")
 
 
-def jobs(options: argparse.Namespace) -> list[Job]:
-    """Try the learning rates, and return the trainings at the chosen ones."""
-    options.tried = []
-    steps = options.steps_of[SCENE]
+def try_rates(options: argparse.Namespace) -> dict[str, Any]:
+    """Train with each of the learning rates, and keep the best ones in the options."""
+    tried: list[Record] = []
     grid = [
-        variant._replace(learning_rate=rate).job(GRID_SEED, SCENE, steps)
+        variant._replace(learning_rate=rate).job(GRID_SEED, SCENE, options.steps_of[SCENE])
         for optimizer in OPTIMIZERS
         for variant in variants_of(optimizer)
         for rate in optimizer.rates
     ]
-    perform_all(grid, options.tried.append)
-    rates = chosen(options.tried)
-    return [
-        variant._replace(learning_rate=rates[variant.key]).job(seed, SCENE, steps)
-        for seed in range(options.seeds)
-        for variant in ALL
-    ]
+    perform_all(grid, tried.append)
+    options.rates = chosen(tried)
+    return {"learning_rates_tried": tried}
+
+
+def jobs(options: argparse.Namespace, scene: str, seed: int) -> list[Job]:
+    """Return the trainings at the best rates."""
+    best = [variant._replace(learning_rate=options.rates[variant.key]) for variant in ALL]
+    return jobs_of({scene: best}, options, scene, seed)
 
 
 def chosen(tried: Sequence[Record]) -> dict[str, float]:
     """Return variant → rate of the smallest validation loss."""
     best: dict[str, Record] = {}
-    for found in tried:
-        key = found["method"]
-        if key not in best or loss_of(found) < loss_of(best[key]):
-            best[key] = found
+    for found in sorted(tried, key=loss_of):
+        best.setdefault(found["method"], found)
     return {key: found["learning_rate"] for key, found in best.items()}
 
 
@@ -106,18 +104,18 @@ def loss_of(found: Record) -> float:
     return total if math.isfinite(total) else math.inf
 
 
-def report(records: Sequence[Record]) -> list[str]:
-    said = [
-        "# GCond with three optimizers",
-        "AdamW: betas (0.9, 0.95). Lion/LARS: update=LionLars() and momentum=0.9 over SGD. SGD: "
-        "momentum 0.9. Differences are to the plain sum of the same optimizer. Learning rates are "
-        f"those of the smallest validation loss with seed {GRID_SEED}, chosen apart for the plain "
-        "sum and for GCond, of as many rates each.",
-    ]
-    for scene in scenes_in(records):
-        what = f"{steps_of(records, scene)} steps."
-        said += score_section(records, scene, VARIANTS[scene], what, COLUMNS)
-    return said
+INTRODUCTION = (
+    "# GCond with three optimizers",
+    "AdamW: betas (0.9, 0.95). Lion/LARS: update=LionLars() and momentum=0.9 over SGD. SGD: "
+    "momentum 0.9. Differences are to the plain sum of the same optimizer. Learning rates are "
+    f"those of the smallest validation loss with seed {GRID_SEED}, chosen apart for the plain "
+    "sum and for GCond, of as many rates each.",
+)
+
+
+def section(records: Sequence[Record], scene: str) -> list[str]:
+    what = f"{records[0]['steps']} steps."
+    return score_section(records, scene, VARIANTS[scene], what, COLUMNS)
 
 
 def rates_tried(settings: dict[str, Any]) -> list[str]:
@@ -134,18 +132,19 @@ def rates_tried(settings: dict[str, Any]) -> list[str]:
     return ["Validation losses (weighted sum) with the rates tried:", markdown(rows)]
 
 
-def picture(records: Sequence[Record]) -> Figure:
-    title = "GCond and the plain sum with three optimizers, each at its own learning rate"
-    return score_picture(records, VARIANTS, title, (ALL[0].key, "the plain sum, AdamW"))
-
-
 EXPERIMENT = Experiment(
     "g_optimizers",
     __doc__.splitlines()[0],
     jobs,
-    report,
-    picture,
+    INTRODUCTION,
+    section,
+    partial(
+        score_picture,
+        variants=VARIANTS,
+        title="GCond and the plain sum with three optimizers, each at its own learning rate",
+        baseline=(ALL[0].key, "the plain sum, AdamW"),
+    ),
     check=check,
-    settings=lambda options: {"learning_rates_tried": options.tried},
+    prepare=try_rates,
     appendix=rates_tried,
 )

@@ -7,12 +7,11 @@ parameters and on the micro-batches, which are the same for all methods.
 import argparse
 import statistics
 from collections.abc import Sequence
+from functools import partial
 
-from matplotlib.figure import Figure
-
-from bench.experiments.common import SCENES, Experiment, Job, Record, scenes_in
+from bench.experiments.common import SCENES, Experiment, Job, Record
 from bench.experiments.pictures import score_picture
-from bench.experiments.tables import by_seed, mean_of, score_section, steps_of
+from bench.experiments.tables import by_seed, mean_of, score_section
 from bench.experiments.training import Variant, jobs_of
 from examples.demo.methods import METHODS, PLAIN, methods_of
 
@@ -43,55 +42,50 @@ def check(options: argparse.Namespace) -> None:
     options.methods = [method.key for method in methods_of(options.methods)]
 
 
-def jobs(options: argparse.Namespace) -> list[Job]:
+def jobs(options: argparse.Namespace, scene: str, seed: int) -> list[Job]:
     """Return the trainings of the methods that are asked for."""
-    chosen = [variant for variant in VARIANTS if variant.key in options.methods]
-    return jobs_of(options, dict.fromkeys(SCENES, chosen))
+    asked = [variant for variant in VARIANTS if variant.key in options.methods]
+    return jobs_of({scene: asked}, options, scene, seed)
 
 
-def variants_in(records: Sequence[Record], scene: str) -> list[Variant]:
-    """Return the variants of a scene's records, in the order of the list."""
-    return [variant for variant in VARIANTS if by_seed(records, scene, variant.key)]
+INTRODUCTION = (
+    "# What the methods come to on the demo's two scenes",
+    "Each has the default options of its class. Some make a sum of the gradients and some a "
+    "mean, but all share a learning rate: AdamW, the optimizer of all of them, makes the same "
+    "steps whatever constant factor the gradients have. CAGrad, MGDA, AlignedMTL, IMTLG and "
+    "NashMTL set a balance between the tasks that is not that of the loss weights: what they "
+    "gain in a score other loss weights may give the plain sum, which was not tried.",
+    "Differences are to the plain sum. Incidence of conflict: the share of pairs of tasks with "
+    "a cosine below 0, mean over steps and seeds. In the order of the list, not of the "
+    "results.",
+    "Sum makes the gradients of the plain sum but for rounding, which training amplifies: what "
+    "lies between the two is chance.",
+)
 
 
-def report(records: Sequence[Record]) -> list[str]:
-    said = [
-        "# What the methods come to on the demo's two scenes",
-        "Each has the default options of its class. Some make a sum of the gradients and some a "
-        "mean, but all share a learning rate: AdamW, the optimizer of all of them, makes the same "
-        "steps whatever constant factor the gradients have. CAGrad, MGDA, AlignedMTL, IMTLG and "
-        "NashMTL set a balance between the tasks that is not that of the loss weights: what they "
-        "gain in a score other loss weights may give the plain sum, which was not tried.",
-        "Differences are to the plain sum. Incidence of conflict: the share of pairs of tasks with "
-        "a cosine below 0, mean over steps and seeds. In the order of the list, not of the "
-        "results.",
-        "Sum makes the gradients of the plain sum but for rounding, which training amplifies: what "
-        "lies between the two is chance.",
-    ]
-    for scene in scenes_in(records):
-        times, note = relative_times(records, scene)
-        columns = {"incidence": mean_of("incidence")}
-        if times:
-            columns["step"] = lambda found, times=times: f"{times[found[0]['method']]:.2f}"
-        weights = ", ".join(f"{task} {weight:g}" for task, weight in SCENES[scene].tasks.items())
-        micro_batches = SCENES[scene].accumulation_steps
-        what = f"{steps_of(records, scene)} steps of {micro_batches} micro-batches; loss weights "
-        said += score_section(
-            records, scene, variants_in(records, scene), f"{what}{weights}.", columns
-        )
-        said.append(note)
-    return said
+def section(records: Sequence[Record], scene: str) -> list[str]:
+    """Return the scores, with the times of a step where they are steady."""
+    times, note = relative_times(records, scene)
+    columns = {"incidence": mean_of("incidence")}
+    if times:
+        columns["step"] = lambda found: f"{times[found[0]['method']]:.2f}"
+    weights = ", ".join(f"{task} {weight:g}" for task, weight in SCENES[scene].tasks.items())
+    what = (
+        f"{records[0]['steps']} steps of {SCENES[scene].accumulation_steps} micro-batches; "
+        f"loss weights {weights}."
+    )
+    return [*score_section(records, scene, VARIANTS, what, columns), note]
 
 
 def relative_times(records: Sequence[Record], scene: str) -> tuple[dict[str, float], str]:
     """Return method → time of a step, if that is steady over the seeds, and a note."""
     plain = by_seed(records, scene, PLAIN.key)
     ratios = {
-        variant.key: [
+        method: [
             found["step"] / plain[seed]["step"]
-            for seed, found in by_seed(records, scene, variant.key).items()
+            for seed, found in by_seed(records, scene, method).items()
         ]
-        for variant in variants_in(records, scene)
+        for method in {found["method"] for found in records}
     }
     most = max((max(r) - min(r)) / statistics.fmean(r) for r in ratios.values())
     how = (
@@ -104,18 +98,18 @@ def relative_times(records: Sequence[Record], scene: str) -> tuple[dict[str, flo
     return {method: statistics.fmean(r) for method, r in ratios.items()}, f"Step: {how}."
 
 
-def picture(records: Sequence[Record]) -> Figure:
-    variants = {scene: variants_in(records, scene) for scene in SCENES}
-    title = "Validation scores by method and seed"
-    return score_picture(records, variants, title, (PLAIN.key, "the plain sum"))
-
-
 EXPERIMENT = Experiment(
     "h_methods",
     __doc__.splitlines()[0],
     jobs,
-    report,
-    picture,
+    INTRODUCTION,
+    section,
+    partial(
+        score_picture,
+        variants=dict.fromkeys(SCENES, VARIANTS),
+        title="Validation scores by method and seed",
+        baseline=(PLAIN.key, "the plain sum"),
+    ),
     {name: scene.steps for name, scene in SCENES.items()},
     add_arguments,
     check,

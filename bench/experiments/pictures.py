@@ -30,13 +30,15 @@ def score_picture(
     `baseline` is the key of the variant with a dashed line, and its name.
     """
     scenes = scenes_in(records)
-    trained = [scene for scene in scenes if variants[scene]]
-    rows = [len(variants[scene]) + 2 for scene in trained] + ([12] if extra else [])
+    methods = {found["method"] for found in records}
+    shown = {scene: [v for v in variants[scene] if v.key in methods] for scene in scenes}
+    trained = [scene for scene in scenes if shown[scene]]
+    rows = [len(shown[scene]) + 2 for scene in trained] + ([12] if extra else [])
     figure = Figure(figsize=(13, sum(0.36 * r + 0.6 for r in rows) + 1.0), layout="constrained")
     panels = figure.subplots(len(rows), 2, squeeze=False, height_ratios=rows)
     for scene, of_scene in zip(trained, panels, strict=False):
         for axes, task in zip(of_scene, SCENES[scene].score_labels, strict=True):
-            draw_scores(axes, records, scene, task, variants[scene], baseline[0])
+            draw_scores(axes, records, scene, task, shown[scene], baseline[0])
         of_scene[1].tick_params(labelleft=False)
     if extra:
         for axes, scene in zip(panels[-1], scenes, strict=False):
@@ -63,8 +65,6 @@ def draw_scores(
     for row, variant in enumerate(variants):
         runs = by_seed(records, scene, variant.key)
         scores = {seed: factor * found["scores"][task] for seed, found in runs.items()}
-        if not scores:
-            continue
         mean = statistics.fmean(scores.values())
         for seed, score in scores.items():
             axes.plot(score, row, **seed_style(seed))

@@ -16,17 +16,11 @@ Columns = dict[str, Callable[[Sequence[Record]], str]]
 
 
 class Scores(NamedTuple):
-    """One variant's values of a score over the seeds, and the differences to another's.
-
-    Attributes:
-        values: of the seeds that there are.
-        gaps: of the seeds that there is a baseline of.
-        percent: whether they are shares.
-    """
+    """One variant's values of a score over the seeds, and the differences to another's."""
 
     values: list[float]
-    gaps: list[float]
-    percent: bool
+    gaps: list[float]  # of the seeds that there is a baseline of
+    percent: bool  # whether the values are shares
 
     @property
     def error(self) -> float | None:
@@ -148,11 +142,6 @@ def beyond_sentence(records: Sequence[Record], scene: str, variants: Sequence[Va
         f"would take {100.0 * chance:.0f} % of the differences beyond that, here some "
         f"{chance * count:.0f} of {count}."
     )
-
-
-def steps_of(records: Sequence[Record], scene: str) -> int:
-    """Return the number of steps of a scene's first record."""
-    return next(int(found["steps"]) for found in records if found["scene"] == scene)
 
 
 def percent(share: float | None) -> str:

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from bench.experiments.common import SCENES, Job, Record, advance, scene_of
+from bench.experiments.common import SCENES, Job, Record, scene_of
 from examples.demo import training
 from examples.demo.methods import PLAIN
 from examples.demo.methods import Method as DemoMethod
@@ -25,39 +25,25 @@ from gcond_kernels.methods import Method
 
 # Gradients are recorded in a part of the steps.
 RECORDED = {"photos": 1 / 3, "digits": 0.5}
+SGD_MOMENTUM = {"sgd": 0.9, "sgd without momentum": 0.0}
 CPU = torch.device("cpu")
 
 
 class Variant(NamedTuple):
-    """Settings of a training that may differ from the demo's.
+    """Settings of a training that may differ from the demo's."""
 
-    Attributes:
-        key: its name in the record.
-        name: its name in tables and pictures.
-        resolver: of GCondFused; None is the plain sum, without it.
-        baseline: key of the variant that its scores are compared with; "" is none.
-        mode: of GCondFused.
-        options: more of GCondFused.
-        base: the optimizer below; a name of `base_optimizer`.
-        learning_rate: None is the scene's.
-        beta1: of AdamW.
-        micro_batches: per step; None is the scene's.
-        steps: a factor of the number of steps.
-        cost: of a step, relative to the plain sum's; None is a rough one.
-    """
-
-    key: str
-    name: str
-    resolver: Method | None = None
-    baseline: str = ""
+    key: str  # in the record
+    name: str  # in tables and pictures
+    resolver: Method | None = None  # of GCondFused; None is the plain sum, without it
+    baseline: str = ""  # key of the variant that its scores are compared with; "" is none
     mode: Literal["exact", "stochastic"] = "exact"
-    options: dict[str, Any] = {}  # noqa: RUF012  # never changed
-    base: str = "adamw"
-    learning_rate: float | None = None
-    beta1: float = 0.9
-    micro_batches: int | None = None
-    steps: float = 1.0
-    cost: float | None = None
+    options: dict[str, Any] = {}  # noqa: RUF012  # more of GCondFused; never changed
+    base: str = "adamw"  # or a key of SGD_MOMENTUM
+    learning_rate: float | None = None  # None is the scene's
+    beta1: float = 0.9  # of AdamW
+    micro_batches: int | None = None  # per step; None is the scene's
+    steps: float = 1.0  # a factor of their number
+    cost: float | None = None  # of a step, relative to the plain sum's; None is a rough one
 
     def job(self, seed: int, scene: str, steps: int) -> Job:
         """Return a training of so many steps of a variant with the factor 1."""
@@ -69,14 +55,11 @@ class Variant(NamedTuple):
         return Job(seed, scene, steps, measure, self, steps * cost)
 
 
-def jobs_of(options: argparse.Namespace, variants: dict[str, Sequence[Variant]]) -> list[Job]:
-    """Return the trainings of every seed, scene and variant (scene → variants)."""
-    return [
-        variant.job(seed, scene, options.steps_of[scene])
-        for seed in range(options.seeds)
-        for scene in options.scenes
-        for variant in variants[scene]
-    ]
+def jobs_of(
+    variants: dict[str, Sequence[Variant]], options: argparse.Namespace, scene: str, seed: int
+) -> list[Job]:
+    """Return the trainings of a scene's variants."""
+    return [variant.job(seed, scene, options.steps_of[scene]) for variant in variants[scene]]
 
 
 def with_micro_batches(scene: Scene, micro_batches: int | None) -> Scene:
@@ -99,7 +82,6 @@ def measure(job: Job) -> Record:
     with patch.object(training, "EVALUATIONS", 1):
         for _ in training.train(run, job.seed, optimizer=optimizer):
             times.append(time.process_time() - before)
-            advance(job.cost / job.steps)
             before = time.process_time()
     values = cosines(run)
     return {
@@ -141,8 +123,7 @@ def base_optimizer(variant: Variant, scene: Scene, model: nn.Module) -> torch.op
     rate = variant.learning_rate or scene.learning_rate
     if variant.base == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=rate, betas=(variant.beta1, 0.95))
-    momentum = {"sgd": 0.9, "sgd without momentum": 0.0}[variant.base]
-    return torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
+    return torch.optim.SGD(model.parameters(), lr=rate, momentum=SGD_MOMENTUM[variant.base])
 
 
 def conflicts_of(winners: Sequence[str | None], scene: Scene) -> dict[str, Any]:
@@ -151,13 +132,8 @@ def conflicts_of(winners: Sequence[str | None], scene: Scene) -> dict[str, Any]:
     return {
         "conflicts": len(won),
         "won": {task: won.count(task) for task in scene.tasks},
-        "longest_streak": longest_streak(won),
+        "longest_streak": max((len(list(same)) for _, same in groupby(won)), default=0),
     }
-
-
-def longest_streak(winners: Sequence[Any]) -> int:
-    """Return the most equal entries one behind the other."""
-    return max((len(list(same)) for _, same in groupby(winners)), default=0)
 
 
 # Task gradients.
@@ -214,10 +190,9 @@ def plain_training(
 
 
 def at_moments(job: Job, moments: Sequence[int], measured: Any) -> list[Any]:
-    """Return what `measured` makes of micro-batches at the weights of some steps.
+    """Return what `measured` makes of a source of new task gradients at the weights of some steps.
 
-    It is called with a function that returns the task gradients of a new micro-batch, which is none
-    of the training's own.
+    Their micro-batches are none of the training's own.
     """
     scene = scene_of(job.scene)
     generator = torch.Generator().manual_seed(1000 + job.seed)
@@ -240,17 +215,11 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 class Recorded(NamedTuple):
-    """Inner products of the task gradients of a training by the plain sum, step by step.
+    """Inner products of the task gradients of a training by the plain sum, step by step."""
 
-    Attributes:
-        gramians: [T, K, K], S of each step.
-        crosses: [T, K, K], X_ij = ĝ_i of the step · ĝ_j of the step before; at first zeros.
-        by_tensor: cosines of two tasks in each parameter tensor, of all steps.
-    """
-
-    gramians: Tensor
-    crosses: Tensor
-    by_tensor: list[float]
+    gramians: Tensor  # [T, K, K] S of each step
+    crosses: Tensor  # [T, K, K] ĝ_i of the step · ĝ_j of the step before; at first zeros
+    by_tensor: list[float]  # cosines of two tasks in each parameter tensor, of all steps
 
 
 def recorded_steps(options: argparse.Namespace, scene: str) -> int:
@@ -265,27 +234,19 @@ def record_gradients(scene: Scene, steps: int, seed: int, stochastic: bool = Fal
         sizes = [parameter.numel() for parameter in model.parameters()]
         by_tensor += [cosine(*part) for part in gradients.split(sizes, 1) if part.any(1).all()]
         wide = gradients.double()
-        before = torch.zeros_like(wide) if before is None else before
         gramians.append(wide @ wide.T)
-        crosses.append(wide @ before.T)
+        crosses.append(torch.zeros_like(gramians[-1]) if before is None else wide @ before.T)
         before = wide
     return Recorded(torch.stack(gramians), torch.stack(crosses), by_tensor)
 
 
 class Replay(NamedTuple):
-    """What GCond makes of recorded gradients, without any influence on them.
+    """What GCond makes of recorded gradients, without any influence on them."""
 
-    Attributes:
-        cosines: smallest cosine of each step, before anything was resolved.
-        winners: of each conflict in order, numbers of tasks.
-        changes: per step ‖g - Σ ĝ‖ / ‖Σ ĝ‖: how far the resolved gradient is from the sum.
-        weights: [T, K]
-    """
-
-    cosines: list[float]
-    winners: list[int]
-    changes: list[float]
-    weights: Tensor
+    cosines: list[float]  # smallest of each step, before anything was resolved
+    winners: list[int]  # of each conflict in order, numbers of tasks
+    changes: list[float]  # per step ‖g - Σ ĝ‖ / ‖Σ ĝ‖, of the resolved gradient g
+    weights: Tensor  # [T, K]
 
 
 def replay(recorded: Recorded, method: GCond) -> Replay:
