@@ -182,23 +182,6 @@ def test_attention(wide):
             assert_largest(chosen, parameter.detach(), neuron, parameter.shape[1] // 2)
 
 
-def test_the_rule_of_the_paper_in_plain_torch():
-    """θ ← θ − η (M ∘ ∇): what is masked stays, and with weight decay it does not."""
-    torch.manual_seed(0)
-    for decay in (0.0, 0.1):
-        layer = nn.Linear(6, 3)
-        before, mask = layer.weight.detach().clone(), neuron_mask(layer, share=0.3)
-        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=decay)
-        for _ in range(3):
-            optimizer.zero_grad()
-            layer(torch.randn(8, 6)).pow(2).mean().backward()
-            for parameter, chosen in mask.items():
-                parameter.grad *= chosen
-            optimizer.step()
-        moved = layer.weight.detach() != before
-        assert torch.equal(moved, mask[layer.weight] | (decay > 0.0))
-
-
 def test_gcond_trains_what_is_chosen_alone():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(8, 2))
