@@ -33,10 +33,6 @@ def test_the_verdict_follows_the_numbers(cosines, verdict):
     assert ("1 of 2 backward passes" in said) == plain
 
 
-def test_conflicts_are_weak_by_their_cosines_not_their_zones():
-    assert "the conflicts are weak" in with_cosines([-0.02] * 30, (-0.01, -0.01, 0.0)).advise()
-
-
 def test_advice_reports_the_figures():
     said = with_cosines([0.5] * 50 + [-0.2] * 25 + [-0.6] * 15 + [-0.9] * 10).advise()
     assert "Looked at 100 steps (1 to 100)." in said
@@ -69,6 +65,7 @@ def test_advice_names_the_worst_pair_and_layers():
 
 def test_advice_uses_the_thresholds_of_the_method():
     """With θ_weak at 0.3 a cosine of 0.1 is a conflict, below it at -0.3 one of -0.1 is none."""
+    assert "the conflicts are weak" in with_cosines([-0.02] * 30, (-0.01, -0.01, 0.0)).advise()
     cosines = 30 * [0.1, -0.1, -0.4]
     assert "in 100.0 % of 90 comparisons" in with_cosines(cosines, (-0.8, -0.5, 0.3)).advise()
     assert "in 33.3 % of 90 comparisons" in with_cosines(cosines, (-0.8, -0.5, -0.3)).advise()

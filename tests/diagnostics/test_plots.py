@@ -51,10 +51,15 @@ def test_a_picture_with_slashes_in_names_and_of_a_task_that_was_added(tmp_path):
     assert plot_conflicts(kept, tmp_path / "conflicts.png").exists()
 
 
-def axes_of(kept: Recorder):
+def drawn_by(draw, *args):
     figure = plots._figure_and_path("", "picture")[0]
-    plots._draw_conflicts(figure, kept)
+    draw(figure, *args)
     figure.canvas.draw()
+    return figure
+
+
+def axes_of(kept: Recorder):
+    figure = drawn_by(plots._draw_conflicts, kept)
     upper, lower = figure.subfigs
     return *upper.axes, *lower.axes
 
@@ -118,21 +123,32 @@ def test_names_are_drawn_as_they_are_and_fit():
     assert bars.get_title() == "How often do they conflict in each layer? (the first 20 of 30)"
 
 
-def test_the_folder_is_made_and_png_the_default(tmp_path):
-    path = plot_conflicts(filled(2), str(tmp_path / "new" / "folder" / "picture"))
+@pytest.mark.parametrize(
+    ("plot", "recorder", "empty"),
+    [
+        (plot_conflicts, filled(2), Recorder("ab", THRESHOLDS, 5)),
+        (plot_layer_conflicts, RecordedLayers(LAYERS), RecordedLayers([])),
+    ],
+    ids=["conflicts", "layers"],
+)
+def test_a_folder_is_made_png_the_default_and_nothing_no_picture(tmp_path, plot, recorder, empty):
+    path = plot(recorder, str(tmp_path / "new" / "folder" / "picture"))
     assert path == tmp_path / "new" / "folder" / "picture.png"
-    assert imread(path).std() > 0.0
-
-
-def test_a_picture_of_nothing_or_in_place_of_a_folder_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="train some steps first"):
-        plot_conflicts(Recorder("ab", THRESHOLDS, 5), tmp_path / "new" / "picture.png")
-    assert not list(tmp_path.iterdir())
+    assert imread(path).std() > 0.05
     with pytest.raises(ValueError, match="is a folder"):
-        plot_conflicts(filled(2), tmp_path)
+        plot(recorder, tmp_path)
+    with pytest.raises(ValueError, match=r"nothing to draw before .*train some steps first"):
+        plot(empty, tmp_path / "other" / "picture.png")
+    assert not (tmp_path / "other").exists()
+
+
+def test_options_of_the_picture_of_layers(tmp_path):
+    recorder = RecordedLayers(LAYERS)
+    plot_layer_conflicts(recorder, tmp_path / "layers", threshold=-0.1)
+    assert recorder.threshold == -0.1
     for most in (0, -1, 1.0, True, "3"):
         with pytest.raises(ValueError, match="most must be a whole number, 1 or more"):
-            plot_layer_conflicts(RecordedLayers(LAYERS), tmp_path / "p.png", most=most)
+            plot_layer_conflicts(recorder, tmp_path / "p.png", most=most)
 
 
 @pytest.mark.parametrize("function", ["plot_conflicts", "plot_layer_conflicts"])
@@ -157,9 +173,8 @@ except ImportError as error:
 
 
 def drawn(rows, threshold=-0.02, most=25):
-    figure = plots._figure_and_path("", "picture")[0]
-    plots._draw_ranking(figure, RecordedLayers(rows).layers(threshold=threshold), threshold, most)
-    figure.canvas.draw()
+    layers = RecordedLayers(rows).layers(threshold=threshold)
+    figure = drawn_by(plots._draw_ranking, layers, threshold, most)
     return figure, figure.axes[0]
 
 
@@ -204,16 +219,3 @@ def test_the_picture_says_what_the_table_says():
     _, none = drawn([("head", 0, 3)], threshold=0.0)
     assert none.get_title().endswith("a cosine below 0")
     assert none.get_xlim()[1] >= 1.0
-
-
-def test_a_picture_of_layers_in_a_new_folder(tmp_path):
-    recorder = RecordedLayers(LAYERS)
-    path = plot_layer_conflicts(recorder, str(tmp_path / "new" / "layers"), threshold=-0.1)
-    assert path == tmp_path / "new" / "layers.png"
-    assert recorder.threshold == -0.1
-    assert imread(path).std() > 0.05
-    with pytest.raises(ValueError, match="is a folder"):
-        plot_layer_conflicts(recorder, tmp_path)
-    with pytest.raises(ValueError, match="nothing to draw"):
-        plot_layer_conflicts(RecordedLayers([]), tmp_path / "other" / "picture.png")
-    assert not (tmp_path / "other").exists()
