@@ -18,6 +18,7 @@ from gcond_kernels.methods import CAGrad, GCond, GradDrop, GradNorm, PCGrad
 from gcond_kernels.storage.dtensor import local_shard
 from tests.conftest import slow
 from tests.helpers import distributed_training as t
+from tests.helpers.models import same
 
 
 def quick_first(quick, runs):
@@ -26,18 +27,12 @@ def quick_first(quick, runs):
 
 
 OF_TWO = ("shard", "replicate", "fsdp", "tp", "sp")
-OF_FOUR = {
-    "shard": ("clipped", "signs"),
-    "fsdp": ("momentum", "signs"),
-    "hsdp": ("clipped", "signs"),
-    "tp": ("clipped", "signs"),
-    "fsdp_tp": ("clipped", "signs"),
-}
 ALL = ("momentum", "clipped", "signs")
 QUICK = [(2, parallelism, ALL[number % 3]) for number, parallelism in enumerate(OF_TWO)]
 OTHERS = [
-    *((2, parallelism, options) for parallelism in OF_TWO for options in ALL),
-    *((4, parallelism, options) for parallelism in OF_FOUR for options in OF_FOUR[parallelism]),
+    *product([2], OF_TWO, ALL),
+    *product([4], ["shard", "hsdp", "tp", "fsdp_tp"], ["clipped", "signs"]),
+    *product([4], ["fsdp"], ["momentum", "signs"]),
 ]
 OPTIONS = {
     "plain": {"momentum": 0.0},
@@ -99,12 +94,11 @@ METHODS = {
 }
 QUICK_METHODS = [(2, "shard", "GradNorm"), (2, "replicate", "PCGrad"), (2, "fsdp", "by tensor")]
 OTHER_METHODS = [
-    *((2, parallelism, method) for parallelism in ("shard", "fsdp") for method in METHODS),
-    *((2, "replicate", method) for method in ("PCGrad", "GradNorm", "by tensor")),
+    *product([2], ["shard", "fsdp"], METHODS),
+    *product([2], ["replicate"], ["PCGrad", "GradNorm", "by tensor"]),
     (4, "shard", "by tensor"),
     (4, "fsdp_tp", "PCGrad"),
 ]
-RUNS_OF_METHODS = quick_first(QUICK_METHODS, OTHER_METHODS)
 
 
 def assert_masked_stay(parameters):
@@ -126,7 +120,9 @@ def assert_same_decisions(decisions, others):
             assert weights == pytest.approx(theirs.tensor_weights[name], rel=1e-2, abs=1e-2), name
 
 
-@pytest.mark.parametrize(("size", "parallelism", "method"), RUNS_OF_METHODS)
+@pytest.mark.parametrize(
+    ("size", "parallelism", "method"), quick_first(QUICK_METHODS, OTHER_METHODS)
+)
 def test_any_method_decides_as_one_process_that_sees_all_data(ranks, size, parallelism, method):
     both = t.train_both(ranks(size), parallelism, METHODS[method], 10)
     parameters, decisions, decisions_alone = both
@@ -207,12 +203,11 @@ def sign_dropout(strategy, ranks=None):
 def test_ranks_pick_the_signs_of_one_process(ranks, size, strategy):
     results = ranks(size)(sign_dropout, strategy)
     parameters_alone, steps_alone = sign_dropout(None, size)
-    for parameters, steps in results:
-        assert t.equal(parameters, results[0][0])
-        t.assert_close(parameters, parameters_alone, 1e-5)
-        for ours, first, theirs in zip(steps, results[0][1], steps_alone, strict=True):
-            assert t.equal(ours, first)
-            t.assert_close(ours, theirs, 1e-6)
+    parameters, steps = results[0]
+    assert all(map(same, results, [results[0]] * size))
+    t.assert_close(parameters, parameters_alone, 1e-5)
+    for ours, theirs in zip(steps, steps_alone, strict=True):
+        t.assert_close(ours, theirs, 1e-6)
 
 
 class Uneven(nn.Module):

@@ -183,28 +183,15 @@ WITHOUT_HISTORY = {"method": GCond(tie_breaking_weights=(0.0, 1.0))}
         ({"share": 0.4}, {}, "the state has mask, this optimizer has no mask"),
         ({}, WITHOUT_HISTORY, "the state has history, this optimizer has no history"),
         ({}, {"momentum": 0.0}, "the state has momentum, this optimizer has no momentum"),
-    ],
-)
-def test_checkpoint_of_another_method(tmp_path, saved, here, words):
-    for steps in (0, 1):
-        training = t.new_training(None, 1, net=t.Headed, **saved)
-        trained(training, range(steps))
-        save(training, tmp_path / str(steps))
-        with pytest.raises(ValueError, match=words):
-            load(t.new_training(None, 1, net=t.Headed, **here), tmp_path / str(steps))
-
-
-@pytest.mark.parametrize(
-    ("saved", "here", "words"),
-    [
         ({}, {"share": 0.4}, r"Missing key .*\.gcond\.mask\."),
         ({}, {"granularity": "tensor"}, r"Missing key .*gcond\.method\.norm_ema"),
         (WITHOUT_HISTORY, {}, r"Missing key .*gcond\.history\."),
     ],
 )
-def test_checkpoint_that_lacks_what_is_kept(tmp_path, saved, here, words):
-    training = t.new_training(None, 1, **saved)
-    trained(training, [0])
-    save(training, tmp_path)
-    with pytest.raises(dcp.api.CheckpointException, match=words):
-        load(t.new_training(None, 1, **here), tmp_path)
+def test_checkpoint_of_another_method_or_of_less(tmp_path, saved, here, words):
+    for steps in (0, 1):
+        training = t.new_training(None, 1, net=t.Headed, **saved)
+        trained(training, range(steps))
+        save(training, tmp_path / str(steps))
+        with pytest.raises((ValueError, dcp.api.CheckpointException), match=words):
+            load(t.new_training(None, 1, net=t.Headed, **here), tmp_path / str(steps))

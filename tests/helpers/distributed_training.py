@@ -137,19 +137,15 @@ def parallelize(model, parallelism):
     from torch.distributed.tensor import parallel as tp
 
     size = dist.get_world_size()
-    shape, names = (size,), ("all",)
-    if parallelism == "hsdp":
-        shape, names = (2, size // 2), ("copies", "shards")
-    if parallelism == "fsdp_tp":
-        shape, names = (size // 2, 2), ("data", "tensor")
-    mesh = init_device_mesh(device().type, shape, mesh_dim_names=names)
+    shape = {"hsdp": (2, size // 2), "fsdp_tp": (size // 2, 2)}.get(parallelism, (size,))
+    mesh = init_device_mesh(device().type, shape, mesh_dim_names=("outer", "inner")[: len(shape)])
     if parallelism in ("tp", "fsdp_tp"):
         plan = {
             "first": tp.ColwiseParallel(output_layouts=Replicate()),
             "second": tp.ColwiseParallel(),
             "third": tp.RowwiseParallel(),
         }
-        tp.parallelize_module(model, mesh["tensor"] if parallelism == "fsdp_tp" else mesh, plan)
+        tp.parallelize_module(model, mesh["inner"] if parallelism == "fsdp_tp" else mesh, plan)
     if parallelism == "sp":
         # The norm sees a part of the samples alone: its gradient is still to be summed.
         plan = {
@@ -160,7 +156,7 @@ def parallelize(model, parallelism):
         }
         tp.parallelize_module(model, mesh, plan)
     if parallelism not in ("tp", "sp"):
-        mesh = mesh["data"] if parallelism == "fsdp_tp" else mesh
+        mesh = mesh["outer"] if parallelism == "fsdp_tp" else mesh
         for layer in (model.second, model.third, model):
             fully_shard(layer, mesh=mesh)
     return model
