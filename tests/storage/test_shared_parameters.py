@@ -391,29 +391,6 @@ def test_max_norm_and_signs_use_the_weights_of_each_tensor(backend):
             assert float(written[0].norm()) == pytest.approx(0.1, rel=1e-5)
 
 
-# Saving.
-
-
-@pytest.mark.parametrize(("method", "granularity"), [*EVERY, (half_of_both, "tensor")])
-@pytest.mark.parametrize("at", [4, 5])
-def test_training_goes_on_to_the_same_bits(method, granularity, at):
-    x, options = inputs(10), {"method": method, "granularity": granularity, "momentum": 0.9}
-    model = net()
-    optimizer = optimizer_of(model, **options)
-    train(model, optimizer, x[:at])
-    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    train(model, optimizer, x[at:])
-    resumed = net(seed=7)
-    resumed.load_state_dict(saved["model"])
-    other = optimizer_of(resumed, **options)
-    other.load_state_dict(saved["optimizer"])
-    train(resumed, other, x[at:])
-    assert torch.equal(flat_parameters(model), flat_parameters(resumed))
-    assert models.same(optimizer._resolver.method_state, other._resolver.method_state)
-    assert torch.equal(optimizer._storage.parameter_tasks, other._storage.parameter_tasks)
-    assert torch.equal(optimizer._storage.was_shared, other._storage.was_shared)
-
-
 # Steps that are not finite.
 
 
@@ -522,22 +499,6 @@ def test_a_mask_follows_the_memory_of_its_parameter(backend):
     assert torch.equal(conv.weight.grad != 0.0, mask[conv.weight])
     storage = optimizer._storage
     assert torch.equal(storage.mask_of(storage.segments[0]), mask[conv.weight])
-
-
-def test_a_mask_is_in_the_state_and_comes_back():
-    """It was made of the weights before training: after it the same call would choose others."""
-    model, x = net(), inputs(8)
-    optimizer = optimizer_of(model, mask=masks_of(model))
-    train(model, optimizer, x[:4])
-    saved = through_a_file(optimizer.state_dict())
-    resumed = copy.deepcopy(model)
-    other = optimizer_of(resumed, mask=masks_of(resumed, seed=4))
-    other.load_state_dict(saved)
-    train(model, optimizer, x[4:])
-    train(resumed, other, x[4:])
-    assert torch.equal(flat_parameters(model), flat_parameters(resumed))
-    twin = copy.deepcopy(other)
-    assert torch.equal(twin._storage.mask, other._storage.mask)
 
 
 def test_parameters_that_come_later_have_their_mask_or_none():
@@ -709,24 +670,6 @@ def test_random_orders_go_on_where_they_were():
         runs.append(flat_parameters(model))
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
-
-
-def test_two_tasks_of_pcgrad_are_gcond_with_one_zone(backend):
-    """The ablation "GCond as PCGrad" of the GCond paper, through the optimizer."""
-    written = []
-    for method in (PCGrad(), GCond(arbitration="zones", thresholds=(-1.0, -1.0, 0.0))):
-        model = net()
-        options = {"tasks": models.TASKS, "method": method, "backend": backend}
-        optimizer = optimizer_over(*model.parameters(), lr=0.05, **options)
-        conflicts = 0
-        for batch in inputs(6):
-            losses = losses_of(model, batch)
-            optimizer.backward({"a": losses["a"], "b": losses["b"]})
-            optimizer.step()
-            conflicts += optimizer.report().min_cosine < 0.0
-        written.append(flat_parameters(model))
-    assert conflicts > 0
-    torch.testing.assert_close(*written, rtol=1e-5, atol=1e-6)
 
 
 def test_one_task_and_every_method(backend):

@@ -110,6 +110,7 @@ def check_loading_its_own(at, **options):
     before = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(optimizer.state_dict())
     assert same(before, optimizer.state_dict())
+    assert same(before, copy.deepcopy(optimizer).state_dict())
     assert all(own["momentum"].abs().sum() > 0 for own in kept_in(before))
     losses = before["param_groups"][0]["gcond"]["window"]["losses"]
     assert losses is None or any(losses) == (at == 4)
@@ -251,13 +252,20 @@ def test_a_state_with_masks_is_refused_without():
         optimizer_of(model).load_state_dict(optimizer.state_dict())
 
 
+MORE_METHODS = {
+    "GradVac": {"method": GradVac(beta=0.3)},
+    "PCGrad by tensor": {"granularity": "tensor", "method": PCGrad(seed=3)},
+    "a function by tensor": {"granularity": "tensor", "method": torch.diag},
+}
+
+
 @pytest.mark.parametrize("mode", ["exact", "stochastic"])
-@pytest.mark.parametrize("method", METHODS)
-def test_any_method_goes_on_to_the_same_bits(method, mode):
+@pytest.mark.parametrize("options", (METHODS | MORE_METHODS).values(), ids=METHODS | MORE_METHODS)
+def test_any_method_goes_on_to_the_same_bits(options, mode):
     """Masks are those of the state: the others that are given are forgotten."""
     for at in (0, 1, 2, 3, 4, 8):
         seed = 0 if at == 0 else 5  # before a first window nothing is known
-        check_resuming(batches(12), at, seed, masked_optimizer_of, **METHODS[method], mode=mode)
+        check_resuming(batches(12), at, seed, masked_optimizer_of, **options, mode=mode)
 
 
 def test_tasks_of_parameters_are_saved():
