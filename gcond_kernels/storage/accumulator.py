@@ -237,16 +237,14 @@ class GradientStorage:
             gradients.append(None if output is None else view)
         return gradients
 
-    def assign_gradients(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        """Assign local gradients to `.grad`; return those that are not None."""
-        assigned = []
-        for segment, gradient in zip(self.segments, gradients, strict=True):
-            p = segment.parameter
-            if gradient is not None and self.has_dtensors:
-                gradient = placed_like(p, gradient)
-            p.grad = gradient
-            if gradient is not None:
-                assigned.append(gradient)
+    def assign_gradients(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Assign local gradients to `.grad`, and return what was assigned."""
+        assigned = list(gradients)
+        if self.has_dtensors:
+            pairs = zip(self.segments, gradients, strict=True)
+            assigned = [None if g is None else placed_like(s.parameter, g) for s, g in pairs]
+        for segment, gradient in zip(self.segments, assigned, strict=True):
+            segment.parameter.grad = gradient
         return assigned
 
     def start_window(self) -> None:

@@ -28,33 +28,31 @@ def local_shard(tensor: Tensor) -> Tensor:
     return shard.detach()
 
 
-def local_gradient(parameter: Tensor) -> Tensor | None:
+def local_gradient(parameter: Any) -> Tensor | None:
     """Return this process's shard of a parameter's `.grad`, placed as the parameter is.
 
     A replicated parameter of a sharded layer gets a gradient that is still to be summed over the
     mesh (`Partial`); then this is a collective of all ranks of the mesh.
     """
     gradient = parameter.grad
-    if gradient is None or not is_dtensor(gradient):
-        return gradient
-    dtensor: Any = gradient
-    if dtensor.placements != parameter.placements:  # type: ignore[attr-defined]
-        with torch.no_grad():
-            dtensor = dtensor.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
-    return local_shard(dtensor)
+    if gradient is not None and is_dtensor(gradient):
+        if gradient.placements != parameter.placements:
+            with torch.no_grad():
+                gradient = gradient.redistribute(placements=parameter.placements)
+        gradient = local_shard(gradient)
+    return gradient  # type: ignore[no-any-return]
 
 
-def placed_like(parameter: Tensor, local: Tensor) -> Tensor:
+def placed_like(parameter: Any, local: Tensor) -> Tensor:
     """Return a local tensor as this process's shard of a tensor placed as the parameter is."""
     if not is_dtensor(parameter):
         return local
     from torch.distributed.tensor import DTensor
 
-    dtensor: Any = parameter
     return DTensor.from_local(
         local,
-        dtensor.device_mesh,
-        dtensor.placements,
+        parameter.device_mesh,
+        parameter.placements,
         run_check=False,
         shape=parameter.shape,
         stride=parameter.stride(),
@@ -75,7 +73,7 @@ def without_offset(local: Tensor) -> Tensor:
     return same
 
 
-def shard_coordinate(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def shard_coordinate(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return which shard of a tensor this process holds, and the number of shards.
 
     Both along the dimensions of its mesh that shard it; ranks with the same coordinate hold the
@@ -83,7 +81,6 @@ def shard_coordinate(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """
     if not is_dtensor(tensor):
         return (), ()
-    dtensor: Any = tensor
-    coordinate, sizes = dtensor.device_mesh.get_coordinate(), dtensor.device_mesh.shape
-    sharded = [d for d, placement in enumerate(dtensor.placements) if hasattr(placement, "dim")]
+    coordinate, sizes = tensor.device_mesh.get_coordinate(), tensor.device_mesh.shape
+    sharded = [d for d, placement in enumerate(tensor.placements) if hasattr(placement, "dim")]
     return tuple(coordinate[d] for d in sharded), tuple(sizes[d] for d in sharded)

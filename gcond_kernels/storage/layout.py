@@ -50,19 +50,17 @@ def segments_of(parameters: Sequence[tuple[Tensor, str]]) -> tuple[list[Segment]
     return segments, end
 
 
-def largest_shard(parameter: Tensor) -> int:
+def largest_shard(parameter: Any) -> int:
     """Return the number of elements of a parameter that any process holds at most.
 
     With room for so many, a replicated tensor has the same offset on all ranks, however unevenly
     others are sharded.
     """
-    if not is_dtensor(parameter):
-        return parameter.numel()
-    dtensor: Any = parameter
     shape = list(parameter.shape)
-    for placement, ranks in zip(dtensor.placements, dtensor.device_mesh.shape, strict=True):
-        if hasattr(placement, "dim"):
-            shape[placement.dim] = -(-shape[placement.dim] // ranks)
+    if is_dtensor(parameter):
+        for placement, ranks in zip(parameter.placements, parameter.device_mesh.shape, strict=True):
+            if hasattr(placement, "dim"):
+                shape[placement.dim] = -(-shape[placement.dim] // ranks)
     return math.prod(shape)
 
 
