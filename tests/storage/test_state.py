@@ -453,6 +453,7 @@ def test_other_objects_are_refused_with_a_reason():
             optimizer.load_state_dict(wrong)
     turned = torch.optim.AdamW(reversed(list(model.named_parameters())), lr=0.05)
     named = torch.optim.AdamW(model.named_parameters(), lr=0.05, betas=(0.0, 0.9))
+    assert optimizer.param_groups[0]["gcond"] == {}  # for what loads a state group by group
     for plain, other in ((optimizer.base, optimizer), (turned, GCondFused(named, TASKS))):
         with pytest.raises(ValueError, match=r"optimizer\.base\.load_state_dict"):
             other.load_state_dict(plain.state_dict())
