@@ -200,8 +200,8 @@ class Training:
         now = self.micro_batches.now
         start = now()
         for task in range(len(self.micro_batches.targets)):
-            strategy._start_reduction(task).wait()
-            strategy._finish_reduction(task)
+            wait = strategy._start_reduction(task)
+            wait()
         there = now()
         strategy.gather(strategy.local_gradients(torch.ones(()), 0.0))
         return {"reduce": there - start, "gather": now() - there}
