@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from gcond_kernels import ops
-from gcond_kernels.diagnostics.recorder import Recorder
 from gcond_kernels.diagnostics.report import Report
-from gcond_kernels.distributed.data_parallel import DataParallel
 from gcond_kernels.distributed.options import Distributed
 from gcond_kernels.methods import Method
 from gcond_kernels.ops import launch_tables as tables
@@ -27,23 +24,16 @@ from gcond_kernels.options import (
     TaskWeights,
     check_choice,
     check_nonfinite,
-    check_selected,
 )
 from gcond_kernels.precision.guarded_step import step_if
-from gcond_kernels.precision.loss_scale import LossScale
-from gcond_kernels.storage.accumulator import GradientStorage
-from gcond_kernels.storage.collect import Collector
-from gcond_kernels.storage.layout import check_materialized
-from gcond_kernels.storage.trainable_mask import check_mask
-from gcond_kernels.training.assignment import AssignableOptimizer
 from gcond_kernels.training.lion_lars import LionLars
-from gcond_kernels.training.losses import NOT_REACHED, Loss, LossBackward, check_losses
-from gcond_kernels.training.resolution import Resolver
-from gcond_kernels.training.window import Window, schedule_of
+from gcond_kernels.training.losses import NOT_REACHED, Loss, check_losses
+from gcond_kernels.training.saving import SavedOptimizer
+from gcond_kernels.training.window import schedule_of
 from gcond_kernels.training.wrapper import check_base, warn_of_double_smoothing
 
 
-class GCondFused(AssignableOptimizer):
+class GCondFused(SavedOptimizer):
     """Accumulates the gradient of each task, resolves their conflicts, then steps the optimizer.
 
     ::
@@ -151,61 +141,17 @@ class GCondFused(AssignableOptimizer):
         ranks = Distributed() if distributed is None else distributed
         if not isinstance(ranks, Distributed):
             raise TypeError(f"distributed must be a Distributed(...), not {distributed!r}")
-        super().__init__(base)
-        self._weights = weights
-        self._options = OptionsInUse(options, options, on_nonfinite)
-        self._window = Window()
-        self._fixed = {
+        fixed = {
             "accumulator_dtype": accumulator_dtype,
             "mask": mask,
             "grad_scaler": grad_scaler,
             # A copy of this optimizer is none of the model.
             "distributed": None if distributed is None else replace(ranks, module=None),
         }
+        super().__init__(base, weights, OptionsInUse(options, options, on_nonfinite), fixed)
         self._make_parts(ranks)
-        self.recorder = Recorder(tuple(weights), options.method.thresholds)
         if options.momentum > 0.0:
             warn_of_double_smoothing(base)
-
-    def _make_parts(self, ranks: Distributed) -> None:
-        """Make what collects, stores, exchanges and resolves the gradients."""
-        options, named = self._options.current, list(self._parameters())
-        parameters = [parameter for parameter, _ in named]
-        check_materialized(named)
-        check_selected(options.method, [name for _, name in named])
-        masks = None if self.mask is None else check_mask(self.mask, named)
-        # Without any parameters yet, those that are added later determine the device.
-        device = parameters[0].device if parameters else torch.device("cpu")
-        ops.backend_for(options.backend, device)  # now, rather than in training
-        group = ranks.connect()
-        strategy = ranks.choose_strategy(parameters, group)
-        self._knows_ranks = group is not None
-        self._data_parallel = DataParallel(group, ranks.process_group is not None)
-        if ranks.module is not None:
-            self._data_parallel.take(ranks.module, parameters)
-        self._storage = GradientStorage(
-            len(self._weights),
-            self.accumulator_dtype,
-            shards=group.size if group is not None and strategy.shards_state else 1,
-            has_dtensors=strategy.name == "mesh",
-            masks=masks,
-        )
-        self._storage.configure(options.history, options.momentum > 0.0)
-        self._collector = Collector(self._storage)
-        self._collector.wrapper_known = ranks.module is not None
-        self._rank_strategy = strategy(self._storage, group)
-        self._resolver = Resolver(
-            self._storage, self._rank_strategy, self._options, self._weights, device
-        )
-        self._loss_scale = None
-        if self.grad_scaler is not None and self.grad_scaler.is_enabled():
-            self._loss_scale = LossScale(self.grad_scaler)
-            if self._rank_strategy.size > 1:
-                # Now: GradScaler.step asks for a scale also where a rank had no loss to scale.
-                self._loss_scale.inverse(device)
-        self._losses = LossBackward(
-            self._resolver, self._collector, self._data_parallel, self._loss_scale
-        )
 
     # One window: backward … backward, step.
 

@@ -33,15 +33,7 @@ class Options:
 
     @classmethod
     def checked(cls, tasks: int, **options: Any) -> Options:
-        """Return the options as plain Python values.
-
-        Args:
-            tasks: how many there are.
-            options: one for each field.
-
-        Raises:
-            TypeError, ValueError: one is out of its range, or two do not go together.
-        """
+        """Return the options as plain Python values; raise where one is out of its range."""
         o = cls(**{**options, "method": method_of(options["method"])})
         check_steps(o.accumulation_steps, o.mode, tasks)
         check_choice("granularity", o.granularity, ("model", "tensor"))
@@ -72,46 +64,36 @@ class Options:
 
 @dataclass
 class OptionsInUse:
-    """The options of this window, those of the next, and what takes effect at once.
-
-    Attributes:
-        current: those of this window.
-        assigned: those of the next one.
-        on_nonfinite: what is done about gradients that are not finite.
-    """
+    """The options of this window, those of the next, and what takes effect at once."""
 
     current: Options
     assigned: Options
     on_nonfinite: str
 
 
-class Assignable:
-    """An attribute that may be assigned at any time, and takes effect from the next window on."""
+class Option:
+    """An attribute that holds an option: one that is assigned takes effect in the next window."""
+
+    def __init__(self, fixed: bool = False) -> None:
+        self._is_fixed = fixed
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
-        return self if optimizer is None else getattr(optimizer._options.assigned, self._name)
+        if optimizer is None:
+            return self
+        if self._is_fixed:
+            return optimizer._fixed[self._name]
+        return getattr(optimizer._options.assigned, self._name)
 
     def __set__(self, optimizer: Any, value: object) -> None:
+        if self._is_fixed:
+            raise AttributeError(
+                f"GCondFused.{self._name} cannot be assigned: make a new GCondFused(..., "
+                f"{self._name}=...) around the same base between two windows"
+            )
         optimizer._assign(self._name, value)
-
-
-class Fixed:
-    """An attribute that is set once, when the optimizer is made."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
-        return self if optimizer is None else optimizer._fixed[self._name]
-
-    def __set__(self, optimizer: Any, value: object) -> None:
-        raise AttributeError(
-            f"GCondFused.{self._name} cannot be assigned: make a new GCondFused(..., "
-            f"{self._name}=...) around the same base between two windows"
-        )
 
 
 class TaskWeights(MutableMapping[str, float]):
@@ -172,11 +154,7 @@ class TaskWeights(MutableMapping[str, float]):
 
 
 def plain_name(task: object) -> str:
-    """Return a task's name as a plain string, also of numpy's strings and of enumerations.
-
-    Raises:
-        TypeError: it is no string.
-    """
+    """Return a task's name as a plain string, also of numpy's strings and of enumerations."""
     if type(task) is str:
         return task
     if isinstance(task, str):
@@ -187,16 +165,9 @@ def plain_name(task: object) -> str:
 
 
 def checked_weight(task: object, weight: Any) -> float:
-    """Return a loss weight as a plain number.
-
-    Raises:
-        ValueError: it is none, or negative, or not finite.
-    """
-    plain = weight
-    if isinstance(weight, Tensor) and weight.numel() == 1:
-        plain = weight.detach().item()
-    elif hasattr(weight, "item") and getattr(weight, "size", None) == 1:  # of numpy
-        plain = weight.item()
+    """Return a loss weight as a plain number, or raise where it is none, or negative."""
+    elements = weight.numel() if isinstance(weight, Tensor) else getattr(weight, "size", None)
+    plain = weight.item() if elements == 1 and hasattr(weight, "item") else weight
     if not 0.0 <= _number(plain) < math.inf:
         raise ValueError(f"tasks: the loss weight of {task!r} must be 0 or more, not {weight!r}")
     return float(plain)

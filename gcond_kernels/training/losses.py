@@ -32,14 +32,7 @@ NOT_REACHED = (
 
 
 class LossBackward:
-    """Back-propagates losses, each into the accumulator of its task.
-
-    Args:
-        resolver: has the storage, the strategy of the ranks, and the options.
-        collector: of the gradients that a backward pass leaves.
-        data_parallel: the DistributedDataParallel modules that are known.
-        loss_scale: of the GradScaler; None without.
-    """
+    """Back-propagates losses, each into the accumulator of its task."""
 
     def __init__(
         self,
@@ -136,19 +129,7 @@ class LossBackward:
 def check_losses(
     losses: object, active: Iterable[Any], known: Sequence[str], exact: bool
 ) -> dict[str, Any]:
-    """Return the losses that there are by plain names.
-
-    Args:
-        losses: what the user gave.
-        active: tasks of this micro-batch.
-        known: all tasks.
-        exact: whether tasks may be left out.
-
-    Raises:
-        TypeError: it is no mapping; or a loss is no tensor and no function.
-        KeyError: a task is unknown or not active; or missing where one alone is active.
-        ValueError: a loss is not a scalar with a graph.
-    """
+    """Return the losses that the user gave by plain names; where `exact`, some may be left out."""
     if not isinstance(losses, Mapping):
         raise TypeError(f"losses must map each active task to its loss, not {type(losses)}")
     given = {plain_name(task): loss for task, loss in losses.items()}

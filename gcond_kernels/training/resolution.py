@@ -28,30 +28,16 @@ NOTHING_CHANGED = (
 
 
 class Outcome(NamedTuple):
-    """What a resolution computed.
+    """What a resolution computed."""
 
-    Attributes:
-        products: the inner products of all ranks.
-        decision: the weights.
-        shared: which tensors were compared.
-        gradients: T local gradients, written; None where there is none.
-    """
-
-    products: ops.Gramians
+    products: ops.Gramians  # of all ranks
     decision: ops.Arbitration
     shared: SharedParameters
-    gradients: list[Tensor | None]
+    gradients: list[Tensor | None]  # T, local; None where there is none
 
 
 class Resolver:
     """Resolves windows, and keeps what a resolution needs from one to the next.
-
-    Args:
-        storage: the accumulators, with history and momentum.
-        strategy: how several ranks come to one gradient.
-        options: those of this window and the next.
-        tasks: the loss weights.
-        device: of the parameters.
 
     Attributes:
         method_state: the small tensors of the method.
@@ -151,8 +137,7 @@ class Resolver:
         o, state = self.options.current, self.method_state
         if o.granularity == "model":
             return
-        batch = (len(places),)
-        new = fresh_state(o.method, len(self.tasks), batch, self.device)
+        new = fresh_state(o.method, len(self.tasks), (len(places),), self.device)
         for name, value in new.items():
             if name not in o.method.shared_state:
                 for t, place in enumerate(places):
@@ -170,12 +155,7 @@ class Resolver:
     def describe(
         self, groups: Sequence[Mapping[str, Any]], weights: Sequence[float]
     ) -> dict[str, str]:
-        """Return what all ranks must have the same of, by name; synchronizes with the device.
-
-        Args:
-            groups: the parameter groups of the base.
-            weights: the loss weights of this window.
-        """
+        """Return what all ranks must have the same of, by name; synchronizes with the device."""
         state = {key: value.tolist() for key, value in self.method_state.items()}
         # Other things may show their address, which differs from rank to rank.
         plain = (int, float, str, type(None), Tensor)
@@ -196,27 +176,14 @@ class Resolver:
     # One resolution.
 
     def prepare(self, scale: Tensor) -> LocalGradients:
-        """Return what is to be resolved here: what may fail for want of memory comes first.
-
-        Args:
-            scale: [K] float64, what makes a sum of gradients their mean.
-        """
+        """Return what is to be resolved here: what may fail for want of memory comes first."""
         local = self.strategy.local_gradients(scale, self.options.current.momentum)
         self._move_to(scale.device)
         self.fit_state()
         return local
 
     def run(self, local: LocalGradients, counts: Sequence[int]) -> Outcome:
-        """Resolve the window's conflicts, and write the gradients.
-
-        Args:
-            local: of `prepare`.
-            counts: micro-batches of each task in the window.
-
-        Raises:
-            FloatingPointError: with on_nonfinite="raise": a gradient is not finite, or the resolved
-                one does not fit into the type of `.grad`; nothing has changed.
-        """
+        """Resolve the window's conflicts, and write the gradients; raising changes nothing."""
         o = self.options.current
         target = Destination(local.outputs, local.momentum, None, local.first, o.backend)
         fused = None

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.precision.guarded_step import step_of_zeros
 from gcond_kernels.storage.state import Restored, Saved, to_json
 from gcond_kernels.storage.state_format import KEY, VERSION
+from gcond_kernels.storage.state_view import StateView
 from gcond_kernels.training.window import schedule_of
 from gcond_kernels.training.windowed import WindowedOptimizer, is_zero
 
@@ -19,9 +19,14 @@ from gcond_kernels.training.windowed import WindowedOptimizer, is_zero
 class SavedOptimizer(WindowedOptimizer):
     """An optimizer whose state dict holds that of its base, and what is kept beside it."""
 
-    def __init__(self, base: torch.optim.Optimizer) -> None:
-        super().__init__(base)
-        self._initialized: list[Tensor] = []  # whose state the base made in a step that was none
+    @property
+    def state(self) -> Any:
+        """The state of each parameter: of the base, and under "gcond" what is kept beside it."""
+        return StateView(self.base, self._kept_of)
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
 
     def _kept_of(self, parameter: Tensor) -> dict[str, Any]:
         place = self._storage.places.get(parameter)

@@ -19,26 +19,16 @@ class Window:
     Trainers wrap an optimizer in an object that borrows its methods and reads its attributes, but
     keeps those that are set (Lightning's does). So nothing is set on the optimizer itself, and
     there is one window, which starts anew.
-
-    Attributes:
-        weights: [K] loss weights; none before its first micro-batch.
-        schedule: the tasks of each of its micro-batches.
-        planned: [K] how many micro-batches each task has in a full window.
-        position: micro-batches so far.
-        in_backward: whether a call of `backward` is under way.
-        resolved: whether `.grad` holds its result.
-        finite: [] bool, whether that is to be stepped with.
-        scaler_updated: whether the GradScaler has been given the overflows.
     """
 
-    weights: tuple[float, ...] = ()
-    schedule: list[tuple[int, ...]] = field(default_factory=list)
-    planned: tuple[int, ...] = ()
-    position: int = 0
-    in_backward: bool = False
-    resolved: bool = False
-    finite: Tensor | None = None
-    scaler_updated: bool = False
+    weights: tuple[float, ...] = ()  # [K] loss weights; none before its first micro-batch
+    schedule: list[tuple[int, ...]] = field(default_factory=list)  # the tasks of each micro-batch
+    planned: tuple[int, ...] = ()  # [K] micro-batches of each task in a full window
+    position: int = 0  # micro-batches so far
+    in_backward: bool = False  # whether a call of `backward` is under way
+    resolved: bool = False  # whether `.grad` holds its result
+    finite: Tensor | None = None  # [] bool, whether that is to be stepped with
+    scaler_updated: bool = False  # whether the GradScaler has been given the overflows
 
     def begin(self, weights: Sequence[float], schedule: list[tuple[int, ...]]) -> None:
         """Fix loss weights and schedule, at the first micro-batch."""
@@ -62,10 +52,6 @@ class Window:
         """Return what makes a task's accumulated sum its weighted mean gradient, [K] (eq. 1).
 
         The loss weight is in the sum, and the number of micro-batches of a full window.
-
-        Args:
-            counts: micro-batches that each task had.
-            device: of the accumulators.
         """
         shares = [
             planned / count if count and weight else 0.0

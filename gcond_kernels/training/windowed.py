@@ -1,40 +1,197 @@
-"""An optimizer that is stepped once for a window of micro-batches: how windows begin and end."""
+"""How windows of micro-batches begin and end, and what options take effect in each."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gcond_kernels import ops
 from gcond_kernels.diagnostics.recorder import Recorder
 from gcond_kernels.distributed.data_parallel import DataParallel
-from gcond_kernels.distributed.strategy import SingleProcess
-from gcond_kernels.options import OptionsInUse, TaskWeights
+from gcond_kernels.distributed.options import Distributed
+from gcond_kernels.options import (
+    Option,
+    Options,
+    OptionsInUse,
+    TaskWeights,
+    check_nonfinite,
+    check_selected,
+    plain_name,
+)
+from gcond_kernels.precision.loss_scale import LossScale
 from gcond_kernels.storage.accumulator import GradientStorage
 from gcond_kernels.storage.collect import Collector, is_distributed
 from gcond_kernels.storage.dtensor import local_shard
+from gcond_kernels.storage.layout import check_materialized
 from gcond_kernels.storage.names import labels_of
+from gcond_kernels.storage.trainable_mask import check_mask
+from gcond_kernels.training.losses import LossBackward
 from gcond_kernels.training.resolution import Resolver
 from gcond_kernels.training.window import Window, schedule_of
 from gcond_kernels.training.wrapper import OptimizerWrapper
 
 
 class WindowedOptimizer(OptimizerWrapper):
-    """An optimizer with accumulators, which a window fills and a step empties."""
+    """An optimizer that is stepped once for a window, with options that can be assigned."""
 
-    recorder: Recorder
-    _weights: TaskWeights
-    _options: OptionsInUse
-    _storage: GradientStorage
-    _collector: Collector
-    # Not _strategy: Fabric sets an attribute of that name on what borrows these methods.
-    _rank_strategy: SingleProcess
-    _data_parallel: DataParallel
-    _knows_ranks: bool
-    _resolver: Resolver
-    _window: Window
+    accumulation_steps = Option()
+    mode = Option()
+    method = Option()
+    granularity = Option()
+    momentum = Option()
+    update = Option()
+    max_norm = Option()
+    backend = Option()
+    accumulator_dtype = Option(fixed=True)
+    mask = Option(fixed=True)
+    grad_scaler = Option(fixed=True)
+    distributed = Option(fixed=True)
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        weights: TaskWeights,
+        options: OptionsInUse,
+        fixed: dict[str, Any],
+    ) -> None:
+        super().__init__(base)
+        self._weights = weights
+        self._options = options
+        self._fixed = fixed
+        self._window = Window()
+        self.recorder = Recorder(tuple(weights), options.current.method.thresholds)
+
+    def _make_parts(self, ranks: Distributed) -> None:
+        """Make what collects, stores, exchanges and resolves the gradients."""
+        options, named = self._options.current, list(self._parameters())
+        parameters = [parameter for parameter, _ in named]
+        check_materialized(named)
+        check_selected(options.method, [name for _, name in named])
+        masks = None if self.mask is None else check_mask(self.mask, named)
+        # Without any parameters yet, those that are added later determine the device.
+        device = parameters[0].device if parameters else torch.device("cpu")
+        ops.backend_for(options.backend, device)  # now, rather than in training
+        group = ranks.connect()
+        strategy = ranks.choose_strategy(parameters, group)
+        self._knows_ranks = group is not None
+        self._data_parallel = DataParallel(group, ranks.process_group is not None)
+        if ranks.module is not None:
+            self._data_parallel.take(ranks.module, parameters)
+        self._storage = GradientStorage(
+            len(self._weights),
+            self.accumulator_dtype,
+            shards=group.size if group is not None and strategy.shards_state else 1,
+            has_dtensors=strategy.name == "mesh",
+            masks=masks,
+        )
+        self._storage.configure(options.history, options.momentum > 0.0)
+        self._collector = Collector(self._storage)
+        self._collector.wrapper_known = ranks.module is not None
+        # Not _strategy: Fabric sets an attribute of that name on what borrows these methods.
+        self._rank_strategy = strategy(self._storage, group)
+        self._resolver = Resolver(
+            self._storage, self._rank_strategy, self._options, self._weights, device
+        )
+        self._loss_scale = None
+        if self.grad_scaler is not None and self.grad_scaler.is_enabled():
+            self._loss_scale = LossScale(self.grad_scaler)
+            if self._rank_strategy.size > 1:
+                # Now: GradScaler.step asks for a scale also where a rank had no loss to scale.
+                self._loss_scale.inverse(device)
+        self._losses = LossBackward(
+            self._resolver, self._collector, self._data_parallel, self._loss_scale
+        )
+
+    @property
+    def tasks(self) -> TaskWeights:
+        """Task → loss weight. One that is assigned holds from the next window on."""
+        return self._weights
+
+    @tasks.setter
+    def tasks(self, weights: Mapping[str, float]) -> None:
+        new = TaskWeights(weights)
+        if set(new) != set(self._weights):
+            raise ValueError(
+                f"tasks: {list(new)} are not the tasks {list(self._weights)} of this optimizer: "
+                "add one with add_task(name, weight), leave one out of backward(losses)"
+            )
+        self._weights.update(new)
+
+    def add_task(self, name: str, weight: float) -> None:
+        """Add a task, the last one, between two windows; the others keep all that they have.
+
+        Args:
+            name: of the task.
+            weight: λ, 0 or more.
+
+        Raises:
+            TypeError, ValueError: there is such a task, or the weight is none; or in stochastic
+                mode `accumulation_steps` are too few for one more.
+            RuntimeError: in the middle of a window.
+        """
+        if self._window.position or self._window.resolved or any(self._storage.counts):
+            raise RuntimeError("a task is added between two windows: after step() or drop_window()")
+        self._options.assigned = Options.checked(
+            len(self._weights) + 1, **vars(self._options.assigned)
+        )
+        self._weights.add(name, weight)
+        self._storage.add_task()
+        self.recorder.add_task(plain_name(name))
+        self._resolver.add_task()
+        self._renew()
+
+    @property
+    def on_nonfinite(self) -> str:
+        """What becomes of a step in which a gradient is not finite; may be set at any time."""
+        return self._options.on_nonfinite
+
+    @on_nonfinite.setter
+    def on_nonfinite(self, choice: str) -> None:
+        check_nonfinite(choice, self.grad_scaler)
+        self._options.on_nonfinite = choice
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """The model; assigned, it has the effect of `Distributed(module=model)`."""
+        return self._data_parallel.module
+
+    @module.setter
+    def module(self, module: torch.nn.Module | None) -> None:
+        if module is None or module is self.module:
+            return
+        self._data_parallel.take(module, [parameter for parameter, _ in self._parameters()])
+        self._collector.wrapper_known = True
+
+    @property
+    def thresholds(self) -> tuple[float, float, float]:
+        """Cosines that tell zones of conflict apart; those of GCond may be assigned."""
+        thresholds: tuple[float, float, float] = self.method.thresholds
+        return thresholds
+
+    @thresholds.setter
+    def thresholds(self, thresholds: tuple[float, float, float]) -> None:
+        method = self.method
+        if not is_dataclass(method) or "thresholds" not in {f.name for f in fields(method)}:
+            raise AttributeError(f"{type(method).__name__} has no thresholds to be assigned")
+        self.method = replace(method, thresholds=thresholds)  # type: ignore[type-var]
+
+    def _assign(self, name: str, value: object) -> None:
+        """Check an option; it takes effect from the next window on."""
+        options = Options.checked(
+            len(self._weights), **{**vars(self._options.assigned), name: value}
+        )
+        check_selected(options.method, labels_of(self.base.param_groups))
+        ops.backend_for(options.backend, self._resolver.device)
+        self._options.assigned = options
+        if self._window.position == 0 and not self._window.resolved:
+            self._renew()
+
+    # How windows begin and end.
 
     def _begin_window(self) -> None:
         """Let what was assigned take effect, where this is the first micro-batch of a window."""
@@ -90,22 +247,20 @@ class WindowedOptimizer(OptimizerWrapper):
             position = window.position
             lost = f", the {position} micro-batches before it are lost" if position else ""
             self._start_window()
-            warnings.warn(
-                f"backward() failed ({type(error).__name__}): its window is dropped{lost}, and the "
-                "next call starts a new one. Parameters of other optimizers keep what they were "
-                "given: call zero_grad() of those",
-                stacklevel=3,
+            result = (
+                f": its window is dropped{lost}, and the next call starts a new one. Parameters of "
+                "other optimizers keep what they were given: call zero_grad() of those"
             )
-            return
-        sent = [names[k] for k in range(started) if storage.counts[k]]
-        for k in range(started, len(names)):
-            storage.drop_task(k)
-        window.position = len(window.schedule)
-        warnings.warn(
-            f"backward() failed ({type(error).__name__}) after the gradients of {sent} were sent "
-            "to the other ranks: those stay, what else this window had is lost. Call step()",
-            stacklevel=3,
-        )
+        else:
+            sent = [names[k] for k in range(started) if storage.counts[k]]
+            for k in range(started, len(names)):
+                storage.drop_task(k)
+            window.position = len(window.schedule)
+            result = (
+                f" after the gradients of {sent} were sent to the other ranks: those stay, what "
+                "else this window had is lost. Call step()"
+            )
+        warnings.warn(f"backward() failed ({type(error).__name__}){result}", stacklevel=3)
 
     # What has to hold, and what has changed, before a micro-batch.
 

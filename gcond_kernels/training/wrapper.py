@@ -14,20 +14,12 @@ from torch import Tensor
 from gcond_kernels.storage.assigned import AssignedGradients
 from gcond_kernels.storage.names import labels_of
 from gcond_kernels.storage.state_format import KEY
-from gcond_kernels.storage.state_view import StateView
 
 NOT_COPIED = ("step", "_opt_called", "_wrapped_by_lr_sched", "profile_hook_step")
 
 
 class OptimizerWrapper(torch.optim.Optimizer):
-    """An optimizer that has parameter groups, state and options in common with another.
-
-    Args:
-        base: the optimizer to be wrapped.
-
-    Raises:
-        TypeError: it is no torch optimizer, or its `step` needs a closure.
-    """
+    """An optimizer that has parameter groups, state and options in common with another."""
 
     base: torch.optim.Optimizer
 
@@ -36,6 +28,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self.base = base
         super().__setstate__({})
         self._assigned_gradients = AssignedGradients()
+        self._initialized: list[Tensor] = []  # whose state the base made in a step that was none
 
     def __getattr__(self, name: str) -> Any:
         # What is not ours: train() and eval() of schedule-free optimizers, and so on.
@@ -70,19 +63,6 @@ class OptimizerWrapper(torch.optim.Optimizer):
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The state of each parameter: of the base, and under "gcond" what is kept beside it."""
-        return StateView(self.base, self._kept_of)
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    def _kept_of(self, parameter: Tensor) -> dict[str, Any]:
-        """Return what is kept of a parameter beside the state of the base."""
-        raise NotImplementedError
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -135,13 +115,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # As torch's optimizers do: hooks, and the step that a scheduler has put in place of ours,
         # are those of the original.
-        return {k: v for k, v in self.__dict__.items() if not is_of_the_original(k)}
-
-
-def is_of_the_original(attribute: str) -> bool:
-    """Return whether a copy of an optimizer is made without an attribute."""
-    hooks = attribute.startswith("_optimizer_") and attribute.endswith("_hooks")
-    return hooks or attribute in NOT_COPIED
+        hooks = {k for k in self.__dict__ if k.startswith("_optimizer_") and k.endswith("_hooks")}
+        return {k: v for k, v in self.__dict__.items() if k not in hooks.union(NOT_COPIED)}
 
 
 def check_base(base: object) -> None:
@@ -166,14 +141,11 @@ def warn_of_double_smoothing(base: torch.optim.Optimizer) -> None:
     for group in base.param_groups:
         for name in ("betas", "momentum"):
             value = group.get(name) or 0.0
-            beta = float(value[0] if isinstance(value, (tuple, list)) else value)
-            if beta <= 0.0:
-                continue
-            warnings.warn(
-                f"the gradient is smoothed twice: by momentum in GCondFused and by {name}={value} "
-                f"in {type(base).__name__}. Set momentum=0 here, or "
-                + ("betas=(0.0, ...)" if name == "betas" else "momentum=0")
-                + " there.",
-                stacklevel=3,
-            )
-            return
+            if float(value[0] if isinstance(value, (tuple, list)) else value) > 0.0:
+                there = "betas=(0.0, ...)" if name == "betas" else "momentum=0"
+                warnings.warn(
+                    f"the gradient is smoothed twice: by momentum in GCondFused and by {name}="
+                    f"{value} in {type(base).__name__}. Set momentum=0 here, or {there} there.",
+                    stacklevel=3,
+                )
+                return
