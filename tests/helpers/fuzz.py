@@ -1,12 +1,12 @@
 """Random configurations of GCondFused, each driven through some steps beside the reference."""
 
 import copy
-import io
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from gcond_kernels import GCond, GCondFused, LionLars
-from gcond_kernels.methods import Method
-from tests.helpers.models import same
-from tests.helpers.naive_training import NaiveTraining, Options, Outcome
+from tests.helpers.models import same, through_a_file
+from tests.helpers.naive_training import NaiveTraining, Outcome
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SHAPES = [(), (1,), (3,), (0,), (2, 3), (4, 1, 2), (33,), (2, 3, 2, 2), (5, 7), (65,)]
@@ -36,21 +35,13 @@ Moment = tuple[int, int]  # a step, and a micro-batch of it
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter.
-
-    Attributes:
-        shape: its shape.
-        dtype: its type.
-        grad_dtype: that of its gradient, where that is another.
-        layout: "plain", "channels_last" or "gaps".
-        exponent: its gradients have the size 2^exponent, beside those of others.
-    """
+    """One parameter."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    grad_dtype: torch.dtype | None
-    layout: str
-    exponent: int
+    grad_dtype: torch.dtype | None  # of its gradient, where that is another
+    layout: str  # "plain", "channels_last" or "gaps"
+    exponent: int  # its gradients have the size 2^exponent, beside those of others
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -82,7 +73,6 @@ class Configuration:
     update: LionLars | None
     max_norm: float | None
     accumulator_dtype: torch.dtype
-    history_dtype: torch.dtype
     bucket_bytes: int
     on_nonfinite: str
     scaler: tuple[float, int] | None  # init_scale, growth_interval
@@ -103,7 +93,7 @@ class Configuration:
     frozen: tuple[Moment, Moment] | None  # from when to when parameter 1 is frozen
     reload: Moment | None  # when state is saved, and loaded into a new optimizer
     weight_decay: float
-    record_steps: int
+    recorder_capacity: int
 
     def __str__(self) -> str:
         return "\n".join(f"  {f.name} = {getattr(self, f.name)}" for f in fields(self))
@@ -111,8 +101,18 @@ class Configuration:
     @property
     def size(self) -> float:
         """About the norm of a task's gradient."""
-        count = sum(int(np.prod(p.shape)) for p in self.parameters)
-        return 2.0**self.exponent * (10.0 if self.integers else 1.0) * max(1, count) ** 0.5
+        return (
+            2.0**self.exponent * (10.0 if self.integers else 1.0) * max(1, sum(self.sizes)) ** 0.5
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(math.prod(p.shape) for p in self.parameters)
+
+    @property
+    def halves(self) -> tuple[bool, ...]:
+        """Whose `.grad` is float16."""
+        return tuple(p.gradient_dtype == F16 for p in self.parameters)
 
 
 def draw(seed: int) -> Configuration:
@@ -141,13 +141,12 @@ def draw(seed: int) -> Configuration:
         parameters=parameters,
         uses=draw_uses(r, K, len(parameters)),
         accumulator_dtype=storage[0],
-        history_dtype=storage[1],
         exponent=exponent,
         integers=integers,
         task_exponents=tuple(r.randint(-3, 3) for _ in range(K)),
         pull=r.uniform(0.2, 1.2),
         opposite=r.choice([None] * 6 + [0.0, 0.003, 0.03]) if K > 1 else None,
-        method=draw_method(r, 2.0**exponent * (10.0 if integers else 1.0)),
+        method=draw_method(r, 2.0**exponent * (10.0 if integers else 1.0), storage[1]),
         **options,
         **draw_events(r, A, len(parameters)),
     )
@@ -167,7 +166,7 @@ def draw_options(r: random.Random, size: float) -> dict[str, Any]:
         "bucket_bytes": r.choice([1, 100, 32 << 20]),
         "on_nonfinite": on_nonfinite,
         "scaler": (2.0 ** r.randint(4, 16), r.randint(1, 3)) if scaled else None,
-        "record_steps": r.choice([0, 2, 1000]),
+        "recorder_capacity": r.choice([0, 2, 1000]),
         "weight_decay": r.choice([0.0, 0.1]),
     }
 
@@ -221,7 +220,7 @@ def draw_uses(r: random.Random, tasks: int, parameters: int) -> tuple[frozenset[
     )
 
 
-def draw_method(r: random.Random, size: float) -> GCond:
+def draw_method(r: random.Random, size: float, history_dtype: torch.dtype) -> GCond:
     thresholds = r.choice([THRESHOLDS[0], r.choice(THRESHOLDS)])
     return GCond(
         thresholds=thresholds,
@@ -236,12 +235,8 @@ def draw_method(r: random.Random, size: float) -> GCond:
         norm_ema_start=r.choice([None, None, size, 1.0]),
         norm_cap=r.choice([None, None, None, size, 6.0 * size]),
         history=r.choice(["raw", "resolved"]),
+        history_dtype=history_dtype,
     )
-
-
-def with_history(method: Method, dtype: torch.dtype) -> Method:
-    """The method, with a history of that type where it has one."""
-    return replace(method, history_dtype=dtype) if isinstance(method, GCond) else method
 
 
 class Watched(GCondFused):
@@ -277,7 +272,7 @@ class Driver:
         self.values = np.random.default_rng(c.seed)
         self.names = [f"t{k}" for k in range(len(c.weights))]
         self.parameters = [p.make(self.values) for p in c.parameters]
-        self.sizes = tuple(p.numel() for p in self.parameters)
+        self.sizes = c.sizes
         self.known = len(self.parameters) - (c.late is not None)  # so many are in the optimizer
         self.scaler = None
         if c.scaler is not None:
@@ -288,20 +283,7 @@ class Driver:
         self.lr = 0.03 / (2.0**c.exponent if c.update is None else 1e-4)
         self.optimizer = self.new_optimizer([self.parameters[: self.known]])
         self.base_vectors = self.values.normal(size=(len(c.weights), sum(self.sizes)))
-        self.reference = NaiveTraining(
-            Options(
-                c.weights,
-                self.sizes,
-                tuple(p.gradient_dtype == F16 for p in c.parameters),
-                c.accumulation_steps,
-                c.mode,
-                c.method,
-                c.momentum,
-                c.update,
-                c.max_norm,
-            ),
-            c.seed,
-        )
+        self.reference = NaiveTraining(c, c.seed)
 
     def new_optimizer(self, groups) -> GCondFused:
         c = self.c
@@ -315,7 +297,7 @@ class Driver:
             dict(zip(self.names, c.weights, strict=True)),
             accumulation_steps=c.accumulation_steps,
             mode=c.mode,
-            method=with_history(c.method, c.history_dtype),
+            method=c.method,
             momentum=c.momentum,
             update=c.update,
             max_norm=c.max_norm,
@@ -324,7 +306,7 @@ class Driver:
             grad_scaler=self.scaler,
             backend=self.backend,
         )
-        optimizer.recorder.capacity = c.record_steps
+        optimizer.recorder.capacity = c.recorder_capacity
         return optimizer
 
     def run(self) -> Counter[str]:
@@ -421,12 +403,10 @@ class Driver:
             self.scaler.update(self.scaler.get_scale() * self.random.choice([0.5, 2.0]))
 
     def reload(self) -> None:
-        buffer = io.BytesIO()
-        torch.save(self.optimizer.state_dict(), buffer)
-        buffer.seek(0)
+        state = through_a_file(self.optimizer.state_dict())
         self.optimizer.zero_grad()  # what it wrote is somebody else's for the next one
         self.optimizer = self.new_optimizer([g["params"] for g in self.optimizer.param_groups])
-        self.optimizer.load_state_dict(torch.load(buffer))
+        self.optimizer.load_state_dict(state)
 
     def losses(self, around) -> dict[str, Any]:
         """Of one micro-batch; the reference is told of their gradients."""

@@ -1,17 +1,15 @@
 """GCondFused's part in training, on whole float64 vectors: what test_fuzz.py compares with.
 
-Of the package it knows the settings in `GCond` alone. Beside each number it keeps how far a float32
+Of the package it knows the settings alone. Beside each number it keeps how far a float32
 computation may be off, and it says where rounding may decide otherwise.
 """
 
 import copy
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from gcond_kernels import GCond, LionLars
 from tests.helpers.naive import NaiveGCond
 
 # Of a sum of up to six float32 gradients, times a few factors: eight roundings.
@@ -22,44 +20,14 @@ TRUST_RATIO_EPS = 1e-8
 LARGEST_HALF = 65504.0
 
 
-@dataclass
-class Options:
-    """As those of GCondFused.
-
-    `sizes` are numbers of elements of the parameters, `halves` tells whose `.grad` is float16.
-    """
-
-    weights: tuple[float, ...]
-    sizes: tuple[int, ...]
-    halves: tuple[bool, ...]
-    accumulation_steps: int
-    mode: str
-    method: GCond
-    momentum: float
-    update: LionLars | None
-    max_norm: float | None
-
-
 class Outcome(NamedTuple):
-    """What a step must come to.
-
-    Attributes:
-        skipped: whether it is left out.
-        taking_part: the tasks that are resolved; if the step is skipped none, or those whose sum
-            leaves float16.
-        written: per parameter the new `.grad`, None where there is none.
-        slack: per parameter how far each element may be off, before it is rounded to its type.
-        conflicts: (i, j, winner) of each conflict that is resolved.
-        weights: of the tasks.
-        weights_slack: how far they may be off.
-        undecided: whether rounding may decide otherwise. Then nothing can be compared.
-    """
+    """What a step must come to; where rounding may decide otherwise nothing can be compared."""
 
     skipped: bool
-    taking_part: list[int]
-    written: list
-    slack: list
-    conflicts: list
+    taking_part: list[int]  # if the step is skipped none, or those whose sum leaves float16
+    written: list  # per parameter the new `.grad`, None where there is none
+    slack: list  # per parameter how far each element may be off, before it is rounded to its type
+    conflicts: list  # (i, j, winner) of each conflict that is resolved
     weights: np.ndarray
     weights_slack: np.ndarray
     undecided: bool
@@ -79,7 +47,9 @@ KEPT = (
 
 
 class NaiveTraining:
-    def __init__(self, options: Options, seed: int) -> None:
+    """Trains as GCondFused would with these options: a Configuration, or what has its fields."""
+
+    def __init__(self, options, seed: int) -> None:
         self.o = o = options
         self.K, self.N = len(o.weights), sum(o.sizes)
         ends = np.cumsum([0, *o.sizes])
@@ -164,9 +134,7 @@ class NaiveTraining:
     def step(self, drop: bool, parameter_norms: list[float]) -> Outcome | None:
         """Resolves the window and starts another. None where no task had a micro-batch.
 
-        Args:
-            drop: whether tasks that are not finite sit it out; else the step is skipped.
-            parameter_norms: of the parameters as they are.
+        With `drop` tasks that are not finite sit it out; else the step is skipped.
         """
         if not any(self.counts):
             self.start_window()
@@ -176,7 +144,6 @@ class NaiveTraining:
         self.steps += 1
         for k in bad:
             self.nonfinite_steps[k] += 1
-        outcome = None
         if not bad or (drop and going):
             before = copy.deepcopy({name: getattr(self, name) for name in KEPT})
             outcome = self._resolved(going, parameter_norms)
@@ -316,10 +283,8 @@ class NaiveTraining:
             self.momentum_slack[s] += ROUNDING * size
             self.momentum_steps[i] += 1
             correction = 1.0 / (1.0 - beta ** self.momentum_steps[i])
-            hat[s], hat_slack[s] = (
-                self.momentum[s] * correction,
-                self.momentum_slack[s] * correction,
-            )
+            hat[s] = self.momentum[s] * correction
+            hat_slack[s] = self.momentum_slack[s] * correction
         return hat, hat_slack
 
     def _norms_of_terms(self, weights) -> list[float]:
