@@ -65,14 +65,16 @@ class LossBackward:
             shared = graphs.SharedFunctions(tensors, self._looks, not self._reached)
         try:
             for number, task in enumerate(order, start=1):
-                loss = losses[task]
+                loss, k = losses[task], names.index(task)
                 if not isinstance(loss, Tensor):
                     loss = self._loss_of(task, loss)
-                self._back_propagate(names.index(task), loss, window, number < len(tensors))
+                self._back_propagate(k, loss, window, number < len(tensors))
                 if shared is not None and number < len(tensors):
                     shared.check()
                 del loss
-                self._exchange_if_complete(names.index(task), window)
+                # Nothing will be added to it any more: the other ranks may have it.
+                if resolver.strategy.size > 1 and not window.comes_again(k):
+                    resolver.strategy.mark_complete(k)
         finally:
             graphs.free(tensors)
         self._check_reached()
@@ -109,12 +111,6 @@ class LossBackward:
         if resolver.losses is not None:
             with fixed_precision():
                 resolver.losses[task] += value.to(resolver.losses).reshape(())
-
-    def _exchange_if_complete(self, task: int, window: Window) -> None:
-        """Let the other ranks have an accumulator that nothing will be added to."""
-        strategy = self._resolver.strategy
-        if strategy.size > 1 and not window.comes_again(task):
-            strategy.mark_complete(task)
 
     def _check_reached(self) -> None:
         """Raise where the optimizer holds other parameters than those that the losses train."""
