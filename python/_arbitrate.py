@@ -34,13 +34,7 @@ def arbitrate(
     events = gramian.new_empty((B, settings.iterations(K), 5))
     finite = gramian.new_empty(B, dtype=torch.bool)
     for b, S in enumerate(gramian):
-        own = ArbitrationState(
-            norm_ema=state.norm_ema[b],
-            winners=state.winners[b],
-            history_gramian=state.history_gramian[b],
-            history_coefficients=state.history_coefficients[b],
-            history_scale=state.history_scale,
-        )
+        own = ArbitrationState._make([*(each[b] for each in state[:-1]), state.history_scale])
         X = None if cross is None else cross[b]
         one = arbitrate_one(S, X, scale, own, settings)
         weights[b], coefficients[b], events[b], finite[b] = one

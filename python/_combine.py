@@ -85,10 +85,7 @@ def new_history(gradients: TaskGradients) -> list[tuple[Tensor, Tensor]]:
 def add_weighted(
     accumulators: Tensor, weights: Sequence[float], total: Tensor, started: bool
 ) -> None:
-    """Add Σ_k weights[k] · accumulators[k] in float32 to `total`, or set it to that.
-
-    An accumulator of weight zero is not read.
-    """
+    """Add Σ_k weights[k] · accumulators[k] in float32 to `total`, or set it; skip weights of 0."""
     for accumulator, weight in zip(accumulators, weights, strict=True):
         if weight == 0.0:
             continue

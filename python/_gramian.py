@@ -45,28 +45,23 @@ def gramian(
 
 
 def add_in_place(products: Tensor, accumulators: Tensor, layout: Layout) -> Layout:
-    """Add the full partial sums of each large tensor to `products`, read where they lie.
-
-    Returns:
-        The layout of what is left: of the large tensors less than a partial sum each.
-    """
+    """Add the full partial sums of large tensors to `products`; return the layout of the rest."""
     lengths = [size // PARTIAL * PARTIAL if size >= IN_PLACE else 0 for size in layout.sizes]
     for tensor, (offset, length) in enumerate(zip(layout.offsets, lengths, strict=True)):
         if length:
             with full_float32():
                 part = partial_products(accumulators[:, offset : offset + length], len(products[0]))
             products[tensor] += part.sum(0, dtype=torch.float64)
-    return Layout(
-        tuple([offset + length for offset, length in zip(layout.offsets, lengths, strict=True)]),
-        tuple([size - length for size, length in zip(layout.sizes, lengths, strict=True)]),
-    )
+    offsets = [offset + length for offset, length in zip(layout.offsets, lengths, strict=True)]
+    sizes = [size - length for size, length in zip(layout.sizes, lengths, strict=True)]
+    return Layout.of(offsets, sizes)
 
 
 def add_in_batches(products: Tensor, gradients: TaskGradients, momentum: Tensor | None) -> None:
     """Add the inner products of each tensor to `products` [T, R, C], many tensors at a time."""
     (_, R, count), device = products.shape, products.device
     length, in_order = batches(gradients.layout, chunk_length(count, device))
-    # One piece of memory for all batches: fresh pages cost more than the arithmetic.
+    # The same memory for all batches: fresh pages cost more than the arithmetic.
     memory = torch.empty((count, length + GAP), dtype=torch.float32, device=device)
     for batch in in_order:
         filled = fill(memory, batch, gradients, momentum)
@@ -79,11 +74,7 @@ def add_in_batches(products: Tensor, gradients: TaskGradients, momentum: Tensor 
 
 
 def fill(memory: Tensor, batch: Batch, gradients: TaskGradients, momentum: Tensor | None) -> Tensor:
-    """Copy a batch of all accumulators to `memory` [C, n] as float32, each chunk padded by zeros.
-
-    Returns:
-        What was filled.
-    """
+    """Return a batch of all C vectors as float32 in `memory` [C, n], each chunk padded by zeros."""
     accumulators, _, _, history, mask = gradients
     K, until = len(accumulators), 0
     for start, stop, filled, until in batch.places:

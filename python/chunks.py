@@ -28,16 +28,12 @@ class Chunk(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Chunks of the tensors from `first` to `last`, and how many partial sums each tensor has.
-
-    Attributes:
-        places: of each chunk start and stop in flat storage, start and stop in scratch memory: a
-            whole number of partial sums.
-    """
+    """Chunks of the tensors from `first` to `last`, copied to scratch memory together."""
 
     first: int
     last: int
-    partials: tuple[int, ...]
+    partials: tuple[int, ...]  # partial sums of each tensor
+    # Of each chunk start and stop in flat storage, and in scratch memory, in full partial sums.
     places: tuple[tuple[int, int, int, int], ...]
 
 
@@ -63,29 +59,29 @@ def batches(layout: Layout, most: int) -> tuple[int, tuple[Batch, ...]]:
     padded = [-(-size // PARTIAL) * PARTIAL for size in layout.sizes]
     length = min(most, sum(padded))
     done: list[Batch] = []
-    pieces: list[tuple[int, int, int, int, int]] = []
+    copies: list[tuple[int, int, int, int, int]] = []
     filled = 0
     for tensor, (offset, size) in enumerate(zip(*layout, strict=True)):
         start, end = offset, offset + size
         while start < end:
             stop = min(start + length - filled, end)
             until = filled - (start - stop) // PARTIAL * PARTIAL
-            pieces.append((tensor, start, stop, filled, until))
+            copies.append((tensor, start, stop, filled, until))
             start, filled = stop, until
             if filled == length:
-                done.append(_batch_of(pieces))
-                pieces, filled = [], 0
-    if pieces:
-        done.append(_batch_of(pieces))
+                done.append(_batch_of(copies))
+                copies, filled = [], 0
+    if copies:
+        done.append(_batch_of(copies))
     return length, tuple(done)
 
 
-def _batch_of(pieces: Sequence[tuple[int, int, int, int, int]]) -> Batch:
-    first, last = pieces[0][0], pieces[-1][0]  # with the empty tensors between them
+def _batch_of(copies: Sequence[tuple[int, int, int, int, int]]) -> Batch:
+    first, last = copies[0][0], copies[-1][0]  # with the empty tensors between them
     partials = [0] * (last - first + 1)
-    for tensor, _, _, filled, until in pieces:
+    for tensor, _, _, filled, until in copies:
         partials[tensor - first] = (until - filled) // PARTIAL
-    return Batch(first, last, tuple(partials), tuple(piece[1:] for piece in pieces))
+    return Batch(first, last, tuple(partials), tuple(copy[1:] for copy in copies))
 
 
 def flat(tensors: Sequence[Tensor | None], layout: Layout) -> list[Tensor | None]:

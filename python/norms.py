@@ -11,18 +11,9 @@ from gcond_kernels.python.chunks import PARTIAL, chunk_length
 
 
 def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return the Gramian, and that of each tensor, of L lists.
-
-    Args:
-        lists: L lists of T tensors each, without gaps in memory; the t-th tensors of all lists
-            have the same size and memory order.
-
-    Returns:
-        [L, L] and [T, L, L] float64: entry (t, i, j) is the inner product of `lists[i][t]` and
-        `lists[j][t]`; the first is their sum over t.
-    """
+    """Return the Gramian [L, L], and that of each tensor [T, L, L], of L lists of T tensors."""
     sizes = [tensor.numel() for tensor in lists[0]]
-    device = lists[0][0].device if lists[0] else torch.device("cpu")
+    device = lists[0][0].device if sizes else torch.device("cpu")
     products = torch.zeros((len(sizes), len(lists), len(lists)), dtype=torch.float64, device=device)
     length = chunk_length(len(lists), device)
     for tensor, size in enumerate(sizes):

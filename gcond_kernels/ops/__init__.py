@@ -6,22 +6,13 @@
     combine      accumulators, weights  →  the gradient of every parameter
 
 `graddrop` takes the place of the last two where signs are chosen element by element; `resolve` is
-gramian, arbitrate and combine in one call.
+gramian, arbitrate and combine in one call. Each raises a ValueError that names the argument which
+does not fit, before anything is written.
 """
 
 from gcond_kernels.ops.backends import BACKENDS, OPERATIONS, Backend, backend_for, unavailable
-from gcond_kernels.ops.norms import (
-    multi_tensor_cosine_similarity,
-    multi_tensor_norm,
-)
-from gcond_kernels.ops.operations import (
-    accumulate,
-    arbitrate,
-    combine,
-    graddrop,
-    gramian,
-    resolve,
-)
+from gcond_kernels.ops.norms import multi_tensor_cosine_similarity, multi_tensor_norm
+from gcond_kernels.ops.operations import accumulate, arbitrate, combine, graddrop, gramian, resolve
 from gcond_kernels.ops.types import (
     Arbitration,
     ArbitrationState,

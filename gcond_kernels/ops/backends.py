@@ -8,12 +8,12 @@ import importlib.util
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from gcond_kernels.ops.types import Gramians, TaskGradients
+from gcond_kernels.ops.types import Arbitration, Gramians, TaskGradients
 
 # In the order in which "auto" tries them on a GPU, and in which one stands in for another.
 BACKENDS = ("cuda", "triton", "python")
@@ -22,14 +22,7 @@ MODULES = {
     "triton": "gcond_kernels.triton_kernels",
     "python": "gcond_kernels.python",
 }
-OPERATIONS = (
-    "accumulate",
-    "gramian",
-    "arbitrate",
-    "combine",
-    "graddrop",
-    "resolve",
-)
+OPERATIONS = ("accumulate", "gramian", "arbitrate", "combine", "graddrop", "resolve")
 
 # Of so many tasks a kernel keeps every product in registers; of more, matrix products are faster.
 MOST_TASKS = 8
@@ -47,14 +40,20 @@ class Backend:
         requested: by which name it was found, "auto" for example.
     """
 
+    accumulate: Callable[..., None]
+    arbitrate: Callable[..., Arbitration]
+    combine: Callable[..., None]
+    graddrop: Callable[..., None]
+    resolve: Callable[..., tuple[Gramians, Arbitration]]
+    multi_tensor_dot: Callable[..., tuple[Tensor, Tensor]]
+
     def __init__(self, name: str, device: torch.device, requested: str) -> None:
         self.name, self.device, self.requested = name, device, requested
 
-    def __getattr__(self, operation: str) -> Callable[..., Any]:
+    def __getattr__(self, operation: str) -> Any:
         if operation.startswith("_"):  # asked for by copy and pickle
             raise AttributeError(operation)
-        function: Callable[..., Any] = getattr(self.module(self.serves(operation)), operation)
-        return function
+        return getattr(self.module(self.serves(operation)), operation)
 
     def serves(self, operation: str) -> str:
         """Return the name of the backend that serves an operation."""
@@ -70,8 +69,7 @@ class Backend:
         """Return its Gramians; of more than `MOST_TASKS` tasks those of the reference."""
         few = len(gradients.scale) <= MOST_TASKS
         module = self.module(self.serves("gramian") if few else "python")
-        gramians: Gramians = module.gramian(gradients, history_scale, momentum)
-        return gramians
+        return cast(Gramians, module.gramian(gradients, history_scale, momentum))
 
     def resolves_at_once(self, gradients: TaskGradients) -> bool:
         """Return whether it has a `resolve` of its own that takes these gradients."""
@@ -141,15 +139,18 @@ def _triton_unavailable(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"its kernels run on CUDA and ROCm devices, not on {device.type}"
     if not interpreted:
-        return (
-            "its kernels need a GPU; with TRITON_INTERPRET=1 in the environment they run on the "
-            "CPU, interpreted, which is for tests"
-        )
+        return _NEEDS_GPU.format("TRITON_INTERPRET", "interpreted")
     import triton
 
     if isinstance(triton.language.zeros, triton.JITFunction):
         return "TRITON_INTERPRET=1 was set after Triton was imported, which then takes no notice"
     return None
+
+
+_NEEDS_GPU = (
+    "its kernels need a GPU; with {}=1 in the environment they run on the CPU, {}, which is for "
+    "tests"
+)
 
 
 @functools.cache
@@ -171,11 +172,8 @@ def _cuda_unavailable(device: torch.device) -> str | None:
         )
     if device.type == "cpu":
         if os.environ.get("GCOND_CUDA_HOST") == "1":
-            return _cuda_import_problem()
-        return (
-            "its kernels need a GPU; with GCOND_CUDA_HOST=1 in the environment they run on the "
-            "CPU, compiled for it, which is for tests"
-        )
+            return _cuda_problem(device)
+        return _NEEDS_GPU.format("GCOND_CUDA_HOST", "compiled for it")
     if device in _cuda_works_on:
         return None
     if device.type != "cuda" or torch.version.hip is not None:
@@ -187,23 +185,18 @@ def _cuda_unavailable(device: torch.device) -> str | None:
     return _cuda_problem(device)
 
 
-def _cuda_import_problem() -> str | None:
-    """Return why the extension, which is there, cannot be used: another system or torch."""
-    try:
-        importlib.import_module("gcond_kernels.cuda")
-    except (ImportError, AttributeError, RuntimeError) as error:
-        return f"its extension is there, but cannot be imported: {error}"
-    return None
-
-
 # Where the compiled kernels are known to run. What failed, for want of memory say, is tried again.
 _cuda_works_on: set[torch.device] = set()
 
 
 def _cuda_problem(device: torch.device) -> str | None:
-    """Return why the compiled kernels do not run on a GPU: its driver, or its architecture."""
-    if problem := _cuda_import_problem():
-        return problem
+    """Return why the extension, which is there, fails: another system or torch, driver or GPU."""
+    try:
+        importlib.import_module("gcond_kernels.cuda")
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return f"its extension is there, but cannot be imported: {error}"
+    if device.type == "cpu":
+        return None
     from gcond_kernels import _cuda
 
     with torch.cuda.device(device):

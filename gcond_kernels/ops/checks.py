@@ -20,31 +20,20 @@ FLOAT64 = (torch.float64,)
 def check_gradients(gradients: TaskGradients) -> None:
     """Check accumulators, history, scale and mask."""
     accumulators, layout, scale, history, mask = gradients
-    if accumulators.dim() != 2 or len(accumulators) == 0:
-        raise ValueError(
-            f"accumulators must be [K, N'] of at least one task, not {list(accumulators.shape)}"
-        )
-    device = accumulators.device
-    check_flat("accumulators", accumulators, layout, device)
-    check_small("scale", scale, [len(accumulators)], FLOAT64, device)
+    shape, device = accumulators.shape, accumulators.device
+    wanted = "[K, N'] of at least one task"
+    check_flat("accumulators", accumulators, layout, ACCUMULATOR_DTYPES, device, wanted)
+    check_tensor("scale", scale, shape[:1], FLOAT64, device)
     if history is not None:
-        if history.shape != accumulators.shape:
-            raise ValueError(
-                f"history must be {list(accumulators.shape)} like the accumulators, not "
-                f"{list(history.shape)}"
-            )
-        check_flat("history", history, layout, device, HISTORY_DTYPES)
+        check_tensor("history", history, shape, HISTORY_DTYPES, device)
     if mask is not None:
-        words = -(-accumulators.shape[1] // WORD_BITS)
-        check_small("mask", mask, [words], (torch.int32,), device)
+        check_tensor("mask", mask, [-(-shape[1] // WORD_BITS)], (torch.int32,), device)
 
 
-def check_momentum(momentum: Tensor, gradients: TaskGradients) -> None:
+def check_momentum(buffer: Tensor, gradients: TaskGradients) -> None:
     """Check a momentum buffer."""
-    if momentum.dim() != 1:
-        raise ValueError(f"momentum must be [N'], not {list(momentum.shape)}")
     device = gradients.accumulators.device
-    check_flat("momentum", momentum, gradients.layout, device, (torch.float32,))
+    check_flat("momentum", buffer, gradients.layout, (torch.float32,), device)
 
 
 def check_written(
@@ -56,7 +45,7 @@ def check_written(
     check_dense("outputs", outputs, sizes, device)
     if momentum is not None:
         check_momentum(momentum.buffer, gradients)
-        check_small("momentum.steps", momentum.steps, [len(sizes)], (torch.int64,), device)
+        check_tensor("momentum.steps", momentum.steps, [len(sizes)], (torch.int64,), device)
         if not 0.0 < momentum.beta < 1.0:
             raise ValueError(f"momentum.beta must be in (0, 1), not {momentum.beta}")
 
@@ -70,50 +59,46 @@ def check_max_norm(max_norm: float | None) -> None:
 def check_state(state: ArbitrationState, shape: Sequence[int], device: torch.device) -> None:
     """Check the state of arbitration for Gramians of a shape, [K, K] or [B, K, K]."""
     window = state.winners.shape[-1] if state.winners.dim() else 0
-    check_small("norm_ema", state.norm_ema, shape[:-1], FLOAT64, device)
-    check_small("winners", state.winners, [*shape[:-2], window], (torch.int64,), device)
-    check_small("history_gramian", state.history_gramian, shape, FLOAT64, device)
-    check_small("history_coefficients", state.history_coefficients, shape, FLOAT64, device)
-    check_small("history_scale", state.history_scale, shape[-1:], FLOAT64, device)
+    check_tensor("norm_ema", state.norm_ema, shape[:-1], FLOAT64, device)
+    check_tensor("winners", state.winners, [*shape[:-2], window], (torch.int64,), device)
+    check_tensor("history_gramian", state.history_gramian, shape, FLOAT64, device)
+    check_tensor("history_coefficients", state.history_coefficients, shape, FLOAT64, device)
+    check_tensor("history_scale", state.history_scale, shape[-1:], FLOAT64, device)
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Return whether the elements fill their memory without gaps or overlap, in any order."""
-    if tensor.is_contiguous():
-        return True
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return tensor.permute(order).is_contiguous()
-
-
-@functools.lru_cache(maxsize=256)
-def _end_of(layout: Layout) -> int:
-    """Return where the last segment ends."""
-    offsets, sizes = layout
-    if len(offsets) != len(sizes):
-        raise ValueError(f"{len(offsets)} offsets do not go with {len(sizes)} sizes")
-    if min(offsets, default=0) < 0 or min(sizes, default=0) < 0:
-        raise ValueError("offsets and sizes must not be negative")
-    return max((o + s for o, s in zip(offsets, sizes, strict=True)), default=0)
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+) -> None:
+    """Check shape, dtype, contiguity and device of a tensor."""
+    fits = list(tensor.shape) == list(shape) and tensor.dtype in dtypes
+    if not fits or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be {list(shape)} {_names(dtypes)}, contiguous, not {list(tensor.shape)} "
+            f"{_names([tensor.dtype])} of stride {tensor.stride()}"
+        )
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, not on {device}")
 
 
 def check_flat(
     name: str,
     tensor: Tensor,
     layout: Layout,
+    dtypes: Sequence[torch.dtype],
     device: torch.device,
-    dtypes: Sequence[torch.dtype] = ACCUMULATOR_DTYPES,
+    shape: str = "[N']",
 ) -> None:
-    """Check flat storage, [N'] or [K, N']."""
-    if not tensor.is_contiguous() or tensor.dtype not in dtypes:
-        raise ValueError(
-            f"{name} must be contiguous, of {' or '.join(map(str, dtypes))}, not {tensor.dtype} "
-            f"of shape {list(tensor.shape)} and stride {tensor.stride()}"
-        )
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, not on {device}")
-    end = _end_of(layout)
-    if end > tensor.shape[-1]:
-        raise ValueError(f"{name} has {tensor.shape[-1]} elements, but the segments end at {end}")
+    """Check flat storage of a layout, [N'] or [K, N']."""
+    if tensor.dim() != 1 + shape.count(",") or 0 in tensor.shape[:-1]:
+        raise ValueError(f"{name} must be {shape}, not {list(tensor.shape)}")
+    check_tensor(name, tensor, tensor.shape, dtypes, device)
+    length, end = tensor.shape[-1], _end_of(layout)
+    if end > length:
+        raise ValueError(f"{name} has {length} elements, but the segments end at {end}")
 
 
 def check_dense(
@@ -135,14 +120,12 @@ def check_dense(
         return
     for t, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
         if tensor is not None:
-            _check_dense(f"{name}[{t}]", tensor, size, device)
+            _check_one_dense(f"{name}[{t}]", tensor, size, device)
 
 
-def _check_dense(name: str, tensor: Tensor, size: int, device: torch.device) -> None:
+def _check_one_dense(name: str, tensor: Tensor, size: int, device: torch.device) -> None:
     if tensor.dtype not in GRADIENT_DTYPES:
-        raise ValueError(
-            f"{name} must be of {', '.join(map(str, GRADIENT_DTYPES))}, not {tensor.dtype}"
-        )
+        raise ValueError(f"{name} must be {_names(GRADIENT_DTYPES)}, not {_names([tensor.dtype])}")
     if tensor.numel() != size or not is_dense(tensor):
         raise ValueError(
             f"{name} must have {size} elements without gaps in memory, not shape "
@@ -154,20 +137,24 @@ def _check_dense(name: str, tensor: Tensor, size: int, device: torch.device) -> 
         raise ValueError(f"{name} is on {tensor.device}, not on {device}")
 
 
-def check_small(
-    name: str,
-    tensor: Tensor,
-    shape: Sequence[int],
-    dtypes: Sequence[torch.dtype],
-    device: torch.device,
-) -> None:
-    """Check a tensor of a known shape: K×K numbers and the like."""
-    if list(tensor.shape) != list(shape) or tensor.dtype not in dtypes:
-        raise ValueError(
-            f"{name} must be {list(shape)} {' or '.join(str(d)[6:] for d in dtypes)}, "
-            f"not {list(tensor.shape)} {str(tensor.dtype)[6:]}"
-        )
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, not of stride {tensor.stride()}")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, not on {device}")
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether the elements fill their memory without gaps or overlap, in any order."""
+    if tensor.is_contiguous():
+        return True
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(order).is_contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def _end_of(layout: Layout) -> int:
+    """Return where the last segment ends."""
+    offsets, sizes = layout
+    if len(offsets) != len(sizes):
+        raise ValueError(f"{len(offsets)} offsets do not go with {len(sizes)} sizes")
+    if min(offsets, default=0) < 0 or min(sizes, default=0) < 0:
+        raise ValueError("offsets and sizes must not be negative")
+    return max((o + s for o, s in zip(offsets, sizes, strict=True)), default=0)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -20,20 +20,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 class _Fixed:
     """Leaves the contexts that the caller has entered, and restores them; it is entered once."""
 
-    __slots__ = ("_autocast", "_inference", "_leaves_inference", "_no_grad")
+    __slots__ = ("_autocast", "_leaves_inference", "_left")
 
     def __init__(self, leaves_inference: bool = True) -> None:
         self._leaves_inference = leaves_inference
-        self._inference: torch.inference_mode | None = None
-        self._no_grad: torch.no_grad | None = None
+        self._left: list[torch.inference_mode | torch.no_grad] = []
 
     def __enter__(self) -> None:
         if self._leaves_inference and torch.is_inference_mode_enabled():
-            self._inference = torch.inference_mode(False)
-            self._inference.__enter__()
+            self._left.append(torch.inference_mode(False))
+            self._left[-1].__enter__()
         if torch.is_grad_enabled():  # not before, for leaving inference mode turns gradients on
-            self._no_grad = torch.no_grad()
-            self._no_grad.__enter__()
+            self._left.append(torch.no_grad())
+            self._left[-1].__enter__()
         self._autocast = [kind for kind in _device_types() if torch.is_autocast_enabled(kind)]
         for kind in self._autocast:
             torch.set_autocast_enabled(kind, False)
@@ -41,10 +40,8 @@ class _Fixed:
     def __exit__(self, *error: object) -> None:
         for kind in self._autocast:
             torch.set_autocast_enabled(kind, True)
-        if self._no_grad is not None:
-            self._no_grad.__exit__(None, None, None)
-        if self._inference is not None:
-            self._inference.__exit__(None, None, None)
+        for context in reversed(self._left):
+            context.__exit__(None, None, None)
 
 
 @functools.cache
@@ -64,9 +61,8 @@ def fixed_precision(function: F | None = None) -> F | AbstractContextManager[Non
     """Compute outside of autocast, inference mode and the recording of gradients.
 
     A decorator, `@fixed_precision`, and a context manager, `with fixed_precision():`, which may be
-    nested. Tensors made within are not inference tensors, so that they can be kept and changed.
-    While torch.compile traces, the context manager changes nothing, and the decorator does not
-    leave inference mode.
+    nested. Tensors made within can be kept and changed: they are no inference tensors. While
+    torch.compile traces, the manager changes nothing and the decorator stays in inference mode.
     """
     if function is not None:
         return _wrapped(function, leaves_inference=True)
@@ -118,12 +114,9 @@ def _normal(result: Any) -> Any:
 
 @contextmanager
 def users_code(device: torch.device) -> Iterator[None]:
-    """Run the user's code within `fixed_precision`; it may compute gradients of its own.
+    """Run the user's code within `fixed_precision`, on tensors of a device; it may use autograd.
 
     A default device on which none of its tensors are is not used. The default dtype stays.
-
-    Args:
-        device: of the tensors that the code is given.
     """
     elsewhere = torch.get_default_device().type not in ("cpu", device.type)
     with torch.enable_grad(), full_float32(), torch.device("cpu") if elsewhere else nullcontext():

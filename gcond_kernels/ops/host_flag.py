@@ -21,11 +21,9 @@ class HostFlag:
         return HostFlag, ()  # a copy has seen nothing yet: an event belongs to one process
 
     def note(self, flag: Tensor) -> bool:
-        """Start a copy of a flag, [] bool; on a CPU it is read at once.
+        """Start a copy of a flag, [] bool (on a CPU: read it), and return whether it was noted.
 
-        Returns:
-            Whether it was noted: not while a CUDA graph is captured or a copy is pending, nor once
-            one is known to have been True.
+        It is not while a CUDA graph is captured or a copy is pending, nor once one was True.
         """
         device = flag.device
         if device.type == "meta" or launch_tables.is_capturing(device):
@@ -47,16 +45,13 @@ class HostFlag:
 
     def _read_copy(self) -> None:
         """Read the copy where it is complete."""
-        if self._copied is None:
+        if self._copied is None or self._host is None:
             return
         # An event that is queried during a capture makes CUDA give the capture up.
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
-        if not self._copied.query():  # type: ignore[no-untyped-call]
-            return
-        assert self._host is not None
-        self._known = bool(self._host)
-        self._copied = None
+        if self._copied.query():  # type: ignore[no-untyped-call]
+            self._known, self._copied = bool(self._host), None
 
     def _is_on_host(self, device: torch.device) -> bool:
         return device.type != "cuda"  # other devices have no events of one kind: read at once

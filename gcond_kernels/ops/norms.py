@@ -23,9 +23,6 @@ def multi_tensor_norm(
             are formed in float32: numbers beyond 1e19 or below 1e-22 leave its range.
         per_tensor: one norm for each tensor instead of one for all.
         backend: a name, or what `backend_for` returned.
-
-    Raises:
-        ValueError: a tensor is not floating or lies on another device.
     """
     total, each = multi_tensor_dot([tensors], backend)
     return (each if per_tensor else total)[..., 0, 0].sqrt()
@@ -35,18 +32,12 @@ def multi_tensor_norm(
 def multi_tensor_cosine_similarity(
     a: Sequence[Tensor], b: Sequence[Tensor], *, backend: str | Backend = "auto"
 ) -> Tensor:
-    """Return the cosine of the angle between two lists of tensors, each taken as one long vector.
+    """Return the cosine between two lists of tensors, [] float64; 0 where either is zero.
 
     Args:
-        a: T tensors of `GRADIENT_DTYPES`, on one device.
-        b: T tensors; `b[t]` has as many elements as `a[t]`, in the same logical order.
+        a: T tensors of `GRADIENT_DTYPES`, on one device, taken as one long vector.
+        b: T tensors of the same shapes, in the same order.
         backend: a name, or what `backend_for` returned.
-
-    Returns:
-        [] float64; 0 where either vector is zero.
-
-    Raises:
-        ValueError: the lists do not match.
     """
     if [tensor.shape for tensor in a] != [tensor.shape for tensor in b]:
         raise ValueError("the two lists must hold tensors of the same shapes in the same order")
@@ -59,16 +50,15 @@ def multi_tensor_dot(
     lists: Sequence[Sequence[Tensor]], backend: str | Backend
 ) -> tuple[Tensor, Tensor]:
     """Return the Gramian [L, L], and that of each tensor [T, L, L], of L lists of T tensors."""
-    ordered = [in_one_order(tensors) for tensors in zip(*lists, strict=True)]
+    ordered = [_in_one_order(tensors) for tensors in zip(*lists, strict=True)]
     device = ordered[0][0].device if ordered else torch.device("cpu")
     lists = [[tensors[i] for tensors in ordered] for i in range(len(lists))]
     for tensors in lists:
         check_dense("tensors", tensors, [tensor.numel() for tensor in tensors], device)
-    products: tuple[Tensor, Tensor] = backend_for(backend, device).multi_tensor_dot(lists)
-    return products
+    return backend_for(backend, device).multi_tensor_dot(lists)
 
 
-def in_one_order(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _in_one_order(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors of one shape in one memory order without gaps; copies only if needed."""
     first = tensors[0]
     if is_dense(first) and all(tensor.stride() == first.stride() for tensor in tensors):

@@ -2,7 +2,8 @@
 
 K tasks, T parameter tensors, N' elements of flat storage. Gradients and outputs are tensors of any
 shape without gaps in memory; they and the segments of flat storage list a parameter's elements in
-the same memory order.
+the same memory order. Each operation raises a ValueError that names the argument which does not
+fit, before anything is written.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from gcond_kernels.ops import checks
 from gcond_kernels.ops.backends import Backend, backend_for
-from gcond_kernels.ops.checks import FLOAT64, check_small
+from gcond_kernels.ops.checks import FLOAT64, check_tensor
 from gcond_kernels.ops.contexts import operation
 from gcond_kernels.ops.registration import is_traced, operator
 from gcond_kernels.ops.types import (
@@ -32,7 +33,7 @@ from gcond_kernels.ops.types import (
 
 
 def _nothing(**_: object) -> None:
-    """Return nothing, as an operation does that only changes its arguments."""
+    """Do nothing; the fake of an operation that only changes its arguments."""
 
 
 @operator(
@@ -59,17 +60,12 @@ def accumulate(
         overwrite: set the segments instead of adding to them, to zero where there is no gradient;
             what they held before, NaN included, is forgotten.
         backend: a name, or what `backend_for` returned.
-
-    Raises:
-        ValueError: a size, dtype or device does not fit; nothing has been written.
     """
     device = accumulator.device
-    if accumulator.dim() != 1:
-        raise ValueError(f"accumulator must be [N'], not {list(accumulator.shape)}")
-    checks.check_flat("accumulator", accumulator, layout, device)
+    checks.check_flat("accumulator", accumulator, layout, checks.ACCUMULATOR_DTYPES, device)
     checks.check_dense("gradients", gradients, layout.sizes, device)
     if isinstance(scale, Tensor):
-        check_small("scale", scale, [], checks.GRADIENT_DTYPES, device)
+        check_tensor("scale", scale, [], checks.GRADIENT_DTYPES, device)
     else:
         scale = float(scale)
     backend_for(backend, device).accumulate(accumulator, gradients, layout, scale, overwrite)
@@ -106,9 +102,6 @@ def gramian(
         history_scale: [K] float64; read where there is a history.
         momentum: [N'] float32, or None; where given it is one more gradient, of scale 1.
         backend: a name, or what `backend_for` returned.
-
-    Raises:
-        ValueError: a size, dtype or device does not fit.
     """
     checks.check_gradients(gradients)
     if momentum is not None:
@@ -117,9 +110,8 @@ def gramian(
     if gradients.history is not None:
         if history_scale is None:
             raise ValueError("a history needs its history_scale [K]")
-        check_small("history_scale", history_scale, gradients.scale.shape, FLOAT64, device)
-    products: Gramians = backend_for(backend, device).gramian(gradients, history_scale, momentum)
-    return products
+        check_tensor("history_scale", history_scale, gradients.scale.shape, FLOAT64, device)
+    return backend_for(backend, device).gramian(gradients, history_scale, momentum)
 
 
 def _empty_arbitration(gramian: Tensor, settings: Settings, **_: object) -> Arbitration:
@@ -162,9 +154,6 @@ def arbitrate(
         state: changed in place.
         settings: the method's numbers.
         backend: a name, or what `backend_for` returned.
-
-    Raises:
-        ValueError: a shape does not fit.
     """
     if gramian.dim() not in (2, 3) or gramian.shape[-1] == 0:
         raise ValueError(
@@ -172,18 +161,15 @@ def arbitrate(
         )
     K, device = gramian.shape[-1], gramian.device
     shape = [*gramian.shape[:-2], K, K]
-    check_small("gramian", gramian, shape, FLOAT64, device)
+    check_tensor("gramian", gramian, shape, FLOAT64, device)
     if cross is not None:
-        check_small("cross", cross, shape, FLOAT64, device)
-    check_small("scale", scale, [K], FLOAT64, device)
+        check_tensor("cross", cross, shape, FLOAT64, device)
+    check_tensor("scale", scale, [K], FLOAT64, device)
     checks.check_state(state, shape, device)
     if gramian.dim() == 3:
         # Each resolution sees its own Gramian alone: where one is not finite, none is made finite.
         gramian = torch.where(gramian.isfinite().all(), gramian, math.nan)
-    decision: Arbitration = backend_for(backend, device).arbitrate(
-        gramian, cross, scale, state, settings
-    )
-    return decision
+    return backend_for(backend, device).arbitrate(gramian, cross, scale, state, settings)
 
 
 @operator(
@@ -222,20 +208,17 @@ def combine(
         momentum: changed in place; None writes g itself.
         rescale: a bound of the norm of all outputs together.
         backend: a name, or what `backend_for` returned.
-
-    Raises:
-        ValueError: a size, dtype or device does not fit; nothing has been written.
     """
     K, T, device = len(gradients.scale), len(gradients.layout.sizes), gradients.scale.device
     checks.check_written(gradients, outputs, momentum)
-    check_small("weights", weights, [K] if weights.dim() < 2 else [T, K], FLOAT64, device)
-    check_small("finite", finite, [], (torch.bool,), device)
+    check_tensor("weights", weights, [K] if weights.dim() < 2 else [T, K], FLOAT64, device)
+    check_tensor("finite", finite, [], (torch.bool,), device)
     if rescale is not None:
         checks.check_max_norm(rescale.max_norm)
         R = K + (momentum is not None)
         if momentum is not None and rescale.per_tensor.shape[1:] == (K, K):
             raise ValueError("per_tensor must hold the momentum: give it to gramian too")
-        check_small("per_tensor", rescale.per_tensor, [T, R, R], FLOAT64, device)
+        check_tensor("per_tensor", rescale.per_tensor, [T, R, R], FLOAT64, device)
     backend_for(backend, device).combine(gradients, outputs, weights, finite, momentum, rescale)
 
 
@@ -276,14 +259,11 @@ def graddrop(
         dropout: of the random numbers.
         momentum: changed in place; None writes g itself.
         backend: a name, or what `backend_for` returned.
-
-    Raises:
-        ValueError: a size, dtype or device does not fit; nothing has been written.
     """
     device = gradients.accumulators.device
     checks.check_written(gradients, outputs, momentum)
-    check_small("finite", finite, [], (torch.bool,), device)
-    check_small("counter", dropout.counter, [], (torch.int64,), device)
+    check_tensor("finite", finite, [], (torch.bool,), device)
+    check_tensor("counter", dropout.counter, [], (torch.int64,), device)
     if not 0.0 <= dropout.leak <= 1.0:
         raise ValueError(f"leak must be in [0, 1], not {dropout.leak}")
     if dropout.first < 0:
@@ -305,19 +285,8 @@ def resolve(
     """Call `gramian`, `arbitrate` and `combine`, in one launch where a backend can.
 
     The CUDA backend can where the accumulators fit in the GPU's L2 cache, with at most 8 tasks and
-    1,000 tensors. The bits are those of the three operations.
-
-    Args:
-        gradients: the accumulated gradients of K tasks.
-        outputs: as for `combine`.
-        state: changed in place, as by `arbitrate`.
-        settings: the method's numbers.
-        momentum: changed in place; None writes the sum itself.
-        max_norm: a bound of the norm of all outputs together.
-        backend: a name, or what `backend_for` returned.
-
-    Raises:
-        ValueError: as from the three; nothing has been written.
+    1,000 tensors. The bits are those of the three operations. Outputs, state and momentum are
+    changed in place; `max_norm` bounds the norm of all outputs together.
     """
     if is_traced(gradients):
         raise NotImplementedError(
@@ -329,10 +298,7 @@ def resolve(
     checks.check_max_norm(max_norm)
     chosen = backend_for(backend, device)
     if chosen.resolves_at_once(gradients):
-        result: tuple[Gramians, Arbitration] = chosen.resolve(
-            gradients, outputs, state, settings, momentum, max_norm
-        )
-        return result
+        return chosen.resolve(gradients, outputs, state, settings, momentum, max_norm)
     history_scale = None if gradients.history is None else state.history_scale
     buffer = None if momentum is None or max_norm is None else momentum.buffer
     products = chosen.gramian(gradients, history_scale, buffer)

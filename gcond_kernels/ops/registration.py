@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import is_dataclass
 from inspect import signature
 from typing import Any, NamedTuple, TypeVar, cast, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-from gcond_kernels.ops import types
 from gcond_kernels.ops.backends import Backend
 from gcond_kernels.ops.contexts import operation
+from gcond_kernels.ops.types import TaskGradients
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _library = torch.library.Library("gcond_kernels", "DEF")  # what it holds is unregistered with it
-_OBJECTS = (
-    types.TaskGradients,
-    types.Layout,
-    types.Momentum,
-    types.Rescale,
-    types.SignDropout,
-    types.ArbitrationState,
-    types.Settings,
-)
 _LIST, _NUMBER = "list of tensors or None", "number or tensor"
 _NAMES = {Sequence[Tensor | None]: _LIST, float | Tensor: _NUMBER}
 
@@ -33,21 +25,16 @@ _NAMES = {Sequence[Tensor | None]: _LIST, float | Tensor: _NUMBER}
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
     """Register an operation as a torch library operator, which traced calls go through.
 
-    Eager calls do not: the dispatcher would cost more than the launch. A schema knows no argument
-    objects. It lists their fields, in order; an operation's signature says how they are put
-    together.
-
-    Args:
-        schema: arguments and results of the operator. A list of tensors or None is two arguments,
-            the tensors and a flag for each place; a number or a tensor is two, the number and the
-            tensor or None. For a result None the operator returns an empty vector.
-        fake: has the operation's parameters; returns its results without values.
+    Eager calls do not: the dispatcher would cost more than the launch. A schema lists the fields of
+    the argument objects, in the order of the operation's signature. A list of tensors or None is
+    two arguments, the tensors and a flag for each place; a number or a tensor is two, the number
+    and the tensor or None. For a result None the operator returns an empty vector. `fake` has the
+    operation's parameters and returns its results without values.
     """
 
     def decorate(function: F) -> F:
-        run, hints = operation(function), get_type_hints(function)
-        defaults = function.__kwdefaults__ or {}
-        parameters = {name: _kind_of(hints[name]) for name in signature(function).parameters}
+        run, hints, accepted = operation(function), get_type_hints(function), signature(function)
+        parameters = {name: _kind_of(hints[name]) for name in accepted.parameters}
         first, *_ = parameters
         name = schema.partition("(")[0]
         _library.define(schema)
@@ -59,11 +46,12 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
 
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> Any:
-            if not is_traced(args[0] if args else options[first]):
+            if not is_traced(args[0] if args else options.get(first)):
                 return run(*args, **options)
-            given = {**defaults, **dict(zip(parameters, args, strict=False)), **options}
-            flat = [part for name, kind in parameters.items() for part in _apart(given[name], kind)]
-            results = registered(*flat)
+            given = accepted.bind(*args, **options)  # an unknown keyword is refused
+            given.apply_defaults()
+            pairs = zip(given.arguments.values(), parameters.values(), strict=True)
+            results = registered(*[part for value, kind in pairs for part in _apart(value, kind)])
             if results is None:
                 return None
             return hints["return"](*[None if part.shape == (0,) else part for part in results])
@@ -73,11 +61,11 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
     return decorate
 
 
-def is_traced(first: Tensor | types.TaskGradients) -> bool:
+def is_traced(first: Tensor | TaskGradients | None) -> bool:
     """Return whether a call with this first argument must show in a graph."""
     if torch.compiler.is_compiling():
         return True
-    tensor = first.accumulators if isinstance(first, types.TaskGradients) else first
+    tensor = first.accumulators if isinstance(first, TaskGradients) else first
     return type(tensor) not in (Tensor, torch.nn.Parameter)  # fake tensors, for example
 
 
@@ -90,7 +78,7 @@ class _Kind(NamedTuple):
 
 def _kind_of(hint: Any) -> _Kind:
     for member in (hint, *get_args(hint)):
-        if member in _OBJECTS:
+        if hasattr(member, "_fields") or is_dataclass(member):
             fields = get_type_hints(member).items()
             return _Kind(member, tuple((name, _kind_of(field)) for name, field in fields))
     return _Kind(_NAMES.get(hint, "plain value"))  # torch.compile compares no types

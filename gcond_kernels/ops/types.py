@@ -20,15 +20,10 @@ RESIDUE = 2.0**-23
 
 
 class Layout(NamedTuple):
-    """Where each parameter tensor's segment lies in flat storage.
+    """Where each parameter tensor's segment lies in flat storage; between segments that is zero."""
 
-    Attributes:
-        offsets: T starts of the segments, in elements; between segments flat storage is zero.
-        sizes: T lengths of the segments, in elements.
-    """
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]  # T starts of the segments, in elements
+    sizes: tuple[int, ...]  # T lengths of the segments, in elements
 
     @classmethod
     def of(cls, offsets: Sequence[int], sizes: Sequence[int]) -> Layout:
@@ -39,83 +34,55 @@ class Layout(NamedTuple):
 class TaskGradients(NamedTuple):
     """The accumulated gradients of K tasks, g_k = scale[k] · accumulators[k].
 
-    Attributes:
-        accumulators: [K, N'] float32 or bfloat16.
-        layout: where each tensor's segment lies in an accumulator.
-        scale: [K] float64. A task whose scale is 0 takes no part, whatever its accumulator holds.
-        history: [K, N'] float32, bfloat16 or float16, the accumulators of the last step; or None.
-        mask: [⌈N' / 32⌉] int32, or None: where bit e % 32 of word e // 32 is 0, element e is not
-            trained: it counts as zero and its gradient is exactly 0.
+    A task whose scale is 0 takes no part, whatever its accumulator holds. Where bit e % 32 of the
+    mask's word e // 32 is 0, element e is not trained: it counts as zero and its gradient is 0.
     """
 
-    accumulators: Tensor
-    layout: Layout
-    scale: Tensor
-    history: Tensor | None = None
-    mask: Tensor | None = None
+    accumulators: Tensor  # [K, N'] float32 or bfloat16
+    layout: Layout  # where each tensor's segment lies in an accumulator
+    scale: Tensor  # [K] float64
+    history: Tensor | None = None  # [K, N'] float32, bfloat16 or float16: the last accumulators
+    mask: Tensor | None = None  # [⌈N' / 32⌉] int32
 
 
 class Momentum(NamedTuple):
-    """A moving average of the resolved gradient: m ← β m + (1-β) g, read as m / (1 - β^t).
+    """A moving average of the resolved gradient: m ← β m + (1-β) g, read as m / (1 - β^t)."""
 
-    Attributes:
-        buffer: [N'] float32, m; changed in place.
-        steps: [T] int64, t of each tensor; counted up.
-        beta: β in (0, 1).
-    """
-
-    buffer: Tensor
-    steps: Tensor
-    beta: float
+    buffer: Tensor  # [N'] float32: m; changed in place
+    steps: Tensor  # [T] int64: t of each tensor; counted up
+    beta: float  # β in (0, 1)
 
 
 class Rescale(NamedTuple):
     """A bound of the norm of what is written to all outputs together.
 
-    Attributes:
-        max_norm: the bound, above 0.
-        per_tensor: [T, R, R] float64 as `gramian` returns it, with the momentum buffer as its last
-            row where there is momentum: the norm comes from it, without a pass over memory.
+    The norm comes from the Gramians, without a pass over memory.
     """
 
-    max_norm: float
-    per_tensor: Tensor
+    max_norm: float  # above 0
+    per_tensor: Tensor  # [T, R, R] as `gramian` returns it; with momentum that is its last row
 
 
 class SignDropout(NamedTuple):
-    """The random numbers of GradDrop: a function of seed, counter and an element's place alone.
+    """The random numbers of GradDrop: a function of seed, counter and an element's place alone."""
 
-    Attributes:
-        seed: its lower 64 bits count.
-        counter: [] int64, how many steps there were; not read by the host.
-        leak: share of the dropped sign that is let through, in [0, 1].
-        first: place of the accumulators' first element, where they are a shard of longer ones.
-    """
-
-    seed: int
-    counter: Tensor
-    leak: float = 0.0
-    first: int = 0
+    seed: int  # its lower 64 bits count
+    counter: Tensor  # [] int64: how many steps there were; not read by the host
+    leak: float = 0.0  # fraction of the dropped sign that is let through, in [0, 1]
+    first: int = 0  # place of the accumulators' first element, where they are a shard
 
 
 class ArbitrationState(NamedTuple):
     """What `arbitrate` keeps from step to step; each tensor is changed in place.
 
     For a batch of Gramians all but `history_scale` have a leading dimension [B].
-
-    Attributes:
-        norm_ema: [K] float64, moving average of each task's norm; 0 is "not started".
-        winners: [W] int64, the last winners, oldest first; -1 where there is none yet.
-        history_gramian: [K, K] float64, S of the last step that a task took part in.
-        history_coefficients: [K, K] float64, h_i = Σ_j coefficients[i, j] · (last step's g_j).
-        history_scale: [K] float64, the scale of each task's history.
     """
 
-    norm_ema: Tensor
-    winners: Tensor
-    history_gramian: Tensor
-    history_coefficients: Tensor
-    history_scale: Tensor
+    norm_ema: Tensor  # [K] float64: moving average of each task's norm; 0 is "not started"
+    winners: Tensor  # [W] int64: the last winners, oldest first; -1 where there is none yet
+    history_gramian: Tensor  # [K, K] float64: S of the last step that a task took part in
+    history_coefficients: Tensor  # [K, K] float64: h_i = Σ_j coefficients_ij · (last step's g_j)
+    history_scale: Tensor  # [K] float64: the scale of each task's history
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,16 +102,12 @@ class Settings:
         tie_breaking_weights: (stability, strength) in the winner's score.
         norm_ema_beta: decay of the moving average of each task's norm, in [0, 1).
         norm_ema_start: where that average starts; None is the first non-zero norm.
-        norm_cap: gradients longer than this are scaled down to it; None is no cap.
+        norm_cap: gradients of a larger norm are scaled down to it; None is no cap.
         history: what stability compares with: last step's gradient as accumulated ("raw",
             eq. 8 of the paper) or as resolved ("resolved", the published implementation). Where
             that left nothing of it but rounding, the stability is 0.
         eps: added to quotients. With `norm_ema_start` it is also the least value of the
-            average; without, nothing of absolute size enters, so that the scale of the
-            gradients decides nothing.
-
-    Raises:
-        ValueError: a setting is out of its range; the message names it.
+            average; without, the scale of the gradients decides nothing.
     """
 
     thresholds: tuple[float, float, float] = (-0.8, -0.5, 0.0)
@@ -184,71 +147,51 @@ class Settings:
 
 
 class Gramians(NamedTuple):
-    """Inner products of the scaled task gradients. All tensors are float64.
+    """Inner products of the scaled task gradients. All tensors are float64."""
 
-    Attributes:
-        total: [K, K], S_ij = g_i · g_j.
-        cross: [K, K], X_ij = g_i · h_j; None without history.
-        per_tensor: [T, R, R], a Gramian per tensor, R = K, or K + 1 with momentum as the last one.
-        cross_per_tensor: [T, K, K], X of each tensor; None without history.
-    """
-
-    total: Tensor
-    cross: Tensor | None
-    per_tensor: Tensor
-    cross_per_tensor: Tensor | None
+    total: Tensor  # [K, K]: S_ij = g_i · g_j
+    cross: Tensor | None  # [K, K]: X_ij = g_i · h_j; None without history
+    per_tensor: Tensor  # [T, R, R]: S of each tensor; R = K, or K + 1 with momentum as the last
+    cross_per_tensor: Tensor | None  # [T, K, K]: X of each tensor; None without history
 
 
 class Arbitration(NamedTuple):
-    """What a resolution decided. All tensors are on the Gramian's device.
+    """What a resolution decided, on the Gramian's device; [B, ...] for a batch of Gramians.
 
-    For a batch of Gramians all of these have a leading dimension [B].
-
-    Attributes:
-        weights: [K] float64; the resolved gradient is Σ_k weights[k] · g_k.
-        coefficients: [K, K] float64; those of entry i make the resolved gradient of task i.
-        events: [max_iterations, 5] float64, one resolved conflict each: i, j, cosine, winner
-            (-1: none was chosen), zone (0 mild, 1 moderate, 2 critical); NaN after the last.
-        finite: [] bool; False where a gradient held a NaN or an infinity. Then the weights
-            are zero and no state has changed.
+    An event is one resolved conflict: i, j, cosine, winner (-1: none was chosen), zone (0 mild,
+    1 moderate, 2 critical). Where a gradient held a NaN or an infinity `finite` is False, the
+    weights are zero, and no state has changed.
     """
 
-    weights: Tensor
-    coefficients: Tensor
-    events: Tensor
-    finite: Tensor
+    weights: Tensor  # [K] float64: the resolved gradient is Σ_k weights[k] · g_k
+    coefficients: Tensor  # [K, K] float64: those of entry i make the resolved gradient of task i
+    events: Tensor  # [max_iterations, 5] float64: NaN after the last
+    finite: Tensor  # [] bool
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
-def _is_not_negative(value: Any) -> bool:
-    return bool(0.0 <= value < math.inf)
-
-
-def _is_positive(value: Any) -> bool:
-    return bool(0.0 < value < math.inf)
-
-
-def _are_cosines(values: Any) -> bool:
-    return len(values) == 3 and bool(-1.0 <= values[0] <= values[1] <= values[2] <= 1.0)
-
-
+_POSITIVE = ("a number above 0", lambda x: 0.0 < x < math.inf)
+_POSITIVE_OR_NONE = ("None or above 0", lambda x: x is None or 0.0 < x < math.inf)
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "thresholds": ("three non-decreasing cosines in [-1, 1]", _are_cosines),
-    "remap_power": ("a number above 0", _is_positive),
+    "thresholds": (
+        "three non-decreasing cosines in [-1, 1]",
+        lambda x: len(x) == 3 and -1.0 <= x[0] <= x[1] <= x[2] <= 1.0,
+    ),
+    "remap_power": _POSITIVE,
     "arbitration": ("'smooth' or 'zones'", lambda x: x in ("smooth", "zones")),
     "max_iterations": ("None or a whole number, 0 or more", lambda x: x is None or _is_count(x)),
-    "tolerance": ("a number, 0 or more", _is_not_negative),
+    "tolerance": ("a number, 0 or more", lambda x: 0.0 <= x < math.inf),
     "dominance_window": ("a whole number, 0 or more", _is_count),
     "tie_breaking_weights": (
         "two numbers, 0 or more: (stability, strength)",
-        lambda x: len(x) == 2 and all(map(_is_not_negative, x)),
+        lambda x: len(x) == 2 and all(0.0 <= weight < math.inf for weight in x),
     ),
     "norm_ema_beta": ("in [0, 1)", lambda x: 0.0 <= x < 1.0),
-    "norm_ema_start": ("None or above 0", lambda x: x is None or _is_positive(x)),
-    "norm_cap": ("None or above 0", lambda x: x is None or _is_positive(x)),
+    "norm_ema_start": _POSITIVE_OR_NONE,
+    "norm_cap": _POSITIVE_OR_NONE,
     "history": ("'raw' or 'resolved'", lambda x: x in ("raw", "resolved")),
-    "eps": ("a number above 0", _is_positive),
+    "eps": _POSITIVE,
 }

@@ -7,6 +7,13 @@ import torch
 
 ALIGNMENT = 32
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# What one rounding to a type costs, relative, and absolute below its normal range.
+ROUNDING = {
+    torch.float64: (0.0, 0.0),
+    torch.float32: (0.0, 0.0),
+    torch.bfloat16: (2.0**-8, 1e-38),
+    torch.float16: (2.0**-11, 2.0**-24),
+}
 
 
 @dataclass(frozen=True)

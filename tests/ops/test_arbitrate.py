@@ -42,19 +42,31 @@ def conflicting(seed: int, tasks: int, size: int, spread: float = 1.0) -> np.nda
 
 def warm_state(method, tasks, seed):
     """State with averages of no particular value: a first step is full of exact ties."""
-    state = method.new_state(tasks, torch.device("cpu"))
+    state = new_state(method, tasks)
     state["norm_ema"] += torch.from_numpy(np.random.default_rng(seed).uniform(0.5, 2.0, tasks))
     return state
 
 
-def arbitrate(method, g, previous, state, present=None, backend="python"):
+def new_state(method, tasks):
+    return method.new_state(tasks, torch.device("cpu"))
+
+
+def decide(backend, method, S, X=None, *, scale=None, state=None):
+    """One resolution from inner products; where not given, scales are 1 and the state is new."""
+    K = S.shape[-1]
+    scale = torch.ones(K, dtype=torch.float64) if scale is None else scale
+    state = new_state(method, K) if state is None else state
+    return method.decide(Comparison(S, X, scale, backend=backend), state)
+
+
+def arbitrate(backend, method, g, previous=None, *, state=None, present=None):
     """One resolution from vectors; `present` says which tasks take part."""
-    K = len(g)
-    present = [True] * K if present is None else present
-    mask = torch.tensor(present, dtype=torch.float64)
-    scaled = torch.from_numpy(g) * mask[:, None]
-    cross = scaled @ torch.from_numpy(previous).T
-    return method.decide(Comparison(scaled @ scaled.T, cross, mask, backend=backend), state)
+    scale = torch.ones(len(g), dtype=torch.float64)
+    if present is not None:
+        scale *= torch.tensor(present)
+    scaled = torch.from_numpy(g) * scale[:, None]
+    cross = scaled @ torch.from_numpy(np.zeros_like(g) if previous is None else previous).T
+    return decide(backend, method, scaled @ scaled.T, cross, scale=scale, state=state)
 
 
 @pytest.mark.quick
@@ -71,7 +83,7 @@ def test_decides_as_on_full_vectors(backend, method, tasks, size, seed, data):
         missing = [k for k in range(tasks) if not present[k]]
         if missing and method.history == "resolved":
             return  # there, a task that sat out compares with its own gradient: see below
-        decision = arbitrate(method, g, previous, state, present, backend)
+        decision = arbitrate(backend, method, g, previous, state=state, present=present)
         expected = naive.resolve([g[k] if present[k] else None for k in range(tasks)])
         if naive.tied:
             return  # two pairs left orthogonal, where that is below θ_weak, differ by rounding
@@ -96,11 +108,12 @@ def test_a_task_that_sat_out_compares_with_its_own_last_gradient(backend):
     # Step 1: tasks 0 and 1 conflict, so the resolved history of task 0 holds some of task 1.
     # Step 2: task 0 sits out. Step 3: its history must be its gradient of step 1 as it was.
     method = GCond(history="resolved", dominance_window=0, tie_breaking_weights=(1.0, 0.0))
-    state = method.new_state(2, torch.device("cpu"))
+    state = new_state(method, 2)
     first = np.array([[1.0, 0.0], [-0.4, 0.9]])
-    arbitrate(method, first, np.zeros((2, 2)), state, backend=backend)
+    arbitrate(backend, method, first, state=state)
     assert state["history_coefficients"][0, 1] != 0.0
-    arbitrate(method, np.array([[9.0, 9.0], [0.0, 1.0]]), first, state, [False, True], backend)
+    second = np.array([[9.0, 9.0], [0.0, 1.0]])
+    arbitrate(backend, method, second, first, state=state, present=[False, True])
     assert state["history_coefficients"].tolist() == [[1.0, 0.0], [0.0, 1.0]]
     assert state["history_gramian"][0, 0] == 1.0
     assert state["history_gramian"][1, 1] == 1.0
@@ -110,9 +123,7 @@ def test_a_task_that_sat_out_compares_with_its_own_last_gradient(backend):
 @given(st.integers(1, 6), st.integers(0, 2**32 - 1))
 def test_without_conflict_the_weights_are_exactly_one(backend, tasks, seed):
     g = np.abs(np.random.default_rng(seed).normal(size=(tasks, 7)))
-    method = GCond()
-    state = method.new_state(tasks, torch.device("cpu"))
-    decision = arbitrate(method, g, np.zeros_like(g), state, backend=backend)
+    decision = arbitrate(backend, GCond(), g)
     assert decision.weights.tolist() == [1.0] * tasks
     assert decision.events.isnan().all()
 
@@ -136,8 +147,8 @@ def test_the_scale_of_the_gradients_decides_nothing(
     previous = np.zeros((tasks, size))
     for step in range(4):
         g = conflicting(seed + step, tasks, size, spread=3.0)
-        a = arbitrate(method, g, previous, plain, backend=backend)
-        b = arbitrate(method, by * g, by * previous, scaled, backend=backend)
+        a = arbitrate(backend, method, g, previous, state=plain)
+        b = arbitrate(backend, method, by * g, by * previous, state=scaled)
         assert a.events[:, [0, 1, 3, 4]].nan_to_num(-9).tolist() == (
             b.events[:, [0, 1, 3, 4]].nan_to_num(-9).tolist()
         )
@@ -157,8 +168,8 @@ def test_relabelling_the_tasks_changes_nothing(backend, tasks, size, seed, rando
     previous = np.zeros((tasks, size))
     for step in range(4):
         g = conflicting(seed + step, tasks, size)
-        a = arbitrate(method, g, previous, plain, backend=backend)
-        b = arbitrate(method, g[order], previous[order], moved, backend=backend)
+        a = arbitrate(backend, method, g, previous, state=plain)
+        b = arbitrate(backend, method, g[order], previous[order], state=moved)
         assert torch.allclose(a.weights[order], b.weights, rtol=1e-9, atol=1e-12)
         winners = [order[w] if w >= 0 else -1 for w in moved["winners"].tolist()]
         assert plain["winners"].tolist() == winners
@@ -171,10 +182,7 @@ def test_critical_conflict(backend, size, seed, cosine):
     basis = np.linalg.qr(rng.normal(size=(size, 2)))[0].T
     g = np.stack([basis[0], cosine * basis[0] + math.sqrt(1 - cosine**2) * basis[1]])
     g *= rng.uniform(0.1, 10.0, size=(2, 1))
-    method = GCond()
-    decision = arbitrate(
-        method, g, np.zeros_like(g), method.new_state(2, torch.device("cpu")), backend=backend
-    )
+    decision = arbitrate(backend, GCond(), g)
     winner = int(decision.events[0, 3])
     rows = decision.coefficients.numpy()
     assert decision.events[0, 4] == 2
@@ -191,12 +199,7 @@ def test_anti_parallel_gradients_give_the_winner_alone(backend, factor, arbitrat
     # As float32 partial sums would have it: inner products with rounding in the 7th digit, so
     # that much of the longer gradient may be left.
     gramian = torch.from_numpy((g @ g.T).astype(np.float32)).double()
-    method = GCond(arbitration=arbitration)
-    state = method.new_state(2, torch.device("cpu"))
-    decision = method.decide(
-        Comparison(gramian, torch.zeros(2, 2).double(), torch.ones(2).double(), backend=backend),
-        state,
-    )
+    decision = decide(backend, GCond(arbitration=arbitration), gramian)
     winner = int(decision.events[0, 3])
     resolved = decision.weights.numpy() @ g
     np.testing.assert_allclose(resolved, g[winner], rtol=0, atol=3e-7 * np.abs(g).max())
@@ -217,14 +220,7 @@ def test_rounding_left_of_a_cancelled_gradient_is_no_conflict(backend, seed, fac
     S = g @ g.T
     S[0, 1] = S[1, 0] = S[0, 1] * (1 - 2.0**one)
     S[2, 1] = S[1, 2] = S[2, 1] * (1 + other)
-    method = GCond()
-    state = method.new_state(3, torch.device("cpu"))
-    decision = method.decide(
-        Comparison(
-            torch.from_numpy(S), torch.zeros(3, 3).double(), torch.ones(3).double(), backend=backend
-        ),
-        state,
-    )
+    decision = decide(backend, GCond(), torch.from_numpy(S))
     # No weight may leave the order of magnitude that the ratio of the norms explains.
     assert decision.weights.abs().max() < 3 * (1 + max(-factor, -1 / factor))
 
@@ -232,10 +228,7 @@ def test_rounding_left_of_a_cancelled_gradient_is_no_conflict(backend, seed, fac
 def test_what_is_really_left_of_a_cancelled_gradient_conflicts_on(backend):
     # 2^-9 of the loser is left: its square is 2^-18, far above rounding, and opposes task 2.
     g = np.array([[1.0, 0.0], [-1.0, 2.0**-9], [0.0, -1.0]])
-    method = GCond()
-    decision = arbitrate(
-        method, g, np.zeros_like(g), method.new_state(3, torch.device("cpu")), backend=backend
-    )
+    decision = arbitrate(backend, GCond(), g)
     assert decision.events[:2, :2].tolist() == [[0, 1], [1, 2]]
     assert decision.events[1, 2] == pytest.approx(-1.0)
 
@@ -245,22 +238,22 @@ def test_degenerate_input_is_defined(backend, tasks, seed, method):
     rng = np.random.default_rng(seed)
     g = rng.normal(size=(tasks, 1))  # N = 1: every pair is parallel or anti-parallel
     g[rng.integers(tasks)] = 0.0
-    state = method.new_state(tasks, torch.device("cpu"))
+    state = new_state(method, tasks)
     for _ in range(5):
-        decision = arbitrate(method, g, g, state, backend=backend)
+        decision = arbitrate(backend, method, g, g, state=state)
         assert decision.weights.isfinite().all()
         assert all(value.isfinite().all() for value in state.values())
 
 
 @given(st.sampled_from([math.nan, math.inf]), st.integers(0, 2), st.integers(0, 2**32 - 1), METHODS)
 def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(backend, bad, task, seed, method):
-    state = method.new_state(3, torch.device("cpu"))
+    state = new_state(method, 3)
     g = conflicting(seed, 3, 10)
-    arbitrate(method, g, np.zeros_like(g), state, backend=backend)
+    arbitrate(backend, method, g, state=state)
     before = {key: value.clone() for key, value in state.items()}
     broken = conflicting(seed + 1, 3, 10)
     broken[task, 4] = bad
-    decision = arbitrate(method, broken, g, state, backend=backend)
+    decision = arbitrate(backend, method, broken, g, state=state)
     assert not decision.finite
     assert decision.weights.tolist() == [0.0, 0.0, 0.0]
     assert all(torch.equal(value, before[key]) for key, value in state.items())
@@ -269,29 +262,21 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(backend, bad, 
 @pytest.mark.sanitize
 def test_dominance_ends_after_the_window(backend):
     method = GCond(dominance_window=2, tie_breaking_weights=(0.0, 1.0))
-    state = method.new_state(2, torch.device("cpu"))
+    state = new_state(method, 2)
     g = np.array([[1.0, 0.0], [-0.9, 0.1]])
-    winners = []
-    for _ in range(6):
-        decision = arbitrate(method, g, np.zeros_like(g), state, backend=backend)
-        winners.append(int(decision.events[0, 3]))
+    winners = [arbitrate(backend, method, g, state=state).events[0, 3] for _ in range(6)]
     assert winners == [0, 0, 1, 0, 0, 1]
 
 
 def test_ties_go_to_the_first_pair(backend):
     g = np.array([[1.0, 0, 0, 0], [-1.0, 0, 0, 0], [0, 0, 1.0, 0], [0, 0, -1.0, 0]])
-    method = GCond()
-    decision = arbitrate(
-        method, g, np.zeros_like(g), method.new_state(4, torch.device("cpu")), backend=backend
-    )
+    decision = arbitrate(backend, GCond(), g)
     assert decision.events[:2, :2].tolist() == [[0, 1], [2, 3]]
 
 
 def test_ties_of_one_task_go_to_its_first_pair(backend):
     g = np.array([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
-    method = GCond(max_iterations=1)
-    state = method.new_state(3, torch.device("cpu"))
-    decision = arbitrate(method, g, np.zeros_like(g), state, backend=backend)
+    decision = arbitrate(backend, GCond(max_iterations=1), g)
     assert decision.events[0, :3].tolist() == [0, 1, -1]
 
 
@@ -300,21 +285,15 @@ def test_cosines_beyond_minus_one_by_rounding_are_ties(backend):
     S = -torch.ones(4, 4, dtype=torch.float64)
     S += 2.0 * torch.eye(4, dtype=torch.float64)
     S[2, 3] = S[3, 2] = -1.0 - 1e-7
-    method = GCond(max_iterations=1)
-    scale = torch.ones(4, dtype=torch.float64)
-    decision = method.decide(
-        Comparison(S, None, scale, backend=backend), method.new_state(4, torch.device("cpu"))
-    )
+    decision = decide(backend, GCond(max_iterations=1), S)
     assert decision.events[0, :3].tolist() == [0, 1, -1]
 
 
 def test_a_cosine_of_the_critical_threshold_is_critical_in_the_smooth_form_alone(backend):
     S = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
-    scale = torch.ones(2, dtype=torch.float64)
     for arbitration, zone in (("smooth", 2), ("zones", 1)):
         method = GCond(thresholds=(-0.5, -0.25, 0.0), arbitration=arbitration)
-        state = method.new_state(2, torch.device("cpu"))
-        decision = method.decide(Comparison(S, None, scale, backend=backend), state)
+        decision = decide(backend, method, S)
         assert decision.events[0, 4] == zone
         winner = int(decision.events[0, 3])
         assert decision.coefficients[winner].tolist() == [float(k == winner) for k in range(2)]
@@ -322,35 +301,30 @@ def test_a_cosine_of_the_critical_threshold_is_critical_in_the_smooth_form_alone
 
 def test_the_average_of_the_norms_never_falls_below_its_floor(backend):
     method = GCond.published(eps=0.25, norm_ema_beta=0.0)
-    state = method.new_state(2, torch.device("cpu"))
+    state = new_state(method, 2)
     g = np.array([[1e-3, 0.0], [0.0, 2.0]])
-    arbitrate(method, g, np.zeros_like(g), state, backend=backend)
+    arbitrate(backend, method, g, state=state)
     assert state["norm_ema"].tolist() == [0.25, 2.0]
 
 
 def test_the_inner_products_of_a_task_that_sat_out_are_kept(backend):
     method = GCond()
-    state = method.new_state(2, torch.device("cpu"))
+    state = new_state(method, 2)
     g = np.array([[1.0, 2.0], [3.0, -1.0]])
-    arbitrate(method, g, np.zeros_like(g), state, backend=backend)
+    arbitrate(backend, method, g, state=state)
     first = state["history_gramian"].clone()
-    arbitrate(method, 2.0 * g, g, state, [True, False], backend=backend)
+    arbitrate(backend, method, 2.0 * g, g, state=state, present=[True, False])
     assert state["history_gramian"][0, 0] == 4.0 * first[0, 0]
     assert torch.equal(state["history_gramian"][1], first[1])
     assert state["history_gramian"][0, 1] == first[0, 1]
 
 
 def test_wrong_shapes_are_refused(backend):
-    method = GCond()
-    state = method.new_state(2, torch.device("cpu"))
+    S = torch.eye(2).double()
     with pytest.raises(ValueError, match=r"cross must be \[2, 2\]"):
-        method.decide(
-            Comparison(torch.eye(2).double(), torch.eye(3).double(), torch.ones(2).double()), state
-        )
+        decide(backend, GCond(), S, torch.eye(3).double())
     with pytest.raises(ValueError, match=r"scale must be \[2\] float64"):
-        method.decide(
-            Comparison(torch.eye(2).double(), None, torch.ones(2), backend=backend), state
-        )
+        decide(backend, GCond(), S, scale=torch.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -401,27 +375,25 @@ def test_presets():
 def test_a_history_that_was_projected_away_is_no_measure_of_stability(backend):
     """What rounding leaves of it has some direction, and a length near zero to divide by."""
     method = GCond(history="resolved", tie_breaking_weights=(1.0, 0.0), dominance_window=0)
-    state = method.new_state(2, torch.device("cpu"))
-    state["history_coefficients"].copy_(
-        torch.tensor([[1.0, 1.0], [0.0, 1.0]])
-    )  # of anti-parallel gradients
+    state = new_state(method, 2)
+    # Of anti-parallel gradients.
+    state["history_coefficients"].copy_(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
     state["history_gramian"].copy_(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
-    state["history_gramian"][0, 1] += 1e-12
-    state["history_gramian"][1, 0] += 1e-12
+    state["history_gramian"] += 1e-12 * torch.tensor([[0.0, 1.0], [1.0, 0.0]]).double()
     S = torch.tensor([[1.0, -0.9], [-0.9, 1.0]], dtype=torch.float64)
     X = torch.tensor([[1.0, -1.0 + 1e-6], [0.0, 0.5]], dtype=torch.float64)
-    decision = method.decide(Comparison(S, X, torch.ones(2).double(), backend=backend), state)
+    decision = decide(backend, method, S, X, state=state)
     assert decision.events[0, 3] == 1  # not 0, at a "cosine" of 0.7
 
 
 def test_a_stability_is_at_most_one(backend):
     """Inner products are sums of float32: beyond 1 there is rounding, which decides nothing."""
     method = GCond(tie_breaking_weights=(1.0, 0.0), dominance_window=0)
-    state = method.new_state(2, torch.device("cpu"))
+    state = new_state(method, 2)
     state["history_gramian"].copy_(torch.eye(2))
     S = torch.tensor([[1.0, -0.9], [-0.9, 1.0]], dtype=torch.float64)
     X = torch.tensor([[1.0, 0.0], [0.0, 1.0 + 1e-6]], dtype=torch.float64)
-    decision = method.decide(Comparison(S, X, torch.ones(2).double(), backend=backend), state)
+    decision = decide(backend, method, S, X, state=state)
     assert decision.events[0, 3] == 0  # a tie: the first
 
 
@@ -453,12 +425,11 @@ def test_a_batch_is_its_entries_one_by_one(backend, method, tasks, batch, with_c
         scale[step % tasks] = 0.0 if step == 1 else 0.5  # in one of the steps a task sits out
         S, X = gramians(seed + step, tasks, batch, scale)
         X = X if with_cross else None
-        decision = method.decide(Comparison(S, X, scale, backend=backend), of_all)
+        decision = decide(backend, method, S, X, scale=scale, state=of_all)
+        crosses = [None] * batch if X is None else X
         alone = [
-            method.decide(
-                Comparison(S[b], None if X is None else X[b], scale, backend=backend), states[b]
-            )
-            for b in range(batch)
+            decide(backend, method, *both, scale=scale, state=state)
+            for *both, state in zip(S, crosses, states, strict=True)
         ]
         for whole, parts in zip(decision, zip(*alone, strict=True), strict=True):
             assert torch.equal(whole.nan_to_num(-9.0), torch.stack(parts).nan_to_num(-9.0))
@@ -474,26 +445,23 @@ def test_one_entry_that_is_not_finite_leaves_the_state_of_all(backend, bad, entr
     state = stacked([warm_state(method, 3, b) for b in range(3)])
     one = torch.ones(3, dtype=torch.float64)
     S, X = gramians(0, 3, 3, one)
-    assert (
-        method.decide(Comparison(S, X, one, backend=backend), state).finite.tolist() == [True] * 3
-    )
+    assert decide(backend, method, S, X, state=state).finite.all()
     before = {name: value.clone() for name, value in state.items()}
     S, X = gramians(1, 3, 3, one)
     S[entry, 1, 2] = S[entry, 2, 1] = bad
-    decision = method.decide(Comparison(S, X, 2.0 * one, backend=backend), state)
+    decision = decide(backend, method, S, X, scale=2.0 * one, state=state)
     assert decision.finite.tolist() == [False] * 3
     assert (decision.weights == 0.0).all()
     assert all(torch.equal(value, before[name]) for name, value in state.items())
 
 
 def test_a_batch_of_other_shapes_is_refused(backend):
-    method = GCond()
-    one, S = torch.ones(2, dtype=torch.float64), torch.eye(2).double().expand(3, 2, 2)
-    state = stacked([method.new_state(2, torch.device("cpu"))] * 3)
+    method, S = GCond(), torch.eye(2).double().repeat(3, 1, 1)
+    state = stacked([new_state(method, 2)] * 3)
     with pytest.raises(ValueError, match=r"gramian must be \[K, K\] or \[B, K, K\]"):
-        method.decide(Comparison(S[None], None, one, backend=backend), state)
+        decide(backend, method, S[None], state=state)
     with pytest.raises(ValueError, match=r"cross must be \[3, 2, 2\]"):
-        method.decide(Comparison(S.contiguous(), S[:2].contiguous(), one, backend=backend), state)
+        decide(backend, method, S, S[:2], state=state)
     for name, shape in (
         ("norm_ema", "3, 2"),
         ("winners", "3, 3"),
@@ -501,4 +469,4 @@ def test_a_batch_of_other_shapes_is_refused(backend):
     ):
         broken = state | {name: state[name][:2]}
         with pytest.raises(ValueError, match=rf"{name} must be \[{shape}\]"):
-            method.decide(Comparison(S.contiguous(), None, one, backend=backend), broken)
+            decide(backend, method, S, state=broken)

@@ -12,6 +12,7 @@ from gcond_kernels.python import chunks
 from tests.helpers import by_name
 from tests.helpers.flat import (
     DTYPES,
+    ROUNDING,
     filled,
     layout_of,
     misaligned,
@@ -22,25 +23,29 @@ from tests.helpers.flat import (
 from tests.helpers.sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
 
 TRUE = torch.tensor(True)
-# What one rounding to the output's type costs, relative, and absolute below its normal range.
-ROUNDING = {
-    torch.float64: (0.0, 0.0),
-    torch.float32: (0.0, 0.0),
-    torch.bfloat16: (2.0**-8, 1e-38),
-    torch.float16: (2.0**-11, 2.0**-24),
-}
 # K + 2 float32 roundings in the weighted sum, the average and the factor.
 SUM_ERROR = 8 * 2.0**-24
 
 
-def gramian_of(accumulators, layout, scale, momentum=None):
-    return by_name.gramian(
-        accumulators, layout, scale=scale, momentum=momentum, backend="python"
-    ).per_tensor
-
-
 def vector(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+def combine(backend, accumulators, outputs, layout, **options):
+    """Combine; where not given, weights and scales are 1 and the momentum starts."""
+    ones = torch.ones(len(accumulators), dtype=torch.float64)
+    given = {"weights": ones, "scale": ones, "finite": TRUE} | options
+    if given.get("momentum") is not None:
+        given.setdefault("momentum_steps", torch.zeros(len(outputs), dtype=torch.int64))
+    if given.get("max_norm") is not None and "per_tensor" not in given:
+        given["per_tensor"] = by_name.gramian(
+            accumulators,
+            layout,
+            scale=given["scale"],
+            momentum=given.get("momentum"),
+            backend="python",
+        ).per_tensor
+    by_name.combine(accumulators, outputs, layout, **given, backend=backend)
 
 
 @given(
@@ -68,20 +73,18 @@ def test_against_float64(backend, sizes, tasks, beta, max_norm, seed, data):
         outputs.append(misaligned(output) if output is not None and seed % 2 else output)
     momentum_before = None if momentum is None else momentum.double()
     steps_before = None if steps is None else steps.clone()
-    by_name.combine(
+    combine(
+        backend,
         accumulators,
         outputs,
         layout,
         weights=weights,
         scale=scale,
-        finite=TRUE,
-        per_tensor=gramian_of(accumulators, layout, scale, momentum),
         history=history,
         momentum=momentum,
         momentum_steps=steps,
         beta=beta,
         max_norm=max_norm,
-        backend=backend,
     )
 
     g = (weights * scale) @ accumulators.double()
@@ -120,22 +123,15 @@ def test_against_float64(backend, sizes, tasks, beta, max_norm, seed, data):
     assert history[:, ~mask].isnan().all()
 
 
-def test_weights_of_one_give_the_plain_sum(backend):
-    layout = layout_of([5000])
+@pytest.mark.parametrize("sizes", [[5000], [3] * 299 + [0]])
+def test_weights_of_one_give_the_plain_sum(backend, sizes):
+    layout = layout_of(sizes)
     accumulators = filled(layout, 2, 0)
-    output = unwritten(5000)
-    ones = vector(1.0, 1.0)
-    by_name.combine(
-        accumulators,
-        [output],
-        layout,
-        weights=ones,
-        scale=ones,
-        finite=TRUE,
-        per_tensor=gramian_of(accumulators, layout, ones),
-        backend=backend,
-    )
-    assert torch.equal(output, accumulators[0, :5000] + accumulators[1, :5000])
+    outputs = [unwritten(size) for size in layout.sizes]
+    outputs[7:8] = [None] * len(outputs[7:8])
+    combine(backend, accumulators, outputs, layout)
+    for output, part in zip(outputs, layout.split(accumulators.sum(0)), strict=True):
+        assert output is None or torch.equal(output, part)
 
 
 def test_segments_longer_than_a_chunk(backend, monkeypatch):
@@ -145,17 +141,7 @@ def test_segments_longer_than_a_chunk(backend, monkeypatch):
     weights, scale = vector(1.0, 0.0, 2.0), vector(0.5, 0.0, 1.0)
     history = unwritten(3, layout.length, dtype=torch.bfloat16)
     outputs = [unwritten(size) for size in layout.sizes]
-    by_name.combine(
-        accumulators,
-        outputs,
-        layout,
-        weights=weights,
-        scale=scale,
-        finite=TRUE,
-        per_tensor=gramian_of(accumulators, layout, scale),
-        history=history,
-        backend=backend,
-    )
+    combine(backend, accumulators, outputs, layout, weights=weights, scale=scale, history=history)
     expected = layout.split((weights * scale) @ accumulators.double())
     for output, part in zip(outputs, expected, strict=True):
         assert torch.allclose(output.double(), part, rtol=1e-6, atol=1e-6)
@@ -163,26 +149,14 @@ def test_segments_longer_than_a_chunk(backend, monkeypatch):
     assert torch.equal(history[2, :70_001], accumulators[2, :70_001].bfloat16())
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.9])
-def test_an_accumulator_of_weight_zero_is_not_read(backend, beta):
+@pytest.mark.parametrize("with_momentum", [False, True])
+def test_an_accumulator_of_weight_zero_is_not_read(backend, with_momentum):
     layout = layout_of([40])
     accumulators = filled(layout, 2, 0)
     accumulators[1] = math.nan
-    scale = vector(1.0, 0.0)
-    output = unwritten(40)
-    by_name.combine(
-        accumulators,
-        [output],
-        layout,
-        weights=vector(1.0, 0.0),
-        scale=scale,
-        finite=TRUE,
-        per_tensor=gramian_of(accumulators, layout, scale),
-        momentum=torch.zeros(layout.length) if beta else None,
-        momentum_steps=torch.zeros(1, dtype=torch.int64) if beta else None,
-        beta=beta,
-        backend=backend,
-    )
+    one, output = vector(1.0, 0.0), unwritten(40)
+    momentum = torch.zeros(layout.length) if with_momentum else None
+    combine(backend, accumulators, [output], layout, weights=one, scale=one, momentum=momentum)
     assert torch.allclose(output, accumulators[0, :40], rtol=1e-6)
 
 
@@ -191,97 +165,55 @@ def test_what_is_not_finite_writes_zeros_and_keeps_the_state(backend):
     layout = layout_of([40, 3])
     accumulators = filled(layout, 2, 0)
     accumulators[0, 7] = math.nan
-    scale = vector(1.0, 1.0)
     momentum, steps = filled(layout, 1, 1)[0], torch.tensor([3, 4])
     history = filled(layout, 2, 2, torch.bfloat16)
     before = momentum.clone(), steps.clone(), history.clone()
     outputs = [unwritten(40), None]
-    by_name.combine(
+    combine(
+        backend,
         accumulators,
         outputs,
         layout,
         weights=vector(0.0, 0.0),
-        scale=scale,
         finite=torch.tensor(False),
-        per_tensor=gramian_of(accumulators, layout, scale, momentum),
         history=history,
         momentum=momentum,
         momentum_steps=steps,
-        beta=0.9,
         max_norm=1.0,
-        backend=backend,
     )
     assert (outputs[0] == 0).all()
     assert all(torch.equal(a, b) for a, b in zip(before, (momentum, steps, history), strict=True))
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.9])
-def test_zero_gradients_are_written_as_zeros(backend, beta):
+@pytest.mark.parametrize("with_momentum", [False, True])
+def test_zero_gradients_are_written_as_zeros(backend, with_momentum):
     layout = layout_of([40])
-    accumulators = torch.zeros(2, layout.length)
-    momentum = torch.zeros(layout.length) if beta else None
-    steps = torch.zeros(1, dtype=torch.int64) if beta else None
-    scale = vector(1.0, 1.0)
     output = unwritten(40)
-    by_name.combine(
-        accumulators,
-        [output],
-        layout,
-        weights=scale,
-        scale=scale,
-        finite=TRUE,
-        per_tensor=gramian_of(accumulators, layout, scale, momentum),
-        max_norm=1.0,
-        momentum=momentum,
-        momentum_steps=steps,
-        beta=beta,
-        backend=backend,
-    )
+    momentum = torch.zeros(layout.length) if with_momentum else None
+    accumulators = torch.zeros(2, layout.length)
+    combine(backend, accumulators, [output], layout, max_norm=1.0, momentum=momentum)
     assert (output == 0).all()
 
 
 def test_options_that_do_not_go_together_are_refused_before_anything_is_written(backend):
     layout = layout_of([4])
-    accumulators, scale = filled(layout, 2, 0), vector(1.0, 1.0)
-    output = torch.full((4,), 7.0)
-    per_tensor = gramian_of(accumulators, layout, scale)
-    momentum, steps = torch.zeros(layout.length), torch.zeros(1, dtype=torch.int64)
+    accumulators, output = filled(layout, 2, 0), torch.full((4,), 7.0)
+    momentum = torch.zeros(layout.length)
 
     def refused(words, **options):
-        base = {"weights": scale, "scale": scale, "finite": TRUE, "per_tensor": per_tensor}
         with pytest.raises(ValueError, match=words):
-            by_name.combine(accumulators, [output], layout, backend=backend, **(base | options))
+            combine(backend, accumulators, [output], layout, **options)
         assert (output == 7.0).all()
 
     for beta in (0.0, 1.0):
-        refused("beta must be in", momentum=momentum, momentum_steps=steps, beta=beta)
+        refused("beta must be in", momentum=momentum, beta=beta)
     refused("max_norm must be above 0", max_norm=0.0)
-    refused(
-        "must hold the momentum", max_norm=1.0, momentum=momentum, momentum_steps=steps, beta=0.9
-    )
+    without = torch.zeros(1, 2, 2).double()
+    refused("must hold the momentum", max_norm=1.0, momentum=momentum, per_tensor=without)
     refused("history must be", history=torch.zeros(1, layout.length))
     refused(r"weights must be \[2\] float64", weights=vector(1.0))
     refused(r"weights must be \[1, 2\] float64", weights=torch.ones(2, 2).double())
     refused(r"mask must be \[1\] int32", mask=torch.ones(1))
-
-
-def test_three_hundred_tiny_tensors_and_an_empty_last_one(backend):
-    layout = layout_of([3] * 299 + [0])
-    accumulators, scale = filled(layout, 2, 0), vector(1.0, 1.0)
-    outputs = [unwritten(size) for size in layout.sizes]
-    outputs[7] = None
-    by_name.combine(
-        accumulators,
-        outputs,
-        layout,
-        weights=scale,
-        scale=scale,
-        finite=TRUE,
-        per_tensor=torch.zeros(300, 2, 2).double(),
-        backend=backend,
-    )
-    for output, part in zip(outputs, layout.split(accumulators.sum(0)), strict=True):
-        assert output is None or torch.equal(output, part)
 
 
 @pytest.mark.sanitize
@@ -291,20 +223,9 @@ def test_many_tasks(backend, tasks):
     accumulators = filled(layout, tasks, 0)
     weights = torch.rand(tasks, dtype=torch.float64)
     weights[3] = 0.0
-    scale = torch.ones(tasks, dtype=torch.float64)
     history = unwritten(tasks, layout.length, dtype=torch.bfloat16)
     outputs = [unwritten(size) for size in layout.sizes]
-    by_name.combine(
-        accumulators,
-        outputs,
-        layout,
-        weights=weights,
-        scale=scale,
-        finite=TRUE,
-        per_tensor=gramian_of(accumulators, layout, scale),
-        history=history,
-        backend=backend,
-    )
+    combine(backend, accumulators, outputs, layout, weights=weights, history=history)
     exact = layout.split(weights @ accumulators.double())
     size = layout.split(weights @ accumulators.double().abs())
     for output, part, bound in zip(outputs, exact, size, strict=True):
@@ -318,19 +239,10 @@ def test_many_tasks(backend, tasks):
 def test_values_that_are_not_finite_stay_where_they_are(backend, bad, place):
     # `finite` says so of inner products; that a value is passed on as it is, is the sum's matter.
     layout = layout_of([3, 9000])
-    accumulators, scale = filled(layout, 2, 0), vector(1.0, 1.0)
+    accumulators = filled(layout, 2, 0)
     accumulators[1, layout.offsets[1] + place] = bad
     outputs = [unwritten(size) for size in layout.sizes]
-    by_name.combine(
-        accumulators,
-        outputs,
-        layout,
-        weights=scale,
-        scale=scale,
-        finite=TRUE,
-        per_tensor=torch.zeros(2, 2, 2).double(),
-        backend=backend,
-    )
+    combine(backend, accumulators, outputs, layout)
     assert outputs[0].isfinite().all()
     broken = ~outputs[1].isfinite()
     assert broken[place]
@@ -340,42 +252,19 @@ def test_values_that_are_not_finite_stay_where_they_are(backend, bad, place):
 def test_outputs_in_any_memory_order(backend):
     output = torch.full((2, 3, 4, 4), math.nan).to(memory_format=torch.channels_last)
     layout = layout_of([output.numel()])
-    accumulators, scale = filled(layout, 1, 0), vector(1.0)
-    by_name.combine(
-        accumulators,
-        [output],
-        layout,
-        weights=scale,
-        scale=scale,
-        finite=TRUE,
-        per_tensor=torch.zeros(1, 1, 1).double(),
-        backend=backend,
-    )
+    accumulators = filled(layout, 1, 0)
+    combine(backend, accumulators, [output], layout)
     assert torch.equal(output.as_strided((96,), (1,)), accumulators[0, :96])
 
 
 @pytest.mark.sanitize
 def test_sizes_at_the_ends_of_vectors_tiles_and_chunks(backend):
     layout = layout_of(SIZES_AT_BOUNDARIES)
-    accumulators, scale = filled(layout, 2, 0), vector(1.0, 1.0)
+    accumulators = filled(layout, 2, 0)
     history, momentum = unwritten(2, layout.length, dtype=torch.bfloat16), unwritten(layout.length)
     momentum[layout.mask()] = 0.0
     outputs = [unwritten(size) for size in layout.sizes]
-    tensors = len(layout.sizes)
-    by_name.combine(
-        accumulators,
-        outputs,
-        layout,
-        weights=scale,
-        scale=scale,
-        finite=TRUE,
-        per_tensor=torch.zeros(tensors, 2, 2).double(),
-        history=history,
-        beta=0.5,
-        momentum=momentum,
-        momentum_steps=torch.zeros(tensors, dtype=torch.int64),
-        backend=backend,
-    )
+    combine(backend, accumulators, outputs, layout, history=history, momentum=momentum, beta=0.5)
     for output, part in zip(outputs, layout.split(accumulators.sum(0)), strict=True):
         assert torch.allclose(output, part, rtol=1e-6, atol=1e-6)
     assert history[:, ~layout.mask()].isnan().all()
@@ -384,23 +273,13 @@ def test_sizes_at_the_ends_of_vectors_tiles_and_chunks(backend):
 
 def test_a_gramian_of_other_tensors_is_refused(backend):
     layout = layout_of([5, 6])
-    accumulators, scale = filled(layout, 2, 0), vector(1.0, 1.0)
+    accumulators, outputs = filled(layout, 2, 0), [torch.empty(5), None]
+    momentum, steps = torch.zeros(layout.length), torch.zeros(2, dtype=torch.int64)
+    options = {"max_norm": 1.0, "momentum": momentum, "momentum_steps": steps}
     for shape in ((5, 3, 3), (1, 3, 3), (2, 4, 4), (2, 3, 2), ()):
-        steps = torch.zeros(2, dtype=torch.int64)
+        products = torch.zeros(shape).double()
         with pytest.raises(ValueError, match="per_tensor"):
-            by_name.combine(
-                accumulators,
-                [torch.empty(5), None],
-                layout,
-                weights=scale,
-                scale=scale,
-                finite=TRUE,
-                per_tensor=torch.zeros(shape).double(),
-                max_norm=1.0,
-                momentum=torch.zeros(layout.length),
-                momentum_steps=steps,
-                backend=backend,
-            )
+            combine(backend, accumulators, outputs, layout, per_tensor=products, **options)
         assert steps.tolist() == [0, 0]
 
 
@@ -410,7 +289,6 @@ def test_a_gramian_of_other_tensors_is_refused(backend):
 @pytest.mark.parametrize("options", [{}, {"beta": 0.9}, {"max_norm": 0.1}])
 def test_outputs_in_the_first_accumulator_itself(backend, dtype, tasks, finite, options):
     """An optimizer whose gradients are of the accumulators' type needs no memory for `.grad`."""
-    options = dict(options)
     layout = layout_of([3, 0, 1024, 1023, 4097, 1])
     scale = torch.full((tasks,), 0.5).double()
     scale[-1] = 0.0 if tasks > 2 else 0.5  # a task that takes no part
@@ -423,14 +301,11 @@ def test_outputs_in_the_first_accumulator_itself(backend, dtype, tasks, finite, 
         if options.get("beta"):
             given["momentum"] = filled(layout, 1, 2)[0]
             given["momentum_steps"] = torch.ones(6, dtype=torch.int64)
-        given["per_tensor"] = gramian_of(accumulators, layout, scale, given.get("momentum"))
         outputs = [unwritten(size, dtype=dtype) for size in layout.sizes]
         if inside:
             outputs = layout.split(accumulators[0])
         outputs[3] = None
-        by_name.combine(
-            accumulators, outputs, layout, **given, **options, history=history, backend=backend
-        )
+        combine(backend, accumulators, outputs, layout, **given, **options, history=history)
         written = [output.clone() for output in outputs if output is not None]
         results.append([*written, history, *(given[k] for k in given if "momentum" in k)])
     for apart, within in zip(*results, strict=True):
@@ -465,26 +340,23 @@ class Update:
             None if kind is None else unwritten(size, dtype=kind)
             for size, kind in zip(ODD_SIZES, kinds, strict=True)
         ]
-        self.per_tensor = gramian_of(self.accumulators, layout, self.scale, self.momentum)
 
-    def combine(self, backend, weights, tensors=None, mask=None):
+    def run(self, backend, weights, tensors=None, mask=None):
         """Runs it, for some of the tensors alone if asked for; returns outputs, and the rest."""
         some = slice(None) if tensors is None else tensors
-        by_name.combine(
+        combine(
+            backend,
             self.accumulators,
             self.outputs[some],
             (self.layout.offsets[some], self.layout.sizes[some]),
             weights=weights,
             scale=self.scale,
-            finite=TRUE,
-            per_tensor=self.per_tensor[some],
             history=self.history,
             momentum=self.momentum,
             momentum_steps=None if self.steps is None else self.steps[some],
             beta=self.beta,
             max_norm=self.max_norm,
             mask=mask,
-            backend=backend,
         )
         return self.outputs, [self.history, self.momentum, self.steps]
 
@@ -500,9 +372,9 @@ def test_weights_per_tensor_are_those_of_a_call_per_tensor(backend, form, tasks)
     weights[3] = 0.0
     at_once = Update(tasks, torch.float32, **options, max_norm=max_norm)
     apart = Update(tasks, torch.float32, **options)
-    outputs, changed = at_once.combine(backend, weights)
+    outputs, changed = at_once.run(backend, weights)
     for t in range(tensors):
-        expected, expected_changed = apart.combine(backend, weights[t], slice(t, t + 1))
+        expected, expected_changed = apart.run(backend, weights[t], slice(t, t + 1))
     for a, b in zip(changed, expected_changed, strict=True):
         assert (a is b is None) or torch.equal(a, b)
     factor = 1.0
@@ -531,8 +403,8 @@ def test_what_a_mask_leaves_out_becomes_exactly_zero(backend, form, dtype, own, 
     masked.accumulators[:, ~trained] = torch.tensor([[math.nan], [1.0], [math.inf]]).to(dtype)
     if masked.momentum is not None:
         masked.momentum[~trained] = math.nan
-    plain.combine(backend, weights)
-    masked.combine(backend, weights, mask=mask)
+    plain.run(backend, weights)
+    masked.run(backend, weights, mask=mask)
     for t, part in enumerate(layout.split(trained)):
         output, whole = masked.outputs[t], plain.outputs[t]
         if output is None:

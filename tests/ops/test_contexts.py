@@ -26,7 +26,7 @@ from gcond_kernels.methods import GradDrop
 from gcond_kernels.methods.function import Function
 from gcond_kernels.methods.method import Comparison, Known, Method, fresh_state
 from gcond_kernels.ops import launch_tables as tables
-from gcond_kernels.ops.contexts import fixed_precision, operation
+from gcond_kernels.ops.contexts import fixed_precision, full_float32, operation
 from gcond_kernels.precision.loss_scale import LossScale
 from tests.helpers import by_name
 from tests.helpers.flat import DTYPES, filled, layout_of, random_mask, unwritten
@@ -52,6 +52,9 @@ def autocast(device, dtype):
         torch.clear_autocast_cache()
 
 
+UNITS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
 @contextmanager
 def matmul_precision(precision):
     """By the older interface of torch."""
@@ -61,42 +64,31 @@ def matmul_precision(precision):
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision("highest")
-        for unit in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        for unit in UNITS:
             unit.fp32_precision = "none"
 
 
 @contextmanager
 def fp32_precision(unit, precision):
     """By the newer one."""
-    units = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     unit.fp32_precision = precision
-    before = [other.fp32_precision for other in units]
+    before = [other.fp32_precision for other in UNITS]
     try:
         yield
-        assert [other.fp32_precision for other in units] == before
+        assert [other.fp32_precision for other in UNITS] == before
     finally:
         unit.fp32_precision = "none"
         # What is set for all backends goes for each of them, before and after.
-        assert not {other.fp32_precision for other in units} & {"tf32", "bf16"}
+        assert not {other.fp32_precision for other in UNITS} & {"tf32", "bf16"}
 
 
 @contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def default(set_default, value, before):
+    set_default(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def default_device(device):
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
+        set_default(before)
 
 
 CONTEXTS = {
@@ -116,10 +108,11 @@ CONTEXTS = {
     "mkldnn bf16": lambda: fp32_precision(torch.backends.mkldnn.matmul, "bf16"),
     "all bf16": lambda: fp32_precision(torch.backends, "bf16"),
     "all tf32": lambda: fp32_precision(torch.backends, "tf32"),
-    "float64": lambda: default_dtype(torch.float64),
-    "float16": lambda: default_dtype(torch.float16),
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "default meta": lambda: default_device("meta"),
+    **{
+        str(dtype)[6:]: lambda dtype=dtype: default(torch.set_default_dtype, dtype, torch.float32)
+        for dtype in (torch.float64, torch.float16, torch.bfloat16)
+    },
+    "default meta": lambda: default(torch.set_default_device, "meta", None),
     "with meta": lambda: torch.device("meta"),
 }
 in_every_context = pytest.mark.parametrize("context", CONTEXTS)
@@ -147,13 +140,15 @@ def inference_tensors():
     ]
 
 
-def check(context, prepare, expected=None):
-    """What is made ready outside and run inside gives the same bits, to be kept and changed."""
+def check(context, prepare, expected=None, prepared_inside=False):
+    """What runs inside gives the same bits, to be kept and changed outside."""
     if expected is None:
         expected = bits_of(prepare()())
-    run, earlier, made = prepare(), [], []
+    run, earlier, made = None if prepared_inside else prepare(), [], []
     looked_for = context == "inference_mode"  # which takes a while
     with CONTEXTS[context]():
+        if prepared_inside:
+            run = prepare()
         if looked_for:
             earlier = inference_tensors()
         found = run()
@@ -294,20 +289,11 @@ def resolve(backend):
     accumulators, outputs = filled(LAYOUT, K, 0), outputs_of()
     state = fresh_state(METHOD, K, (), CPU)
     options = {"history": filled(LAYOUT, K, 3, torch.bfloat16), **momentum_and_mask()}
+    given = {"scale": SCALE, "settings": METHOD, "max_norm": 0.5, "backend": backend, **options}
 
     def run():
         found = [
-            by_name.resolve(
-                accumulators,
-                outputs,
-                LAYOUT,
-                scale=SCALE,
-                state=state,
-                settings=METHOD,
-                max_norm=0.5,
-                backend=backend,
-                **options,
-            )
+            by_name.resolve(accumulators, outputs, LAYOUT, state=state, **given)
             for _ in range(1 if backend == "triton" else 2)
         ]
         return found, outputs, state, options
@@ -358,39 +344,14 @@ def test_an_operation_computes_the_same_bits(backend, prepare, context):
 @every_operation
 def test_an_operation_on_what_was_made_in_inference_mode(backend, prepare):
     expected = expected_of(prepare, backend)
-    with torch.inference_mode():
-        run = prepare(backend)
-        assert bits_of(run()) == expected
-
-
-def test_what_operations_return_can_be_changed_outside_of_inference_mode(backend):
-    with torch.inference_mode():
-        products = [tensor for each in gramian(backend)() for tensor in each if tensor is not None]
-        decisions, _, of_batch, _ = arbitrate(backend)()
-        resolved, *_ = resolve(backend)()
-        norms = multi_tensor_norm(backend)()
-    returned = [*products, *of_batch, *norms]
-    returned += [tensor for decision in decisions for tensor in decision]
-    returned += [tensor for both in resolved for each in both for tensor in each]
-    for tensor in returned:
-        tensor.zero_()
+    check("inference_mode", lambda: prepare(backend), expected, prepared_inside=True)
 
 
 @pytest.mark.parametrize("context", ["autocast cpu bfloat16", "inference_mode", "with meta"])
 def test_an_operator_of_the_library_computes_the_same_bits(backend, context):
     def prepare():
-        accumulators = filled(LAYOUT, K, 0)
-        arguments = (
-            accumulators,
-            LAYOUT.offsets,
-            LAYOUT.sizes,
-            SCALE,
-            None,
-            None,
-            None,
-            None,
-            backend,
-        )
+        layout, nothing = (LAYOUT.offsets, LAYOUT.sizes), [None] * 4
+        arguments = (filled(LAYOUT, K, 0), *layout, SCALE, *nothing, backend)
         return lambda: torch.ops.gcond_kernels.gramian(*arguments)
 
     check(context, prepare)
@@ -585,6 +546,16 @@ def test_the_context_is_left_and_entered_again(context):
         with pytest.raises(ZeroDivisionError), fixed_precision():
             raise ZeroDivisionError
         assert state_of_torch() == before
+
+
+REDUCED = [name for name in CONTEXTS if name.split()[0] in ("precision", "cuda", "mkldnn", "all")]
+
+
+@pytest.mark.parametrize("context", REDUCED)
+def test_reduced_precision_that_the_user_allows_is_not_used(context):
+    with CONTEXTS[context](), full_float32():
+        assert not {unit.fp32_precision for unit in UNITS} & {"tf32", "bf16"}
+        torch.get_float32_matmul_precision()  # raises where the two interfaces disagree
 
 
 def test_the_decorator_keeps_name_arguments_and_result():

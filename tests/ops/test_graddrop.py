@@ -13,6 +13,7 @@ from gcond_kernels.ops import random
 from tests.helpers import by_name
 from tests.helpers.flat import (
     DTYPES,
+    ROUNDING,
     filled,
     layout_of,
     misaligned,
@@ -25,12 +26,6 @@ from tests.helpers.sizes import SIZES_AT_BOUNDARIES
 TRUE = torch.tensor(True)
 # One rounding to float32 of every product and of every sum: of K rows, the average, the factor.
 SUM_ERROR = 16 * 2.0**-24
-ROUNDING = {
-    torch.float64: (0.0, 0.0),
-    torch.float32: (0.0, 0.0),
-    torch.bfloat16: (2.0**-8, 1e-38),
-    torch.float16: (2.0**-11, 2.0**-24),
-}
 # A purity is a quotient of two sums of rounded numbers: so close to a random number, either wins.
 PURITY_ERROR = 1e-5
 SEEDS = st.integers(-(2**70), 2**70)
@@ -124,21 +119,10 @@ def test_against_a_loop(  # noqa: PLR0913 - one argument for each strategy
     steps = torch.arange(len(sizes)) if beta else None
     trained, mask = random_mask(layout.length, 2)
     before = None if momentum is None else momentum.tolist()
-    run(
-        backend,
-        accumulators,
-        outputs,
-        layout,
-        scale=scale,
-        seed=seed,
-        counter=torch.tensor(counter),
-        leak=leak,
-        momentum=momentum,
-        momentum_steps=steps,
-        beta=beta,
-        mask=mask if masked else None,
-        first=first,
-    )
+    dropout = {"seed": seed, "counter": torch.tensor(counter), "leak": leak, "first": first}
+    average = {"momentum": momentum, "momentum_steps": steps, "beta": beta}
+    mask = mask if masked else None
+    run(backend, accumulators, outputs, layout, scale=scale, mask=mask, **dropout, **average)
 
     values = scaled(accumulators, scale).T.tolist()
     for t, (offset, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
@@ -190,15 +174,8 @@ class Step:
     def run(self, backend, **options):
         """Everything that may have changed."""
         given = {"scale": self.scale, "mask": self.mask, "beta": self.beta} | options
-        run(
-            backend,
-            self.accumulators,
-            self.outputs,
-            self.layout,
-            momentum=self.momentum,
-            momentum_steps=self.steps,
-            **given,
-        )
+        given |= {"momentum": self.momentum, "momentum_steps": self.steps}
+        run(backend, self.accumulators, self.outputs, self.layout, **given)
         changed = [*self.outputs, self.momentum, self.steps]
         return [value for value in changed if value is not None]
 
@@ -334,9 +311,8 @@ def test_seed_and_counter_decide_and_nothing_else(backend):
 
     def outputs_of(seed, counter):
         outputs = [unwritten(2000), unwritten(70)]
-        run(
-            backend, accumulators.clone(), outputs, layout, seed=seed, counter=torch.tensor(counter)
-        )
+        counter = torch.tensor(counter)
+        run(backend, accumulators.clone(), outputs, layout, seed=seed, counter=counter)
         return torch.cat(outputs)
 
     base = outputs_of(8, 0)

@@ -1,10 +1,13 @@
 """The operations as torch library operators: schemas, tracing, and the direct path."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from gcond_kernels import GCond
+from gcond_kernels import GCond, ops
 from tests.helpers import by_name
 from tests.helpers.flat import filled, layout_of
 
@@ -18,82 +21,43 @@ def gradients():
     return [torch.randn(5), torch.randn(0, dtype=torch.bfloat16)], [True, False, True]
 
 
-def gramian_arguments(history: bool = True, momentum: bool = True):
-    return (
-        filled(LAYOUT, 2, 0),
-        LAYOUT.offsets,
-        LAYOUT.sizes,
-        ONES,
-        filled(LAYOUT, 2, 1, torch.bfloat16) if history else None,
-        MASK if momentum else None,
-        ONES.clone() if history else None,
-        filled(LAYOUT, 1, 2)[0] if momentum else None,
-    )
+def gradients_arguments(history: bool = True, mask: bool = True):
+    past = filled(LAYOUT, 2, 1, torch.bfloat16) if history else None
+    layout = (LAYOUT.offsets, LAYOUT.sizes)
+    return filled(LAYOUT, 2, 0), *layout, ONES, past, MASK if mask else None
+
+
+def written_arguments():
+    return [torch.empty(5), torch.empty(0)], [True, False, True]
+
+
+def momentum_arguments():
+    return filled(LAYOUT, 1, 2)[0], torch.zeros(3, dtype=torch.int64), 0.9
+
+
+def gramian_arguments(more: bool = True):
+    past_scale, momentum = (ONES.clone(), momentum_arguments()[0]) if more else (None, None)
+    return *gradients_arguments(more, more), past_scale, momentum
 
 
 def arbitrate_arguments():
     state = GCond().new_state(2, torch.device("cpu"))
     g = torch.tensor([[1.0, 0.0], [-0.9, 0.5]], dtype=torch.float64)
-    return (
-        g @ g.T,
-        torch.eye(2).double(),
-        ONES.clone(),
-        *state.values(),
-        [-0.8, -0.5, 0.0],
-        2.0,
-        "smooth",
-        1,
-        1e-6,
-        3,
-        [0.8, 0.2],
-        0.95,
-        None,
-        None,
-        "raw",
-        1e-8,
-    )
+    conflicts = ([-0.8, -0.5, 0.0], 2.0, "smooth", 1, 1e-6)
+    winners = (3, [0.8, 0.2], 0.95, None, None, "raw", 1e-8)
+    products = (g @ g.T, torch.eye(2).double(), ONES.clone())
+    return *products, *state.values(), *conflicts, *winners
 
 
 def combine_arguments():
-    accumulators = filled(LAYOUT, 2, 0)
-    return (
-        accumulators,
-        LAYOUT.offsets,
-        LAYOUT.sizes,
-        ONES,
-        filled(LAYOUT, 2, 1, torch.bfloat16),
-        MASK,
-        [torch.empty(5), torch.empty(0)],
-        [True, False, True],
-        ONES.clone(),
-        torch.tensor(True),
-        filled(LAYOUT, 1, 2)[0],
-        torch.zeros(3, dtype=torch.int64),
-        0.9,
-        1.0,
-        torch.zeros(3, 3, 3).double(),
-    )
+    finite, per_tensor = torch.tensor(True), torch.zeros(3, 3, 3).double()
+    written = (*gradients_arguments(), *written_arguments())
+    return *written, ONES.clone(), finite, *momentum_arguments(), 1.0, per_tensor
 
 
 def graddrop_arguments():
-    return (
-        filled(LAYOUT, 2, 0),
-        LAYOUT.offsets,
-        LAYOUT.sizes,
-        ONES,
-        None,
-        MASK,
-        [torch.empty(5), torch.empty(0)],
-        [True, False, True],
-        torch.tensor(True),
-        7,
-        torch.tensor(3),
-        0.1,
-        64,
-        filled(LAYOUT, 1, 2)[0],
-        torch.zeros(3, dtype=torch.int64),
-        0.9,
-    )
+    written = (*gradients_arguments(history=False), *written_arguments(), torch.tensor(True))
+    return *written, 7, torch.tensor(3), 0.1, 64, *momentum_arguments()
 
 
 def check(operator, arguments):
@@ -105,7 +69,7 @@ def test_opcheck_passes(backend):
         arguments = (filled(LAYOUT, 1, 0)[0], *gradients(), LAYOUT.offsets, LAYOUT.sizes, 2.0)
         check(operators.accumulate, (*arguments, scale, overwrite, backend))
     for history in (True, False):
-        check(operators.gramian, (*gramian_arguments(history, momentum=history), backend))
+        check(operators.gramian, (*gramian_arguments(history), backend))
     # One conflict for one iteration: no NaN among the events, which would compare as different.
     check(operators.arbitrate, (*arbitrate_arguments(), backend))
     check(operators.combine, (*combine_arguments(), backend))
@@ -170,8 +134,20 @@ def test_a_subclass_of_tensor_reaches_the_operation(backend):
     assert torch.equal(plain.total, marked.total.as_subclass(torch.Tensor))
 
 
+@pytest.mark.parametrize("context", [nullcontext, FakeTensorMode])
+def test_a_traced_call_refuses_what_an_eager_call_does(context):
+    with context():
+        accumulators = torch.empty(2, LAYOUT.length)
+        gradients = by_name.gradients_from(accumulators, LAYOUT, {"scale": torch.ones(2).double()})
+        with pytest.raises(TypeError, match="unexpected keyword argument 'momentun'"):
+            ops.gramian(gradients, momentun=None)
+        with pytest.raises(TypeError, match=r"missing .* required .*argument"):
+            ops.combine(gradients, [])
+        with pytest.raises(TypeError, match=r"missing .* required .*argument"):
+            ops.combine()
+
+
 def test_tensors_on_several_devices_are_refused(backend):
-    meta = {"device": "meta", "dtype": torch.float64}
-    for options in ({"scale": torch.ones(2, **meta)},):
-        with pytest.raises(ValueError, match="scale is on meta, not on cpu"):
-            by_name.gramian(filled(LAYOUT, 2, 0), LAYOUT, backend=backend, **options)
+    scale = torch.ones(2, device="meta", dtype=torch.float64)
+    with pytest.raises(ValueError, match="scale is on meta, not on cpu"):
+        by_name.gramian(filled(LAYOUT, 2, 0), LAYOUT, scale=scale, backend=backend)
