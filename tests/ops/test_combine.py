@@ -31,6 +31,11 @@ def vector(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def products_of(accumulators, layout, scale, momentum):
+    options = {"scale": scale, "momentum": momentum, "backend": "python"}
+    return by_name.gramian(accumulators, layout, **options).per_tensor
+
+
 def combine(backend, accumulators, outputs, layout, **options):
     """Combine; where not given, weights and scales are 1 and the momentum starts."""
     ones = torch.ones(len(accumulators), dtype=torch.float64)
@@ -38,13 +43,9 @@ def combine(backend, accumulators, outputs, layout, **options):
     if given.get("momentum") is not None:
         given.setdefault("momentum_steps", torch.zeros(len(outputs), dtype=torch.int64))
     if given.get("max_norm") is not None and "per_tensor" not in given:
-        given["per_tensor"] = by_name.gramian(
-            accumulators,
-            layout,
-            scale=given["scale"],
-            momentum=given.get("momentum"),
-            backend="python",
-        ).per_tensor
+        given["per_tensor"] = products_of(
+            accumulators, layout, given["scale"], given.get("momentum")
+        )
     by_name.combine(accumulators, outputs, layout, **given, backend=backend)
 
 
@@ -340,6 +341,8 @@ class Update:
             None if kind is None else unwritten(size, dtype=kind)
             for size, kind in zip(ODD_SIZES, kinds, strict=True)
         ]
+        # Of what is there now: a test may put garbage where a mask is 0.
+        self.per_tensor = products_of(self.accumulators, layout, self.scale, self.momentum)
 
     def run(self, backend, weights, tensors=None, mask=None):
         """Runs it, for some of the tensors alone if asked for; returns outputs, and the rest."""
@@ -351,6 +354,7 @@ class Update:
             (self.layout.offsets[some], self.layout.sizes[some]),
             weights=weights,
             scale=self.scale,
+            per_tensor=self.per_tensor[some],
             history=self.history,
             momentum=self.momentum,
             momentum_steps=None if self.steps is None else self.steps[some],
