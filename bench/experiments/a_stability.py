@@ -37,16 +37,12 @@ MODES = {"exact": "cosine_of_tasks", "stochastic": "cosine_of_tasks_apart"}
 
 def jobs(options: argparse.Namespace, scene: str, seed: int) -> list[Job]:
     """Return measurements at fixed weights (window 0), and trainings with windows of each size."""
-    kind, steps = SCENES[scene], options.steps_of[scene]
-    each = 1.6 * kind.step_cost / kind.accumulation_steps
-    micro_batches = steps * kind.accumulation_steps
-    micro_batches += len(MOMENTS) * LARGE_WINDOWS * max(WINDOW)
-    fixed = Job(seed, scene, steps, at_fixed_weights, 0, each * micro_batches)
+    steps = options.steps_of[scene]
     # Large windows cost much, and step by step there is one to measure in each.
-    steps = max(2, steps // 2)
-    return [fixed] + [
-        Job(seed, scene, steps, from_step_to_step, window, each * steps * window)
-        for window in WINDOW
+    fewer = max(2, steps // 2)
+    return [
+        Job(seed, scene, steps, at_fixed_weights, 0),
+        *(Job(seed, scene, fewer, from_step_to_step, window) for window in WINDOW),
     ]
 
 
@@ -106,17 +102,11 @@ def inner_products(windows: Tensor) -> Tensor:
 
 
 class Estimates(NamedTuple):
-    """Independent estimates of one gradient μ.
+    """What independent estimates ĝ of one gradient μ show."""
 
-    Attributes:
-        variance: E‖ĝ - μ‖², unbiased.
-        signal: ‖μ‖², unbiased; noise may make it negative.
-        cosine: mean cosine of two of them.
-    """
-
-    variance: float
-    signal: float
-    cosine: float
+    variance: float  # E‖ĝ - μ‖², unbiased
+    signal: float  # ‖μ‖², unbiased; noise may make it negative
+    cosine: float  # mean cosine of two of them
 
 
 def estimates(products: Tensor) -> Estimates:

@@ -15,7 +15,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from bench.experiments.common import SCENES, Experiment, Job, Record, scene_of
+from bench.experiments.common import Experiment, Job, Record, scene_of
 from bench.experiments.pictures import name_lines, score_picture
 from bench.experiments.tables import markdown, score_section
 from bench.experiments.training import (
@@ -83,11 +83,7 @@ VARIANTS: dict[str, list[Variant]] = {
 def jobs(options: argparse.Namespace, scene: str, seed: int) -> list[Job]:
     """Return the trainings, and recordings with what the grid makes of them."""
     steps = recorded_steps(options, scene)
-    cost = 0.5 * steps * SCENES[scene].step_cost
-    recordings = [
-        Job(seed, scene, steps, replays, window, cost * micro_batches)
-        for window, micro_batches in WINDOWS.items()
-    ]
+    recordings = [Job(seed, scene, steps, replays, window) for window in WINDOWS]
     return jobs_of(VARIANTS, options, scene, seed) + recordings
 
 
@@ -219,18 +215,19 @@ def draw_zones(axes: Axes, records: Sequence[Record], scene: str) -> None:
     )
 
 
+PICTURE = partial(
+    score_picture,
+    VARIANTS,
+    "Thresholds (θ_crit, θ_main, θ_weak)",
+    (DEFAULT, "the default thresholds, whole model"),
+    draw_zones,
+)
 EXPERIMENT = Experiment(
     "b_thresholds",
     __doc__.splitlines()[0],
     jobs,
     INTRODUCTION,
     section,
-    partial(
-        score_picture,
-        variants=VARIANTS,
-        title="Thresholds (θ_crit, θ_main, θ_weak)",
-        baseline=(DEFAULT, "the default thresholds, whole model"),
-        extra=draw_zones,
-    ),
+    PICTURE,
     {"photos": 120, "digits": 100},
 )

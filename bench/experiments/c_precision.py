@@ -55,9 +55,7 @@ VARIANTS: dict[str, list[Variant]] = {
 
 def jobs(options: argparse.Namespace, scene: str, seed: int) -> list[Job]:
     """Return the trainings, and the errors of accumulated gradients."""
-    steps, kind = recorded_steps(options, scene), SCENES[scene]
-    more = len(MOMENTS) * max(WINDOWS) / kind.accumulation_steps
-    job = Job(seed, scene, steps, measure_errors, None, 1.6 * kind.step_cost * (steps + more))
+    job = Job(seed, scene, recorded_steps(options, scene), measure_errors, None)
     return [*jobs_of(VARIANTS, options, scene, seed), job]
 
 
@@ -157,17 +155,13 @@ def draw_errors(axes: Axes, records: Sequence[Record], scene: str) -> None:
     axes.legend(fontsize=10)
 
 
+PICTURE = partial(
+    score_picture,
+    VARIANTS,
+    "Accumulators in bfloat16 and float32",
+    ("4 float32", "float32 with 4 micro-batches"),
+    draw_errors,
+)
 EXPERIMENT = Experiment(
-    "c_precision",
-    __doc__.splitlines()[0],
-    jobs,
-    INTRODUCTION,
-    section,
-    partial(
-        score_picture,
-        variants=VARIANTS,
-        title="Accumulators in bfloat16 and float32",
-        baseline=("4 float32", "float32 with 4 micro-batches"),
-        extra=draw_errors,
-    ),
+    "c_precision", __doc__.splitlines()[0], jobs, INTRODUCTION, section, PICTURE
 )

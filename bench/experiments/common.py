@@ -26,7 +26,7 @@ from bench import record
 from examples.demo.digits import Digits
 from examples.demo.photos import Photos, bundled_files, read_images
 from examples.demo.scenes import Scene
-from examples.demo.summary import finite
+from examples.demo.summary import about_scene, finite
 
 RESULTS = Path(__file__).parents[1] / "results" / "experiments"
 SCENES = {"photos": Photos, "digits": Digits}
@@ -41,18 +41,13 @@ Record = dict[str, Any]
 
 
 class Job(NamedTuple):
-    """One measurement, in a process of one thread.
-
-    `measure` returns the fields of the record that the job itself does not have; `cost` is rough
-    milliseconds, so that the bar moves evenly.
-    """
+    """One measurement, in a process of one thread."""
 
     seed: int  # of initial parameters and micro-batches
     scene: str
     steps: int
-    measure: Callable[[Job], Record]
+    measure: Callable[[Job], Record]  # returns what the job itself does not have
     subject: Any
-    cost: float
 
 
 class Experiment(NamedTuple):
@@ -186,18 +181,6 @@ def seeds_of(records: Sequence[Record], scene: str) -> list[int]:
     return sorted({found["seed"] for found in records if found["scene"] == scene})
 
 
-def about_scene(scene: Scene) -> dict[str, Any]:
-    """Return what the record says of a scene."""
-    return {
-        "title": scene.title,
-        "loss_weights": scene.tasks,
-        "accumulation_steps": scene.accumulation_steps,
-        "learning_rate": scene.learning_rate,
-        "validation": scene.validation_note,
-        "scores": scene.score_labels,
-    }
-
-
 @cache
 def scene_of(name: str) -> Scene:
     """Return a scene with its data."""
@@ -215,10 +198,9 @@ def set_up_process() -> None:
     torch.set_num_threads(1)
 
 
-def perform(job: Job) -> tuple[float, Record]:
-    """Perform a job; return its cost and its record."""
-    found = {"scene": job.scene, "seed": job.seed, "steps": job.steps, **job.measure(job)}
-    return job.cost, found
+def perform(job: Job) -> Record:
+    """Perform a job and return its record."""
+    return {"scene": job.scene, "seed": job.seed, "steps": job.steps, **job.measure(job)}
 
 
 def perform_all(jobs: Sequence[Job], keep: Callable[[Record], None]) -> None:
@@ -232,10 +214,13 @@ def perform_all(jobs: Sequence[Job], keep: Callable[[Record], None]) -> None:
             performed = pool.imap_unordered(perform, jobs)
         progress = Progress(*columns, TimeRemainingColumn(), speed_estimate_period=60.0)
         stack.enter_context(progress)
-        bar = progress.add_task("starting", total=sum(job.cost for job in jobs))
-        for count, (cost, found) in enumerate(performed, start=1):
+        # In rough milliseconds, so that the bar moves evenly.
+        total = sum(job.steps * SCENES[job.scene].step_cost for job in jobs)
+        bar = progress.add_task("starting", total=total)
+        for count, found in enumerate(performed, start=1):
             keep(found)
             scores = " ".join(f"{value:.4f}" for value in found.get("scores", {}).values())
             line = f"{found['scene']}, {found['method']}, seed {found['seed']}: {scores}"
             progress.console.print(line, highlight=False)
+            cost = found["steps"] * SCENES[found["scene"]].step_cost
             progress.update(bar, advance=cost, description=f"{count} of {len(jobs)} runs")

@@ -50,17 +50,15 @@ def section(records: Sequence[Record], scene: str) -> list[str]:
     return score_section(records, scene, VARIANTS[scene], what, COLUMNS)
 
 
+PICTURE = partial(
+    score_picture, VARIANTS, "Exact and stochastic mode", (EXACT, "GCond exact"), None
+)
 EXPERIMENT = Experiment(
     "d_modes",
     __doc__.splitlines()[0],
     partial(jobs_of, VARIANTS),
     INTRODUCTION,
     section,
-    partial(
-        score_picture,
-        variants=VARIANTS,
-        title="Exact and stochastic mode",
-        baseline=(EXACT, "GCond exact"),
-    ),
+    PICTURE,
     {"photos": 120, "digits": 100},
 )

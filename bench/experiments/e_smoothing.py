@@ -61,16 +61,18 @@ def section(records: Sequence[Record], scene: str) -> list[str]:
     return score_section(records, scene, VARIANTS[scene], f"{records[0]['steps']} steps.")
 
 
+PICTURE = partial(
+    score_picture,
+    VARIANTS,
+    "Integrated and separate smoothing, at several learning rates",
+    (BASELINE, "GCond, separate, 1× rate"),
+    None,
+)
 EXPERIMENT = Experiment(
     "e_smoothing",
     __doc__.splitlines()[0],
     partial(jobs_of, VARIANTS),
     INTRODUCTION,
     section,
-    partial(
-        score_picture,
-        variants=VARIANTS,
-        title="Integrated and separate smoothing, at several learning rates",
-        baseline=(BASELINE, "GCond, separate, 1× rate"),
-    ),
+    PICTURE,
 )

@@ -61,8 +61,7 @@ VARIANTS: dict[str, list[Variant]] = {"photos": [], "digits": variants()}
 def jobs(options: argparse.Namespace, scene: str, seed: int) -> list[Job]:
     """Return the trainings, and recordings with what all windows make of them."""
     steps = recorded_steps(options, scene)
-    cost = 2.0 * steps * SCENES[scene].step_cost
-    recordings = [Job(seed, scene, steps, replays, mode, cost) for mode in RECORDINGS]
+    recordings = [Job(seed, scene, steps, replays, mode) for mode in RECORDINGS]
     return jobs_of(VARIANTS, options, scene, seed) + recordings
 
 
@@ -154,17 +153,13 @@ def draw_streaks(axes: Axes, records: Sequence[Record], scene: str) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=10)
 
 
+PICTURE = partial(
+    score_picture,
+    VARIANTS,
+    "Dominance window W, every conflict critical",
+    (BASELINE, "W = 3, raw"),
+    draw_streaks,
+)
 EXPERIMENT = Experiment(
-    "f_dominance",
-    __doc__.splitlines()[0],
-    jobs,
-    INTRODUCTION,
-    section,
-    partial(
-        score_picture,
-        variants=VARIANTS,
-        title="Dominance window W, every conflict critical",
-        baseline=(BASELINE, "W = 3, raw"),
-        extra=draw_streaks,
-    ),
+    "f_dominance", __doc__.splitlines()[0], jobs, INTRODUCTION, section, PICTURE
 )

@@ -132,18 +132,20 @@ def rates_tried(settings: dict[str, Any]) -> list[str]:
     return ["Validation losses (weighted sum) with the rates tried:", markdown(rows)]
 
 
+PICTURE = partial(
+    score_picture,
+    VARIANTS,
+    "GCond and the plain sum with three optimizers, each at its own learning rate",
+    (ALL[0].key, "the plain sum, AdamW"),
+    None,
+)
 EXPERIMENT = Experiment(
     "g_optimizers",
     __doc__.splitlines()[0],
     jobs,
     INTRODUCTION,
     section,
-    partial(
-        score_picture,
-        variants=VARIANTS,
-        title="GCond and the plain sum with three optimizers, each at its own learning rate",
-        baseline=(ALL[0].key, "the plain sum, AdamW"),
-    ),
+    PICTURE,
     check=check,
     prepare=try_rates,
     appendix=rates_tried,

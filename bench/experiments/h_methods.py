@@ -14,6 +14,7 @@ from bench.experiments.pictures import score_picture
 from bench.experiments.tables import by_seed, mean_of, score_section
 from bench.experiments.training import Variant, jobs_of
 from examples.demo.methods import METHODS, PLAIN, methods_of
+from examples.demo.summary import OPTIONS_SENTENCES, SUM_SENTENCE
 
 # Relative times that differ by more than this over the seeds stay out of the tables.
 STEADY = 0.2
@@ -24,7 +25,6 @@ VARIANTS = [
         method.resolver,
         "" if method is PLAIN else PLAIN.key,
         method.mode or "exact",
-        cost=method.step_cost,
     )
     for method in METHODS
 ]
@@ -50,16 +50,13 @@ def jobs(options: argparse.Namespace, scene: str, seed: int) -> list[Job]:
 
 INTRODUCTION = (
     "# What the methods come to on the demo's two scenes",
-    "Each has the default options of its class. Some make a sum of the gradients and some a "
-    "mean, but all share a learning rate: AdamW, the optimizer of all of them, makes the same "
-    "steps whatever constant factor the gradients have. CAGrad, MGDA, AlignedMTL, IMTLG and "
+    f"{OPTIONS_SENTENCES} CAGrad, MGDA, AlignedMTL, IMTLG and "
     "NashMTL set a balance between the tasks that is not that of the loss weights: what they "
     "gain in a score other loss weights may give the plain sum, which was not tried.",
     "Differences are to the plain sum. Incidence of conflict: the share of pairs of tasks with "
     "a cosine below 0, mean over steps and seeds. In the order of the list, not of the "
     "results.",
-    "Sum makes the gradients of the plain sum but for rounding, which training amplifies: what "
-    "lies between the two is chance.",
+    SUM_SENTENCE,
 )
 
 
@@ -98,18 +95,20 @@ def relative_times(records: Sequence[Record], scene: str) -> tuple[dict[str, flo
     return {method: statistics.fmean(r) for method, r in ratios.items()}, f"Step: {how}."
 
 
+PICTURE = partial(
+    score_picture,
+    dict.fromkeys(SCENES, VARIANTS),
+    "Validation scores by method and seed",
+    (PLAIN.key, "the plain sum"),
+    None,
+)
 EXPERIMENT = Experiment(
     "h_methods",
     __doc__.splitlines()[0],
     jobs,
     INTRODUCTION,
     section,
-    partial(
-        score_picture,
-        variants=dict.fromkeys(SCENES, VARIANTS),
-        title="Validation scores by method and seed",
-        baseline=(PLAIN.key, "the plain sum"),
-    ),
+    PICTURE,
     {name: scene.steps for name, scene in SCENES.items()},
     add_arguments,
     check,

@@ -19,11 +19,11 @@ SEED_MARKERS = "os^vDPX*"
 
 
 def score_picture(
-    records: Sequence[Record],
     variants: dict[str, Sequence[Variant]],
     title: str,
     baseline: tuple[str, str],
-    extra: Callable[[Axes, Sequence[Record], str], None] | None = None,
+    extra: Callable[[Axes, Sequence[Record], str], None] | None,
+    records: Sequence[Record],
 ) -> Figure:
     """Draw the scores of each scene in a row of panels, and what `extra` draws of each below.
 

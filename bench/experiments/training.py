@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from bench.experiments.common import SCENES, Job, Record, scene_of
+from bench.experiments.common import Job, Record, scene_of
 from examples.demo import training
 from examples.demo.methods import PLAIN
 from examples.demo.methods import Method as DemoMethod
@@ -43,16 +43,10 @@ class Variant(NamedTuple):
     beta1: float = 0.9  # of AdamW
     micro_batches: int | None = None  # per step; None is the scene's
     steps: float = 1.0  # a factor of their number
-    cost: float | None = None  # of a step, relative to the plain sum's; None is a rough one
 
     def job(self, seed: int, scene: str, steps: int) -> Job:
         """Return a training of so many steps of a variant with the factor 1."""
-        A = SCENES[scene].accumulation_steps
-        twice = self.resolver is not None and self.mode == "exact"
-        cost = self.cost or (1.6 if twice else 1.0)
-        cost *= SCENES[scene].step_cost * (self.micro_batches or A) / A
-        steps = max(1, round(steps * self.steps))
-        return Job(seed, scene, steps, measure, self, steps * cost)
+        return Job(seed, scene, max(1, round(steps * self.steps)), measure, self)
 
 
 def jobs_of(

@@ -12,21 +12,13 @@ ALL = "all"
 
 
 class Method(NamedTuple):
-    """A method to make one gradient from the tasks' losses.
+    """A method to make one gradient from the tasks' losses."""
 
-    Attributes:
-        key: what it is called on the command line.
-        name: what it is called in tables and pictures.
-        mode: of GCondFused; None is the plain weighted sum, without it.
-        step_cost: rough time of a step, plain sum is 1.
-        resolver: the method of GCondFused, with the default options of its class.
-    """
-
-    key: str
-    name: str
-    mode: Literal["exact", "stochastic"] | None
-    step_cost: float
-    resolver: methods.Method | None = None
+    key: str  # on the command line
+    name: str  # in tables and pictures
+    mode: Literal["exact", "stochastic"] | None  # of GCondFused; None is the plain sum, without it
+    step_cost: float  # rough time of a step, plain sum is 1
+    resolver: methods.Method | None = None  # of GCondFused, with its class's default options
 
     @property
     def names_winners(self) -> bool:

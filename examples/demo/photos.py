@@ -60,10 +60,7 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 class Photos(Scene):
     """Reconstruct a 64×64 crop of which 75 % of the 4×4 patches are hidden.
 
-    The losses are over the whole crop, hidden or not.
-
-    Args:
-        images: [3, H, 320] uint8 with H ≥ 64.
+    The images are [3, H, 320] uint8 with H ≥ 64; the losses are over the whole crop, hidden or not.
     """
 
     name = "photos"
@@ -286,23 +283,16 @@ def read_image(path: Path) -> Tensor:
 
 
 def to_rgb(image: NDArray[Any]) -> NDArray[np.float32]:
-    """Return [H, W, 3] in [0, 1], from grey, RGB or either with alpha, of any number type.
-
-    Raises:
-        ValueError: it is no such image.
-    """
+    """Return [H, W, 3] in [0, 1], from grey, RGB or either with alpha, of any number type."""
     values: NDArray[np.float32] = img_as_float32(image)
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("not finite")
     if low < 0.0 or high > 1.0:  # floating point of some other range
         values = (values - low) / (high - low)
-    if values.ndim == 3 and values.shape[2] in (1, 2):
-        values = values[:, :, 0]
-    if values.ndim == 2:
-        values = gray2rgb(values)
-    if values.ndim == 3 and values.shape[2] == 4:
-        values = rgba2rgb(values)
-    if values.ndim != 3 or values.shape[2] != 3:
+    channels = values.shape[2] if values.ndim == 3 else 1 if values.ndim == 2 else 0
+    if channels not in (1, 2, 3, 4):
         raise ValueError(f"shape {values.shape}")
-    return values
+    if channels < 3:  # grey, without or with alpha
+        return gray2rgb(values.reshape(*values.shape[:2], -1)[:, :, 0])
+    return rgba2rgb(values) if channels == 4 else values

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +13,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gcond_kernels import GCond
@@ -32,7 +30,7 @@ from gcond_kernels.diagnostics.plots import (
 from .digits import Digits
 from .photos import Photos
 from .summary import cosines, percent_in_conflict, scores
-from .training import Run, Step, device_of
+from .training import Run, device_of
 
 Draw: TypeAlias = "Callable[[Sequence[Run]], Figure]"
 
@@ -130,11 +128,14 @@ def set_title(figure: Figure, runs: Sequence[Run], title: str) -> None:
 def plot_losses(axes: Axes, run: Run, task: str) -> None:
     """Draw one method's curve of one task."""
     style = method_style(run)
-    smoothed = smooth([step.losses[task] for step in run.history])
+    # The exponential moving average without a start at zero.
+    weights = SMOOTHING ** np.arange(len(run.history))
+    losses = [step.losses[task] for step in run.history]
+    smoothed = np.convolve(losses, weights)[: len(losses)] / weights.cumsum()
     axes.plot(range(1, len(smoothed) + 1), smoothed, **style | {"marker": ""})
     steps = [evaluation.step for evaluation in run.evaluations]
-    losses = [float(evaluation.losses[task].mean()) for evaluation in run.evaluations]
-    axes.plot(steps, losses, **style | {"linestyle": ""}, markerfacecolor="none")
+    validated = [float(evaluation.losses[task].mean()) for evaluation in run.evaluations]
+    axes.plot(steps, validated, **style | {"linestyle": ""}, markerfacecolor="none")
 
 
 def method_style(run: Run) -> dict[str, Any]:
@@ -142,16 +143,6 @@ def method_style(run: Run) -> dict[str, Any]:
     style = METHOD_STYLES[run.method.key]
     size = MARKER_SIZES.get(style["marker"], MARKER_SIZE)
     return {**style, "markersize": size, "markeredgewidth": 2.0}
-
-
-def smooth(values: Sequence[float]) -> list[float]:
-    """Return the exponential moving average without a start at zero."""
-    smoothed, total, weight = [], 0.0, 0.0
-    for value in values:
-        total = SMOOTHING * total + (1.0 - SMOOTHING) * value
-        weight = SMOOTHING * weight + (1.0 - SMOOTHING)
-        smoothed.append(total / weight)
-    return smoothed
 
 
 def cosine_picture(runs: Sequence[Run]) -> Figure:
@@ -165,8 +156,15 @@ def cosine_picture(runs: Sequence[Run]) -> Figure:
         figure = cosine_panels(compared)
         title += "\nover the optimizer steps; shaded: GCond's mild, moderate and critical zones"
     set_title(figure, runs, title)
-    handles = point_handles(compared)
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=12)
+    drawn = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    handles = [drawn[label] for label, _ in point_styles(tasks).values() if label in drawn]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize=12,
+        markerscale=8.0 / handles[0].get_markersize(),
+    )
     return figure
 
 
@@ -182,7 +180,12 @@ def cosine_rows(runs: Sequence[Run]) -> Figure:
         scatter_steps(left, run, size=6.0)
         # Room for the names of the zones.
         left.set_xlim(0, 1.18 * run.steps)
-        left.set_title(row_title(run), fontsize=13)
+        data = "of the same data" if run.method.mode == "exact" else "of different micro-batches"
+        left.set_title(
+            f"{run.method.name} (gradients {data}): "
+            f"conflict in {percent_in_conflict(run):.0f} % of {len(cosines(run))} steps",
+            fontsize=13,
+        )
         left.set_ylabel("cosine similarity", fontsize=12)
         right.hist(
             cosines(run), bins=list(np.linspace(-1, 1, 41)), orientation="horizontal", color=GREY
@@ -213,59 +216,36 @@ def cosine_panels(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def row_title(run: Run) -> str:
-    """Return the title of a row of the cosine picture."""
-    data = "of the same data" if run.method.mode == "exact" else "of different micro-batches"
-    return (
-        f"{run.method.name} (gradients {data}): "
-        f"conflict in {percent_in_conflict(run):.0f} % of {len(cosines(run))} steps"
-    )
-
-
 def scatter_steps(axes: Axes, run: Run, size: float) -> None:
     """Draw a point per step, by who won; by the sign alone where the method names no winner."""
-    points: dict[str, list[tuple[int, float]]] = {}
+    points: dict[str, list[tuple[int, float]]] = {"none": []}
+    if run.method.names_winners:
+        points |= {f"won by {task}": [] for task in run.scene.tasks}
     for number, step in enumerate(run.history, start=1):
-        if step.cosine is not None:
-            points.setdefault(point_kind(run, step), []).append((number, step.cosine))
+        if step.cosine is None:
+            continue
+        kind = f"won by {step.winner}" if run.method.names_winners else "conflict"
+        points.setdefault("none" if step.zone == "none" else kind, []).append((number, step.cosine))
     styles = point_styles(list(run.scene.tasks))
     for kind, places in points.items():
-        _, style = styles[kind]
-        axes.plot(*zip(*places, strict=True), linestyle="", markersize=size, **style)
-
-
-def point_kind(run: Run, step: Step) -> str:
-    """Return what a step's point stands for: a key of `point_styles`."""
-    if step.zone == "none":
-        return "none"
-    return f"won by {step.winner}" if run.method.names_winners else "conflict"
+        label, style = styles[kind]
+        places_of = np.array(places).reshape(-1, 2).T
+        axes.plot(*places_of, linestyle="", markersize=size, label=label, **style)
 
 
 def point_styles(tasks: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
     """Return the kinds of points → text of the legend, and how they are drawn."""
-    styles: dict[str, tuple[str, dict[str, Any]]] = {
-        "none": ("no conflict", {"color": GREY, "marker": "."})
+    won = {
+        f"won by {task}": (f"conflict won by {task}", style)
+        for task, style in zip(tasks, TASK_STYLES, strict=False)
     }
-    for task, style in zip(tasks, TASK_STYLES, strict=False):
-        styles[f"won by {task}"] = (f"conflict won by {task}", style)
-    # In the mild zone both may give way.
-    styles["won by None"] = ("conflict without a winner", {"color": BLACK, "marker": "s"})
-    styles["conflict"] = ("conflict (the method names no winner)", {"color": DARK, "marker": "x"})
-    return styles
-
-
-def point_handles(runs: Sequence[Run]) -> list[Line2D]:
-    """Return the legend of the points that can be there."""
-    kinds = {"none"}
-    for run in runs:
-        kinds |= {point_kind(run, step) for step in run.history if step.cosine is not None}
-        if run.method.names_winners:
-            kinds |= {f"won by {task}" for task in run.scene.tasks}
-    return [
-        Line2D([], [], linestyle="", label=label, markersize=8, **style)
-        for kind, (label, style) in point_styles(list(runs[0].scene.tasks)).items()
-        if kind in kinds
-    ]
+    return {
+        "none": ("no conflict", {"color": GREY, "marker": "."}),
+        **won,
+        # In the mild zone both may give way.
+        "won by None": ("conflict without a winner", {"color": BLACK, "marker": "s"}),
+        "conflict": ("conflict (the method names no winner)", {"color": DARK, "marker": "x"}),
+    }
 
 
 @torch.no_grad()
@@ -281,8 +261,8 @@ def reconstructions_picture(runs: Sequence[Run]) -> Figure:
     width = math.ceil(len(columns) / math.ceil(len(columns) / COLUMNS))
     blocks = [columns[start : start + width] for start in range(0, len(columns), width)]
     rows = len(blocks) * len(chosen)
-    figure = Figure(figsize=(2.4 * width, 2.25 * rows + 0.5 * len(blocks) + 0.6))
-    figure.set_layout_engine("constrained")
+    height = 2.25 * rows + 0.5 * len(blocks) + 0.6
+    figure = Figure(figsize=(2.4 * width, height), layout="constrained")
     which = f"the {len(chosen)} with the most contrast" if fewer else "those with the most contrast"
     set_title(
         figure,
@@ -291,10 +271,13 @@ def reconstructions_picture(runs: Sequence[Run]) -> Figure:
         "the numbers are means over all validation crops",
     )
     panels = figure.subplots(rows, width, squeeze=False)
-    for number, block in enumerate(blocks):
-        below = panels[number * len(chosen) : (number + 1) * len(chosen)]
-        for column in range(width):
-            show_column(below[:, column], block[column] if column < len(block) else None)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for block, below in zip(blocks, np.split(panels, len(blocks)), strict=True):
+        for (title, images), column in zip(block, below.T, strict=False):
+            column[0].set_title(title, fontsize=12)
+            for axes, image in zip(column, images, strict=True):
+                show(axes, image.permute(1, 2, 0))
     return figure
 
 
@@ -315,19 +298,6 @@ def reconstructions(runs: Sequence[Run], chosen: Sequence[int]) -> list[tuple[st
     return [*columns, ("original", original)]
 
 
-def show_column(panels: Iterable[Axes], column: tuple[str, Tensor] | None) -> None:
-    """Draw one image below the other, a title over the first; None leaves the place empty."""
-    if column is None:
-        for axes in panels:
-            axes.set_axis_off()
-        return
-    title, images = column
-    for row, (axes, image) in enumerate(zip(panels, images, strict=True)):
-        show(axes, image.permute(1, 2, 0))
-        if row == 0:
-            axes.set_title(title, fontsize=12)
-
-
 def score_line(run: Run, evaluation: int) -> str:
     """Return the validation scores under a column's title."""
     values = scores(run.scene, run.evaluations[evaluation])
@@ -341,12 +311,9 @@ def most_contrast(crops: Tensor, images: Sequence[int]) -> list[int]:
     Each round from the highest contrast to the lowest: a choice no method has a part in.
     """
     order = crops.float().flatten(1).std(1).argsort(descending=True).tolist()
-    seen: Counter[int] = Counter()
-    rounds = []
-    for place, crop in enumerate(order):
-        rounds.append((seen[images[crop]], place, crop))
-        seen[images[crop]] += 1
-    return [crop for _, _, crop in sorted(rounds)]
+    of_image = [images[crop] for crop in order]
+    rounds = {crop: of_image[:place].count(images[crop]) for place, crop in enumerate(order)}
+    return sorted(order, key=rounds.__getitem__)
 
 
 @torch.no_grad()
@@ -355,57 +322,37 @@ def examples_picture(runs: Sequence[Run]) -> Figure:
     scene = runs[0].scene
     inputs, targets = scene.validation.inputs[:DIGIT_EXAMPLES], scene.validation.targets
     guesses = [run.model(inputs.to(device_of(run))).argmax(2).cpu() for run in runs]
-    figure, panels = examples_layout(lines=1 + len(runs))
+    names = ["truth", *(run.method.name for run in runs)]
+    height = 1.2 + 2.0 * (PANEL + LINE * len(names))
+    figure = Figure(figsize=(13, height), layout="constrained")
     set_title(
         figure,
         runs,
         f"{scene.title}: the first validation pairs, the truth and the predictions (left, right)",
     )
-    for index, axes in enumerate(panels):
+    for index, axes in enumerate(figure.subplots(2, DIGIT_EXAMPLES // 2).flat):
         show(axes, inputs[index, 0])
-        truth = targets[index].tolist()
-        write_line(axes, 0, "truth", truth, correct=True)
-        for row, (run, guess) in enumerate(zip(runs, guesses, strict=True), start=1):
-            guessed = guess[index].tolist()
-            write_line(axes, row, run.method.name, guessed, correct=guessed == truth)
+        axes.set_anchor("N")  # so that the lines are close below
+        for row, (name, guess) in enumerate(zip(names, [targets, *guesses], strict=True)):
+            left, right = guess[index].tolist()
+            correct = guess[index].equal(targets[index])
+            axes.annotate(
+                f"{name}: {left}, {right}{'' if correct else '  ✗'}",
+                (0.5, -0.04),
+                (0.0, -72.0 * LINE * row),
+                xycoords="axes fraction",
+                textcoords="offset points",
+                horizontalalignment="center",
+                verticalalignment="top",
+                fontsize=12,
+                color=RIGHT if correct else WRONG,
+                fontweight="normal" if correct else "bold",
+            )
     return figure
-
-
-def examples_layout(lines: int) -> tuple[Figure, list[Axes]]:
-    """Return two rows of panels with space for so many lines of text below each."""
-    top, text = 0.74, LINE * lines
-    height = top + 2 * (PANEL + text) + 0.83
-    figure = Figure(figsize=(13, height))
-    figure.subplots_adjust(
-        left=0.02,
-        right=0.98,
-        top=1.0 - top / height,
-        bottom=(text + 0.23) / height,
-        hspace=(text + 0.6) / PANEL,
-        wspace=0.15,
-    )
-    return figure, list(figure.subplots(2, DIGIT_EXAMPLES // 2).flat)
-
-
-def write_line(axes: Axes, row: int, name: str, guess: Sequence[int], *, correct: bool) -> None:
-    """Write what one method, or the truth, says of the panel's pair."""
-    left, right = guess
-    axes.text(
-        0.5,
-        -0.04 - LINE / PANEL * row,
-        f"{name}: {left}, {right}{'' if correct else '  ✗'}",
-        transform=axes.transAxes,
-        horizontalalignment="center",
-        verticalalignment="top",
-        fontsize=12,
-        color=RIGHT if correct else WRONG,
-        fontweight="normal" if correct else "bold",
-    )
 
 
 def show(axes: Axes, image: Tensor) -> None:
     """Draw an image without ticks."""
-    pixels: NDArray[Any] = image.numpy()
-    axes.imshow(pixels, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set_axis_on()
+    axes.imshow(image.numpy(), cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])

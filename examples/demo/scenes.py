@@ -25,35 +25,21 @@ class Batch(NamedTuple):
 
 
 class Scene(ABC):
-    """A multi-task problem: data, model and one loss per task.
+    """A multi-task problem: data, model and one loss per task."""
 
-    Attributes:
-        name: start of the file names.
-        title: what is learned, for titles of pictures and tables.
-        tasks: task → loss weight λ.
-        loss_labels: task → what its loss is called, with its unit.
-        score_labels: task → what its validation score is called; ASCII, for the terminal.
-        score_in_percent: the score is an accuracy. Otherwise it is the loss.
-        accumulation_steps: micro-batches per optimizer step.
-        steps: default number of optimizer steps.
-        learning_rate: peak learning rate.
-        step_cost: rough milliseconds of a step of plain sum, for the remaining time shown.
-        validation: what no training micro-batch shows.
-        validation_note: what that is, in words.
-    """
-
-    name: str
-    title: str
-    tasks: ClassVar[dict[str, float]]
-    loss_labels: ClassVar[dict[str, str]]
+    name: str  # start of the file names
+    title: str  # what is learned, for titles of pictures and tables
+    tasks: ClassVar[dict[str, float]]  # task → loss weight λ
+    loss_labels: ClassVar[dict[str, str]]  # task → what its loss is called, with its unit
+    # Task → what its validation score is called; ASCII, for the terminal.
     score_labels: ClassVar[dict[str, str]]
-    score_in_percent: bool
-    accumulation_steps: int
-    steps: int
-    learning_rate: float
-    step_cost: float
-    validation: Batch
-    validation_note: str
+    score_in_percent: bool  # the score is an accuracy; otherwise it is the loss
+    accumulation_steps: int  # micro-batches per optimizer step
+    steps: int  # default number of optimizer steps
+    learning_rate: float  # its peak
+    step_cost: float  # rough milliseconds of a step of plain sum, for the remaining time shown
+    validation: Batch  # what no training micro-batch shows
+    validation_note: str  # what that is, in words
 
     @abstractmethod
     def new_model(self) -> nn.Module:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import Any
 
 import torch
 from rich import box
@@ -18,15 +19,17 @@ from gcond_kernels.diagnostics.records import ALL_ZONES
 from .scenes import Scene
 from .training import Evaluation, Run
 
-RARE, FREQUENT = 0.1, 0.3  # shares of steps with a conflict
+RARE, FREQUENT = 10.0, 30.0  # % of steps with a conflict
 WEAK = -0.1  # cosine; gradients above it are close to orthogonal
 FEW = 3  # so many methods have a sentence each; more of them one together
+OPTIONS_SENTENCES = (
+    "Each has the default options of its class. Some make a sum of the gradients and some a "
+    "mean, but all share a learning rate: AdamW, the optimizer of all of them, makes the same "
+    "steps whatever constant factor the gradients have."
+)
 METHODS_SENTENCE = (
-    "Methods: each has the default options of its class. Some make a sum of the gradients and "
-    "some a mean, but all share a learning rate: AdamW, the optimizer of all of them, makes "
-    "the same steps whatever constant factor the gradients have. Zones are those of GCond's "
-    "default thresholds; incidence is the share of task pairs with a cosine below 0, mean over "
-    "the steps."
+    f"Methods: {OPTIONS_SENTENCES} Zones are those of GCond's default thresholds; incidence is "
+    "the share of task pairs with a cosine below 0, mean over the steps."
 )
 SUM_SENTENCE = (
     "Sum makes the gradients of the plain sum but for rounding, which training amplifies: "
@@ -46,11 +49,7 @@ def zone_shares(run: Run) -> dict[str, float] | None:
 
 
 def incidence(run: Run) -> float | None:
-    """Return the mean over the steps of the share of pairs of tasks with a cosine below 0.
-
-    With two tasks it is the share of the steps in which they disagreed; None where nothing was
-    compared.
-    """
+    """Return the mean over the steps of the share of pairs of tasks with a cosine below 0."""
     shares = [step.incidence for step in run.history if step.incidence is not None]
     return statistics.fmean(shares) if shares else None
 
@@ -73,24 +72,20 @@ def table(runs: Sequence[Run]) -> Table:
         padding=(0, 1, 0, 0),
     )
     made.add_column("method")
-    headers = (
+    for header in (
         *(label.replace(" ", "\n") for label in scene.score_labels.values()),
         "back-\nward\npasses",
         "time\n(s)",
         "% of steps:\nnone/mild/\nmod./crit.",
         "inci-\ndence",
         "median\ncosine",
-    )
-    for header in headers:
+    ):
         made.add_column(header, justify="right")
     made.add_row("untrained", *scores(scene, runs[0].evaluations[0]), "0", "", "", "", "")
     for run in runs:
-        name = run.method.name
-        if not run.complete:
-            name += f"\n({run.progress})"
         shares, below = zone_shares(run), incidence(run)
         made.add_row(
-            name,
+            run.method.name + ("" if run.complete else f"\n({run.progress})"),
             *scores(scene, run.evaluations[-1]),
             str(run.backward_passes),
             f"{run.seconds:.1f}",
@@ -124,21 +119,19 @@ def sentences(runs: Sequence[Run]) -> list[str]:
 
 def conflict_sentence(runs: Sequence[Run]) -> str:
     """Return whether there was a conflict to resolve; the verdict is on the first run."""
-    shares = zone_shares(runs[0])
-    assert shares is not None
-    share = 1.0 - shares["none"]
-    below = [cosine for cosine in cosines(runs[0]) if cosine < 0.0]
-    if share < RARE:
+    percent = percent_in_conflict(runs[0])
+    if percent < RARE:
         verdict = "hardly a conflict worth resolving"
     else:
-        frequency = "frequent" if share >= FREQUENT else "occasional"
-        strength = statistics.median(below)
+        frequency = "frequent" if percent >= FREQUENT else "occasional"
+        strength = statistics.median(cosine for cosine in cosines(runs[0]) if cosine < 0.0)
         verdict = f"{frequency} conflicts, with a median cosine of {strength:+.2f} among them"
         if strength > WEAK:
             verdict += ": so weak that there is little to resolve"
-    seen = "; ".join(conflicts_seen(run) for run in runs)
     if len(runs) > FEW:
         seen = range_of_conflicts(runs)
+    else:
+        seen = "; ".join(conflicts_seen(run) for run in runs)
     tasks = " and ".join(runs[0].scene.tasks)
     name = runs[0].method.name
     return f"Conflict: the gradients of {tasks} disagreed in {seen}. With {name}: {verdict}."
@@ -166,9 +159,8 @@ def range_of_conflicts(runs: Sequence[Run]) -> str:
 
 def percent_in_conflict(run: Run) -> float:
     """Return the share of the compared steps in a zone of conflict, in %."""
-    shares = zone_shares(run)
-    assert shares is not None
-    return 100.0 * (1.0 - shares["none"])
+    zones = [step.zone for step in run.history if step.zone is not None]
+    return 100.0 * (1.0 - zones.count("none") / len(zones))
 
 
 def difference_sentences(runs: Sequence[Run]) -> list[str]:
@@ -193,22 +185,8 @@ def difference_sentences(runs: Sequence[Run]) -> list[str]:
     return said
 
 
-class Gap(NamedTuple):
-    """The difference of two methods in a score on the same validation samples.
-
-    Attributes:
-        label: of the score.
-        text: the mean difference and twice its standard error.
-        beyond: whether the first is larger than the second, in what is printed too.
-    """
-
-    label: str
-    text: str
-    beyond: bool
-
-
-def gaps(first: Run, other: Run) -> list[Gap]:
-    """Return the difference of two methods in each score."""
+def gaps(first: Run, other: Run) -> list[tuple[str, str, bool]]:
+    """Return label and text of the difference in each score, and whether it is beyond the noise."""
     scene = first.scene
     factor, form, unit = (100.0, "+.1f", " points") if scene.score_in_percent else (1, "+.4f", "")
     found = []
@@ -219,62 +197,63 @@ def gaps(first: Run, other: Run) -> list[Gap]:
         text = f"{factor * gap:{form}}{unit} (+/- {margin}) in {label}"
         # Not where only rounding differs: then both print as zero.
         beyond = abs(gap) > error and float(f"{factor * gap:{form}}") != 0.0
-        found.append(Gap(label, text, beyond))
+        found.append((label, text, beyond))
     return found
 
 
 def difference_sentence(first: Run, other: Run) -> str:
     """Return how far one method is from another, in every score."""
     found = gaps(first, other)
-    beyond = [gap.label for gap in found if gap.beyond]
-    verdict = "within the validation noise"
-    if beyond:
-        verdict = f"beyond the validation noise in {' and '.join(beyond)}"
+    beyond = " and ".join(label for label, _, is_beyond in found if is_beyond)
+    verdict = (
+        f"beyond the validation noise in {beyond}" if beyond else "within the validation noise"
+    )
     names = f"{other.method.name} against {first.method.name}"
-    return f"Difference of {names}: {' and '.join(gap.text for gap in found)}, {verdict}."
+    return f"Difference of {names}: {' and '.join(text for _, text, _ in found)}, {verdict}."
 
 
 def beyond_sentence(first: Run, others: Sequence[Run]) -> str:
     """Return which of many methods differ from the first by more than the validation noise."""
     beyond, within = [], []
     for run in others:
-        found = [gap.text for gap in gaps(first, run) if gap.beyond]
+        found = " and ".join(text for _, text, is_beyond in gaps(first, run) if is_beyond)
         if found:
-            beyond.append(f"{run.method.name} {' and '.join(found)}")
+            beyond.append(f"{run.method.name} {found}")
         else:
             within.append(run.method.name)
     said = f"Difference against {first.method.name}, beyond the validation noise: "
     said += f"{'; '.join(beyond) or 'none'}."
-    if within:
-        said += f" Within it: {', '.join(within)}."
-    return said
+    return said + (f" Within it: {', '.join(within)}." if within else "")
 
 
 def results(runs: Sequence[Run], settings: dict[str, Any], interrupted: bool) -> dict[str, Any]:
     """Return everything measured, for results.json; what is not a finite number is null."""
-    scenes: dict[str, Any] = {}
-    for run in runs:
-        scene = run.scene
-        entry = scenes.setdefault(
-            scene.name,
-            {
-                "title": scene.title,
-                "loss_weights": scene.tasks,
-                "accumulation_steps": scene.accumulation_steps,
-                "steps": run.steps,
-                "validation": scene.validation_note,
-                "validation_samples": len(scene.validation.inputs),
-                "scores": scene.score_labels,
-                "untrained": means(run.evaluations[0]),
-                "methods": {},
-            },
-        )
-        entry["methods"][run.method.name] = run_results(run)
-    for name, entry in scenes.items():
-        entry["sentences"] = sentences([run for run in runs if run.scene.name == name])
+    scenes = {}
+    for name, group in groupby(runs, key=lambda run: run.scene.name):
+        of_scene = list(group)
+        first = of_scene[0]
+        scenes[name] = {
+            **about_scene(first.scene),
+            "steps": first.steps,
+            "validation_samples": len(first.scene.validation.inputs),
+            "untrained": means(first.evaluations[0]),
+            "methods": {run.method.name: run_results(run) for run in of_scene},
+            "sentences": sentences(of_scene),
+        }
     versions = {"gcond_kernels": gcond_kernels.__version__, "torch": torch.__version__}
-    told = {"versions": versions, **settings, "interrupted": interrupted, "scenes": scenes}
-    return finite(told)
+    return finite({"versions": versions, **settings, "interrupted": interrupted, "scenes": scenes})
+
+
+def about_scene(scene: Scene) -> dict[str, Any]:
+    """Return what a record says of a scene."""
+    return {
+        "title": scene.title,
+        "loss_weights": scene.tasks,
+        "accumulation_steps": scene.accumulation_steps,
+        "learning_rate": scene.learning_rate,
+        "validation": scene.validation_note,
+        "scores": scene.score_labels,
+    }
 
 
 def run_results(run: Run) -> dict[str, Any]:

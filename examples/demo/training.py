@@ -22,21 +22,13 @@ EVALUATIONS = 8
 
 
 class Step(NamedTuple):
-    """What happened in one optimizer step.
+    """What happened in one optimizer step; None where nothing was compared, as in plain sum."""
 
-    Attributes:
-        losses: task → mean training loss over the micro-batches that it saw.
-        cosine: between the tasks' gradients; None without a pair, as always in plain sum.
-        zone: "none", "mild", "moderate" or "critical"; None where nothing was compared.
-        winner: of the first conflict; None where there was none, and of methods that name none.
-        incidence: share of the pairs of tasks with a cosine below 0; None without a pair.
-    """
-
-    losses: dict[str, float]
-    cosine: float | None = None
-    zone: str | None = None
-    winner: str | None = None
-    incidence: float | None = None
+    losses: dict[str, float]  # task → mean training loss over the micro-batches that it saw
+    cosine: float | None = None  # between the tasks' gradients
+    zone: str | None = None  # "none", "mild", "moderate" or "critical"
+    winner: str | None = None  # of the first conflict, of methods that name one
+    incidence: float | None = None  # share of the pairs of tasks with a cosine below 0
 
 
 class Evaluation(NamedTuple):
@@ -49,26 +41,16 @@ class Evaluation(NamedTuple):
 
 @dataclass
 class Run:
-    """One method on one scene; filled while it trains.
-
-    Attributes:
-        scene: what is learned.
-        method: how.
-        steps: how many optimizer steps are meant to be made.
-        model: what is trained.
-        history: one entry per step made.
-        evaluations: before the first step, now and then, and after the last.
-        seconds: time of training, without validation.
-        backward_passes: through the model.
-    """
+    """One method on one scene; filled while it trains."""
 
     scene: Scene
     method: Method
-    steps: int
+    steps: int  # how many optimizer steps are meant to be made
     model: nn.Module
-    history: list[Step] = field(default_factory=list)
+    history: list[Step] = field(default_factory=list)  # of the steps made
+    # Before the first step, now and then, and after the last.
     evaluations: list[Evaluation] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float = 0.0  # of training, without validation
     backward_passes: int = 0
 
     @property
