@@ -21,6 +21,6 @@ def late_flags(monkeypatch) -> list[Event]:
         events.append(Event())
         return events[-1]
 
-    monkeypatch.setattr(HostFlag, "_is_on_host", lambda flag, device: False)
+    monkeypatch.setattr(HostFlag, "_is_on_host", lambda _flag, _device: False)
     monkeypatch.setattr(HostFlag, "_start_copy", start_copy)
     return events
