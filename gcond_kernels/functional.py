@@ -19,7 +19,7 @@ from gcond_kernels.options import method_of
 from gcond_kernels.storage.collect import in_memory_order
 from gcond_kernels.storage.dtensor import is_dtensor
 from gcond_kernels.storage.layout import Segment, check_parameter, segments_of
-from gcond_kernels.storage.shared_parameters import SharedParameters
+from gcond_kernels.storage.shared_parameters import SharedParameters, shared_tensors
 
 Gradients: TypeAlias = "Sequence[Sequence[Tensor | None]] | Sequence[Tensor]"
 
@@ -132,9 +132,8 @@ def _resolve(
     """Compare, decide and write; where something is not finite, write NaN and keep the state."""
     K = len(gradients.accumulators)
     products = ops.gramian(gradients, history_scale=state.get("history_scale"))
-    flags = (products.per_tensor.diagonal(dim1=1, dim2=2) > 0.0).sum(1) > 1  # [T]
-    if method.compares_single_task and present <= 1:
-        flags = flags | ~flags.any()
+    used = products.per_tensor.diagonal(dim1=1, dim2=2) > 0.0  # [T, K]
+    flags = shared_tensors(used, method.compares_single_task and present <= 1)
     shared = SharedParameters(False, flags, False)
     S, X = shared.gramians(products, K)
     decision = method.decide(Comparison(S, X, gradients.scale), state)

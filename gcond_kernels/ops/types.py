@@ -20,10 +20,15 @@ RESIDUE = 2.0**-23
 
 
 class Layout(NamedTuple):
-    """Where each parameter tensor's segment lies in flat storage; between segments that is zero."""
+    """Where each parameter tensor's segment lies in flat storage; between segments that is zero.
 
-    offsets: tuple[int, ...]  # T starts of the segments, in elements
-    sizes: tuple[int, ...]  # T lengths of the segments, in elements
+    Attributes:
+        offsets: T starts of the segments, in elements.
+        sizes: T lengths of the segments, in elements.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
 
     @classmethod
     def of(cls, offsets: Sequence[int], sizes: Sequence[int]) -> Layout:
@@ -36,53 +41,84 @@ class TaskGradients(NamedTuple):
 
     A task whose scale is 0 takes no part, whatever its accumulator holds. Where bit e % 32 of the
     mask's word e // 32 is 0, element e is not trained: it counts as zero and its gradient is 0.
+
+    Attributes:
+        accumulators: [K, N'] float32 or bfloat16.
+        layout: where each tensor's segment lies in an accumulator.
+        scale: [K] float64.
+        history: [K, N'] float32, bfloat16 or float16: the last accumulators.
+        mask: [⌈N' / 32⌉] int32.
     """
 
-    accumulators: Tensor  # [K, N'] float32 or bfloat16
-    layout: Layout  # where each tensor's segment lies in an accumulator
-    scale: Tensor  # [K] float64
-    history: Tensor | None = None  # [K, N'] float32, bfloat16 or float16: the last accumulators
-    mask: Tensor | None = None  # [⌈N' / 32⌉] int32
+    accumulators: Tensor
+    layout: Layout
+    scale: Tensor
+    history: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Momentum(NamedTuple):
-    """A moving average of the resolved gradient: m ← β m + (1-β) g, read as m / (1 - β^t)."""
+    """A moving average of the resolved gradient: m ← β m + (1-β) g, read as m / (1 - β^t).
 
-    buffer: Tensor  # [N'] float32: m; changed in place
-    steps: Tensor  # [T] int64: t of each tensor; counted up
-    beta: float  # β in (0, 1)
+    Attributes:
+        buffer: [N'] float32: m; changed in place.
+        steps: [T] int64: t of each tensor; counted up.
+        beta: β in (0, 1).
+    """
+
+    buffer: Tensor
+    steps: Tensor
+    beta: float
 
 
 class Rescale(NamedTuple):
     """A bound of the norm of what is written to all outputs together.
 
     The norm comes from the Gramians, without a pass over memory.
+
+    Attributes:
+        max_norm: above 0.
+        per_tensor: [T, R, R] as `gramian` returns it; with momentum that is its last row.
     """
 
-    max_norm: float  # above 0
-    per_tensor: Tensor  # [T, R, R] as `gramian` returns it; with momentum that is its last row
+    max_norm: float
+    per_tensor: Tensor
 
 
 class SignDropout(NamedTuple):
-    """The random numbers of GradDrop: a function of seed, counter and an element's place alone."""
+    """The random numbers of GradDrop: a function of seed, counter and an element's place alone.
 
-    seed: int  # its lower 64 bits count
-    counter: Tensor  # [] int64: how many steps there were; not read by the host
-    leak: float = 0.0  # fraction of the dropped sign that is let through, in [0, 1]
-    first: int = 0  # place of the accumulators' first element, where they are a shard
+    Attributes:
+        seed: its lower 64 bits count.
+        counter: [] int64: how many steps there were; not read by the host.
+        leak: fraction of the dropped sign that is let through, in [0, 1].
+        first: place of the accumulators' first element, where they are a shard.
+    """
+
+    seed: int
+    counter: Tensor
+    leak: float = 0.0
+    first: int = 0
 
 
 class ArbitrationState(NamedTuple):
     """What `arbitrate` keeps from step to step; each tensor is changed in place.
 
     For a batch of Gramians all but `history_scale` have a leading dimension [B].
+
+    Attributes:
+        norm_ema: [K] float64: moving average of each task's norm; 0 is "not started".
+        winners: [W] int64: the last winners, oldest first; -1 where there is none yet.
+        history_gramian: [K, K] float64: S of the last step that a task took part in.
+        history_coefficients: [K, K] float64: h_i = Σ_j coefficients_ij · (last step's g_j).
+        history_scale: [K] float64: the scale of each task's history.
     """
 
-    norm_ema: Tensor  # [K] float64: moving average of each task's norm; 0 is "not started"
-    winners: Tensor  # [W] int64: the last winners, oldest first; -1 where there is none yet
-    history_gramian: Tensor  # [K, K] float64: S of the last step that a task took part in
-    history_coefficients: Tensor  # [K, K] float64: h_i = Σ_j coefficients_ij · (last step's g_j)
-    history_scale: Tensor  # [K] float64: the scale of each task's history
+    norm_ema: Tensor
+    winners: Tensor
+    history_gramian: Tensor
+    history_coefficients: Tensor
+    history_scale: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +183,19 @@ class Settings:
 
 
 class Gramians(NamedTuple):
-    """Inner products of the scaled task gradients. All tensors are float64."""
+    """Inner products of the scaled task gradients. All tensors are float64.
 
-    total: Tensor  # [K, K]: S_ij = g_i · g_j
-    cross: Tensor | None  # [K, K]: X_ij = g_i · h_j; None without history
-    per_tensor: Tensor  # [T, R, R]: S of each tensor; R = K, or K + 1 with momentum as the last
-    cross_per_tensor: Tensor | None  # [T, K, K]: X of each tensor; None without history
+    Attributes:
+        total: [K, K]: S_ij = g_i · g_j.
+        cross: [K, K]: X_ij = g_i · h_j; None without history.
+        per_tensor: [T, R, R]: S of each tensor; R = K, or K + 1 with momentum as the last.
+        cross_per_tensor: [T, K, K]: X of each tensor; None without history.
+    """
+
+    total: Tensor
+    cross: Tensor | None
+    per_tensor: Tensor
+    cross_per_tensor: Tensor | None
 
 
 class Arbitration(NamedTuple):
@@ -161,12 +204,18 @@ class Arbitration(NamedTuple):
     An event is one resolved conflict: i, j, cosine, winner (-1: none was chosen), zone (0 mild,
     1 moderate, 2 critical). Where a gradient held a NaN or an infinity `finite` is False, the
     weights are zero, and no state has changed.
+
+    Attributes:
+        weights: [K] float64: the resolved gradient is Σ_k weights[k] · g_k.
+        coefficients: [K, K] float64: those of entry i make the resolved gradient of task i.
+        events: [max_iterations, 5] float64: NaN after the last.
+        finite: [] bool.
     """
 
-    weights: Tensor  # [K] float64: the resolved gradient is Σ_k weights[k] · g_k
-    coefficients: Tensor  # [K, K] float64: those of entry i make the resolved gradient of task i
-    events: Tensor  # [max_iterations, 5] float64: NaN after the last
-    finite: Tensor  # [] bool
+    weights: Tensor
+    coefficients: Tensor
+    events: Tensor
+    finite: Tensor
 
 
 def _is_count(value: Any) -> bool:

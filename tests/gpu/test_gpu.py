@@ -49,7 +49,7 @@ def way(request, monkeypatch):
 def resolve_at_once(monkeypatch, wanted):
     """Makes `ops.resolve` take one launch of the CUDA backend, or none, whatever the size."""
     module = ops.backend_for("cuda", GPU).module("cuda")
-    monkeypatch.setattr(module, "resolves_at_once", lambda gradients: wanted)
+    monkeypatch.setattr(module, "resolves_at_once", lambda _: wanted)
 
 
 class Resolution:

@@ -54,7 +54,7 @@ def resolution(device, tasks, dtype, at_once, options):
     outputs = tensors(0)
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "resolves_at_once", lambda *given: at_once)
+        patch.setattr(cuda, "resolves_at_once", lambda _: at_once)
         products, decision = by_name.resolve(
             accumulators, outputs, layout,
             scale=torch.ones(tasks, dtype=torch.float64, device=device), state=state,
