@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from bench.recipe import Benchmark, run
+from bench.recipe import run
 
-# What is measured by the one recipe: a module with a BENCHMARK, or sections of `sections`.
+# Modules with a BENCHMARK, or sections of `sections`.
 BENCHMARKS = {
     "all": "operations and training steps, beside others (the default)",
     "quick": "the same in about a minute, of small models",
@@ -28,22 +28,10 @@ COMMANDS = {
     "profiled": "some calls of each operation, for a profiler",
 }
 SECTIONS = {
-    "all": ("training", "operations"),
-    "quick": ("training", "operations"),
-    "operations": ("operations",),
-    "training": ("training",),
+    **dict.fromkeys(("all", "quick"), ("training", "operations")),
+    **{name: (name,) for name in ("operations", "training")},
 }
-QUICK = [
-    "--models",
-    "mobilenetv3_small",
-    "--millions",
-    "1",
-    "--tasks",
-    "2",
-    "4",
-    "--seconds",
-    "0.2",
-]
+QUICK = ("--models=mobilenetv3_small", "--millions=1", "--tasks", "2", "4", "--seconds=0.2")
 # Without a GPU their kernels run on the host; Triton reads this when it is imported.
 ON_THE_HOST = ("counts", "host")
 
@@ -59,19 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, sentence in {**BENCHMARKS, **COMMANDS}.items():
             print(f"  {name:<12} {sentence}", file=sys.stderr)
         return 2
-    return run(benchmark_of(what), what, [*(QUICK if what == "quick" else ()), *given])
-
-
-def benchmark_of(what: str) -> Benchmark:
-    """Return a benchmark."""
-    if what in SECTIONS:
-        from bench import sections
-
-        return sections.benchmark(*SECTIONS[what])
     if what in ON_THE_HOST:
         os.environ.update(TRITON_INTERPRET="1", GCOND_CUDA_HOST="1")
-    benchmark: Benchmark = importlib.import_module(f"bench.{what}").BENCHMARK
-    return benchmark
+    if what in SECTIONS:
+        benchmark = importlib.import_module("bench.sections").benchmark(*SECTIONS[what])
+    else:
+        benchmark = importlib.import_module(f"bench.{what}").BENCHMARK
+    return run(benchmark, what, [*(QUICK if what == "quick" else ()), *given])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,45 +14,29 @@ import torch
 Run = Callable[[], object]
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 31
-# A round is far longer than the clock's resolution.
 SECONDS_OF_A_ROUND = 0.003
-# The tensors of a lap are so many times as large as the cache: when the lap comes back to the
-# first of them, nothing of it is left there.
 LAP_OVER_CACHE = 4
-# Replays of a graph before the clock starts: while the device is busy with them the host gets
-# ahead of it.
+# Replays of a graph before the clock starts, in which the host gets ahead of the device.
 LEAD = 3
 # A longer copy goes over the same memory again, which is far beyond any cache.
 MOST_BYTES_OF_COPY = 1_000_000_000
 
 
 class Competitor(NamedTuple):
-    """One implementation of an operation.
+    """One implementation of an operation."""
 
-    Attributes:
-        calls: the same work, each on memory of its own.
-        synchronizes: with the device, within a call: no graph can capture it.
-        prepare: what is to be done before each of the calls, which is not timed.
-    """
-
-    calls: Sequence[Run]
-    synchronizes: bool = False
-    prepare: Sequence[Run] = ()
+    calls: Sequence[Run]  # the same work, each on memory of its own
+    synchronizes: bool = False  # within a call: no graph can capture it
+    prepare: Sequence[Run] = ()  # before each of the calls, not timed
 
 
 class Clock:
     """Times what runs on a device.
 
-    A lap goes once through all calls of a competitor. Competitors take turns, round by round, so
-    that what disturbs the machine for a while disturbs them all; a round is some laps of one.
-
-    On a GPU a lap is a CUDA graph, so that what calls cost the host does not count; of a competitor
-    that synchronizes with the device it is the calls themselves.
-
-    Args:
-        device: where it runs.
-        seconds: time that the rounds of one comparison take together, about; there are at least 5
-            rounds and at most 31.
+    A lap goes once through all calls of a competitor, on a GPU as a CUDA graph, so that what calls
+    cost the host does not count. Competitors take turns, round by round, so that what disturbs the
+    machine for a while disturbs them all; a round is some laps of one. The rounds of a comparison
+    take about `seconds` together; there are at least 5 and at most 31.
     """
 
     def __init__(self, device: torch.device, seconds: float) -> None:
@@ -58,7 +44,12 @@ class Clock:
 
     def times(self, competitors: Mapping[str, Competitor]) -> dict[str, list[float]]:
         """Return the seconds of one call of each competitor, in every round."""
-        timers = {name: self.timer_of(each) for name, each in competitors.items()}
+        timers = {
+            name: partial(self.prepared_seconds, each)
+            if each.prepare
+            else partial(self.lap_seconds, self.lap_of(each))
+            for name, each in competitors.items()
+        }
         repetitions, longest = {}, 0.0
         for name, timer in timers.items():
             timer(1)  # the first takes longer
@@ -71,13 +62,6 @@ class Clock:
             for name, timer in timers.items():
                 taken[name].append(timer(repetitions[name]) / len(competitors[name].calls))
         return taken
-
-    def timer_of(self, competitor: Competitor) -> Callable[[int], float]:
-        """Return what times a lap, as the mean of so many."""
-        if competitor.prepare:
-            return lambda repetitions: self.prepared_seconds(competitor, repetitions)
-        lap = self.lap_of(competitor)
-        return lambda repetitions: self.lap_seconds(lap, repetitions)
 
     def lap_of(self, competitor: Competitor) -> Run:
         """Return one call after the other; on a GPU as a graph where that is possible."""
@@ -98,10 +82,7 @@ class Clock:
     def lap_seconds(self, lap: Run, repetitions: int) -> float:
         """Return the seconds of a lap, mean of so many."""
         if self.device.type != "cuda":
-            start = time.perf_counter()
-            for _ in range(repetitions):
-                lap()
-            return (time.perf_counter() - start) / repetitions
+            return timeit.timeit(lap, number=repetitions) / repetitions
         for _ in range(min(LEAD, repetitions)):
             lap()
         start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -113,7 +94,7 @@ class Clock:
         return float(start_event.elapsed_time(end_event)) / 1e3 / repetitions
 
     def prepared_seconds(self, competitor: Competitor, repetitions: int) -> float:
-        """Return the same where each call has to be prepared; on a GPU until it has ended."""
+        """Return the seconds of a lap whose calls have to be prepared, mean of so many."""
         taken = 0.0
         for _ in range(repetitions):
             for prepare, call in zip(competitor.prepare, competitor.calls, strict=True):
@@ -135,37 +116,29 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def host_times(self, run: Run, calls: int = 20) -> list[float]:
-        """Return the seconds that the host takes to issue one call."""
-        taken = []
-        for _ in range(MOST_ROUNDS + 1):
-            self.synchronize()
-            start = time.perf_counter()
-            for _ in range(calls):  # few enough that no launch waits for a full queue
-                run()
-            taken.append((time.perf_counter() - start) / calls)
-        return taken[1:]
+        """Return the seconds that the host takes to issue one call.
+
+        The calls of a round are few enough that no launch waits for a full queue.
+        """
+        taken = timeit.repeat(run, self.synchronize, repeat=MOST_ROUNDS + 1, number=calls)
+        return [each / calls for each in taken[1:]]
 
 
 def copies(bytes_moved: int, count: int, device: torch.device) -> Competitor:
-    """Return calls that each read half of so many bytes and write half, on memory of their own.
-
-    torch writes a large copy past the CPU's cache.
-    """
+    """Return calls that each read half of so many bytes and write half, on memory of their own."""
     times = max(1, math.ceil(bytes_moved / (2 * MOST_BYTES_OF_COPY)))
     half = max(1, bytes_moved // 2 // times)
     source = torch.ones(half * count, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
 
-    def copy_of(source: torch.Tensor, target: torch.Tensor) -> Run:
-        def copy() -> None:
-            for _ in range(times):
-                target.copy_(source)
+    def copy(source: torch.Tensor, target: torch.Tensor) -> None:
+        for _ in range(times):
+            target.copy_(source)
 
-        return copy
-
-    return Competitor(list(map(copy_of, source.split(half), target.split(half))))
+    pairs = zip(source.split(half), target.split(half), strict=True)
+    return Competitor([partial(copy, *pair) for pair in pairs])
 
 
 def laps_of(bytes_of_one: int, cache: int) -> int:
-    """Return on how many memories in turn a call of so many bytes is timed."""
+    """Return on how many memories a call of so many bytes is timed, so that none stays cached."""
     return max(1, math.ceil(LAP_OVER_CACHE * cache / max(1, bytes_of_one)))

@@ -14,35 +14,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.record import Figure, InputError, read
+from bench.table import Column, Table
 
 Name = tuple[tuple[str, str | int], ...]
 
-# Timed: a median with quartiles each.
-TIMES = {
-    "seconds": "time",
-    "step": "step",
-    "resolve": "resolve",
-    "exposed": "exposed",
-    "reduce": "reduce",
-    "gather": "gather",
-    "gain": "gain",
-}
-SHARES = {"fraction": "fraction of copy", "relative": "relative to plain"}
-RATES = {"samples_per_second": "samples per second"}
-COUNTS = {
-    "bytes": "bytes of the copy",
-    "bytes_moved": "bytes moved",
-    "launches": "launches",
-    "synchronisations": "host reads",
-    "allocations": "allocations",
-    "allocated_bytes": "allocated bytes",
-    "peak_bytes": "peak bytes",
-    "bytes_per_parameter": "peak bytes per parameter",
-    "bytes_per_parameter_and_task": "peak bytes per parameter and task",
-    "calls": "package calls",
-    "files": "files of the calls",
-}
-QUANTITIES = {**TIMES, **SHARES, **RATES, **COUNTS}
+TIMES = ("seconds", "step", "resolve", "exposed", "reduce", "gather", "gain")
+RATES = ("samples_per_second",)
+COUNTS = (
+    *("bytes", "bytes_moved", "launches", "synchronisations", "allocations", "allocated_bytes"),
+    *("peak_bytes", "bytes_per_parameter", "bytes_per_parameter_and_task", "calls", "files"),
+)
+QUANTITIES = (*TIMES, "fraction", "relative", *RATES, *COUNTS)
 PROBLEMS = ("skipped", "error")
 # What follows from others, or was chosen for them; no part of a figure's name.
 DERIVED = ("moved_per_parameter", "budget_per_parameter", "backend", "backward_passes", "rounds")
@@ -87,19 +69,20 @@ def main(given: Sequence[str]) -> int:
     common = [name for name in news if name in olds]
     if not common:
         print(f"{parsed.old} and {parsed.new} have no figure in common")
-    else:
-        print_changes(
-            [change for name in common for change in changes(name, olds[name], news[name])],
-            other_machine,
-        )
-        print_problems(common, olds, news)
-    print_missing(parsed.old, [name for name in olds if name not in news])
-    print_missing(parsed.new, [name for name in news if name not in olds])
+    found = [change for name in common for change in changes(name, olds[name], news[name])]
+    print_changes(found, other_machine)
+    for name in common:
+        for when, figure in (("old", olds[name]), ("new", news[name])):
+            for problem in set(PROBLEMS) & set(figure):
+                print(f"{text_of(name)}: {problem} in the {when}: {figure[problem]}")
+    for path, missing in ((parsed.old, set(olds) - set(news)), (parsed.new, set(news) - set(olds))):
+        if missing:
+            print("\n".join([f"\nonly in {path}:", *sorted(f"  {text_of(n)}" for n in missing)]))
     return 0 if common else 1
 
 
 def by_name(figures: Sequence[Figure], path: Path) -> dict[Name, Figure]:
-    """Return the figures by what identifies them; of two of one name the last, with a message."""
+    """Return the figures by name; of two of one name the last, with a message."""
     named: dict[Name, Figure] = {}
     for figure in figures:
         name = name_of(figure)
@@ -168,27 +151,29 @@ def print_machines(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 def print_changes(all_changes: Sequence[Change], other_machine: bool) -> None:
     """Print a line for each change; of counts that have not changed only how many."""
-    same = [c for c in all_changes if c.quantity in COUNTS and c.old == c.new]
-    listed = [c for c in all_changes if c not in same]
-    lines = [("figure", "quantity", "old", "new", "new/old", "")]
-    for change in listed:
-        remark = "within spread" if change.within_spread else ""
+
+    def remark(change: Change) -> str:
         if other_machine and change.quantity in (*TIMES, *RATES):
-            remark = "other machine"
-        lines.append(
+            return "other machine"
+        return "within spread" if change.within_spread else ""
+
+    listed = [c for c in all_changes if c.quantity not in COUNTS or c.old != c.new]
+    if listed:
+        width = max(len(change.name) for change in listed)
+        table = Table(
             (
-                change.name,
-                QUANTITIES[change.quantity],
-                number(change.old, change.quantity),
-                number(change.new, change.quantity),
-                f"{change.ratio:.3f}",
-                remark,
+                Column("figure", width, lambda c: c.name, left=True),
+                Column("quantity", 20, lambda c: c.quantity.replace("_", " "), left=True),
+                Column("old", 12, lambda c: number(c.old, c.quantity)),
+                Column("new", 12, lambda c: number(c.new, c.quantity)),
+                Column("new/old", 7, lambda c: f"{c.ratio:.3f}"),
+                Column("", 0, remark),
             )
         )
-    if listed:
-        print("\n".join(aligned(lines)))
-    if same:
-        print(f"{len(same)} counts are as they were")
+        for change in listed:
+            table.add(change)
+    if len(listed) < len(all_changes):
+        print(f"{len(all_changes) - len(listed)} counts are as they were")
 
 
 def number(value: float, quantity: str) -> str:
@@ -198,33 +183,3 @@ def number(value: float, quantity: str) -> str:
     if quantity in COUNTS:
         return f"{value:,}"
     return f"{value:.4g}"
-
-
-def aligned(lines: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Return columns side by side, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [
-            cell.rjust(width) if 2 <= place <= 4 else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()
-
-
-def print_problems(
-    names: Sequence[Name], olds: Mapping[Name, Figure], news: Mapping[Name, Figure]
-) -> None:
-    """Print the figures of which one file has a reason instead of a value."""
-    for name in names:
-        for when, figure in (("old", olds[name]), ("new", news[name])):
-            for problem in PROBLEMS:
-                if problem in figure:
-                    print(f"{text_of(name)}: {problem} in the {when}: {figure[problem]}")
-
-
-def print_missing(path: Path, names: Sequence[Name]) -> None:
-    """Print the names of the figures that one file alone has."""
-    if names:
-        print(f"\nonly in {path}:")
-        for name in names:
-            print(f"  {text_of(name)}")

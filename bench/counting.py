@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -61,21 +62,14 @@ class Counts(NamedTuple):
     """What `count` counted.
 
     Attributes:
-        launches: operations of torch that move bytes, one each whatever they launch, and launches
-            of Triton's kernels and of those in CUDA C++. Views, and memory that is reserved alone,
-            are none.
-        bytes_moved: traffic of whole operations, as if nothing stayed in a cache from one to the
-            next: each tensor that an operation takes is read once, twice if given twice, and
-            each that it makes or changes is written once; all of them in full, whatever its kernel
-            does. A tensor expanded to more elements than it has in memory counts as what it has.
-            Of Triton's kernels, which interpreted can be counted by the element, it is what they
-            load and store, masks heeded. None where a kernel ran whose bytes nobody counts:
-            compiled.
-        synchronisations: reads of a tensor's value by the host, which synchronize with a GPU. Where
-            there are tensors of a GPU only reads of those count, else those of CPU tensors, each of
-            which stands for one of a GPU.
-        allocations: storages that operations of torch made; scratch memory of their own, within
-            an operation, is not seen.
+        launches: of Triton's kernels and of those in CUDA C++, and operations of torch that move
+            bytes, one each whatever they launch.
+        bytes_moved: of torch's operations all that they take, change and make, in full, as if
+            nothing stayed in a cache; of Triton's interpreted kernels what they load and store.
+            None where a compiled kernel ran.
+        synchronisations: reads of a tensor's value by the host; of CPU tensors only where there
+            are no others.
+        allocations: storages that operations of torch made, but for those within an operation.
         allocated_bytes: their sizes, summed up.
     """
 
@@ -87,23 +81,17 @@ class Counts(NamedTuple):
 
 
 def count(run: Run) -> Counts:
-    """Call `run` once and count what it does, by whatever code.
-
-    What a first call alone does, such as tables that are made once, is counted with it: call it
-    before if that is not meant.
-    """
+    """Call `run` once and count what it does, with what a first call alone does."""
     tally = _Tally()
     with ExitStack() as hooks:
-        for hook in (_triton_launches, _extension_calls):
+        for hook in (_triton_launches, _extension_calls, _Operations, _Reads):
             hooks.enter_context(hook(tally))
-        hooks.enter_context(_Operations(tally))
-        hooks.enter_context(_Reads(tally))
         run()
     return tally.counts()
 
 
 class _Tally:
-    """The counts so far. While it is paused no operation is added: all belong to one counted."""
+    """The counts so far; while it is paused no operation is added."""
 
     def __init__(self) -> None:
         self.launches = self.bytes_moved = self.allocations = self.allocated_bytes = 0
@@ -238,7 +226,7 @@ def _extent(tensor: Tensor) -> int:
 
 @contextmanager
 def _triton_launches(tally: _Tally) -> Iterator[None]:
-    """Count launches of Triton's kernels; bytes where they run interpreted."""
+    """Count launches of Triton's kernels, and bytes of those that run interpreted."""
     if importlib.util.find_spec("triton") is None:
         yield
         return
@@ -259,8 +247,8 @@ def _triton_launches(tally: _Tally) -> Iterator[None]:
             return interpreted(self, *args, **kwargs)
 
     with ExitStack() as replaced:
-        replaced.enter_context(_replaced(jit.JITFunction, "run", run))
-        replaced.enter_context(_replaced(interpreter.GridExecutor, "__call__", call))
+        replaced.enter_context(mock.patch.object(jit.JITFunction, "run", run))
+        replaced.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", call))
         if interpreter_problem() is None:
             replaced.enter_context(_accesses(interpreter.InterpreterBuilder, tally))
         yield
@@ -308,10 +296,8 @@ def _accesses(builder: Any, tally: _Tally) -> Iterator[None]:
         add(ptrs, mask)
         return store(self, ptrs, value, mask, *rest, **named)
 
-    with (
-        _replaced(builder, "create_masked_load", counted_load),
-        _replaced(builder, "create_masked_store", counted_store),
-    ):
+    counted = dict(zip(ACCESSES, (counted_load, counted_store), strict=True))
+    with mock.patch.multiple(builder, **counted):
         yield
 
 
@@ -332,18 +318,6 @@ def _extension_calls(tally: _Tally) -> Iterator[None]:
 
         return call
 
-    with ExitStack() as replaced:
-        for name, launches in LAUNCHES_OF_CALLS.items():
-            own = counted(getattr(_cuda, name), launches)
-            replaced.enter_context(_replaced(_cuda, name, own))
+    calls = {name: counted(getattr(_cuda, name), n) for name, n in LAUNCHES_OF_CALLS.items()}
+    with mock.patch.multiple(_cuda, **calls):
         yield
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

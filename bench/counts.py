@@ -8,7 +8,7 @@ tests/bench/test_counts.py holds the code to those in bench/results/counts.json.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +17,11 @@ import torch
 
 from bench import compare
 from bench.counting import Counts, Run, count, interpreter_problem
+from bench.inputs import Gradients, Storage, layout_of
 from bench.recipe import Benchmark
 from bench.record import Figure
 from bench.table import Column, text
-from gcond_kernels import GCond, ops
+from gcond_kernels import ops
 
 RECORD = Path(__file__).parent / "results" / "counts.json"
 COMMAND = "python -m bench counts --output bench/results/counts.json"
@@ -29,7 +30,6 @@ CPU = torch.device("cpu")
 # Weights and biases in turn. The weights are full chunks, the biases end within one.
 WEIGHT, BIAS, PAIRS = 8192, 100, 2
 PARAMETERS = PAIRS * (WEIGHT + BIAS)
-ALIGNMENT = 32
 TASKS = (2, 4, 8)
 # What a backend leaves to the next one.
 LACKING = {"cuda": ("graddrop",)}
@@ -44,23 +44,17 @@ gradients and momentum, bfloat16 history. Allocations: storages that torch's ope
 
 def figures(_: argparse.Namespace) -> Iterator[Figure]:
     """Count every backend that there is."""
-    quicken_interpreter()
+    if ops.unavailable("triton", CPU) is None:
+        from tests.helpers import interpreter
+
+        interpreter.patch()  # it is quicker, and loads and stores the same
+        if problem := interpreter_problem():
+            print(problem)
     for backend in ops.BACKENDS:
         if reason := ops.unavailable(backend, CPU):
             print(f"NOT COUNTED: backend {backend!r}: {reason}")
         else:
             yield from figures_of(backend)
-
-
-def quicken_interpreter() -> None:
-    """Make Triton's interpreter as quick as for the tests; it loads and stores the same."""
-    if ops.unavailable("triton", CPU):
-        return
-    from tests.helpers import interpreter
-
-    interpreter.patch()
-    if problem := interpreter_problem():
-        print(problem)
 
 
 class Case(NamedTuple):
@@ -74,16 +68,13 @@ class Case(NamedTuple):
 
 
 def figures_of(backend: str) -> Iterator[Figure]:
-    """Count every operation by a backend.
-
-    Of first calls: on the CPU the tables that they make are NumPy's, and count nothing.
-    """
+    """Count first calls of every operation by a backend; their tables are NumPy's on the CPU."""
     for case in cases(backend):
         yield figure_of(case, count(case.run))
 
 
 def figure_of(case: Case, counts: Counts) -> Figure:
-    """Return the counts of one operation; bytes per parameter stand beside the fewest."""
+    """Return the counts of one operation."""
     figure: Figure = {"section": "counts", **case._asdict()}
     del figure["run"]
     figure |= {"parameters": PARAMETERS, "tensors": 2 * PAIRS, **counts._asdict()}
@@ -112,59 +103,38 @@ def budget(operation: str, what: str, tasks: int) -> int | None:
 
 def cases(backend: str) -> Iterator[Case]:
     """Return all that is counted of a backend."""
-    sizes = [WEIGHT, BIAS] * PAIRS
-    padded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-    layout = ops.Layout.of([sum(padded[:place]) for place in range(len(padded))], sizes)
-    accumulator, gradients = filled(1, sum(padded))[0], [filled(1, size)[0] for size in sizes]
+    layout = layout_of([WEIGHT, BIAS] * PAIRS)
+    gradients = Gradients(layout, torch.float32, CPU)
     for what in (FIRST, LATER):
-        run = partial(
-            ops.accumulate,
-            accumulator,
-            gradients,
-            layout,
-            overwrite=what == FIRST,
-            backend=backend,
-        )
+        run = partial(gradients.accumulate, backend, what == FIRST)
         yield Case("accumulate", what, backend, 1, run)
     for tasks in TASKS:
-        accumulators = filled(tasks, sum(padded))
-        accumulators -= 1.1 * accumulators.mean(0)  # there are conflicts to resolve
-        for operation, operate in resolution(accumulators, layout).items():
+        storage = Storage(tasks, layout, CPU)
+        decision = storage.arbitrate(storage.products_in_float64(), "python")
+        storage.reset()
+        storage.accumulators.copy_(filled(tasks, layout.length))
+        storage.history.copy_(storage.accumulators)
+        products = storage.gramian("python")
+        runs = {
+            "gramian": storage.gramian,
+            "arbitrate": partial(storage.arbitrate, products),
+            "combine": partial(storage.combine, decision),
+            "graddrop": storage.graddrop,
+            "resolve": storage.resolve,
+        }
+        for operation, run in runs.items():
             if operation in LACKING.get(backend, ()):
                 continue
             at_once = backend == "cuda" and operation == "resolve"
             by = "cuda, one launch" if at_once else backend
-            yield Case(operation, "", by, tasks, partial(operate, backend=backend))
-
-
-def resolution(accumulators: torch.Tensor, layout: ops.Layout) -> dict[str, Callable[..., object]]:
-    """Return the operations of a resolution with history and momentum; they take the backend."""
-    tasks = len(accumulators)
-    outputs = [torch.zeros(size) for size in layout.sizes]
-    scale = torch.ones(tasks, dtype=torch.float64)
-    finite, counter = torch.tensor(True), torch.tensor(0)
-    steps = torch.zeros(len(outputs), dtype=torch.int64)
-    momentum = ops.Momentum(torch.zeros_like(accumulators[0]), steps, 0.9)
-    gradients = ops.TaskGradients(accumulators, layout, scale, accumulators.bfloat16())
-    method = GCond()
-    kept = {"state": ops.ArbitrationState(**method.new_state(tasks, CPU)), "settings": method}
-    gramian = partial(ops.gramian, gradients, history_scale=scale)
-    S, X, *_ = gramian(backend="python")
-    written = {"finite": finite, "momentum": momentum}
-    dropout = ops.SignDropout(0, counter)
-    return {
-        "gramian": gramian,
-        "arbitrate": partial(ops.arbitrate, S, X, scale, **kept),
-        "combine": partial(ops.combine, gradients, outputs, weights=scale, **written),
-        "graddrop": partial(ops.graddrop, gradients, outputs, dropout=dropout, **written),
-        "resolve": partial(ops.resolve, gradients, outputs, momentum=momentum, **kept),
-    }
+            yield Case(operation, "", by, tasks, partial(run, backend=backend))
 
 
 def filled(count: int, length: int) -> torch.Tensor:
-    """Return numbers in [-0.5, 0.5) that look random, the same with every version of torch."""
+    """Return gradients that conflict and look random, the same with every version of torch."""
     places = torch.arange(count * length).view(count, length)
-    return ((places * 7919 + places // length * 104729) % 10007).float() / 10007 - 0.5
+    gradients = ((places * 7919 + places // length * 104729) % 10007).float() / 10007 - 0.5
+    return gradients - 1.1 * gradients.mean(0)
 
 
 def allocations_of(figure: Figure) -> str:
@@ -172,17 +142,12 @@ def allocations_of(figure: Figure) -> str:
     return f"{figure['allocations']} ({figure['allocated_bytes'] / 1e3:.1f} kB)"
 
 
-def moved_of(figure: Figure) -> str:
-    """Return the bytes per parameter."""
-    return f"{figure['moved_per_parameter']:.2f}" if "moved_per_parameter" in figure else ""
-
-
 COLUMNS = (
     Column("", 28, lambda f: f"{f['operation']} {f['what']}".strip(), left=True),
     Column("by", 16, text("by"), left=True),
     Column("K", 2, text("tasks")),
     Column("launches", 8, text("launches")),
-    Column("bytes/parameter", 15, moved_of),
+    Column("bytes/parameter", 15, text("moved_per_parameter")),
     Column("fewest", 6, text("budget_per_parameter")),
     Column("host reads", 10, text("synchronisations")),
     Column("allocations", 18, allocations_of),

@@ -1,14 +1,11 @@
 """The time that operations cost the host before their launches, and the calls of a step.
 
-300 tensors, two tasks, tables known. Needs no GPU: the launches themselves, some microseconds each,
-are left out. Triton's are replaced by calls that do nothing; the CUDA backend is given tables
-without chunks, for which its driver on the host has next to nothing to do, but for the sums over
-all of them in gramian: these are timed apart ("sums on the host") and are no part of what a launch
-costs. Beside them stands one call of `data_ptr` for each of the 300 tensors, the least that any
-table of addresses costs in Python.
-
-The calls are those of this package's functions in one `backward` and one `step` (142 tensors, two
-tasks, by the reference).
+300 tensors, two tasks, tables known. Needs no GPU, for launches are left out: Triton's are replaced
+by calls that do nothing, and the CUDA backend is given tables without chunks, of which its driver
+on the host only makes the sums in gramian ("sums on the host", timed apart: no launch costs them).
+Beside them stands one call of `data_ptr` for each of the 300 tensors, the least that any table of
+addresses costs in Python. The calls are those of this package's functions in one `backward` and one
+`step` (142 tensors, two tasks, by the reference).
 """
 
 from __future__ import annotations
@@ -27,15 +24,17 @@ from typing import Any
 import torch
 
 import gcond_kernels
+from bench.inputs import Storage, layout_of
 from bench.recipe import Benchmark
 from bench.record import Figure, InputError, quartiles
 from bench.table import Column, text, timed
-from gcond_kernels import GCond, GCondFused, ops
+from gcond_kernels import GCondFused, ops
 
 TENSORS, TASKS = 300, 2
 TENSORS_OF_A_STEP = 142
 ROUNDS, CALLS = 15, 200
 TARGET = 60e-6
+CPU = torch.device("cpu")
 # Where the functions of the package are: below it, and the backends beside it.
 ROOT = Path(gcond_kernels.__file__).resolve().parents[1]
 FOLDERS = tuple(f"{ROOT / name}/" for name in ("gcond_kernels", "python", "triton_kernels", "csrc"))
@@ -44,7 +43,7 @@ FOLDERS = tuple(f"{ROOT / name}/" for name in ("gcond_kernels", "python", "trito
 def check(_: argparse.Namespace) -> None:
     """Raise InputError where a backend is missing."""
     for backend in ("triton", "cuda"):
-        if reason := ops.unavailable(backend, torch.device("cpu")):
+        if reason := ops.unavailable(backend, CPU):
             raise InputError(f"backend {backend!r}: {reason}")
 
 
@@ -69,16 +68,12 @@ def figures(_: argparse.Namespace) -> Iterator[Figure]:
 
 
 def figure_of(operation: str, by: str, tensors: int = TENSORS, **values: Any) -> Figure:
-    """Return a figure."""
     head = {"section": "host", "operation": operation, "by": by}
     return {**head, "tensors": tensors, "tasks": TASKS, **values}
 
 
 def package_calls() -> dict[str, Counter[tuple[str, str]]]:
-    """Return "backward" and "step" → how often each function of the package (file, name) is called.
-
-    Of the third window: what the first ones alone do is not counted.
-    """
+    """Return "backward" and "step" → the calls of each function (file, name), of a third window."""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(16, 8)) for _ in range(TENSORS_OF_A_STEP)]
     inputs = [torch.randn(16, 8) for _ in parameters]
@@ -117,33 +112,24 @@ def calls_of(run: Callable[[], object]) -> Counter[tuple[str, str]]:
 
 def operations(name: str, gradients: list[torch.Tensor]) -> dict[str, Callable[[], object]]:
     """Return the operations of a backend, without and with the checks around them."""
-    cpu = torch.device("cpu")
-    layout = ops.Layout.of(range(0, 32 * TENSORS, 32), [len(gradient) for gradient in gradients])
-    accumulators, scale = torch.zeros(TASKS, 32 * TENSORS), torch.ones(TASKS, dtype=torch.float64)
-    own = ops.TaskGradients(accumulators, layout, scale, accumulators.bfloat16())
-    finite, dropout = torch.tensor(True), ops.SignDropout(0, torch.tensor(0))
-    steps = torch.zeros(TENSORS, dtype=torch.int64)
-    momentum = ops.Momentum(torch.zeros(32 * TENSORS), steps, 0.9)
-    S, method = torch.eye(TASKS, dtype=torch.float64), GCond()
-    state = ops.ArbitrationState(**method.new_state(TASKS, cpu))
-    backend = ops.backend_for(name, cpu)
-    kept = {"state": state, "settings": method, "momentum": momentum}
+    s = Storage(TASKS, layout_of([len(gradient) for gradient in gradients]), CPU)
+    own, S, backend = s.gradients(), torch.eye(TASKS).double(), ops.backend_for(name, CPU)
+    target, dropout = (s.accumulators[0], gradients, s.layout), ops.SignDropout(0, s.counter)
+    kept = {"state": s.state, "settings": s.method, "momentum": s.momentum}
     calls = {
-        "accumulate": lambda: backend.accumulate(accumulators[0], gradients, layout, 1.0, False),
-        "gramian": lambda: backend.gramian(own, scale, None),
-        "arbitrate": lambda: backend.arbitrate(S, S, scale, state, method),
-        "combine": lambda: backend.combine(own, gradients, scale, finite, momentum, None),
-        "graddrop": lambda: backend.graddrop(own, gradients, finite, dropout, momentum),
-        "ops.accumulate, with its checks": lambda: ops.accumulate(
-            accumulators[0], gradients, layout, backend=backend
-        ),
+        "accumulate": lambda: backend.accumulate(*target, 1.0, False),
+        "gramian": lambda: backend.gramian(own, s.scale, None),
+        "arbitrate": lambda: backend.arbitrate(S, S, s.scale, s.state, s.method),
+        "combine": lambda: backend.combine(own, gradients, s.scale, s.finite, s.momentum, None),
+        "graddrop": lambda: backend.graddrop(own, gradients, s.finite, dropout, s.momentum),
+        "ops.accumulate, with its checks": lambda: ops.accumulate(*target, backend=backend),
         "ops.resolve, with its checks": lambda: ops.resolve(
             own, gradients, **kept, backend=backend
         ),
     }
-    return {
-        call: calls[call] for call in calls if call != "graddrop" or backend.serves(call) == name
-    }
+    if backend.serves("graddrop") != name:
+        del calls["graddrop"]
+    return calls
 
 
 def sums_on_host() -> dict[str, float]:
@@ -195,13 +181,11 @@ class NoLaunch:
 
 
 def seconds(call: Callable[[], object]) -> dict[str, float]:
-    """Return the time of one call."""
     call()
     return quartiles([t / CALLS for t in timeit.repeat(call, number=CALLS, repeat=ROUNDS)])
 
 
 def calls_in(figure: Figure) -> str:
-    """Return the number of calls."""
     return f"{figure['calls']} calls in {figure['files']} files" if "calls" in figure else ""
 
 

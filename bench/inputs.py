@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,16 +15,14 @@ from bench.clock import Run
 from gcond_kernels import GCond, ops
 from gcond_kernels.methods import Method
 from gcond_kernels.ops.mask import trainable
-from gcond_kernels.storage.layout import ALIGNMENT
+from gcond_kernels.storage.layout import align
 
 BETA = 0.9
-# Random numbers are drawn for so many elements of an accumulator and repeated: drawing takes longer
-# on a CPU than all that is measured.
+# Random numbers are drawn for so many elements of an accumulator and repeated.
 DRAWN = 2**18
 # Elements that are widened to float64 at once.
 CHECKED_AT_ONCE = 2**24
-# The kernels sum products in float32 over some thousand elements and go on in float64: errors of
-# some 2^-24 · √1000 of the product of the norms, far below this.
+# Kernels sum some thousand products in float32: errors are about 2^-24 · √1000 of the norms.
 TOLERANCE = 1e-5
 
 
@@ -40,37 +39,18 @@ class Layout(ops.Layout):
     @property
     def length(self) -> int:
         """Elements of an accumulator, padding included."""
-        return self.offsets[-1] + aligned(self.sizes[-1])
-
-
-def aligned(size: int) -> int:
-    """Return a size with its padding."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+        return self.offsets[-1] + align(self.sizes[-1])
 
 
 def layout_of(sizes: Sequence[int]) -> Layout:
     """Return the layout of tensors of so many elements."""
-    offsets = [0]
-    for size in sizes[:-1]:
-        offsets.append(offsets[-1] + aligned(size))
-    return Layout(tuple(offsets), tuple(sizes))
+    return Layout(tuple(accumulate(map(align, sizes[:-1]), initial=0)), tuple(sizes))
 
 
 class Storage:
     """Everything that a resolution of K tasks reads and writes, filled at random.
 
-    Attributes:
-        accumulators: [K, N'] float32, whose gradients conflict.
-        history: [K, N'] bfloat16.
-        momentum: of float32.
-        outputs: T tensors, float32.
-        scale: [K] float64, ones.
-        finite, counter: what `combine` and `graddrop` read, scalars.
-
-    Args:
-        tasks: K.
-        layout: of the tensors.
-        device: where they lie.
+    Accumulators are [K, N'] float32, their history bfloat16.
     """
 
     def __init__(self, tasks: int, layout: Layout, device: torch.device) -> None:
@@ -91,7 +71,7 @@ class Storage:
 
     @staticmethod
     def bytes_of(tasks: int, layout: Layout) -> int:
-        """Return the memory of accumulators, history, momentum and outputs."""
+        """Return the memory that it takes."""
         return layout.length * (4 * tasks + 2 * tasks + 4 + 4)
 
     def new_state(self) -> ops.ArbitrationState:
@@ -129,7 +109,7 @@ class Storage:
         ops.graddrop(self.gradients(), self.outputs, **written, backend=backend)
 
     def resolve(self, backend: str) -> None:
-        """Make a full resolution as the optimizer asks for it."""
+        """Make a full resolution as the optimizer does."""
         kept = {"state": self.state, "settings": self.method, "momentum": self.momentum}
         ops.resolve(self.gradients(), self.outputs, **kept, backend=backend)
 
@@ -158,13 +138,12 @@ class Storage:
     def products_in_float64(self) -> ops.Gramians:
         """Return S, X and both per tensor, by no backend."""
         tasks, tensors = len(self.accumulators), len(self.layout.sizes)
-        each = self.accumulators.new_zeros((2, tensors, tasks, tasks), dtype=torch.float64)
+        own, cross = self.accumulators.new_zeros((2, tensors, tasks, tasks), dtype=torch.float64)
         for tensor, chunk in self.chunks():
             gradients = self.accumulators[:, chunk].double()
-            each[0, tensor] += gradients @ gradients.T
-            each[1, tensor] += gradients @ self.history[:, chunk].double().T
-        total, cross = each.sum(1)
-        return ops.Gramians(total, cross, each[0], each[1])
+            own[tensor] += gradients @ gradients.T
+            cross[tensor] += gradients @ self.history[:, chunk].double().T
+        return ops.Gramians(own.sum(0), cross.sum(0), own, cross)
 
     def chunks(self) -> Iterator[tuple[int, slice]]:
         """Yield all segments in chunks that may be widened: which tensor, and where."""
@@ -184,12 +163,8 @@ class Storage:
         return torch.cat([self.accumulators[:, chunk] for _, chunk in self.chunks()], dim=1)
 
     def reset(self) -> None:
-        """Restore everything as before any step, so that the next result is Σ_k w_k ĝ_k itself.
-
-        Outputs are NaN. Only that there is a history, which each task's gradient resembles less
-        than the one's before it: were they all as stable and as strong, rounding would decide who
-        wins.
-        """
+        """Restore everything as before any step, but with a history; outputs are NaN."""
+        # Each gradient resembles its history less than the one before: else rounding decides.
         tasks = len(self.accumulators)
         for task, history in enumerate(self.history):
             history.copy_(self.accumulators[task])
@@ -200,7 +175,7 @@ class Storage:
             output.fill_(math.nan)
         for value, fresh in zip(self.state, self.new_state(), strict=True):
             value.copy_(fresh)
-        self.state.history_scale.add_(1.0)
+        self.state.history_scale.fill_(1.0)
 
     def check_products(self, products: ops.Gramians, who: str) -> None:
         """Compare inner products with those in float64."""
@@ -254,14 +229,12 @@ class Storage:
     def masked(self, mask: Tensor) -> Iterator[None]:
         """Set gradients that are not trained, and their history, to 0 for a while."""
         off = ~trainable(mask, 0, self.layout.length)
-        before = self.accumulators.clone(), self.history.clone()
-        self.accumulators.masked_fill_(off, 0.0)
-        self.history.masked_fill_(off, 0.0)
+        before = self.accumulators, self.history
+        self.accumulators, self.history = (each.masked_fill(off, 0.0) for each in before)
         try:
             yield
         finally:
-            self.accumulators.copy_(before[0])
-            self.history.copy_(before[1])
+            self.accumulators, self.history = before
 
 
 def conflicting(tasks: int, length: int, device: torch.device) -> Tensor:
@@ -271,7 +244,7 @@ def conflicting(tasks: int, length: int, device: torch.device) -> Tensor:
 
 
 def repeated(block: Tensor, layout: Layout) -> Tensor:
-    """Return accumulators [K, N'] that repeat a block [K, n]; the padding is zero."""
+    """Return accumulators [K, N'] that repeat a block [K, n], but for zero padding."""
     repeats = -(-layout.length // block.shape[1])
     found = block.repeat(1, repeats)[:, : layout.length].contiguous()
     ends = [*layout.offsets[1:], layout.length]
@@ -280,14 +253,13 @@ def repeated(block: Tensor, layout: Layout) -> Tensor:
     return found
 
 
-class Gradients:
-    """A task's accumulator and gradients to add to it.
+def segments_of(flat: Tensor, layout: ops.Layout) -> list[Tensor]:
+    """Return a view of each tensor's segment."""
+    return [flat[first : first + size] for first, size in zip(*layout, strict=True)]
 
-    Args:
-        layout: of the tensors.
-        dtype: of the gradients.
-        device: where they lie.
-    """
+
+class Gradients:
+    """A task's accumulator and gradients to add to it."""
 
     def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
         self.layout = layout
@@ -302,9 +274,7 @@ class Gradients:
 
     def segments(self) -> list[Tensor]:
         """Return the accumulator of each tensor."""
-        return [
-            self.accumulator[first : first + size] for first, size in zip(*self.layout, strict=True)
-        ]
+        return segments_of(self.accumulator, self.layout)
 
     def accumulate(self, backend: str, overwrite: bool) -> None:
         """Add the gradients, or write them."""
@@ -318,11 +288,7 @@ class Gradients:
 
     def check(self, before: Tensor, overwrite: bool, who: str) -> None:
         """Compare the accumulator with what float32 makes of the same sum."""
-        for view, gradient, first in zip(
-            self.segments(), self.gradients, self.layout.offsets, strict=True
-        ):
-            expected = gradient.float()
-            if not overwrite:
-                expected = expected + before[first : first + len(gradient)]
-            if not torch.equal(view, expected):
+        earlier = segments_of(before, self.layout)
+        for view, gradient, old in zip(self.segments(), self.gradients, earlier, strict=True):
+            if not torch.equal(view, gradient.float() if overwrite else old + gradient.float()):
                 raise AssertionError(f"{who}: the accumulator of {len(gradient)} elements is off")

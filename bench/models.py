@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 CLASSES = 1000
 
@@ -19,7 +18,7 @@ class ConvNeXtSize(NamedTuple):
 
 
 class TransformerSize(NamedTuple):
-    """Shape of a decoder-only transformer; each head has `width / heads` channels."""
+    """Shape of a decoder-only transformer."""
 
     blocks: int
     width: int
@@ -42,17 +41,9 @@ MODELS = (*CONVNEXT, *TRANSFORMER)
 # MobileNetV3-Small (arXiv 1905.02244, table 2): kernel, channels within a block, channels of its
 # result, whether it has squeeze-and-excitation.
 MOBILENETV3_SMALL = (
-    (3, 16, 16, True),
-    (3, 72, 24, False),
-    (3, 88, 24, False),
-    (5, 96, 40, True),
-    (5, 240, 40, True),
-    (5, 240, 40, True),
-    (5, 120, 48, True),
-    (5, 144, 48, True),
-    (5, 288, 96, True),
-    (5, 576, 96, True),
-    (5, 576, 96, True),
+    *((3, 16, 16, True), (3, 72, 24, False), (3, 88, 24, False)),
+    *((5, 96, 40, True), (5, 240, 40, True), (5, 240, 40, True), (5, 120, 48, True)),
+    *((5, 144, 48, True), (5, 288, 96, True), (5, 576, 96, True), (5, 576, 96, True)),
 )
 
 
@@ -100,7 +91,8 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = mlp(width)
+        layers = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(*layers)
         self.scale = nn.Parameter(torch.full((width,), 1e-6))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,8 +121,13 @@ class Transformer(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(size.vocabulary, size.width)
         self.positions = nn.Embedding(size.context, size.width)
-        blocks = [TransformerBlock(size.width, size.heads) for _ in range(size.blocks)]
-        self.blocks = nn.Sequential(*blocks)
+        wide = {"dim_feedforward": 4 * size.width, "activation": "gelu"}
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                size.width, size.heads, dropout=0.0, batch_first=True, norm_first=True, **wide
+            )
+            for _ in range(size.blocks)
+        )
         self.norm = nn.LayerNorm(size.width)
         self.head = nn.Linear(size.width, size.vocabulary, bias=False)
         for embedding in (self.tokens, self.positions):
@@ -138,39 +135,13 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits [B, L, vocabulary] of the tokens that follow tokens [B, L]."""
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        length = tokens.shape[1]
+        x = self.tokens(tokens) + self.positions.weight[:length]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, x.device, x.dtype)
+        for block in self.blocks:
+            x = block(x, src_mask=mask, is_causal=True)
+        logits: Tensor = self.head(self.norm(x))
         return logits
-
-
-class TransformerBlock(nn.Module):
-    """Causal attention and an MLP of four times the width, each after a LayerNorm."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention_norm = nn.LayerNorm(width)
-        self.queries_keys_values = nn.Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
-        self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = mlp(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x plus both corrections, [B, L, C]."""
-        x = x + self.projection(self.attention(self.attention_norm(x)))
-        return x + self.mlp(self.mlp_norm(x))
-
-    def attention(self, x: Tensor) -> Tensor:
-        """Return the attention of all heads side by side, [B, L, C]."""
-        split = self.queries_keys_values(x).unflatten(-1, (3, self.heads, -1))
-        queries, keys, values = split.permute(2, 0, 3, 1, 4)  # [B, heads, L, C / heads] each
-        attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        return attended.transpose(1, 2).flatten(2)
-
-
-def mlp(width: int) -> nn.Sequential:
-    """Return GELU between two linear layers, in four times the width."""
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
 def mobilenet_shapes() -> list[tuple[int, ...]]:
@@ -182,7 +153,8 @@ def mobilenet_shapes() -> list[tuple[int, ...]]:
             shapes += with_batchnorm(within, channels, 1)
         shapes += with_batchnorm(within, 1, kernel)
         if excites:
-            squeezed = multiple_of_8(within / 4)
+            nearest = max(8, (within // 4 + 4) // 8 * 8)
+            squeezed = nearest if nearest >= 0.9 * within / 4 else nearest + 8
             shapes += [(squeezed, within, 1, 1), (squeezed,), (within, squeezed, 1, 1), (within,)]
         shapes += with_batchnorm(result, within, 1)
         channels = result
@@ -193,9 +165,3 @@ def mobilenet_shapes() -> list[tuple[int, ...]]:
 def with_batchnorm(outputs: int, inputs: int, kernel: int) -> list[tuple[int, ...]]:
     """Return the shapes of a convolution without a bias and a batch normalization after it."""
     return [(outputs, inputs, kernel, kernel), (outputs,), (outputs,)]
-
-
-def multiple_of_8(channels: float) -> int:
-    """Return the nearest multiple of 8, but no less than 90 % of the channels."""
-    nearest = max(8, int(channels + 4) // 8 * 8)
-    return nearest if nearest >= 0.9 * channels else nearest + 8

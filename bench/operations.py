@@ -4,15 +4,12 @@ Bytes that must move per parameter, with gradients of e bytes and K tasks: accum
 first micro-batch, which overwrites, and e + 8 in a later one; gramian 4K + 2K with a bfloat16
 history; combine 4K + 8 + 4 + 2K with momentum, float32 outputs and the new history; graddrop
 4K + 8 + 4; aggregation, another method without history and momentum as TorchJD does it,
-4K + 4K + 4. A mask adds an eighth of one. The copy reads half of the bytes and writes half;
-"fraction" is its time divided by that of the operation, round by round. TorchJD and the published
-code move other bytes; the copy beside them is that of ours. In "resolution" TorchJD stands beside
-GCond with history and momentum, in "aggregation" beside the same method.
+4K + 4K + 4. A mask adds an eighth of one. The copy reads half of the bytes and writes half, of ours
+also beside others; "fraction" is its time divided by that of the operation, round by round.
 
 Every result is checked before anything is timed: ours and plain torch's against float64 (accumulate
 against the same sum in float32, graddrop for being sums of one sign), TorchJD's against our methods
-of the same names, the published code's for being a combination of the gradients. What prepares the
-published code for a call, which is not timed, leaves a part of its accumulators in the cache.
+of the same names, the published code's for being a combination of the gradients.
 """
 
 from __future__ import annotations
@@ -31,6 +28,7 @@ from bench.clock import Clock, Competitor, Run, copies, laps_of
 from bench.counting import count
 from bench.inputs import BETA, TOLERANCE, Gradients, Layout, Storage, layout_of
 from bench.models import shapes_of
+from bench.published import PublishedResolution
 from bench.record import Figure, InputError, cache_bytes, free_bytes, quartiles
 from gcond_kernels import ops
 
@@ -42,11 +40,9 @@ EVEN = "even"
 PAIRS, BIAS = 150, 1024
 # Memory that torch and the graphs need beside the tensors.
 SPARE_BYTES = 2_000_000_000
-TASKS_OF_SIZES = 2
-# Of so many tasks variants are measured too: masks, weights of each tensor, graddrop.
-TASKS_OF_VARIANTS = 2
-# The published code moves kilobytes per parameter, by the square of the tasks: what would take it
-# minutes is left out.
+# Of so many tasks sizes are compared, and variants: masks, weights of each tensor, graddrop.
+FEW_TASKS = 2
+# Parameters times the square of the tasks: of more the published code takes minutes.
 MOST_OF_PUBLISHED = 500_000_000
 MOST_TASKS_WITH_TARGET = 8
 LEAST_PARAMETERS_WITH_TARGET = 80_000_000
@@ -64,7 +60,7 @@ class Case(NamedTuple):
     what: str = ""
 
     def figure(self, by: str, **values: Any) -> Figure:
-        """Return a figure of this case by one competitor."""
+        """Return a figure of one competitor."""
         ours = by.partition(",")[0] in ops.BACKENDS
         return {
             "section": "operations" if ours else "others",
@@ -80,7 +76,7 @@ class Case(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A bound of a figure: at least `bound` of a fraction, at most that of all else."""
+    """A bound of a figure: the least of a fraction, the most of all else."""
 
     quantity: str
     bound: float
@@ -91,42 +87,19 @@ class Target(NamedTuple):
         return {"target": {self.quantity: self.bound}, "met": met}
 
 
-OPERATION = Target("fraction", 0.90)
-RESOLUTION = Target("fraction", 0.88)
-RESOLUTION_ON_CPU = Target("fraction", 1 / 1.6)
-GRAPH = Target("seconds", 25e-6)
-EAGER = Target("seconds", 150e-6)
-ACCUMULATE = Target("seconds", 60e-6)
+OPERATION, RESOLUTION, RESOLUTION_ON_CPU = (Target("fraction", f) for f in (0.90, 0.88, 1 / 1.6))
+GRAPH, EAGER, ACCUMULATE = (Target("seconds", 1e-6 * us) for us in (25, 150, 60))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this section."""
-    group = parser.add_argument_group("operations")
-    group.add_argument(
-        "--models",
-        nargs="*",
-        choices=MODELS,
-        default=MODELS,
-        help="whose tensors the operations work on (default: all; what does not fit in memory "
-        "is left out, and reported)",
-    )
-    group.add_argument(
-        "--millions",
-        type=float,
-        nargs="*",
-        default=MILLIONS,
-        metavar="N",
-        help="parameters in even tensors, for cost against size with 2 tasks "
-        f"(default: {' '.join(f'{size:g}' for size in MILLIONS)})",
-    )
-    group.add_argument(
-        "--tasks",
-        type=int,
-        nargs="+",
-        default=TASKS,
-        metavar="K",
-        help=f"numbers of tasks (default: {' '.join(map(str, TASKS))})",
-    )
+    add = parser.add_argument_group("operations").add_argument
+    about = "whose tensors the operations work on (default: all that fit in memory)"
+    add("--models", nargs="*", choices=MODELS, default=MODELS, help=about)
+    about = "millions of parameters in even tensors, for cost against size (default: %(default)s)"
+    add("--millions", type=float, nargs="*", default=MILLIONS, metavar="N", help=about)
+    about = "numbers of tasks (default: %(default)s)"
+    add("--tasks", type=int, nargs="+", default=TASKS, metavar="K", help=about)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -143,11 +116,7 @@ def figures(options: argparse.Namespace) -> Iterator[Figure]:
 
 
 class Bench:
-    """Measures operations on one device.
-
-    Args:
-        options: device, models, millions of parameters, tasks, published_code and seconds.
-    """
+    """Measures operations on one device."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device, self.tasks = options.device, options.tasks
@@ -172,7 +141,7 @@ class Bench:
                 for turn in ("first", "later"):
                     case = Case("accumulate", model, layout, 1, f"{str(dtype)[6:]}, {turn}")
                     yield from self._safely(case, partial(self._accumulate, dtype, turn == "first"))
-            for tasks in (TASKS_OF_SIZES,) if model == EVEN else self.tasks:
+            for tasks in (FEW_TASKS,) if model == EVEN else self.tasks:
                 yield from self._safely(Case("resolution", model, layout, tasks), self._operations)
 
     def _safely(self, case: Case, measure: Callable[[Case], Iterator[Figure]]) -> Iterator[Figure]:
@@ -199,12 +168,13 @@ class Bench:
         budget: int,
         target: Target | None = None,
     ) -> Iterator[Figure]:
-        """Time competitors and a copy of `budget` bytes, in turn.
-
-        Bytes, launches and reads by the host are counted of all that goes through torch's
-        operations.
-        """
-        counts = {by: counts_of(each) for by, each in competitors.items() if is_counted(by)}
+        """Time competitors and a copy of `budget` bytes, in turn; count torch's operations."""
+        counts = {}
+        for by, each in competitors.items():
+            if not by.startswith(("triton", "cuda")):
+                for prepare in each.prepare[:1]:
+                    prepare()
+                counts[by] = count(each.calls[0])._asdict()
         every = dict(competitors)
         if budget:
             laps = len(next(iter(competitors.values())).calls)
@@ -217,13 +187,10 @@ class Bench:
                 pairs = zip(times["copy"], times[by], strict=True)
                 figure["copy_seconds"] = quartiles(times["copy"])
                 figure["fraction"] = quartiles([copy / own for copy, own in pairs])
-            # Ours have targets, on a GPU the kernels.
-            if target and (by.startswith(("triton", "cuda")) or self._is_reference_on_cpu(by)):
+            on_cpu = self.device.type == "cpu"
+            if target and by.startswith("python" if on_cpu else ("triton", "cuda")):
                 figure |= target.judged(figure[target.quantity]["median"])
             yield figure | counts.get(by, {})
-
-    def _is_reference_on_cpu(self, by: str) -> bool:
-        return by == "python" and self.device.type == "cpu"
 
     def _arbitrate(self, case: Case) -> Iterator[Figure]:
         """Measure arbitrate, which moves next to nothing."""
@@ -242,9 +209,8 @@ class Bench:
     def _host_figures(self) -> Iterator[Figure]:
         """Measure single calls on the host; accumulate also without the checks around it."""
         storage = Storage(2, model_layout(SMALL_MODEL), self.device)
-        gradients = Gradients(
-            layout_of(even_sizes(2_500_000, bias=128)), torch.float32, self.device
-        )
+        layout = layout_of(even_sizes(2_500_000, bias=128))
+        gradients = Gradients(layout, torch.float32, self.device)
         resolution = Case("resolution", SMALL_MODEL, storage.layout, 2, "host time")
         accumulate = Case("accumulate", EVEN, gradients.layout, 1, "host time")
         checked = accumulate._replace(what="host time with checks")
@@ -283,7 +249,7 @@ class Bench:
         yield from self.compare(case, competitors_of(runs), budget, self._target(case))
 
     def _target(self, case: Case) -> Target | None:
-        """Return a target where caches and launches hardly count, so that the copy is a measure."""
+        """Return a target where caches and launches hardly count."""
         large = case.layout.parameters >= LEAST_PARAMETERS_WITH_TARGET
         few = case.tasks <= MOST_TASKS_WITH_TARGET
         return OPERATION if self.device.type == "cuda" and few and large else None
@@ -301,7 +267,7 @@ class Bench:
         pool = [Storage(tasks, layout, self.device) for _ in range(laps)]
         yield from self._gramian(case._replace(operation="gramian"), pool)
         yield from self._combine(case._replace(operation="combine"), pool)
-        if tasks == TASKS_OF_VARIANTS and case.model != EVEN:
+        if tasks == FEW_TASKS and case.model != EVEN:
             yield from self._variants(case, pool)
         yield from self._resolution(case, pool)
         yield from self._aggregation(case._replace(operation="aggregation"), pool)
@@ -334,7 +300,7 @@ class Bench:
     def _variants(self, case: Case, pool: Sequence[Storage]) -> Iterator[Figure]:
         """Measure gramian and combine with a mask and weights per tensor, and graddrop."""
         total, tensors = case.layout.parameters, len(case.layout.sizes)
-        words = -(-case.layout.length // 32)
+        words = case.layout.length // 32
         mask = torch.randint(-(2**31), 2**31, (words,), dtype=torch.int32, device=self.device)
         products = pool[0].products_in_float64()
         decision = pool[0].arbitrate(products, "python")
@@ -359,17 +325,14 @@ class Bench:
         pool[0].reset()
         weights = pool[0].arbitrate(pool[0].products_in_float64(), "python").weights
         for by, run in self._resolutions(pool[0]).items():
-            # Inner products of plain torch are float32 throughout, and so are the weights.
             tolerance = TOLERANCE if by.partition(",")[0] in ops.BACKENDS else others.TOLERANCE
             pool[0].check_step(run, weights, f"resolution by {by}", tolerance)
         runs = list(map(self._resolutions, pool))
-        # The host reads the weights of plain torch.
         competitors = competitors_of(runs, ("python", others.FOREACH, others.LOOP))
-        theirs, failed = self._aggregations(case, pool)
-        competitors |= theirs
+        failed: list[Figure] = []
+        competitors |= self._aggregations(case, pool, failed)
         if self.published is not None:
-            made, left_out = self._published(case, pool)
-            competitors, failed = competitors | made, failed + left_out
+            competitors |= self._published(case, pool, failed)
         budget = case.layout.parameters * (12 * case.tasks + 12)
         yield from self.compare(case, competitors, budget, self._target_of_resolution(case))
         yield from failed
@@ -398,7 +361,7 @@ class Bench:
 
     def _aggregation(self, case: Case, pool: Sequence[Storage]) -> Iterator[Figure]:
         """Measure methods that TorchJD has too, by both."""
-        theirs, _ = self._aggregations(case, pool)
+        theirs = self._aggregations(case, pool, [])
         if not theirs:
             return
         methods = others.our_methods()
@@ -423,13 +386,14 @@ class Bench:
         yield from self.compare(case, competitors, budget)
 
     def _aggregations(
-        self, case: Case, pool: Sequence[Storage]
-    ) -> tuple[dict[str, Competitor], list[Figure]]:
-        """Return TorchJD's, of the same gradients, and figures of those that take no part."""
+        self, case: Case, pool: Sequence[Storage], failed: list[Figure]
+    ) -> dict[str, Competitor]:
+        """Return TorchJD's, of the same gradients; add figures of those that take no part."""
         if reason := others.torchjd_missing():
-            return {}, [case.figure("TorchJD", skipped=reason)]
+            failed.append(case.figure("TorchJD", skipped=reason))
+            return {}
         runs = [others.aggregations(storage.accumulators) for storage in pool]
-        competitors, failed = {}, []
+        competitors = {}
         for by, run in runs[0].items():
             try:
                 others.check_aggregation(by, run, pool[0])
@@ -437,33 +401,31 @@ class Bench:
                 failed.append(case.figure(by, error=f"{type(error).__name__}: {error}"))
             else:
                 competitors[by] = Competitor([each[by] for each in runs], synchronizes=True)
-        return competitors, failed
+        return competitors
 
     def _published(
-        self, case: Case, pool: Sequence[Storage]
-    ) -> tuple[dict[str, Competitor], list[Figure]]:
-        """Return the published code, of the same gradients; or a figure with the reason."""
-        from bench.published import PublishedResolution
-
+        self, case: Case, pool: Sequence[Storage], failed: list[Figure]
+    ) -> dict[str, Competitor]:
+        """Return the published code, of the same gradients; or add a figure with the reason."""
         layout, by = case.layout, others.PUBLISHED
+        # With two accumulators in bfloat16 and what it allocates within.
+        reason = self._lacking(len(pool) * layout.parameters * 16 * (case.tasks + 1), 0)
         if layout.parameters * case.tasks**2 > MOST_OF_PUBLISHED:
-            return {}, [case.figure(by, skipped="takes too long")]
-        # Twice accumulators in bfloat16, a copy of the gradients, parameters and their gradients,
-        # momentum, and what it allocates within.
-        if lacking := self._lacking(len(pool) * layout.parameters * 16 * (case.tasks + 1), 0):
-            return {}, [case.figure(by, skipped=lacking)]
-        made = [
-            PublishedResolution(self.published, layout.sizes, storage.packed(), BETA)
-            for storage in pool
-        ]
+            reason = "takes too long"
+        if reason:
+            failed.append(case.figure(by, skipped=reason))
+            return {}
+        given = self.published, layout.sizes
+        made = [PublishedResolution(*given, storage.packed(), BETA) for storage in pool]
         made[0].fill()
         made[0].run()
         try:
             others.check_combination(made[0].outputs, pool[0], by)
         except AssertionError as error:
-            return {}, [case.figure(by, error=str(error))]
+            failed.append(case.figure(by, error=str(error)))
+            return {}
         runs, fills = [each.run for each in made], [each.fill for each in made]
-        return {by: Competitor(runs, synchronizes=True, prepare=fills)}, []
+        return {by: Competitor(runs, synchronizes=True, prepare=fills)}
 
 
 def check_variants(storage: Storage, mask: Tensor, each: ops.Arbitration, backend: str) -> None:
@@ -481,7 +443,7 @@ def check_variants(storage: Storage, mask: Tensor, each: ops.Arbitration, backen
 
 
 def backends_of(device: torch.device) -> list[str]:
-    """Return the backends to measure; on a CPU the kernels are for tests, not for speed."""
+    """Return the backends to measure; on a CPU kernels are for tests alone."""
     if device.type == "cpu":
         return ["python"]
     return [backend for backend in ops.BACKENDS if ops.unavailable(backend, device) is None]
@@ -512,15 +474,3 @@ def competitors_of(
 ) -> dict[str, Competitor]:
     """Return each competitor on all memories in turn; the reference always synchronizes."""
     return {by: Competitor([each[by] for each in runs], by in synchronizing) for by in runs[0]}
-
-
-def counts_of(competitor: Competitor) -> dict[str, int]:
-    """Count bytes, launches, allocations and reads by the host of one call."""
-    if competitor.prepare:
-        competitor.prepare[0]()
-    return count(competitor.calls[0])._asdict()
-
-
-def is_counted(by: str) -> bool:
-    """Return whether it works by torch's operations alone, which can be counted."""
-    return by.partition(",")[0] not in ("triton", "cuda")

@@ -12,28 +12,25 @@ import torch
 from torch import Tensor
 
 from bench.clock import Run
-from bench.inputs import BETA, Gradients, Storage
+from bench.inputs import BETA, Gradients, Storage, segments_of
 from gcond_kernels import methods, ops
 
 FOREACH, LOOP = "torch foreach", "torch loop"
 PUBLISHED = "published code"
-# Of c in TorchJD's CAGrad; what the paper of CAGrad takes for most of its experiments.
+# What the paper of CAGrad takes for most of its experiments.
 CAGRAD_C = 0.4
 # Of plain torch, which sums in float32 alone.
 TOLERANCE = 1e-3
-# TorchJD sums in float32 alone too, and its solvers stop early: of 8 tasks and 29 M parameters its
-# UPGrad is more than a hundredth off.
+# TorchJD sums in float32 alone too, and its solvers stop early: 0.01 is seen of UPGrad.
 TORCHJD_TOLERANCE = 0.1
 UPGRAD_REGULARISATION = 1e-4
-# Of what is kept in bfloat16, whose rounding is 2^-9, through several projections: seen are 0.02.
+# Of what is kept in bfloat16, through several projections: 0.02 is seen.
 BFLOAT16_TOLERANCE = 0.05
-# Parameters times the square of the tasks: pairs of more, one by one, take plain torch longer than
-# all else together.
+# Parameters times the square of the tasks: of more the pairs, one by one, take too long.
 MOST_OF_PAIRS = 500_000_000
 
 
 def accumulations(gradients: Gradients, overwrite: bool) -> dict[str, Run]:
-    """Return what adds a micro-batch's gradients to the accumulator."""
     segments, given = gradients.segments(), gradients.gradients
 
     def foreach() -> None:
@@ -50,20 +47,13 @@ def accumulations(gradients: Gradients, overwrite: bool) -> dict[str, Run]:
 
 
 class Plain:
-    """A resolution in plain torch: a list of gradients per task, as `.grad` would leave them.
-
-    Args:
-        storage: whose accumulators it takes the gradients from, as views.
-    """
+    """A resolution in plain torch, of a list of gradients per task, which are views."""
 
     def __init__(self, storage: Storage) -> None:
-        def split(flat: Tensor) -> list[Tensor]:
-            return [flat[first : first + size] for first, size in zip(*storage.layout, strict=True)]
-
-        self.storage = storage
-        self.gradients = [split(flat) for flat in storage.accumulators]
-        self.history = [split(flat) for flat in storage.history]
-        self.momentum = split(storage.momentum.buffer)
+        layout, self.storage = storage.layout, storage
+        self.gradients = [segments_of(flat, layout) for flat in storage.accumulators]
+        self.history = [segments_of(flat, layout) for flat in storage.history]
+        self.momentum = segments_of(storage.momentum.buffer, layout)
         self.step = 0
 
     def products(self, pair: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]) -> Tensor:
@@ -125,7 +115,7 @@ def takes_long(storage: Storage) -> bool:
 
 
 def combinations(storage: Storage, weights: Sequence[float]) -> dict[str, Run]:
-    """Return the write by both, each as from its first step on."""
+    """Return the write by both, from a first step on."""
     return {
         FOREACH: partial(Plain(storage).combine_foreach, weights),
         LOOP: partial(Plain(storage).combine_loop, weights),
@@ -133,7 +123,7 @@ def combinations(storage: Storage, weights: Sequence[float]) -> dict[str, Run]:
 
 
 def resolutions(storage: Storage) -> dict[str, Run]:
-    """Return a full resolution by both, each as from its first step on."""
+    """Return a full resolution by both, from a first step on."""
     foreach, loop = Plain(storage), Plain(storage)
     return {
         FOREACH: partial(foreach.resolve, dot_foreach, foreach.combine_foreach),
@@ -157,9 +147,8 @@ def dot_loop(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 def torchjd_missing() -> str | None:
     """Return why TorchJD takes no part; None where it does."""
-    if importlib.util.find_spec("torchjd") is None:
-        return 'TorchJD is not installed: pip install "torchjd[cagrad,quadprog-projector]"'
-    return None
+    here = importlib.util.find_spec("torchjd") is not None
+    return None if here else 'not installed: pip install "torchjd[cagrad,quadprog-projector]"'
 
 
 def aggregations(gradients: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -181,15 +170,10 @@ def our_methods() -> dict[str, methods.Method]:
 
 
 def check_aggregation(by: str, run: Callable[[], Tensor], storage: Storage) -> None:
-    """Compare a result of TorchJD's with that of our method of the same name.
-
-    Its UPGrad adds 1e-4 of the trace to the diagonal of the Gramian, and so does this comparison.
-    PCGrad goes through the tasks in random order, which matters from three tasks on: then all that
-    is known is that the result is a combination of the gradients.
-    """
+    """Compare a result of TorchJD's with that of our method of the same name."""
     name, result = by.removeprefix("TorchJD "), run()
     S = storage.products_in_float64().total
-    if name == "PCGrad" and len(S) > 2:
+    if name == "PCGrad" and len(S) > 2:  # it depends on the order of the tasks, which is random
         packed = torch.cat([result[chunk] for _, chunk in storage.chunks()])
         check_combination([packed], storage, by)
         return
@@ -203,10 +187,7 @@ def check_aggregation(by: str, run: Callable[[], Tensor], storage: Storage) -> N
 
 
 def check_combination(outputs: Sequence[Tensor], storage: Storage, who: str) -> None:
-    """Check that a result is a combination of the gradients, up to the rounding of bfloat16.
-
-    Where pairs conflict equally, rounding decides which one it is.
-    """
+    """Check that a result is a combination of the gradients, up to the rounding of bfloat16."""
     gradients = storage.packed()
     result = torch.cat([output.view(-1) for output in outputs])
     S = storage.products_in_float64().total

@@ -5,23 +5,16 @@
 
 A step is a window of micro-batches and the optimizer's step. It is timed with accumulators sent as
 soon as nothing is added to them ("at once"), and with all of them sent in `resolve()`; beside them
-plain accumulation under DistributedDataParallel (`no_sync`, gradients reduced in the last backward
-pass), and each of these "alone": all ranks at work side by side, but each in a process group of its
-own. All take turns step by step, in the opposite order every other round. Before the clock runs,
-parameters are compared to the bit.
+plain accumulation under DistributedDataParallel, and each of these "alone": all ranks at work, but
+each in a process group of its own. All take turns step by step, in the opposite order every other
+round; differences are taken round by round. Before, parameters are compared to the bit.
 
     step      from a barrier to the end of the step, on the rank that takes longest
-    resolve   time in `resolve()`, which the last `backward` of a window ends with, on the rank that
-              is in it for the shortest: others wait for it
-    exposed   what a step takes longer than alone. Of "shard" alone's `resolve()` counts for the
-              part of it that a rank has: 1 of as many as there are ranks
+    resolve   time in `resolve()` at the end of a window, on the rank with the shortest: others wait
+    exposed   what a step takes longer than alone; of shards 1/ranks of alone's `resolve()` counts
     gain      what a step takes longer with accumulators sent in `resolve()`
     reduce, gather
               the same collectives with nothing else going on, of accumulators and of the result
-
-Differences are taken round by round. Of K accumulators sent at once the last can never be hidden;
-of shards on CPUs one alone is sent at once: the host would have to wait for it before it sends the
-next.
 
 Ranks on one machine exchange through its memory, which takes the cores that compute. A network of
 some rate, which takes none, is had on Linux in a namespace of its own (as root):
@@ -80,13 +73,16 @@ Measured = dict[Case, list[Times]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("--ranks", type=int, default=2, help="processes; torchrun has its own")
-    parser.add_argument("--tasks", type=int, default=2, help="number of tasks K")
-    parser.add_argument("--accumulation-steps", type=int, default=4, help="micro-batches A")
-    parser.add_argument("--batch", type=int, default=32, help="samples in a micro-batch")
-    parser.add_argument("--width", type=int, default=1024, help="of each layer")
-    parser.add_argument("--layers", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=16, help="steps of every case")
+    for name, default, about in (
+        ("ranks", 2, "processes; torchrun has its own"),
+        ("tasks", 2, "number of tasks K"),
+        ("accumulation-steps", 4, "micro-batches A"),
+        ("batch", 32, "samples in a micro-batch"),
+        ("width", 1024, "of each layer"),
+        ("layers", 10, "number of layers"),
+        ("rounds", 16, "steps of every case"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=about)
     parser.add_argument("--link", default="as it is", help="between the ranks, for the record")
 
 
@@ -113,18 +109,15 @@ def work(
     rank: int, store: str, options: argparse.Namespace, result: Path | None = None
 ) -> Measured:
     """Measure on one rank; the first writes the result, if it is given a file."""
-    device = join(rank, store, options.ranks)
-    try:
-        measured = Rank(options, device).measure()
-    finally:
-        dist.destroy_process_group()
+    measured = Rank(options, join(rank, store, options.ranks)).measure()
+    dist.destroy_process_group()
     if rank == 0 and result is not None:
         torch.save(measured, result)
     return measured
 
 
 def join(rank: int, store: str, size: int) -> torch.device:
-    """Join the other ranks; return the device of this one."""
+    """Join the other ranks and return the device of this one."""
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     device, backend = torch.device("cpu"), "gloo"
@@ -155,23 +148,19 @@ class MicroBatches:
     def now(self) -> float:
         """Return the time when what was given to the device until now is done."""
         if self.device.type == "cuda":
-            # Not the whole device: what is still exchanged on another stream is not waited for.
+            # The exchange goes on on another stream.
             torch.cuda.current_stream(self.device).synchronize()
         return time.perf_counter()
 
 
 class Training:
-    """A model and its optimizer in one process group.
-
-    Attributes:
-        sent: accumulators that were on their way, or there, when the last window was full.
-    """
+    """A model and its optimizer in one process group."""
 
     def __init__(
         self, model: DistributedDataParallel, optimizer: GCondFused, micro_batches: MicroBatches
     ) -> None:
         self.model, self.optimizer, self.micro_batches = model, optimizer, micro_batches
-        self.sent = 0
+        self.sent = 0  # accumulators, before the last window was resolved
         self._full = self._resolved = 0.0
 
     def step(self, sent: str = AT_ONCE) -> Times:
@@ -195,7 +184,7 @@ class Training:
         self._resolved = self.micro_batches.now()
 
     def exchange(self) -> Times:
-        """Make the collectives of a window; what is in the accumulators is of no use then."""
+        """Make the collectives of a window, which leave accumulators of no use."""
         strategy: Any = self.optimizer._rank_strategy
         now = self.micro_batches.now
         start = now()
@@ -230,18 +219,13 @@ class Rank:
         for mode in MODES:
             cases |= self.cases(mode)
         times: Measured = {case: [] for case in cases}
-        begin = time.perf_counter()
         for number in range(-WARM_UP, self.options.rounds):
-            begin = time.perf_counter() if number == 0 else begin
             for case in list(cases) if number % 2 else reversed(cases):
                 self.barrier()
                 taken = cases[case]()
                 if number >= 0:
                     times[case].append(taken)
-            if number >= 0:
-                done, rounds = number + 1, self.options.rounds
-                left = (time.perf_counter() - begin) / done * (rounds - done)
-                self.say(f"round {done} of {rounds}, {left:.0f} s left")
+            self.report(f"round {number + 1} of {self.options.rounds}")
         return over_ranks(times)
 
     def cases(self, mode: str) -> dict[Case, Callable[[], Times]]:
@@ -259,25 +243,19 @@ class Rank:
         return found
 
     def checked_training(self, mode: str, strategy: str) -> Training:
-        """Return a training for which sending accumulators early changes no bit.
-
-        Raises:
-            RuntimeError: it does change some; or nothing was sent early.
-        """
-        self.say(f"{mode}, {strategy}: comparing parameters")
+        """Return a training for which sending accumulators early changes no bit, or raise."""
+        self.report(f"{mode}, {strategy}: comparing parameters")
         early, late = self.training(mode, strategy), self.training(mode, strategy)
         for window in range(CHECKED_WINDOWS):
             early.step()
             late.step(IN_RESOLVE)
-            # On a host one shard is sent early: the next goes where its accumulator was, once that
-            # has arrived.
+            # The next shard goes where the accumulator of the first was, once that has arrived.
             tasks = 1 if strategy == "shard" else len(self.micro_batches.targets)
             if early.sent < (0 if window == 0 else tasks) or late.sent > 0:
                 raise RuntimeError(f"{mode}, {strategy}: {early.sent} and {late.sent} were sent")
-        for (name, here), there in zip(
-            early.model.named_parameters(), late.model.parameters(), strict=True
-        ):
-            if not torch.equal(here.view(torch.uint8), there.view(torch.uint8)):
+        others = dict(late.model.named_parameters())
+        for name, here in early.model.named_parameters():
+            if not torch.equal(here.view(torch.uint8), others[name].view(torch.uint8)):
                 raise RuntimeError(f"{mode}, {strategy}: {name} differs")
         return early
 
@@ -296,10 +274,10 @@ class Rank:
     def model(self, group: Any) -> DistributedDataParallel:
         """Return a stack of linear layers, the same on every rank."""
         torch.manual_seed(0)
-        width = self.options.width
-        layers = [[nn.Linear(width, width), nn.Tanh()] for _ in range(self.options.layers)]
-        stack = nn.Sequential(*itertools.chain.from_iterable(layers)).to(self.device)
-        return DistributedDataParallel(stack, process_group=group)
+        width, stack = self.options.width, nn.Sequential()
+        for _ in range(self.options.layers):
+            stack.extend((nn.Linear(width, width), nn.Tanh()))
+        return DistributedDataParallel(stack.to(self.device), process_group=group)
 
     def plain_step(self, group: Any) -> Callable[[], Times]:
         """Return a window of plain accumulation of the sum of the losses, and its step."""
@@ -325,7 +303,7 @@ class Rank:
             torch.cuda.synchronize(self.device)
         dist.barrier()
 
-    def say(self, line: str) -> None:
+    def report(self, line: str) -> None:
         """Print a line from the first rank."""
         if dist.get_rank() == 0:
             print(line, flush=True)
@@ -372,15 +350,14 @@ def gain_of(mode: str, strategy: str, measured: Measured) -> Figure:
         [taken["step"] for taken in measured[Case("GCondFused", mode, strategy, sent)]]
         for sent in (AT_ONCE, IN_RESOLVE)
     )
+    reductions = [taken["reduce"] for taken in measured[Case("exchange", "", strategy)]]
     gains = [there - here for here, there in zip(early, late, strict=True)]
-    exchange = measured[Case("exchange", "", strategy)]
     return {
         "operation": "gain",
         "mode": mode,
         "strategy": strategy,
         "gain": quartiles(gains),
-        "of_the_reduction": statistics.median(gains)
-        / statistics.median(taken["reduce"] for taken in exchange),
+        "of_the_reduction": statistics.median(gains) / statistics.median(reductions),
         "of_the_step": statistics.median(gains) / statistics.median(late),
         "rounds_with_a_gain": sum(gain > 0 for gain in gains),
         "rounds": len(gains),
@@ -390,11 +367,9 @@ def gain_of(mode: str, strategy: str, measured: Measured) -> Figure:
 def notes_of(figure: Figure) -> str:
     """Return an exchange, or a gain."""
     if "gain" in figure:
-        return (
-            f"{timed('gain')(figure)}: {figure['of_the_reduction']:.0%} of the reduction, "
-            f"{figure['of_the_step']:.1%} of the step, in {figure['rounds_with_a_gain']} of "
-            f"{figure['rounds']} rounds"
-        )
+        parts = "{of_the_reduction:.0%} of the reduction, {of_the_step:.1%} of the step, in "
+        parts += "{rounds_with_a_gain} of {rounds} rounds"
+        return f"{timed('gain')(figure)}: {parts.format_map(figure)}"
     if "reduce" in figure:
         return f"reduce {timed('reduce')(figure)}, gather {timed('gather')(figure)}"
     return ""

@@ -21,7 +21,7 @@ from bench.record import Figure, InputError, read
 from gcond_kernels.diagnostics.plots import BLACK, BLUE, GREY, VERMILION
 
 TASKS_OF_ROOFLINE = 2
-# Colours that color-blind people can tell apart (Okabe and Ito), and a marker for each.
+# Colors that color-blind people can tell apart (Okabe and Ito), and a marker for each.
 GREEN, ORANGE, PURPLE, SKY, YELLOW = "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#b8a800"
 STYLES = {
     "python": (BLUE, "o", "this package, reference (plain torch)"),
@@ -46,9 +46,7 @@ def main(given: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench plot", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("record", type=Path, help="JSON file that the bench wrote")
-    parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="default: the folder of the record"
-    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: that of the record")
     options = parser.parse_args(given)
     try:
         record = read(options.record)
@@ -81,11 +79,9 @@ def roofline(figures: list[Figure]) -> Picture | None:
         return None
     groups = list(dict.fromkeys((f["operation"], f["what"]) for f in figures))
     who = [by for by in STYLES if any(f["by"] == by for f in figures)]
-    picture = Picture(
-        figsize=(8.2, 0.9 + len(groups) * (0.24 + 0.17 * len(who))), layout="constrained"
-    )
-    axes = picture.subplots()
     height = 0.8 / len(who)
+    size = 8.2, 0.9 + len(groups) * (0.24 + 0.17 * len(who))
+    picture, axes = new_picture(size, f"{model}: {size_of(figures[0])}, {TASKS_OF_ROOFLINE} tasks")
     for figure in figures:
         place = groups.index((figure["operation"], figure["what"]))
         y = place - 0.4 + height * (who.index(figure["by"]) + 0.5)
@@ -93,23 +89,25 @@ def roofline(figures: list[Figure]) -> Picture | None:
     axes.set_yticks(range(len(groups)), [label_of(*group) for group in groups])
     axes.invert_yaxis()
     axes.axvline(100, color=BLACK, linewidth=1)
-    axes.text(
-        100, 1.0, "copy", ha="center", va="bottom", fontsize=8, transform=axes.get_xaxis_transform()
-    )
-    axes.set_xlabel(
-        "bandwidth of the fewest bytes that must move, in % of a copy's in the same run"
-    )
+    above = axes.get_xaxis_transform()
+    axes.text(100, 1.0, "copy", ha="center", va="bottom", fontsize=8, transform=above)
+    axes.set_xlabel("bandwidth of the fewest bytes that must move, in % of a copy's, in one run")
     axes.set_xlim(0, max(112, 100 * max(f["fraction"]["high"] for f in figures) + 8))
-    title = f"{model}: {size_of(figures[0])}, {TASKS_OF_ROOFLINE} tasks"
-    axes.set_title(title, fontsize=10, pad=16)
     handles = [axes.barh([0], [0], color=STYLES[by][0], label=STYLES[by][2]) for by in who]
     picture.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
     return picture
 
 
+def new_picture(size: tuple[float, float], title: str) -> tuple[Picture, Axes]:
+    """Return an empty picture and its axes."""
+    picture = Picture(figsize=size, layout="constrained")
+    axes = picture.subplots()
+    axes.set_title(title, fontsize=10, pad=16)
+    axes.spines[["top", "right"]].set_visible(False)
+    return picture, axes
+
+
 def is_in_roofline(figure: Figure) -> bool:
-    """Return whether a figure is a bar."""
     return (
         "fraction" in figure
         and figure["tasks"] in (1, TASKS_OF_ROOFLINE)
@@ -121,12 +119,10 @@ def is_in_roofline(figure: Figure) -> bool:
 
 
 def size_of(figure: Figure) -> str:
-    """Return the size of a figure's model."""
     return f"{figure['parameters'] / 1e6:.3g} M parameters in {figure['tensors']} tensors"
 
 
 def bar(axes: Axes, figure: Figure, y: float, height: float) -> None:
-    """Draw a bar with its quartiles."""
     value = {key: 100 * share for key, share in figure["fraction"].items()}
     error = [[value["median"] - value["low"]], [value["high"] - value["median"]]]
     color = STYLES[figure["by"]][0]
@@ -161,28 +157,22 @@ def lines(figures: list[Figure], across: str, label: str, title: str) -> Picture
     who = [by for by in STYLES if any(f["by"] == by for f in figures)]
     if not who:
         return None
-    picture = Picture(figsize=(8.2, 4.6), layout="constrained")
-    axes = picture.subplots()
+    picture, axes = new_picture((8.2, 4.6), title)
     for by in who:
         color, marker, name = STYLES[by]
         own = {f[across]: f["seconds"] for f in figures if f["by"] == by}
         draw_line(axes, own, color, marker=marker, label=name)
     copies = {f[across]: f["copy_seconds"] for f in figures if "copy_seconds" in f}
     draw_line(axes, copies, GREY, linestyle="--", label=COPY)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.loglog()
     xs = sorted({f[across] for f in figures})
     axes.set_xticks(xs, [f"{x / 1e6:.3g} M" if across == "parameters" else str(x) for x in xs])
     axes.minorticks_off()
-    axes.set_xlabel(label)
-    axes.set_ylabel("milliseconds")
+    axes.set(xlabel=label, ylabel="milliseconds")
     axes.grid(axis="y", color=GREY, alpha=0.25)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_title(title, fontsize=10)
-    picture.legend(
-        *axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False
-    )
-    axes.spines[["top", "right"]].set_visible(False)
+    drawn = axes.get_legend_handles_labels()
+    picture.legend(*drawn, loc="outside right upper", fontsize=8, frameon=False)
     return picture
 
 
@@ -195,13 +185,11 @@ def draw_line(axes: Axes, times: dict[float, dict[str, float]], color: str, **st
 
 
 def largest_model(figures: Iterable[Figure]) -> str | None:
-    """Return the model with the most parameters."""
     sizes = {f["model"]: f["parameters"] for f in figures if f["model"] != "even"}
     return max(sizes, key=sizes.__getitem__, default=None)
 
 
 def label_of(operation: str, what: str) -> str:
-    """Return the name of a group of bars."""
     if not what:
         return {"resolution": "whole\nresolution"}.get(operation, operation)
     dtype, _, turn = what.partition(", ")

@@ -25,11 +25,7 @@ OPTIONS = ("momentum_beta", "stochastic_accumulation")
 
 
 def load(path: Path) -> ModuleType:
-    """Return the published module from this path; nothing is written beside the file.
-
-    Raises:
-        ValueError: the file cannot be read, does not run, or is not the published code.
-    """
+    """Return the published module, or raise ValueError; nothing is written beside the file."""
     module = ModuleType(path.stem)
     module.__file__ = str(path)
     try:
@@ -58,14 +54,7 @@ def _missing(conductor: Any) -> str:
 
 
 class PublishedResolution:
-    """A resolution by the published code, of the same task gradients every time.
-
-    Args:
-        module: from `load`.
-        sizes: number of elements of each parameter, N in all.
-        gradients: [K, N] task gradients; the parameters are made on their device.
-        momentum: of the published code.
-    """
+    """A resolution of the same task gradients [K, N] every time, on their device."""
 
     def __init__(
         self, module: ModuleType, sizes: Sequence[int], gradients: Tensor, momentum: float = 0.9
@@ -103,10 +92,7 @@ class PublishedResolution:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Fill the accumulators and restore the state after one step.
-
-        Gradients are cleared, as by the `zero_grad` that its documentation puts before a step.
-        """
+        """Fill the accumulators, clear gradients and restore the state after one step."""
         self._parameters.zero_grad()
         averages = dict(self._earlier["norm_moving_averages"])  # a run changes them
         self._conductor.load_state_dict(self._earlier | {"norm_moving_averages": averages})
@@ -132,19 +118,11 @@ def _no_loss(*_: Tensor) -> Tensor:
 
 
 class PublishedTraining:
-    """Training with the published code around an optimizer.
+    """Training with the published code around an optimizer, without momentum.
 
-    As it comes: for its forward passes it puts the model into evaluation mode, and on a GPU it
-    computes them in bfloat16 autocast. It has no momentum here.
-
-    Args:
-        module: from `load`.
-        model: what is trained.
-        losses: task → function of the model's output and the target, and its weight.
-        base: steps with the gradients that it has written.
-        accumulation_steps: micro-batches per optimizer step.
-        mode: "exact": each micro-batch has a loss of every task. "stochastic": a block of
-            micro-batches per task; the number of tasks must divide that of micro-batches.
+    It puts the model into evaluation mode, and on a GPU into bfloat16 autocast. The losses are
+    functions of the model's output and the target, with a weight each; in mode "stochastic" the
+    number of tasks must divide that of micro-batches.
     """
 
     def __init__(
@@ -168,11 +146,7 @@ class PublishedTraining:
         )
 
     def window(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Make one optimizer step over these micro-batches.
-
-        Raises:
-            ValueError: they are not as many as `accumulation_steps`.
-        """
+        """Make one optimizer step over `accumulation_steps` micro-batches."""
         if len(batches) != self._accumulation_steps:
             raise ValueError(
                 f"{len(batches)} micro-batches, but the window has {self._accumulation_steps}"

@@ -22,43 +22,27 @@ INTERRUPTED = 130
 
 
 class Benchmark(NamedTuple):
-    """What is measured.
-
-    Attributes:
-        about: what it measures, in a line.
-        columns: of its table.
-        figures: measures them one after the other.
-        add_arguments: adds its options to a parser.
-        check: raises InputError where an option cannot be used; may change the options.
-        group: the heading above the figures of a group.
-        foot: what is printed below the table.
-        after: is given the record's path at the end.
-    """
+    """What is measured: its table, its figures one after the other, and its options."""
 
     about: str
     columns: Sequence[Column]
     figures: Callable[[argparse.Namespace], Iterator[Figure]]
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda _: None
+    # Raises InputError; may change the options.
     check: Callable[[argparse.Namespace], None] = lambda _: None
+    # The heading above the figures of a group.
     group: Callable[[Figure], str] = lambda _: ""
     foot: Callable[[Sequence[Figure]], str] = lambda _: ""
+    # Is given the record's path at the end.
     after: Callable[[Path], object] = lambda _: None
 
 
 def run(benchmark: Benchmark, what: str, given: Sequence[str]) -> int:
-    """Run a benchmark and return its exit status.
-
-    Returns:
-        0, 1 where something could not be measured for a fault, 2 after bad input, 130 after Ctrl-C.
-    """
+    """Run a benchmark and return its exit status: 1 after a fault, 2 bad input, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(prog=f"python -m bench {what}", description=benchmark.about)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=OUTPUT / f"{'bench' if what == 'all' else what}.json",
-        metavar="FILE",
-        help="where the record goes (default: %(default)s); what was there is replaced",
-    )
+    default = OUTPUT / f"{'bench' if what == 'all' else what}.json"
+    about = "where the record goes (default: %(default)s); what was there is replaced"
+    parser.add_argument("--output", type=Path, default=default, metavar="FILE", help=about)
     benchmark.add_arguments(parser)
     options = parser.parse_args(given)
     try:
@@ -68,18 +52,16 @@ def run(benchmark: Benchmark, what: str, given: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     if int(os.environ.get("RANK", "0")) > 0:  # of torchrun: the first rank reports for all
-        return len(list(benchmark.figures(options))) * 0
+        list(benchmark.figures(options))
+        return 0
     return measure(benchmark, options, shlex.join(["python", "-m", "bench", what, *given]))
 
 
 def measure(benchmark: Benchmark, options: argparse.Namespace, command: str) -> int:
     """Measure, print and write all figures; return the exit status."""
-    result: dict[str, Any] = {
-        "command": command,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": record.describe(getattr(options, "device", None) or torch.device("cpu")),
-        "figures": [],
-    }
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    machine = record.describe(getattr(options, "device", torch.device("cpu")))
+    result: dict[str, Any] = {"command": command, "date": date, "machine": machine, "figures": []}
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
     record.write(result, options.output)  # what was there is of another run
     table = Table(benchmark.columns, benchmark.group)

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -39,11 +40,7 @@ def write(record: dict[str, Any], path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return a record.
-
-    Raises:
-        InputError: the file cannot be read, or is no record.
-    """
+    """Return a record; raise InputError where the file is none."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -66,10 +63,11 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Return the machine, versions and commit for the head of a record."""
-    about: dict[str, Any] = {"device": device_name(device), "cpu": cpu_name()}
+    about: dict[str, Any] = {"device": cpu_name(), "cpu": cpu_name()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         about |= {
+            "device": properties.name,
             "driver": _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "compute_capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
@@ -89,22 +87,15 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def device_name(device: torch.device) -> str:
-    """Return the name of the processor that computes."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-
-
 def cpu_name() -> str:
     """Return the CPU's own name where Linux reports it."""
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo", "model name")]
-    return names[0] if names else platform.machine()
+    return _reported("/proc/cpuinfo", "model name") or platform.machine()
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use, where the system reports it."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the number of cores that this process may use."""
+    known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -130,22 +121,22 @@ def free_bytes(device: torch.device) -> int:
     """Return the memory that tensors may take now; on a CPU what Linux calls available."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    kilobytes = [int(line.split()[1]) for line in _lines("/proc/meminfo", "MemAvailable")]
-    return kilobytes[0] * 1024 if kilobytes else UNKNOWN_FREE
+    kilobytes = _reported("/proc/meminfo", "MemAvailable").removesuffix(" kB")
+    return int(kilobytes) * 1024 if kilobytes else UNKNOWN_FREE
 
 
 def commit() -> str | None:
     """Return the commit of the package's checkout; None outside of one."""
     folder = str(Path(gcond_kernels.__file__).parent)
-    sha = _answer("git", "-C", folder, "rev-parse", "--short=12", "HEAD")
-    changes = _answer("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
-    return f"{sha} with changes" if sha and changes else sha
+    form = "--abbrev=12", "--exclude=*", "--dirty= with changes"
+    return _answer("git", "-C", folder, "describe", "--always", *form)
 
 
-def _lines(path: str, start: str) -> list[str]:
-    if not Path(path).exists():
-        return []
-    return [line for line in Path(path).read_text().splitlines() if line.startswith(start)]
+def _reported(path: str, name: str) -> str:
+    """Return what follows a name in a file of Linux; "" elsewhere."""
+    text = Path(path).read_text() if Path(path).exists() else ""
+    found = re.search(rf"^{name}\s*:\s*(.*)$", text, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _version(library: str) -> str | None:

@@ -49,19 +49,12 @@ def benchmark(*names: str) -> Benchmark:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of both sections."""
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=2.0,
-        help="for each comparison, about; at least 5 rounds are made (default: 2)",
-    )
-    parser.add_argument(
-        "--published-code",
-        type=Path,
-        metavar="FILE",
-        help="the GCond authors' grad_conductor.py, to be measured beside ours",
-    )
+    add = parser.add_argument
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    about = "for each comparison, about; at least 5 rounds are made (default: 2)"
+    add("--seconds", type=float, default=2.0, help=about)
+    about = "the GCond authors' grad_conductor.py, to be measured beside ours"
+    add("--published-code", type=Path, metavar="FILE", help=about)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -87,37 +80,23 @@ def check(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
 
 
-# The table.
-
-
 def group_of(figure: Figure) -> str:
-    """Return the heading of a model."""
-    return (
-        f"{figure['model']}: {figure['parameters'] / 1e6:.4g} M parameters in "
-        f"{figure['tensors']} tensors"
-    )
+    text = "{model}: {millions:.4g} M parameters in {tensors} tensors"
+    return text.format_map(figure | {"millions": figure["parameters"] / 1e6})
 
 
 def foot(figures: Sequence[Figure]) -> str:
     """Return how many targets are met, and what stands in the columns."""
-    lines = [
+    met = [figure["met"] for figure in figures if "met" in figure]
+    return (
         "medians with quartiles; copy: of the fewest bytes that the operation must move, in turn "
-        "with it; B/par: bytes per parameter;",
-        "ops: calls of torch's operations; reads: values that the host reads, waiting for a GPU",
-    ]
-    met = [figure["met"] for figure in figures if figure.get("met") is not None]
-    if met:
-        lines.append(f"targets: {sum(met)} of {len(met)} met")
-    return "\n".join(lines)
-
-
-def copy_of(figure: Figure) -> str:
-    """Return the time of the copy."""
-    return table.time_of(figure["copy_seconds"], quartiles=False) if "fraction" in figure else ""
+        "with it; B/par: bytes per parameter;\n"
+        "ops: calls of torch's operations; reads: values that the host reads, waiting for a GPU\n"
+        f"targets: {sum(met)} of {len(met)} met"
+    )
 
 
 def target_of(figure: Figure) -> str:
-    """Return the bound of the figure."""
     if not figure.get("target"):
         return ""
     ((quantity, bound),) = figure["target"].items()
@@ -128,7 +107,7 @@ def target_of(figure: Figure) -> str:
 
 def notes_of(figure: Figure) -> str:
     """Return whether the target is met, and other quantities than times."""
-    notes = [{True: "met", False: "missed"}[figure["met"]]] if "met" in figure else []
+    notes = ["met" if figure["met"] else "missed"] if "met" in figure else []
     if "relative" in figure:
         notes.append(f"{table.ratio_of(figure['relative'])} x plain")
     if "samples_per_second" in figure:
@@ -144,18 +123,16 @@ def notes_of(figure: Figure) -> str:
     return "  ".join(notes)
 
 
+def operation_of(figure: Figure) -> str:
+    return f"  {figure['operation']} {figure.get('what', '')}".rstrip()
+
+
 COLUMNS = (
-    Column(
-        "  operation",
-        38,
-        lambda f: "  " + " ".join(filter(None, (f["operation"], f.get("what")))),
-        is_name=True,
-        left=True,
-    ),
+    Column("  operation", 38, operation_of, is_name=True, left=True),
     Column("K", 3, table.text("tasks"), is_name=True),
     Column("by", 24, table.text("by"), is_name=True, left=True),
     Column("time (quartiles)", 24, table.timed("seconds")),
-    Column("copy", 9, copy_of),
+    Column("copy", 24, table.timed("copy_seconds")),
     Column("copy / time", 18, lambda f: table.ratio_of(f["fraction"]) if "fraction" in f else ""),
     Column("target", 9, target_of),
     Column("", 0, notes_of),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.record import Figure
 
@@ -12,30 +12,17 @@ UNITS = ((1.0, "s", 2), (1e3, "ms", 2), (1e6, "us", 1))
 
 
 class Column(NamedTuple):
-    """A column of a table.
-
-    Attributes:
-        heading: of the column.
-        width: of its cells; longer ones push the rest of the line aside.
-        cell: the text of a figure.
-        is_name: it belongs to the figure's name, which stands left of a reason for no value too.
-        left: whether the text is aligned to the left.
-    """
+    """A column of a table."""
 
     heading: str
-    width: int
-    cell: Callable[[Figure], str]
-    is_name: bool = False
+    width: int  # longer cells push the rest of the line aside
+    cell: Callable[[Any], str]
+    is_name: bool = False  # a part of the figure's name, shown beside a reason for no value too
     left: bool = False
 
 
 class Table:
-    """Prints figures as lines; those of one group below its heading.
-
-    Args:
-        columns: of the table.
-        group: the heading of a figure's group, or "".
-    """
+    """Prints figures as lines; those of one group below its heading."""
 
     def __init__(
         self, columns: Sequence[Column], group: Callable[[Figure], str] = lambda _: ""
@@ -43,7 +30,7 @@ class Table:
         self.columns, self.group_of, self.group = columns, group, ""
         self._print([column.heading for column in columns])
 
-    def add(self, figure: Figure) -> None:
+    def add(self, figure: Any) -> None:
         """Print a figure, or why there is no value of it."""
         group = self.group_of(figure)
         if group != self.group:
@@ -74,12 +61,12 @@ def timed(field: str) -> Callable[[Figure], str]:
     return lambda figure: time_of(figure[field]) if field in figure else ""
 
 
-def time_of(seconds: dict[str, float], quartiles: bool = True) -> str:
-    """Return a time in a unit that suits it."""
+def time_of(seconds: dict[str, float]) -> str:
+    """Return a time with quartiles in a unit that suits it."""
     size = abs(seconds["median"])
     factor, unit, digits = next((entry for entry in UNITS if size * entry[0] >= 1.0), UNITS[-1])
     median, low, high = (f"{seconds[k] * factor:.{digits}f}" for k in ("median", "low", "high"))
-    return f"{median} ({low}-{high}) {unit}" if quartiles else f"{median} {unit}"
+    return f"{median} ({low}-{high}) {unit}"
 
 
 def ratio_of(values: dict[str, float]) -> str:

@@ -2,12 +2,8 @@
 
 All of them train copies of one model, with the same weights, batches and AdamW, on two losses that
 need all of the model; the batches are noise and lie on the device. Each method takes turns with
-plain accumulation, a step each, so that drift of the machine cancels in "relative". Plain
-accumulation takes turns with itself too: that shows how much of a difference is noise.
-
-TorchJD is used as its users accumulate gradients: `autojac.backward` adds the Jacobian of each
-micro-batch to `.jac`, and one `jac_to_grad` a step aggregates the sum. The losses of a micro-batch
-are differentiated one after the other, without `torch.vmap`.
+plain accumulation, a step each, so that drift of the machine cancels in "relative"; plain
+accumulation beside itself shows what is noise.
 """
 
 from __future__ import annotations
@@ -15,10 +11,12 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -41,8 +39,8 @@ Window = Callable[[Sequence[Batch]], object]
 
 GCOND: dict[str, Mode] = {"GCondFused exact": "exact", "GCondFused stochastic": "stochastic"}
 
-# Stochastic, as a multiple of plain accumulation of the same micro-batches; from the size of
-# ConvNeXt-Base on. In small models on small batches the calls count, one for each tensor.
+# Stochastic, as a multiple of plain accumulation of the same micro-batches; in smaller models the
+# calls count, one for each tensor.
 SLOWER_AT_MOST = 1.01
 LEAST_PARAMETERS_WITH_TARGET = 80_000_000
 # Times the seconds of other comparisons: steps are long, and differ little.
@@ -50,8 +48,7 @@ LONGER = 2.0
 # Accumulator and history of one more task, per parameter.
 BYTES_OF_A_TASK = 6.0
 LEARNING_RATE = 1e-4
-# Of the norm of the full gradient. In float32 the same is added in another order; in bfloat16 each
-# task's backward pass is rounded for itself.
+# Of the norm of the full gradient; on a GPU each task's backward pass is rounded to bfloat16.
 ROUNDING = {"cpu": 1e-5, "cuda": 3e-2}
 TASKS_OF_MEMORY = (2, 4, 8)
 LAYERS_OF_MEMORY = 8
@@ -90,33 +87,19 @@ TEXT_TASKS = {"tokens": Task(token_loss, 1.0), "z": Task(z_loss, 1e-4)}
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, and how it is accumulated.
-
-    Attributes:
-        name: of the model, one of `MODELS`.
-        device: where it is.
-        batch: images of a micro-batch, or sequences as long as the model takes.
-        resolution: sides of an image.
-        accumulation_steps: micro-batches per optimizer step.
-        seconds: that the rounds of one method take, about.
-    """
+    """What is trained, and how it is accumulated."""
 
     name: str
     device: torch.device
-    batch: int
-    resolution: int
+    batch: int  # images of a micro-batch, or sequences
+    resolution: int  # of an image
     accumulation_steps: int
-    seconds: float
+    seconds: float  # of the rounds of one method, about
 
     @property
     def tasks(self) -> dict[str, Task]:
         """Two losses of which each needs all of the model."""
         return IMAGE_TASKS if self.name in CONVNEXT else TEXT_TASKS
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Task → loss weight."""
-        return {name: task.weight for name, task in self.tasks.items()}
 
     def new_model(self) -> nn.Module:
         """Return a model of the same weights; on a GPU its forward pass is in bfloat16."""
@@ -174,7 +157,7 @@ def gcond(
     tasks = training.tasks
     optimizer = GCondFused(
         base,
-        training.weights,
+        {name: task.weight for name, task in tasks.items()},
         accumulation_steps=training.accumulation_steps,
         mode=mode,
         method=method,
@@ -191,7 +174,7 @@ def gcond(
 
 
 def torchjd(training: Training, model: nn.Module, base: torch.optim.Optimizer) -> Window:
-    """Return the same with TorchJD's UPGrad."""
+    """Return the same with TorchJD's UPGrad, of the sum of the micro-batches' Jacobians."""
     autojac = importlib.import_module("torchjd.autojac")
     aggregator = importlib.import_module("torchjd.aggregation").UPGrad()
     parameters = list(model.parameters())
@@ -218,67 +201,45 @@ def published_code(
     mode: Mode,
 ) -> Window:
     """Return the same with the code that the authors of the method published."""
-    losses = {name: (task.loss, task.weight) for name, task in training.tasks.items()}
-    return PublishedTraining(module, model, losses, base, training.accumulation_steps, mode).window
+    steps = training.accumulation_steps
+    return PublishedTraining(module, model, training.tasks, base, steps, mode).window
 
 
 class Competitor(NamedTuple):
-    """One method of the comparison.
-
-    Attributes:
-        by: its name.
-        new_window: makes of a training, a model and an optimizer what takes a step.
-        passes: backward passes of a micro-batch.
-        skipped: why it is not measured.
-    """
+    """One method of the comparison."""
 
     by: str
     new_window: Callable[[Training, nn.Module, torch.optim.Optimizer], Window]
-    passes: int
-    skipped: str | None = None
+    passes: int  # backward passes of a micro-batch
+    skipped: str | None = None  # why it is not measured
 
 
 def competitors(training: Training, published: ModuleType | None) -> Iterator[Competitor]:
     """Return all methods; plain accumulation first."""
     K = len(training.tasks)
+    passes = {"exact": K, "stochastic": 1}
     yield Competitor("plain accumulation", plain, 1)
     for by, mode in GCOND.items():
-        yield Competitor(by, partial(gcond, mode=mode), passes_of(mode, K))
+        yield Competitor(by, partial(gcond, mode=mode), passes[mode])
     yield Competitor("TorchJD UPGrad", torchjd, K, torchjd_missing())
     if published is not None:
         for mode in GCOND.values():
             new_window = partial(published_code, module=published, mode=mode)
-            yield Competitor(f"published code {mode}", new_window, passes_of(mode, K))
-
-
-def passes_of(mode: Mode, tasks: int) -> int:
-    """Return the backward passes of a micro-batch."""
-    return tasks if mode == "exact" else 1
+            yield Competitor(f"published code {mode}", new_window, passes[mode])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this section."""
-    group = parser.add_argument_group("training steps")
-    group.add_argument(
-        "--training-models",
-        nargs="*",
-        choices=MODELS,
-        metavar="NAME",
-        help=f"what is trained: {', '.join(MODELS)} (default: convnext_base on a GPU; the two pico "
-        "on a CPU; without a name memory alone is measured)",
+    add = parser.add_argument_group("training steps").add_argument
+    about = (
+        f"what is trained: {', '.join(MODELS)} (default: convnext_base on a GPU; the two pico "
+        "on a CPU; without a name memory alone is measured)"
     )
-    group.add_argument(
-        "--batch", type=int, help="images, or sequences, of a micro-batch (default: what suits)"
-    )
-    group.add_argument(
-        "--resolution", type=int, help="sides of an image (default: 224; 64 on a CPU)"
-    )
-    group.add_argument(
-        "--accumulation-steps",
-        type=int,
-        default=8,
-        help="micro-batches per optimizer step (default: 8)",
-    )
+    add("--training-models", nargs="*", choices=MODELS, metavar="NAME", help=about)
+    add("--batch", type=int, help="images or sequences of a micro-batch (default: what suits)")
+    add("--resolution", type=int, help="sides of an image (default: 224; 64 on a CPU)")
+    about = "micro-batches per optimizer step (default: 8)"
+    add("--accumulation-steps", type=int, default=8, help=about)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -296,7 +257,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def trainings(options: argparse.Namespace) -> list[Training]:
-    """Return what is trained; by default what a CPU, or a GPU, has done in about a minute."""
+    """Return what is trained, by default for about a minute."""
     on_gpu = options.device.type == "cuda"
     names = options.training_models
     if names is None:
@@ -318,9 +279,8 @@ def trainings(options: argparse.Namespace) -> list[Training]:
 def figures(options: argparse.Namespace) -> Iterator[Figure]:
     """Measure each method and model, and the memory of more tasks.
 
-    "seconds" are those of an optimizer step; "samples_per_second" counts the samples of its
-    micro-batches, each once however many losses it has; "peak_bytes" is the most that two steps
-    have allocated beyond the weights and the batches, AdamW's state included.
+    "seconds" are those of an optimizer step; samples count once, however many losses they have;
+    "peak_bytes" is the most that two steps allocate beyond the weights and the batches.
     """
     for training in trainings(options):
         yield from training_figures(training, options.published_code)
@@ -391,7 +351,7 @@ def measured(training: Training, competitor: Competitor, baseline: Window) -> Fi
 def in_turns(training: Training, run: Run, baseline: Run) -> tuple[list[float], list[float]]:
     """Return the seconds of every round, and as a multiple of the baseline's.
 
-    Each goes first in every second round: what one leaves in the caches the other finds there.
+    Each goes first in every second round, for what one leaves in the caches.
     """
     clock = Clock(training.device, training.seconds)
     once = sum(map(clock.seconds_of, (run, baseline)))
@@ -406,19 +366,14 @@ def in_turns(training: Training, run: Run, baseline: Run) -> tuple[list[float], 
 
 
 def check_sum(training: Training, mode: Mode) -> None:
-    """Check that GCondFused with the plain sum leaves the gradients of plain accumulation.
-
-    In stochastic mode the tasks see micro-batches of their own: these are all the same then.
-    """
+    """Check that GCondFused with the plain sum leaves the gradients of plain accumulation."""
     batches = training.batches
-    if mode == "stochastic":
+    if mode == "stochastic":  # its tasks see micro-batches of their own
         batches = batches[:1] * len(batches)
     expected = gradient_of(training, plain, batches)
     actual = gradient_of(training, partial(gcond, mode=mode, method=Sum()), batches)
-    # Differences first: the norms of two float32 sums would hide a small one.
-    norms = torch._foreach_norm(torch._foreach_sub(actual, expected) + tuple(expected))
-    squares = torch.stack(norms).double().square().view(2, -1).sum(1)
-    error = float((squares[0] / squares[1]).sqrt())
+    differences = torch._foreach_sub(actual, expected)
+    error = float(nn.utils.get_total_norm(differences) / nn.utils.get_total_norm(expected))
     if not error <= ROUNDING[training.device.type]:
         raise AssertionError(
             f"with the plain sum the gradient differs from plain accumulation by {error:.2g} of "
@@ -442,16 +397,12 @@ def check_losses(training: Training, model: nn.Module) -> None:
     logits = model(inputs)
     for name, task in training.tasks.items():
         loss = float(task.loss(logits, targets))
-        if not abs(loss) < float("inf"):
+        if not math.isfinite(loss):
             raise AssertionError(f"the loss {name!r} is {loss} after training")
 
 
 def memory_figures(device: torch.device, width: int = 2048) -> Iterator[Figure]:
-    """Measure the peak memory of steps with so many tasks, whose losses are functions.
-
-    The model is a stack of linear layers under SGD, the batch so small that activations do not
-    count: what is left is what the method itself keeps, beyond the weights.
-    """
+    """Measure the peak memory of steps, of a batch so small that activations do not count."""
     previous: Figure = {}
     for tasks in (1, *TASKS_OF_MEMORY):
         torch.manual_seed(0)
@@ -459,8 +410,7 @@ def memory_figures(device: torch.device, width: int = 2048) -> Iterator[Figure]:
         model = nn.Sequential(*layers).to(device)
         parameters = sum(p.numel() for p in model.parameters())
         x = torch.ones(1, width, device=device)
-        steps = plain_steps(model, x) if tasks == 1 else two_steps(model, x, tasks)
-        peak = peak_bytes(steps, device)
+        peak = peak_bytes(two_steps(model, x, tasks), device)
         figure: Figure = {
             "section": "training",
             "operation": "memory of steps",
@@ -476,7 +426,7 @@ def memory_figures(device: torch.device, width: int = 2048) -> Iterator[Figure]:
             figure["backend"] = ops.backend_for("auto", device).name
         if previous.get("tasks", 1) > 1:
             growth = (peak - previous["peak_bytes"]) / (tasks - previous["tasks"]) / parameters
-            # Sums of K×K numbers grow too, by some hundredths of a byte.
+            # K×K numbers grow too, by some hundredths of a byte.
             figure |= {
                 "bytes_per_parameter_and_task": growth,
                 "target": {"bytes_per_parameter_and_task": BYTES_OF_A_TASK},
@@ -486,30 +436,28 @@ def memory_figures(device: torch.device, width: int = 2048) -> Iterator[Figure]:
         yield figure
 
 
-def plain_steps(model: nn.Module, x: Tensor) -> Run:
-    """Return two steps of two micro-batches by plain accumulation."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def run() -> None:
-        for _ in range(2):
-            optimizer.zero_grad()
-            for _ in range(2):
-                model(x).square().mean().backward()
-            optimizer.step()
-
-    return run
-
-
 def two_steps(model: nn.Module, x: Tensor, tasks: int) -> Run:
-    """Return two steps of two micro-batches by GCondFused."""
+    """Return two steps of two micro-batches by GCondFused, of one task by plain accumulation."""
     base = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss() -> Tensor:
+        return model(x).square().mean()
+
+    def plain_run() -> None:
+        for _ in range(2):
+            base.zero_grad()
+            for _ in range(2):
+                loss().backward()
+            base.step()
+
+    if tasks == 1:
+        return plain_run
     weights = {f"task {k}": 1.0 for k in range(tasks)}
     optimizer = GCondFused(base, weights, accumulation_steps=2)
 
     def run() -> None:
         for _ in range(4):
-            losses = dict.fromkeys(optimizer.tasks, lambda: model(x).square().mean())
-            if optimizer.backward(losses):
+            if optimizer.backward(dict.fromkeys(optimizer.tasks, loss)):
                 optimizer.step()
 
     return run
@@ -526,10 +474,7 @@ def peak_bytes(run: Run, device: torch.device | str) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
         run()
     events = recording.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    changes = [event for event in events if event.name() == "[memory]"]
     assert changes, "the profiler recorded no allocation"
-    now = peak = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        now += change
-        peak = max(peak, now)
-    return peak
+    changes.sort(key=lambda event: event.start_ns())
+    return max(0, *accumulate(event.nbytes() for event in changes))
