@@ -12,7 +12,7 @@ import torch
 
 from bench import __main__, operations, others, plot, record, sections, table, training
 from bench.clock import Clock, Competitor, copies, laps_of
-from bench.inputs import TOLERANCE, Gradients, Storage, layout_of
+from bench.inputs import Gradients, Storage, layout_of
 from bench.operations import Bench, Case, Target, even_sizes, gramians_of
 from gcond_kernels import ops
 
@@ -135,23 +135,16 @@ def test_wrong_products_are_found():
 
 
 @pytest.mark.parametrize("place", [(0, 0), (0, 999), (2, 0), (3, 39)])
-@pytest.mark.parametrize("value", [float("nan"), 100.0])
-def test_a_wrong_element_of_the_result_is_found(place, value):
+@pytest.mark.parametrize(("value", "off"), [(float("nan"), "inf"), (100.0, r"\d+")])
+def test_a_wrong_element_of_the_result_is_found(place, value, off):
     storage = Storage(2, LAYOUT, CPU)
     weights = storage.arbitrate(storage.products_in_float64(), "python").weights
     storage.reset()
     storage.resolve("python")
     storage.check_written(weights, "fine")
     storage.outputs[place[0]][place[1]] = value
-    with pytest.raises(AssertionError, match="who: the result is off"):
+    with pytest.raises(AssertionError, match=f"who: the result is off by {off}"):
         storage.check_written(weights, "who")
-
-
-def test_a_result_that_was_not_written_is_found():
-    storage = Storage(2, LAYOUT, CPU)
-    storage.reset()
-    with pytest.raises(AssertionError, match="off by inf"):
-        storage.check_written(torch.ones(2), "who")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -177,10 +170,8 @@ def test_plain_torch_does_the_same(tasks):
         storage.check_products(gramians_of(run()), by)
     storage.reset()
     weights = storage.arbitrate(storage.products_in_float64(), "python").weights
-    ways = others.combinations(storage, weights.tolist()) | others.resolutions(storage)
-    assert set(ways) == {others.FOREACH, others.LOOP}
-    assert TOLERANCE < others.TOLERANCE < 0.01
     for made in (others.combinations(storage, weights.tolist()), others.resolutions(storage)):
+        assert set(made) == {others.FOREACH, others.LOOP}
         for by, run in made.items():
             storage.reset()
             run()
@@ -279,11 +270,11 @@ def test_only_a_combination_of_the_gradients_counts_as_one(weights):
 
 
 @pytest.mark.slow
-def test_without_torchjd_the_figures_say_so(monkeypatch):
-    monkeypatch.setattr(others, "torchjd_missing", lambda: "TorchJD is not installed")
-    figures = list(tiny_bench(models=["mobilenetv3_small"], tasks=[2]).figures())
-    left_out = [f for f in figures if "skipped" in f]
-    assert [(f["by"], f["skipped"]) for f in left_out] == [("TorchJD", "TorchJD is not installed")]
+def test_without_torchjd_a_figure_has_the_reason(monkeypatch):
+    monkeypatch.setattr(others, "torchjd_missing", lambda: "not installed")
+    figures = list(tiny_bench(models=["mobilenetv3_small"]).figures())
+    left_out = [(f["by"], f["skipped"]) for f in figures if "skipped" in f]
+    assert left_out == [("TorchJD", "not installed")]
 
 
 def tiny_bench(**options) -> Bench:
@@ -293,7 +284,7 @@ def tiny_bench(**options) -> Bench:
 
 @pytest.fixture(scope="module")
 def figures() -> list[dict]:
-    return list(tiny_bench(millions=[0.31], tasks=[2]).figures())
+    return list(tiny_bench(millions=[0.31]).figures())
 
 
 def test_every_operation_is_measured_beside_a_copy(figures):
@@ -304,11 +295,10 @@ def test_every_operation_is_measured_beside_a_copy(figures):
     expected |= {(name, "") for name in ("arbitrate", "gramian", "combine", "resolution")}
     assert ours == expected
     by = {f["by"]: f["section"] for f in figures if f["operation"] == "aggregation"}
-    assert by == {
-        f"{who}{name}": section
-        for who, section in (("python, ", "operations"), ("TorchJD ", "others"))
-        for name in ("PCGrad", "UPGrad", "CAGrad")
-    }
+    for name in ("PCGrad", "UPGrad", "CAGrad"):
+        assert by.pop(f"python, {name}") == "operations"
+        assert by.pop(f"TorchJD {name}") == "others"
+    assert not by
     for figure in figures:
         assert figure["seconds"]["low"] <= figure["seconds"]["median"] <= figure["seconds"]["high"]
         if figure["operation"] != "arbitrate":
@@ -336,10 +326,8 @@ def test_the_bytes_are_those_of_the_budget(figures):
 
 def test_others_stand_beside_and_are_counted(figures):
     by = {f["by"]: f for f in figures if f["operation"] == "resolution"}
-    assert set(by) == {
-        "python", "torch foreach", "torch loop",
-        "TorchJD PCGrad", "TorchJD UPGrad", "TorchJD CAGrad",
-    }  # fmt: skip
+    theirs = {f"TorchJD {name}" for name in ("PCGrad", "UPGrad", "CAGrad")}
+    assert set(by) == {"python", "torch foreach", "torch loop"} | theirs
     assert {f["section"] for name, f in by.items() if name != "python"} == {"others"}
     for figure in by.values():
         assert figure["bytes_moved"] > figure["parameters"]
@@ -369,11 +357,8 @@ def test_what_does_not_fit_is_said(monkeypatch):
 
 
 def test_targets():
-    case = Case("gramian", "even", LAYOUT, 2)
     assert Target("fraction", 0.9).judged(0.91) == {"target": {"fraction": 0.9}, "met": True}
     assert Target("seconds", 1e-5).judged(2e-5) == {"target": {"seconds": 1e-5}, "met": False}
-    assert case.figure("cuda, one launch")["section"] == "operations"
-    assert case.figure("torch loop")["section"] == "others"
 
 
 @pytest.mark.parametrize(
@@ -391,21 +376,18 @@ def test_times_are_shown_in_a_unit_that_suits_them(seconds, text):
 
 def run_main(tmp_path, capsys, *options):
     output = tmp_path / "figures.json"
-    code = __main__.main(
-        ["operations", "--models", "--millions", "1", "--tasks", "2", "--seconds", "1e-6",
-         "--device", "cpu", "--output", str(output), *options]
-    )  # fmt: skip
+    given = "operations --models --millions 1 --tasks 2 --seconds 1e-6 --device cpu --output"
+    code = __main__.main([*given.split(), str(output), *options])
     return code, output, capsys.readouterr()
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    command = ["operations", "--output", str(folder / "figures.json")]
-    command += ["--models", "mobilenetv3_small", "--millions", "1", "--tasks", "3", "2"]
-    command += ["--seconds", "0.001", "--device", "cpu"]
+    command = "operations --models mobilenetv3_small --millions 1 --tasks 3 2 --seconds 0.001"
+    command += f" --device cpu --output {folder / 'figures.json'}"
     with redirect_stdout(io.StringIO()) as printed:
-        assert __main__.main(command) == 0, printed.getvalue()
+        assert __main__.main(command.split()) == 0, printed.getvalue()
     lines = printed.getvalue().splitlines()
     assert lines.count("mobilenetv3_small: 0.0903 M parameters in 6 tensors") == 1
     assert any(line.split()[:3] == ["resolution", "3", "python"] for line in lines)
@@ -416,7 +398,7 @@ def recorded(tmp_path_factory):
 def test_the_command_writes_figures_with_machine_and_commit(recorded):
     written = record.read(recorded)
     assert {"device", "torch", "python", "commit", "gcond_kernels"} <= set(written["machine"])
-    assert written["command"].startswith("python -m bench operations --output")
+    assert written["command"].startswith("python -m bench operations --models")
     assert {f["model"] for f in written["figures"]} == {"even", "mobilenetv3_small"}
 
 
@@ -439,20 +421,20 @@ def test_without_a_record_there_are_no_pictures(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
-        (["--device", "nowhere"], "--device nowhere cannot be used"),
-        (["--tasks", "1"], "--tasks 1: a conflict takes two tasks"),
-        (["--seconds", "0"], "--seconds must be above 0"),
-        (["--millions", "0.1"], "--millions must be 1 or more"),
-        (["--published-code", "nothing.py"], "--published-code: nothing.py"),
-        (["--output", "no/such/folder/x.json"], "--output no/such/folder/x.json cannot be written"),
-        (["--output", "."], "--output . cannot be written"),
-        (["--device", "meta"], "--device meta cannot be used: only cpu and cuda"),
-        (["--seconds", "nan"], "--seconds must be above 0"),
+        ("--device cuda:99", "--device cuda:99 cannot be used"),
+        ("--device nowhere", "--device nowhere cannot be used"),
+        ("--device meta", "--device meta cannot be used: only cpu and cuda"),
+        ("--tasks 1", "--tasks 1: a conflict takes two tasks"),
+        ("--seconds 0", "--seconds must be above 0"),
+        ("--seconds nan", "--seconds must be above 0"),
+        ("--millions 0.1", "--millions must be 1 or more"),
+        ("--published-code nothing.py", "--published-code: nothing.py"),
+        ("--output no/such/folder/x.json", "--output no/such/folder/x.json cannot be written"),
+        ("--output .", "--output . cannot be written"),
     ],
 )
 def test_bad_options_are_named_before_anything_is_measured(options, message, tmp_path, capsys):
-    code, output, printed = run_main(tmp_path, capsys, *options)
+    code, output, printed = run_main(tmp_path, capsys, *options.split())
     assert code == 2
     assert message in printed.err
     assert not output.exists()

@@ -109,9 +109,7 @@ def test_of_another_machine_times_do_not_compare(compared, key):
     assert second.startswith("different machines: only counts and fractions compare")
     assert row(output, "seconds")[-2:] == ["other", "machine"]
     assert row(output, "fraction")[-2:] == ["within", "spread"]
-
-
-def test_another_version_is_said_and_is_the_same_machine(compared):
+    # Another version makes no other machine.
     _, output, _ = compared([COMBINE], [COMBINE], new_machine=MACHINE | {"torch": "2.14.0"})
     assert output.startswith("torch: 2.13.0 -> 2.14.0\n")
     assert "machines" not in output
@@ -123,7 +121,6 @@ def test_figures_of_one_file_alone_are_named_at_the_end(compared):
     old, new = output.split("only in ")[1:]
     assert old.split(":\n")[1].split("\n")[0] == "  training plain convnext base K=2 batch=16"
     assert "28 M in 180 K=4" in new
-    assert new.startswith(f"{new.split(':')[0]}:\n")
     assert new.split(":")[0].endswith("new.json")
 
 
@@ -140,6 +137,7 @@ def test_fields_it_does_not_know_tell_figures_apart(compared):
     assert compared([TRAINED], [TRAINED | {"resolution": 224}])[0] == 1
     assert compared([TRAINED], [TRAINED | {"loss": 0.5, "steady": True, "note": None}])[0] == 0
     assert compared([TRAINED], [TRAINED | {"what": ""}])[0] == 0
+    assert compared([COUNTED | {"rounds": 5}], [COUNTED | {"rounds": 31}])[0] == 0
 
 
 def test_reasons_stand_for_values(compared):
@@ -183,12 +181,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys, text, said, place
     assert output == ""
     assert errors.startswith(f"{bad}: ")
     assert said in errors
-
-
-def test_rounds_are_no_part_of_a_name(compared):
-    code, output, _ = compared([COUNTED | {"rounds": 5}], [COUNTED | {"rounds": 31}])
-    assert code == 0
-    assert "only in" not in output
 
 
 def test_the_recorded_counts_compare_with_themselves(capsys):

@@ -50,15 +50,6 @@ def test_models_have_the_parameters_that_their_papers_say(name):
     assert (sum(map(math.prod, shapes)), len(shapes)) == TOTALS[name]
 
 
-def test_mobilenet_has_every_kind_of_layer():
-    shapes = shapes_of("mobilenetv3_small")
-    # Stem; the first block's depthwise convolution, squeeze and excitation; the head.
-    assert shapes[0] == (16, 3, 3, 3)
-    assert shapes[3] == (16, 1, 3, 3)
-    assert shapes[6:10] == [(8, 16, 1, 1), (8,), (16, 8, 1, 1), (16,)]
-    assert shapes[-4:] == [(1024, 576), (1024,), (1000, 1024), (1000,)]
-
-
 def test_a_token_sees_none_of_those_after_it():
     model = new_model("transformer_pico")
     tokens = torch.arange(8)[None]
@@ -81,16 +72,9 @@ def test_each_loss_needs_the_whole_model(name):
 def test_a_figure_for_every_method(name):
     figures = {f["by"]: f for f in training.training_figures(small(name), None)}
     passes = {by: figure["backward_passes"] for by, figure in figures.items()}
-    assert passes == {
-        "plain accumulation": 4,
-        "GCondFused exact": 8,
-        "GCondFused stochastic": 4,
-        "TorchJD UPGrad": 8,
-    }
+    assert passes.pop("plain accumulation") == passes.pop("GCondFused stochastic") == 4
+    assert passes == {"GCondFused exact": 8, "TorchJD UPGrad": 8}
     for by, figure in figures.items():
-        if "skipped" in figure:
-            assert by == "TorchJD UPGrad"
-            continue
         assert "error" not in figure, figure
         assert (figure["section"], figure["operation"]) == ("training", "optimizer step")
         assert figure["model"] == name.replace("_", " ")
@@ -127,16 +111,12 @@ def test_the_published_code_takes_part_where_it_is_given(monkeypatch):
 
     monkeypatch.setattr(training, "PublishedTraining", Stub)
     module = ModuleType("grad_conductor")
-    case = small()
+    case, weights = small(), {"hard": 0.5, "soft": 0.5}
     last = list(training.competitors(case, module))[-2:]
-    assert [(each.by, each.passes) for each in last] == [
-        ("published code exact", 2),
-        ("published code stochastic", 1),
-    ]
-    for each in last:
+    for each, mode, passes in zip(last, ("exact", "stochastic"), (2, 1), strict=True):
+        assert (each.by, each.passes) == (f"published code {mode}", passes)
         assert "seconds" in training.measured(case, each, lambda _: None)
-    weights = {"hard": 0.5, "soft": 0.5}
-    assert made == [(module, weights, 4, mode) for mode in ("exact", "stochastic")]
+        assert made.pop() == (module, weights, 4, mode)
 
 
 def test_methods_take_turns():
