@@ -6,11 +6,9 @@
 #
 # All parts run even where one fails; each leaves a log in OUTDIR, and the figures are in
 # OUTDIR/bench_<GPU>.json, with pictures where matplotlib is there. The exit status is 0 where all
-# parts passed; figures that the time does not do for are no failure. It works from a plain
-# checkout: PYTHON (default python3) needs torch, triton, numpy, pytest and hypothesis, not this
-# package. The CUDA C++ kernels are compiled for the GPU at hand, which needs nvcc, pybind11 and
-# ninja; without them that part fails, and the others go on with Triton alone. PUBLISHED_CODE may
-# name the GCond authors' grad_conductor.py, to be measured too; TorchJD is where it is installed.
+# parts passed; figures that the time does not do for are no failure. From a plain checkout, PYTHON
+# (default python3) needs torch, triton, numpy, pytest and hypothesis, and for the CUDA C++ kernels
+# nvcc, pybind11 and ninja. PUBLISHED_CODE may name the GCond authors' grad_conductor.py.
 set -euo pipefail
 
 if [ $# -ne 1 ]; then
@@ -115,8 +113,7 @@ import torch
 major, minor = torch.cuda.get_device_capability()
 print(f"{major}{minor}", torch.cuda.get_device_name(0))') || true
 
-# Without pyproject.toml, which asks for a recent setuptools, and without a package index: nothing is
-# fetched.
+# Without pyproject.toml, which asks for a recent setuptools: nothing is fetched.
 cat >build.sh <<'END'
 set -euo pipefail
 mkdir source
@@ -139,15 +136,14 @@ allow 135
 part tests_sanitize "${pytest[@]}" -m "gpu and sanitize" tests/ops tests/gpu || true
 part tests_gpu "${pytest[@]}" -m gpu tests/gpu || true
 
-# A training step, then the operations from small to large: should the time not do, what was
-# measured until then is kept.
+# From small to large: should the time not do, what was measured until then is kept.
 figures=$out/bench_${gpu//[^A-Za-z0-9]/-}.json
 allow 200
 published=()
 if [ -n "${PUBLISHED_CODE:-}" ]; then published=(--published-code "$PUBLISHED_CODE"); fi
 part benchmark "$python" -m bench --output "$figures" --tasks 2 4 8 --seconds 0.3 \
     --models mobilenetv3_small convnext_base --millions 16 1000 "${published[@]}" || true
-# Stopped is not failed: the figures until then are kept, and drawn here.
+# Stopped is not failed.
 sed -i -E '/^benchmark /s/failed: (stopped after)/\1/' "$notes"
 if "$python" -c 'import matplotlib' 2>/dev/null; then
     "$python" -m bench plot "$figures" || note pictures "failed" 0
@@ -179,15 +175,9 @@ done
 for check in "${checks[@]}"; do
     wait "$check" || true
 done
-for backend in "${backends[@]}"; do
-    for tool in memcheck racecheck synccheck; do
-        printf '\n== %s\n' "${tool}_$backend"
-        tail -n 20 "$out/${tool}_$backend.log"
-    done
-done
+tail -n 20 "$out"/{mem,race,sync}check_*.log || true
 
-# Last, because they gain most from the time that is left over, and most of it goes into compiling,
-# on the CPU.
+# Last, because they gain most from the time that is left over.
 allow 20
 processes=()
 if "$python" -c 'import xdist' 2>/dev/null; then processes=(-n 8); fi

@@ -33,7 +33,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -129,17 +129,61 @@ def join(rank: int, store: str, size: int) -> torch.device:
     return device
 
 
-class MicroBatches:
-    """What every step of a rank sees."""
+class Training:
+    """A model and its optimizer in one process group."""
+
+    def __init__(self, model: DistributedDataParallel, optimizer: GCondFused, rank: Rank) -> None:
+        self.model, self.optimizer, self.rank = model, optimizer, rank
+        self.sent = 0  # accumulators, before the last window was resolved
+        self._full = self._resolved = 0.0
+
+    def step(self, sent: str = AT_ONCE) -> Times:
+        """Make a window and its step."""
+        optimizer, now = self.optimizer, self.rank.now
+        late = mock.patch.object(optimizer._rank_strategy, "mark_complete", return_value=None)
+        sending = late if sent == IN_RESOLVE else nullcontext()
+        with sending, mock.patch.object(optimizer, "resolve", self._resolve):
+            start = now()
+            for x in self.rank.inputs:
+                losses = self.rank.losses(self.model(x))
+                optimizer.backward({task: losses[task] for task in optimizer.active_tasks})
+            optimizer.step()
+            return {"step": now() - start, "resolve": self._resolved - self._full}
+
+    def _resolve(self) -> None:
+        """Time what the last `backward` of a window calls; `step` calls it for nothing."""
+        if self.optimizer._window.resolved:
+            return
+        self.sent = self.optimizer._rank_strategy.sent
+        self._full = self.rank.now()
+        GCondFused.resolve(self.optimizer)
+        self._resolved = self.rank.now()
+
+    def exchange(self) -> Times:
+        """Make the collectives of a window, which leave accumulators of no use."""
+        strategy: Any = self.optimizer._rank_strategy
+        now = self.rank.now
+        start = now()
+        for task in range(len(self.rank.targets)):
+            strategy._start_reduction(task)()
+        there = now()
+        strategy.gather(strategy.local_gradients(torch.ones(()), 0.0))
+        return {"reduce": there - start, "gather": now() - there}
+
+
+class Rank:
+    """All that one rank measures."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.options, self.device = options, device
         generator = torch.Generator().manual_seed(dist.get_rank())
         shape = options.accumulation_steps, options.batch, options.width
-        self.device = device
         self.inputs = torch.randn(shape, generator=generator).to(device)
         targets = torch.randn(options.tasks, options.width, generator=generator)
         targets -= 1.1 * targets.mean(0)  # there is a conflict to resolve
         self.targets = {f"task {k}": target.to(device) for k, target in enumerate(targets)}
+        groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        self.alone = groups[dist.get_rank()]
 
     def losses(self, y: Tensor) -> dict[str, Tensor]:
         """Return the loss of every task; autograd goes through those alone that are taken."""
@@ -152,64 +196,6 @@ class MicroBatches:
             torch.cuda.current_stream(self.device).synchronize()
         return time.perf_counter()
 
-
-class Training:
-    """A model and its optimizer in one process group."""
-
-    def __init__(
-        self, model: DistributedDataParallel, optimizer: GCondFused, micro_batches: MicroBatches
-    ) -> None:
-        self.model, self.optimizer, self.micro_batches = model, optimizer, micro_batches
-        self.sent = 0  # accumulators, before the last window was resolved
-        self._full = self._resolved = 0.0
-
-    def step(self, sent: str = AT_ONCE) -> Times:
-        """Make a window and its step."""
-        optimizer, now = self.optimizer, self.micro_batches.now
-        with self._sending(sent), mock.patch.object(optimizer, "resolve", self._resolve):
-            start = now()
-            for x in self.micro_batches.inputs:
-                losses = self.micro_batches.losses(self.model(x))
-                optimizer.backward({task: losses[task] for task in optimizer.active_tasks})
-            optimizer.step()
-            return {"step": now() - start, "resolve": self._resolved - self._full}
-
-    def _resolve(self) -> None:
-        """Time what the last `backward` of a window calls; `step` calls it for nothing."""
-        if self.optimizer._window.resolved:
-            return
-        self.sent = self.optimizer._rank_strategy.sent
-        self._full = self.micro_batches.now()
-        GCondFused.resolve(self.optimizer)
-        self._resolved = self.micro_batches.now()
-
-    def exchange(self) -> Times:
-        """Make the collectives of a window, which leave accumulators of no use."""
-        strategy: Any = self.optimizer._rank_strategy
-        now = self.micro_batches.now
-        start = now()
-        for task in range(len(self.micro_batches.targets)):
-            wait = strategy._start_reduction(task)
-            wait()
-        there = now()
-        strategy.gather(strategy.local_gradients(torch.ones(()), 0.0))
-        return {"reduce": there - start, "gather": now() - there}
-
-    def _sending(self, sent: str) -> AbstractContextManager[object]:
-        if sent == AT_ONCE:
-            return nullcontext()
-        return mock.patch.object(self.optimizer._rank_strategy, "mark_complete", return_value=None)
-
-
-class Rank:
-    """All that one rank measures."""
-
-    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
-        self.options, self.device = options, device
-        self.micro_batches = MicroBatches(options, device)
-        groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-        self.alone = groups[dist.get_rank()]
-
     def measure(self) -> Measured:
         """Return the times of every case, round by round, over all ranks."""
         cases: dict[Case, Callable[[], Times]] = {
@@ -221,7 +207,9 @@ class Rank:
         times: Measured = {case: [] for case in cases}
         for number in range(-WARM_UP, self.options.rounds):
             for case in list(cases) if number % 2 else reversed(cases):
-                self.barrier()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                dist.barrier()
                 taken = cases[case]()
                 if number >= 0:
                     times[case].append(taken)
@@ -250,7 +238,7 @@ class Rank:
             early.step()
             late.step(IN_RESOLVE)
             # The next shard goes where the accumulator of the first was, once that has arrived.
-            tasks = 1 if strategy == "shard" else len(self.micro_batches.targets)
+            tasks = 1 if strategy == "shard" else len(self.targets)
             if early.sent < (0 if window == 0 else tasks) or late.sent > 0:
                 raise RuntimeError(f"{mode}, {strategy}: {early.sent} and {late.sent} were sent")
         others = dict(late.model.named_parameters())
@@ -264,12 +252,12 @@ class Rank:
         model = self.model(group)
         optimizer = GCondFused(
             torch.optim.SGD(model.parameters(), lr=RATE),
-            dict.fromkeys(self.micro_batches.targets, 1.0),
+            dict.fromkeys(self.targets, 1.0),
             accumulation_steps=self.options.accumulation_steps,
             mode=mode,
             distributed=Distributed(strategy, model),  # type: ignore[arg-type]
         )
-        return Training(model, optimizer, self.micro_batches)
+        return Training(model, optimizer, self)
 
     def model(self, group: Any) -> DistributedDataParallel:
         """Return a stack of linear layers, the same on every rank."""
@@ -281,27 +269,21 @@ class Rank:
 
     def plain_step(self, group: Any) -> Callable[[], Times]:
         """Return a window of plain accumulation of the sum of the losses, and its step."""
-        model, data = self.model(group), self.micro_batches
+        model = self.model(group)
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-        last = len(data.inputs) - 1
+        steps = len(self.inputs)
 
         def step() -> Times:
-            start = data.now()
-            for i, x in enumerate(data.inputs):
-                with model.no_sync() if i < last else nullcontext():
-                    loss = torch.stack(list(data.losses(model(x)).values())).sum()
-                    (loss / len(data.inputs)).backward()
+            start = self.now()
+            for i, x in enumerate(self.inputs):
+                with model.no_sync() if i < steps - 1 else nullcontext():
+                    loss = torch.stack(list(self.losses(model(x)).values())).sum()
+                    (loss / steps).backward()
             optimizer.step()
             optimizer.zero_grad()
-            return {"step": data.now() - start}
+            return {"step": self.now() - start}
 
         return step
-
-    def barrier(self) -> None:
-        """Wait until all ranks are here, and all devices have done what they were given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        dist.barrier()
 
     def report(self, line: str) -> None:
         """Print a line from the first rank."""

@@ -118,9 +118,8 @@ class Training:
         return [self.new_batch(generator) for _ in range(self.accumulation_steps)]
 
     def new_batch(self, generator: torch.Generator) -> Batch:
-        """Return noise; images have a teacher's probabilities of the classes, noise as well."""
-        if self.name in TRANSFORMER:
-            size = TRANSFORMER[self.name]
+        """Return noise: tokens, or images with a teacher's probabilities of the classes."""
+        if size := TRANSFORMER.get(self.name):
             shape = self.batch, size.context + 1
             tokens = torch.randint(size.vocabulary, shape, generator=generator).to(self.device)
             return tokens[:, :-1], tokens[:, 1:]
@@ -405,7 +404,6 @@ def memory_figures(device: torch.device, width: int = 2048) -> Iterator[Figure]:
     """Measure the peak memory of steps, of a batch so small that activations do not count."""
     previous: Figure = {}
     for tasks in (1, *TASKS_OF_MEMORY):
-        torch.manual_seed(0)
         layers = [nn.Linear(width, width) for _ in range(LAYERS_OF_MEMORY)]
         model = nn.Sequential(*layers).to(device)
         parameters = sum(p.numel() for p in model.parameters())
@@ -424,7 +422,7 @@ def memory_figures(device: torch.device, width: int = 2048) -> Iterator[Figure]:
         }
         if tasks > 1:
             figure["backend"] = ops.backend_for("auto", device).name
-        if previous.get("tasks", 1) > 1:
+        if tasks > TASKS_OF_MEMORY[0]:
             growth = (peak - previous["peak_bytes"]) / (tasks - previous["tasks"]) / parameters
             # K×K numbers grow too, by some hundredths of a byte.
             figure |= {

@@ -176,16 +176,16 @@ def test_memory_grows_by_accumulator_and_history_of_a_task(monkeypatch, bytes_of
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "message",
     [
-        ("--batch 0", "--batch 0: must be 1 or more"),
-        ("--resolution 30", "--resolution 30: must be a multiple of 32"),
-        ("--accumulation-steps 1", "--accumulation-steps 1: stochastic mode"),
+        "--batch 0: must be 1 or more",
+        "--resolution 30: must be a multiple of 32",
+        "--accumulation-steps 1: stochastic mode",
     ],
 )
-def test_bad_options_are_named(options, message):
+def test_bad_options_are_named(message):
     with pytest.raises(InputError, match=message):
-        training.check(parsed(*options.split()))
+        training.check(parsed(*message.partition(":")[0].split()))
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
@@ -195,8 +195,7 @@ def parsed(*arguments: str) -> argparse.Namespace:
 
 
 def test_options_override_what_suits_the_device():
-    names = [each.name for each in training.trainings(parsed())]
-    assert names == ["convnext_pico", "transformer_pico"]
+    assert [each.name for each in training.trainings(parsed())] == list(SMALL)
     assert training.trainings(parsed("--training-models")) == []
     arguments = "--training-models convnext_tiny --batch 3 --resolution 96 --accumulation-steps 2"
     (only,) = training.trainings(parsed(*arguments.split()))
