@@ -213,7 +213,7 @@ class Rank:
                 taken = cases[case]()
                 if number >= 0:
                     times[case].append(taken)
-            self.report(f"round {number + 1} of {self.options.rounds}")
+            self.report(f"round {number + 1} of {self.options.rounds} is done")
         return over_ranks(times)
 
     def cases(self, mode: str) -> dict[Case, Callable[[], Times]]:
