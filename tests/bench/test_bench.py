@@ -264,7 +264,7 @@ def test_only_a_combination_of_the_gradients_counts_as_one(weights):
     result = torch.tensor(weights) @ storage.accumulators
     outputs = [result[chunk].bfloat16().float() for _, chunk in storage.chunks()]
     others.check_combination(outputs, storage, "who")
-    outputs[0][:100] = 0.0
+    outputs[0][:500] = 0.0  # of [1, 1] the sum nearly cancels out: fewer may pass for rounding
     with pytest.raises(AssertionError, match="who: the result is no combination"):
         others.check_combination(outputs, storage, "who")
 
