@@ -12,7 +12,7 @@ from bench.recipe import run
 # Modules with a BENCHMARK, or sections of `sections`.
 BENCHMARKS = {
     "all": "operations and training steps, beside others (the default)",
-    "quick": "the same in about a minute, of small models",
+    "quick": "the same in a few minutes, of small models",
     "operations": "each operation by every backend, beside a copy and others",
     "training": "training steps beside plain accumulation and others, their time and memory",
     "counts": "bytes, launches and host reads of each operation, counted and compared",
