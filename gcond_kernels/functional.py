@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -19,9 +19,9 @@ from gcond_kernels.options import method_of
 from gcond_kernels.storage.collect import in_memory_order
 from gcond_kernels.storage.dtensor import is_dtensor
 from gcond_kernels.storage.layout import Segment, check_parameter, segments_of
-from gcond_kernels.storage.shared_parameters import SharedParameters, shared_tensors
+from gcond_kernels.storage.shared_parameters import SharedParameters, update_shared
 
-Gradients: TypeAlias = "Sequence[Sequence[Tensor | None]] | Sequence[Tensor]"
+Gradients: TypeAlias = "Sequence[Sequence[Tensor | None]]"
 
 
 @fixed_precision
@@ -35,8 +35,8 @@ def gramian(gradients: Gradients) -> Tensor:
         weights = gcond_kernels.UPGrad()(S)
 
     Args:
-        gradients: as for `resolve_gradients`: K sequences of T tensors, or T Jacobians [K, ...], of
-            float32, bfloat16, float16 or float64. They are read where they are, not copied.
+        gradients: as for `resolve_gradients`: K sequences of T tensors of float32, bfloat16,
+            float16 or float64, or None. They are read where they are, not copied.
 
     Returns:
         [K, K] float64, on the device of the gradients. Squares are formed in float32: numbers
@@ -83,20 +83,21 @@ def resolve_gradients(
     Args:
         parameters: T parameters on one device, no DTensors.
         gradients: K sequences, one for each task, of T tensors in the parameters' shapes or None,
-            as `torch.autograd.grad` returns them; or T Jacobians, tensors [K, ...] with the tasks
-            in front, as `torch.func.vmap` and `jacrev` return them and TorchJD leaves them in
-            `.jac`. They are copied to float32: 4 bytes per parameter and task while this runs.
+            as `torch.autograd.grad` returns them. Of T Jacobians [K, ...], as `torch.func.vmap`
+            and `jacrev` return them and TorchJD leaves them in `.jac`, give
+            `list(zip(*jacobians, strict=True))`. They are copied to float32: 4 bytes per
+            parameter and task while this runs.
         method: one of `gcond_kernels.methods`, or a function from the Gramian [K, K] to weights
             [K]; None is `GCond()`.
-        state: what the method keeps from step to step (averages, history): pass the same dict, {}
-            at first, in every step; it is filled and changed in place, and may be saved. None
-            starts the method afresh.
+        state: what is kept from step to step (averages, history, which tasks use a parameter): pass
+            the same dict, {} at first, in every step; it is filled and changed in place, and may be
+            saved. None starts afresh: without history, averages and random numbers so far.
 
     Returns:
         [K] float64 weights, on the device: the resolved gradient is Σ_k weights[k] · g_k. NaN for
-        GradDrop, which has none. Where a gradient holds a NaN or an infinity, all weights and all
-        of `.grad` are NaN, and the state stays as it is (but for GradDrop's counter): GradScaler
-        skips such a step.
+        GradDrop, which has none. Where a gradient holds a NaN, an infinity or values beyond 1e19,
+        all weights and all of `.grad` are NaN, and the state stays as it is (but for GradDrop's
+        counter): GradScaler skips such a step.
 
     Raises:
         TypeError, ValueError: the gradients do not go with the parameters, the method needs what
@@ -107,8 +108,7 @@ def resolve_gradients(
     _check_method(method)
     segments, length = _segments(list(parameters))
     tasks = _in_order(segments, _by_task(gradients))
-    memory = {} if state is None else state
-    _prepare_state(method, segments, len(tasks), length, memory)
+    memory = _prepared(method, segments, len(tasks), length, state)
     has_any = [any(g is not None for g in column) for column in zip(*tasks, strict=True)]
     outputs = [
         segment.empty(segment.parameter.dtype, segment.parameter.device) if written else None
@@ -116,7 +116,7 @@ def resolve_gradients(
     ]
     accumulated = _accumulated(segments, tasks, length)._replace(history=memory["history"])
     present = sum(any(g is not None for g in task) for task in tasks)
-    weights = _resolve(method, accumulated, outputs, memory["method"], present)
+    weights = _resolve(method, accumulated, outputs, memory, present)
     for segment, output in zip(segments, outputs, strict=True):
         segment.parameter.grad = output
     return weights
@@ -126,16 +126,18 @@ def _resolve(
     method: Method,
     gradients: TaskGradients,
     outputs: list[Tensor | None],
-    state: dict[str, Tensor],
+    memory: dict[str, Any],
     present: int,
 ) -> Tensor:
     """Compare, decide and write; where something is not finite, write NaN and keep the state."""
-    K = len(gradients.accumulators)
+    state: dict[str, Tensor] = memory["method_state"]
     products = ops.gramian(gradients, history_scale=state.get("history_scale"))
-    used = products.per_tensor.diagonal(dim1=1, dim2=2) > 0.0  # [T, K]
-    flags = shared_tensors(used, method.compares_single_task and present <= 1)
+    alone = method.compares_single_task and present <= 1
+    flags, changed = update_shared(memory["parameter_tasks"], memory["was_shared"], products, alone)
+    if "history_gramian" in state:  # known of the tensors alone that were compared before
+        state["history_gramian"].masked_fill_(changed, 0.0)
     shared = SharedParameters(False, flags, False)
-    S, X = shared.gramians(products, K)
+    S, X = shared.gramians(products, len(gradients.accumulators))
     decision = method.decide(Comparison(S, X, gradients.scale), state)
     finite = decision.finite & products.total.isfinite().all()
     weights = torch.where(finite, decision.weights, torch.nan)
@@ -164,26 +166,33 @@ def _check_method(method: Method) -> None:
 
 
 def _by_task(gradients: Gradients) -> list[list[Tensor | None]]:
-    """Return K lists of T gradients, from those or from T Jacobians [K, ...]."""
-    given: list[Any] = list(gradients)
-    if not given:
+    """Return K lists of T gradients, or raise where they are none."""
+    if isinstance(gradients, (Tensor, Mapping)) or not isinstance(gradients, Iterable):
+        raise TypeError(f"gradients must be a sequence for each task, not {type(gradients)}")
+    tasks: list[list[Tensor | None]] = []
+    for k, task in enumerate(gradients):
+        if isinstance(task, Tensor):
+            raise TypeError(
+                f"gradients[{k}] is a tensor, not the gradients of a task: of one task give "
+                "[gradients], of flat gradients [[g] for g in gradients], of Jacobians [K, ...] "
+                "list(zip(*jacobians, strict=True))"
+            )
+        if isinstance(task, Mapping) or not isinstance(task, Iterable):
+            raise TypeError(f"gradients[{k}] must be a sequence of tensors, not {type(task)}")
+        tasks.append(list(task))
+        for t, gradient in enumerate(tasks[-1]):
+            if gradient is not None and not isinstance(gradient, Tensor):
+                raise TypeError(
+                    f"gradients[{k}][{t}] must be a tensor or None, not {type(gradient)}"
+                )
+            if gradient is not None and gradient.layout != torch.strided:
+                raise ValueError(f"gradients[{k}][{t}] has layout {gradient.layout}: make it dense")
+    lengths = [len(task) for task in tasks]
+    if not tasks:
         raise ValueError("gradients are empty: give those of one task or more")
-    if not any(isinstance(entry, Tensor) for entry in given):
-        tasks = [list(task) for task in given]
-        lengths = [len(task) for task in tasks]
-        if len(set(lengths)) > 1:
-            raise ValueError(f"every task needs as many gradients (None for none), not {lengths}")
-        return tasks
-    wrong = [t for t, entry in enumerate(given) if not isinstance(entry, Tensor) or not entry.dim()]
-    if wrong:
-        raise TypeError(
-            "gradients must be K sequences of T tensors, or T Jacobians of shape [K, ...], but "
-            f"gradients[{wrong[0]}] is neither"
-        )
-    tasks_of = [len(jacobian) for jacobian in given]
-    if len(set(tasks_of)) > 1:
-        raise ValueError(f"Jacobians must have the tasks in front, all as many, not {tasks_of}")
-    return [list(task) for task in zip(*(jacobian.unbind() for jacobian in given), strict=True)]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"every task needs as many gradients (None for none), not {lengths}")
+    return tasks
 
 
 def _without_none(place: int, column: Sequence[Tensor | None]) -> list[Tensor]:
@@ -205,11 +214,17 @@ def _segments(parameters: list[Tensor]) -> tuple[list[Segment], int]:
         raise ValueError("parameters are empty: give one or more")
     named = [(parameter, f"parameter {t}") for t, parameter in enumerate(parameters)]
     for parameter, name in named:
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(parameter)}: give values alone")
         if is_dtensor(parameter):
             raise ValueError(
                 f"{name} is a DTensor, whose gradients ranks have to exchange: use GCondFused"
             )
+        if not parameter.is_leaf:
+            raise ValueError(f"{name} is not a leaf: no optimizer reads its .grad")
         check_parameter(parameter, name, parameters[0].device, False)
+    if len({id(parameter) for parameter in parameters}) < len(parameters):
+        raise ValueError("a parameter is listed twice: its gradient would count twice")
     return segments_of(named)
 
 
@@ -243,25 +258,43 @@ def _accumulated(
     return TaskGradients(flat, layout, launch_tables.settings_tensor(present, device))
 
 
-def _prepare_state(
-    method: Method, segments: Sequence[Segment], tasks: int, length: int, state: dict[str, Any]
-) -> None:
-    """Fill an empty state; check that another is of the same method, tasks and parameters."""
+def _prepared(
+    method: Method,
+    segments: Sequence[Segment],
+    tasks: int,
+    length: int,
+    state: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the state, filled where it was empty; check that it is of this method and layout."""
     device = segments[0].parameter.device
-    identity = {
-        "method_name": type(method).__name__,
+    made_of = {
+        "method": repr(method),
         "tasks": tasks,
         "shapes": [list(segment.shape) for segment in segments],
+        "strides": [list(segment.stride) for segment in segments],
     }
-    if not state:
-        history = None
-        if method.needs_history:
-            shape = (tasks, length)
-            history = torch.zeros(shape, dtype=method.history_dtype, device=device)
-        state.update(identity, method=fresh_state(method, tasks, (), device), history=history)
-    for name, value in identity.items():
-        if state.get(name) != value:
-            raise ValueError(
-                f"state has {name}={state.get(name)}, and this call {value}: give every method "
-                "and every list of parameters a state of its own"
-            )
+    if state is not None and not isinstance(state, dict):
+        raise TypeError(f"state must be a dict, {{}} at first, or None, not {type(state)}")
+    if state:
+        for name, value in made_of.items():
+            if state.get(name) != value:
+                raise ValueError(
+                    f"state has {name}={state.get(name)}, and this call {value}: give every method "
+                    "and every list of parameters a state of its own"
+                )
+        return state
+    kept = fresh_state(method, tasks, (), device)
+    if state is None and "counter" in kept:
+        raise ValueError(
+            f"{type(method).__name__} draws random numbers, without a state the same in every "
+            "call: give state={}, the same dict in every step"
+        )
+    state = {} if state is None else state
+    history = None
+    if method.needs_history:
+        history = torch.zeros((tasks, length), dtype=method.history_dtype, device=device)
+    used = torch.zeros((len(segments), tasks), dtype=torch.bool, device=device)
+    was_shared = torch.full((len(segments),), -1, dtype=torch.int8, device=device)
+    state.update(made_of, method_state=kept, history=history)
+    state.update(parameter_tasks=used, was_shared=was_shared)
+    return state

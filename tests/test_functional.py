@@ -95,13 +95,14 @@ def test_jacobians_are_taken_as_vmap_returns_them():
     losses = torch.stack(losses_of(model, 0))
     options = {"is_grads_batched": True, "allow_unused": True, "retain_graph": True}
     jacobians = torch.autograd.grad(losses, parameters, torch.eye(3), **options)
-    weights = resolve_gradients(parameters, jacobians, gk.UPGrad())
+    by_task = list(zip(*jacobians, strict=True))
+    weights = resolve_gradients(parameters, by_task, gk.UPGrad())
     written = [p.grad.clone() for p in parameters]
     again = resolve_gradients(parameters, gradients_of(losses, parameters), gk.UPGrad())
     assert torch.allclose(weights, again, rtol=1e-5)  # autograd sums batches in another order
     for gradient, p in zip(written, parameters, strict=True):
         assert torch.allclose(gradient, p.grad, rtol=1e-4, atol=1e-6)
-    assert torch.allclose(gramian(jacobians), gramian(gradients_of(losses, parameters)), rtol=1e-5)
+    assert torch.allclose(gramian(by_task), gramian(gradients_of(losses, parameters)), rtol=1e-5)
 
 
 def test_jacobians_are_taken_as_torchjd_leaves_them():
@@ -109,7 +110,8 @@ def test_jacobians_are_taken_as_torchjd_leaves_them():
     model = model_of()
     parameters = list(model["trunk"].parameters())
     autojac.backward(losses_of(model, 0), inputs=parameters)
-    weights = resolve_gradients(parameters, [p.jac for p in parameters], gk.PCGrad())
+    by_task = list(zip(*(p.jac for p in parameters), strict=True))
+    weights = resolve_gradients(parameters, by_task, gk.UPGrad())
     assert weights.shape == (3,)
     expected = [torch.tensordot(weights.float(), p.jac, 1) for p in parameters]
     for p, gradient in zip(parameters, expected, strict=True):
@@ -142,7 +144,9 @@ def test_what_is_not_finite_is_seen_in_grad_and_leaves_the_state(method):
     assert weights.isnan().all()
     assert all(p.grad.isnan().all() for p in parameters)
     if not isinstance(method, gk.GradDrop):  # whose counter of random numbers goes on
-        assert all(torch.equal(before["method"][k], v) for k, v in state["method"].items())
+        assert all(
+            torch.equal(before["method_state"][k], v) for k, v in state["method_state"].items()
+        )
     if method.needs_history:
         assert torch.equal(before["history"], state["history"])
 
@@ -165,26 +169,70 @@ def two():
     return [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]
 
 
-@pytest.mark.parametrize(
-    ("gradients", "message"),
-    [
-        ([], "gradients are empty"),
-        ([[torch.ones(2)]], "task 0 has 1 gradients for 2 parameters"),
-        ([[torch.ones(2), torch.ones(3)], [torch.ones(2)]], "every task needs as many gradients"),
-        ([[torch.ones(2), torch.ones(2)]], r"parameter 1 for task 0 has shape \[2\], not \[3\]"),
-        ([torch.ones(2, 2), torch.ones(3, 3)], r"tasks in front, all as many, not \[2, 3\]"),
-    ],
-)
-def test_gradients_that_do_not_go_with_the_parameters(gradients, message):
+GRADIENTS = {
+    "none at all": ([], "gradients are empty"),
+    "too few": ([[torch.ones(2)]], "task 0 has 1 gradients for 2 parameters"),
+    "not as many": ([[torch.ones(2), torch.ones(3)], [None]], r"as many gradients .*\[2, 1\]"),
+    "other shape": ([[torch.ones(2)] * 2], r"parameter 1 for task 0 has shape \[2\], not \[3\]"),
+    "sparse": ([[torch.ones(2).to_sparse(), None]], r"gradients\[0\]\[0\] has layout"),
+    "a matrix": (torch.ones(2, 5), "a sequence for each task, not .*Tensor"),
+    "one task's": ([torch.ones(2), torch.ones(3)], r"gradients\[0\] is a tensor"),
+    "by name": ({"a": [torch.ones(2)]}, "a sequence for each task, not .*dict"),
+    "named": ([{"w": torch.ones(2)}], r"gradients\[0\] must be a sequence of tensors"),
+    "numbers": ([[1.0, 2.0]], r"gradients\[0\]\[0\] must be a tensor or None"),
+}
+
+
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_gradients_that_do_not_go_with_the_parameters(case):
     parameters = two()
-    with pytest.raises(ValueError, match=message):
+    gradients, message = GRADIENTS[case]
+    with pytest.raises((TypeError, ValueError), match=message):
         resolve_gradients(parameters, gradients, gk.Sum())
     assert all(p.grad is None for p in parameters)
+    if case not in ("too few", "other shape"):  # which a Gramian alone may be of
+        with pytest.raises((TypeError, ValueError), match=message):
+            gramian(gradients)
 
 
-def test_a_mixture_of_lists_and_jacobians_is_refused():
-    with pytest.raises(TypeError, match=r"gradients\[1\] is neither"):
-        gramian([torch.ones(2, 3), [torch.ones(3)]])
+def test_parameters_that_cannot_be_resolved():
+    p = torch.nn.Parameter(torch.ones(2))
+    cases = {"listed twice": [p, p], "not a leaf": [p * 2], "must be a tensor": [("w", p)]}
+    for message, parameters in cases.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            resolve_gradients(parameters, [[torch.ones(2)] * len(parameters)], gk.Sum())
+
+
+def test_random_numbers_need_a_state():
+    with pytest.raises(ValueError, match=r"PCGrad draws random numbers, .*give state=\{\}"):
+        resolve_gradients(two(), [[torch.ones(2), torch.ones(3)]] * 2, gk.PCGrad())
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("method", [GCond(), gk.MGDA()], ids=repr)
+def test_a_gradient_that_comes_and_goes_is_shared_as_in_the_optimizer(method, seed):
+    """A parameter that two tasks ever used stays shared, and a history of others is forgotten."""
+    torch.manual_seed(seed)
+    start = [torch.randn(n) for n in (5, 4, 6)]
+    mine, theirs = ([torch.nn.Parameter(s.clone()) for s in start] for _ in range(2))
+    base = torch.optim.SGD(mine, lr=0.1)
+    fused = GCondFused(torch.optim.SGD(theirs, lr=0.1), {"a": 1.0, "b": 1.0}, method=method)
+    state = {}
+    for step in range(5):
+        factors = [[torch.randn(n) for n in (5, 4, 6)] for _ in range(2)]
+        absent = {(1, 0)} if step in (0, 3) else set()
+
+        def loss(parameters, k, factors=factors, absent=absent):
+            used = [t for t in range(3) if (k, t) not in absent]
+            return sum((parameters[t] * factors[k][t]).sum() for t in used)
+
+        gradients = gradients_of([loss(mine, k) for k in range(2)], mine)
+        resolve_gradients(mine, gradients, method, state)
+        base.step()
+        fused.backward({"a": loss(theirs, 0), "b": loss(theirs, 1)})
+        fused.step()
+        for p, q in zip(mine, theirs, strict=True):
+            assert torch.equal(p, q), step
 
 
 def test_a_method_that_needs_what_only_the_optimizer_knows():
@@ -198,8 +246,11 @@ def test_a_state_of_other_tasks_is_refused_and_stays():
     resolve_gradients(parameters, [[torch.ones(2), torch.ones(3)]] * 2, GCond(), state)
     with pytest.raises(ValueError, match="state has tasks=2, and this call 3"):
         resolve_gradients(parameters, [[torch.ones(2), torch.ones(3)]] * 3, GCond(), state)
-    with pytest.raises(ValueError, match="state has method_name=GCond, and this call PCGrad"):
-        resolve_gradients(parameters, [[torch.ones(2), torch.ones(3)]] * 2, gk.PCGrad(), state)
+    for method in (gk.PCGrad(), GCond(history_dtype=torch.float32), GCond(dominance_window=9)):
+        with pytest.raises(ValueError, match=r"state has method=GCond.*, and this call"):
+            resolve_gradients(parameters, [[torch.ones(2), torch.ones(3)]] * 2, method, state)
+    with pytest.raises(TypeError, match="state must be a dict"):
+        resolve_gradients(parameters, [[torch.ones(2), torch.ones(3)]] * 2, GCond(), [])
 
 
 def test_a_state_goes_through_a_file(tmp_path):

@@ -137,17 +137,9 @@ class Sharing:
         Returns:
             Which tensors are shared, and whether those are others than in the last window, [] bool.
         """
-        storage, finite = self._storage, products.total.isfinite().all()
-        seen = products.per_tensor.diagonal(dim1=1, dim2=2)[:, : len(counts)] > 0.0
-        # In place: a CUDA graph repeats it.
-        storage.parameter_tasks |= seen & finite
+        storage = self._storage
         alone = single and sum(count > 0 for count in counts) <= 1
-        flags = shared_tensors(storage.parameter_tasks, alone)
-        was, now = storage.was_shared, flags.to(torch.int8)
-        changed = finite & ((was >= 0) & (was != now)).any()
-        # A tensor that no task had a gradient for was not compared: its history is zero.
-        known = storage.parameter_tasks.any(1)
-        was.copy_(torch.where(known & finite, now, was))
+        flags, changed = update_shared(storage.parameter_tasks, storage.was_shared, products, alone)
         chosen = None if selected is None else self._selected(flags, selected)
         return SharedParameters(by_tensor, flags, self.all_shared, chosen), changed
 
@@ -206,6 +198,31 @@ def shared_tensors(parameter_tasks: Tensor, alone: bool) -> Tensor:
     """
     several = parameter_tasks.sum(1) > 1
     return several | ~several.any() if alone else several
+
+
+def update_shared(
+    parameter_tasks: Tensor, was_shared: Tensor, products: ops.Gramians, alone: bool
+) -> tuple[Tensor, Tensor]:
+    """Return which tensors are shared, [T] bool, and whether others were in the last step, [] bool.
+
+    What is known of the tensors is changed in place, so that a CUDA graph repeats it.
+
+    Args:
+        parameter_tasks: [T, K] bool, which tasks ever had a gradient for a tensor.
+        was_shared: [T] int8, whether the tensor was compared in the last step; -1 before its first.
+        products: of this step.
+        alone: as for `shared_tensors`.
+    """
+    finite = products.total.isfinite().all()
+    seen = products.per_tensor.diagonal(dim1=1, dim2=2)[:, : parameter_tasks.shape[1]] > 0.0
+    parameter_tasks |= seen & finite
+    flags = shared_tensors(parameter_tasks, alone)
+    now = flags.to(torch.int8)
+    changed = finite & ((was_shared >= 0) & (was_shared != now)).any()
+    # A tensor that no task had a gradient for was not compared: its history is zero.
+    known = parameter_tasks.any(1)
+    was_shared.copy_(torch.where(known & finite, now, was_shared))
+    return flags, changed
 
 
 def is_selected(name: str, selected: Sequence[str]) -> bool:
