@@ -6,6 +6,7 @@ from gcond_kernels.diagnostics.report import Report
 from gcond_kernels.distributed.checkpoint import TrainingState
 from gcond_kernels.distributed.options import Distributed
 from gcond_kernels.functional import gramian, resolve_gradients
+from gcond_kernels.lion_lars import LionLars
 from gcond_kernels.methods import (
     IMTLG,
     MGDA,
@@ -24,7 +25,6 @@ from gcond_kernels.optimizer import GCondFused
 from gcond_kernels.precision.batchnorm import frozen_batchnorm
 from gcond_kernels.recipes.recon import conflict_table, split_conflicting_layers
 from gcond_kernels.recipes.sparse import neuron_mask
-from gcond_kernels.training.lion_lars import LionLars
 
 __version__ = "0.1.0"
 __all__ = [

@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 
 from gcond_kernels.diagnostics.report import Report
 from gcond_kernels.distributed.options import Distributed
+from gcond_kernels.lion_lars import LionLars
 from gcond_kernels.methods import Method
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.checks import ACCUMULATOR_DTYPES
@@ -26,7 +27,6 @@ from gcond_kernels.options import (
     check_nonfinite,
 )
 from gcond_kernels.precision.guarded_step import step_if
-from gcond_kernels.training.lion_lars import LionLars
 from gcond_kernels.training.losses import NOT_REACHED, Loss, check_losses
 from gcond_kernels.training.saving import SavedOptimizer
 from gcond_kernels.training.window import schedule_of
@@ -230,7 +230,7 @@ class GCondFused(SavedOptimizer):
             self._losses.run(given, window)
         except BaseException as error:
             storage.clear_gradients()
-            self._void_window(error)
+            self._void_window(error, window.position)
             raise
         finally:
             window.in_backward = False
@@ -242,7 +242,7 @@ class GCondFused(SavedOptimizer):
         except Exception as error:
             # All ranks have raised it; and what is not finite is the user's to decide.
             if self._rank_strategy.size == 1 and not isinstance(error, FloatingPointError):
-                self._void_window(error)
+                self._void_window(error, window.position - 1)
             raise
         return True
 
@@ -384,7 +384,8 @@ class GCondFused(SavedOptimizer):
         """Return the last resolution as plain Python numbers; synchronizes with the device.
 
         Raises:
-            RuntimeError: there has been none since the start or the last `load_state_dict`.
+            RuntimeError: there has been none since the start, the last `load_state_dict` or
+                `add_task`, or since this optimizer was copied or unpickled.
         """
         last = self._resolver.last
         if last is None:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gcond_kernels.lion_lars import LionLars
 from gcond_kernels.methods import GCond, Method
 from gcond_kernels.methods.function import Function
 from gcond_kernels.storage.shared_parameters import is_selected
-from gcond_kernels.training.lion_lars import LionLars
 
 
 @dataclass(frozen=True)

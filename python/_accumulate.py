@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.ops.types import Layout
-from gcond_kernels.python.chunks import chunk_length, chunks, flat
+from gcond_kernels.python.chunks import chunk_length, chunks_of, flat
 
 # What float32 holds exactly.
 WIDENED = {torch.float32, torch.bfloat16, torch.float16}
@@ -34,7 +34,7 @@ def accumulate(
         # Torch goes through the list by itself, and widens within an addition.
         (torch._foreach_copy_ if overwrite else torch._foreach_add_)(targets, addends)
         return
-    for tensor, start, stop, first in chunks(layout, chunk_length(1, accumulator.device)):
+    for tensor, start, stop, first in chunks_of(layout, chunk_length(1, accumulator.device)):
         vector = vectors[tensor]
         if vector is None:
             continue

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gcond_kernels.ops.mask import trainable
 from gcond_kernels.ops.types import Momentum, Rescale, TaskGradients
-from gcond_kernels.python.chunks import chunk_length, chunks, flat
+from gcond_kernels.python.chunks import chunk_length, chunks_of, flat
 
 
 def combine(
@@ -33,7 +33,7 @@ def combine(
     to_keep = new_history(gradients)
     targets = flat(outputs, layout)
     length = chunk_length(len(scale) + 2, accumulators.device)
-    for tensor, start, stop, first in chunks(layout, length):
+    for tensor, start, stop, first in chunks_of(layout, length):
         for history, accumulator in to_keep:  # before the output, which may lie in an accumulator
             history[..., start:stop] = accumulator[..., start:stop]
         target = targets[tensor]

@@ -9,7 +9,7 @@ from gcond_kernels.ops.mask import trainable
 from gcond_kernels.ops.random import start_of, uniform
 from gcond_kernels.ops.types import Momentum, SignDropout, TaskGradients
 from gcond_kernels.python._combine import count_steps, output_factors, write_zeros
-from gcond_kernels.python.chunks import chunk_length, chunks, flat
+from gcond_kernels.python.chunks import chunk_length, chunks_of, flat
 
 
 def graddrop(
@@ -30,7 +30,7 @@ def graddrop(
     origin = start_of(dropout.seed, dropout.counter)
     length = chunk_length(len(scales) + 6, accumulators.device)
     targets = flat(outputs, layout)
-    for tensor, start, stop, first in chunks(layout, length):
+    for tensor, start, stop, first in chunks_of(layout, length):
         target = targets[tensor]
         if target is None:
             continue

@@ -44,7 +44,7 @@ def chunk_length(count: int, device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def chunks(layout: Layout, length: int) -> tuple[Chunk, ...]:
+def chunks_of(layout: Layout, length: int) -> tuple[Chunk, ...]:
     """Return chunks of at most `length` elements, in memory order; empty tensors have none."""
     return tuple(
         Chunk(tensor, start, min(start + length, offset + size), start - offset)

@@ -633,6 +633,67 @@ def test_a_failure_voids_its_window_and_nothing_else(backend, number, begun):
     assert same(optimizer.state_dict(), calm.state_dict())
 
 
+class Failing(GCond):
+    def apply(self, *_):
+        raise ArithmeticError
+
+
+def test_micro_batches_that_a_failed_resolution_loses_are_counted_without_its_own(backend):
+    model, x = model_of(), batches(3)
+    options = {"method": Failing(), "accumulation_steps": 3, "backend": backend}
+    optimizer = GCondFused(sgd(model), TASKS, **options)
+    train(model, optimizer, x[:2])
+    lost = "dropped, the 2 micro-batches before it are lost, and"
+    with pytest.warns(UserWarning, match=lost), pytest.raises(ArithmeticError):
+        optimizer.backward(losses_of(model, x[2]))
+    optimizer.accumulation_steps = 1
+    with pytest.warns(UserWarning, match="dropped, and"), pytest.raises(ArithmeticError):
+        optimizer.backward(losses_of(model, x[2]))
+
+
+class ZeroDecision(GCond):
+    def decide(self, comparison, state):
+        decision = super().decide(comparison, state)
+        return decision._replace(weights=torch.zeros_like(decision.weights))
+
+
+class ZeroGradient(GCond):
+    def apply(self, gradients, destination, weights, decision, state):
+        weights = torch.zeros_like(weights)
+        return super().apply(gradients, destination, weights, decision, state)
+
+
+@pytest.mark.parametrize("method", [ZeroDecision(), ZeroGradient()])
+def test_what_a_subclass_of_gcond_overrides_is_used_in_every_window(backend, method):
+    """Also in those of which all tensors are known to be shared, which GCond resolves at once."""
+    model = model_of()
+    optimizer = GCondFused(sgd(model), TASKS, method=method, backend=backend)
+    for batch in batches(4):
+        optimizer.backward(losses_of(model, batch))
+        assert not flat_gradients(model).any()
+        optimizer.step()
+
+
+def test_the_backend_is_looked_up_once_for_a_resolution(backend):
+    backends = []
+
+    class Seen(GCond):
+        def decide(self, comparison, state):
+            backends.append(comparison.backend)
+            return super().decide(comparison, state)
+
+        def apply(self, gradients, destination, weights, decision, state):
+            backends.append(destination.backend)
+            return super().apply(gradients, destination, weights, decision, state)
+
+    model = model_of()
+    optimizer = GCondFused(sgd(model), TASKS, method=Seen(), backend=backend)
+    train(model, optimizer, batches(1))
+    expected = ops.backend_for(backend, torch.device("cpu"))
+    assert len(backends) == 2
+    assert all(seen is expected for seen in backends)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -889,6 +950,26 @@ def test_options_out_of_range_are_named(options, error, words):
     arguments = {"base": sgd(model_of()), "tasks": TASKS} | options
     with pytest.raises(error, match=words):
         GCondFused(arguments.pop("base"), arguments.pop("tasks"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("record_steps", r"recorder\.capacity"),
+        ("sync", r"distributed=Distributed\(strategy"),
+        ("process_group", r"distributed=Distributed\(process_group"),
+        ("history_dtype", r"method=GCond\(history_dtype"),
+        ("trust_ratio_coef", r"update=LionLars\(coefficient"),
+        ("trust_ratio_clip", r"update=LionLars\(clip"),
+    ],
+)
+def test_an_option_of_before_is_not_assigned_and_its_replacement_is_named(name, words):
+    optimizer = GCondFused(sgd(model_of()), TASKS)
+    with pytest.raises(AttributeError, match=words):
+        setattr(optimizer, name, 1)
+    setattr(optimizer.base, name, 1)  # what the base has of that name is its own
+    setattr(optimizer, name, 2)
+    assert getattr(optimizer.base, name) == 2
 
 
 # As a torch optimizer.

@@ -103,7 +103,7 @@ class SingleProcess:
     def _counted(self, layout: Layout) -> Layout:
         return layout
 
-    def squared_norms(self, backend: str) -> Tensor:
+    def squared_norms(self, backend: str | ops.Backend) -> Tensor:
         """Return [T] float64, the squared norm of each parameter, of the elements counted here."""
         segments, layout = self.storage.segments, self.storage.layout
         parts = [

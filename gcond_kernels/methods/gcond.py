@@ -92,8 +92,11 @@ class GCond(Settings, Method):
         destination: Destination,
         state: State,
         max_norm: float | None,
-    ) -> tuple[ops.Gramians, ops.Arbitration]:
-        """Compare, decide and write in one operation; see `ops.resolve`."""
+    ) -> tuple[ops.Gramians, ops.Arbitration] | None:
+        """Compare, decide and write in one operation; return None for a subclass of its own."""
+        own = type(self)
+        if (own.decide, own.apply, own.weights) != (GCond.decide, GCond.apply, GCond.weights):
+            return None
         return ops.resolve(
             gradients,
             destination.outputs,
@@ -105,6 +108,6 @@ class GCond(Settings, Method):
         )
 
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
-        """Return the weights where there is no history."""
+        """Return the weights where there is no history; `decide` does not ask it."""
         scale = gramian.new_ones(gramian.shape[-1])
         return self.decide(Comparison(gramian, None, scale), state).weights

@@ -49,7 +49,7 @@ class Comparison(NamedTuple):
     scale: Tensor
     selected: Tensor | None = None
     known: Known = Known()
-    backend: str = "auto"
+    backend: str | ops.Backend = "auto"
 
 
 class Destination(NamedTuple):
@@ -64,7 +64,7 @@ class Destination(NamedTuple):
     momentum: Momentum | None = None
     rescale: Rescale | None = None
     first: int = 0
-    backend: str = "auto"
+    backend: str | ops.Backend = "auto"
 
 
 class Method(ABC):

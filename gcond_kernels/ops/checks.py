@@ -21,8 +21,7 @@ def check_gradients(gradients: TaskGradients) -> None:
     """Check accumulators, history, scale and mask."""
     accumulators, layout, scale, history, mask = gradients
     shape, device = accumulators.shape, accumulators.device
-    wanted = "[K, N'] of at least one task"
-    check_flat("accumulators", accumulators, layout, ACCUMULATOR_DTYPES, device, wanted)
+    check_flat("accumulators", accumulators, layout, ACCUMULATOR_DTYPES, device, rank=2)
     check_tensor("scale", scale, shape[:1], FLOAT64, device)
     if history is not None:
         check_tensor("history", history, shape, HISTORY_DTYPES, device)
@@ -90,11 +89,12 @@ def check_flat(
     layout: Layout,
     dtypes: Sequence[torch.dtype],
     device: torch.device,
-    shape: str = "[N']",
+    rank: int = 1,
 ) -> None:
-    """Check flat storage of a layout, [N'] or [K, N']."""
-    if tensor.dim() != 1 + shape.count(",") or 0 in tensor.shape[:-1]:
-        raise ValueError(f"{name} must be {shape}, not {list(tensor.shape)}")
+    """Check flat storage of a layout: of rank 1 [N'], of rank 2 [K, N']."""
+    if tensor.dim() != rank or 0 in tensor.shape[:-1]:
+        wanted = "[N']" if rank == 1 else "[K, N'] of at least one task"
+        raise ValueError(f"{name} must be {wanted}, not {list(tensor.shape)}")
     check_tensor(name, tensor, tensor.shape, dtypes, device)
     length, end = tensor.shape[-1], _end_of(layout)
     if end > length:

@@ -11,6 +11,7 @@ from torch import Tensor
 from gcond_kernels import ops
 from gcond_kernels.diagnostics.report import Resolution
 from gcond_kernels.distributed.strategy import LocalGradients, SingleProcess
+from gcond_kernels.lion_lars import averaged_norms
 from gcond_kernels.methods.method import Comparison, Destination, Known, fresh_state
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.types import Rescale, TaskGradients
@@ -19,7 +20,6 @@ from gcond_kernels.precision import overflow
 from gcond_kernels.precision.nonfinite import describe, nonfinite_tasks, without_tasks
 from gcond_kernels.storage.accumulator import GradientStorage
 from gcond_kernels.storage.shared_parameters import SharedParameters, Sharing
-from gcond_kernels.training.lion_lars import averaged_norms
 
 NOTHING_CHANGED = (
     "Nothing was changed; to go on, set optimizer.on_nonfinite to 'skip' or 'drop_task' and call "
@@ -185,7 +185,8 @@ class Resolver:
     def run(self, local: LocalGradients, counts: Sequence[int]) -> Outcome:
         """Resolve the window's conflicts, and write the gradients; raising changes nothing."""
         o = self.options.current
-        target = Destination(local.outputs, local.momentum, None, local.first, o.backend)
+        backend = ops.backend_for(o.backend, local.gradients.accumulators.device)
+        target = Destination(local.outputs, local.momentum, None, local.first, backend)
         fused = None
         if self._nothing_between(counts):
             fused = o.method.resolve(local.gradients, target, self.method_state, o.max_norm)
@@ -216,10 +217,10 @@ class Resolver:
         self, local: LocalGradients, target: Destination, counts: Sequence[int]
     ) -> tuple[ops.Gramians, ops.Arbitration, SharedParameters]:
         """Compare, decide and write, with what lies between."""
-        o, K = self.options.current, len(self.tasks)
-        squares = None if o.update is None else self.strategy.squared_norms(o.backend)  # [T]
+        o, K, backend = self.options.current, len(self.tasks), target.backend
+        squares = None if o.update is None else self.strategy.squared_norms(backend)  # [T]
         products, squares, losses = self.strategy.sum_over_ranks(
-            self._local_products(local), squares, self.losses
+            self._local_products(local, backend), squares, self.losses
         )
         products, scale = self._treat_nonfinite(products, local.gradients.scale)
         gradients = local.gradients._replace(scale=scale)
@@ -229,7 +230,7 @@ class Resolver:
         S, X = shared.gramians(products, K)
         known = Known(losses=self._mean_losses(losses, counts), tasks=tuple(self.tasks))
         selected = shared.selected_gramian(products, K)
-        comparison = Comparison(S, X, scale, selected, known, o.backend)
+        comparison = Comparison(S, X, scale, selected, known, backend)
         decision = o.method.decide(comparison, self.method_state)
         decision = self._checked(decision, gradients, products, shared)
         self._undo_if_not_finite(before, decision.finite)
@@ -242,7 +243,7 @@ class Resolver:
             o.update.apply(local.outputs, norms, squares.sqrt(), decision.finite)
         return products, decision, shared
 
-    def _local_products(self, local: LocalGradients) -> ops.Gramians:
+    def _local_products(self, local: LocalGradients, backend: str | ops.Backend) -> ops.Gramians:
         """Return the inner products of what this process counts."""
         o, momentum = self.options.current, local.momentum
         # What needs the norm of the result needs its products with the momentum.
@@ -252,7 +253,7 @@ class Resolver:
             local.gradients._replace(layout=local.counted),
             history_scale=self.method_state.get("history_scale"),
             momentum=None if momentum is None else momentum.buffer,
-            backend=o.backend,
+            backend=backend,
         )
         # What is not needed is not sent to other ranks.
         return products._replace(cross_per_tensor=None) if self._compares_all() else products

@@ -238,14 +238,13 @@ class WindowedOptimizer(OptimizerWrapper):
         self._storage.clear_gradients()
         self._start_window()
 
-    def _void_window(self, error: BaseException) -> None:
-        """Drop the window of a call that has failed, and say so."""
+    def _void_window(self, error: BaseException, before: int) -> None:
+        """Drop the window of a call that has failed after `before` micro-batches, and say so."""
         window, storage, names = self._window, self._storage, tuple(self._weights)
         self._rank_strategy.roll_back()
         started = self._rank_strategy.sent
         if not started:
-            position = window.position
-            lost = f", the {position} micro-batches before it are lost" if position else ""
+            lost = f", the {before} micro-batches before it are lost" if before else ""
             self._start_window()
             result = (
                 f": its window is dropped{lost}, and the next call starts a new one. Parameters of "

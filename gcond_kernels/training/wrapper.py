@@ -17,6 +17,16 @@ from gcond_kernels.storage.state_format import KEY
 
 NOT_COPIED = ("step", "_opt_called", "_wrapped_by_lr_sched", "profile_hook_step")
 
+# Options of before that can no longer be assigned, and what has taken their place.
+REPLACED = {
+    "record_steps": "assign recorder.capacity",
+    "sync": "make a new GCondFused with distributed=Distributed(strategy=...)",
+    "process_group": "make a new GCondFused with distributed=Distributed(process_group=...)",
+    "history_dtype": "assign method=GCond(history_dtype=...)",
+    "trust_ratio_coef": "assign update=LionLars(coefficient=...)",
+    "trust_ratio_clip": "assign update=LionLars(clip=...)",
+}
+
 
 class OptimizerWrapper(torch.optim.Optimizer):
     """An optimizer that has parameter groups, state and options in common with another."""
@@ -47,6 +57,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
         ours = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
         # What is not ours is the base's own, which would not get it otherwise.
         of_base = base is not None and not ours and hasattr(base, name)
+        if not ours and not of_base and name in REPLACED:
+            raise AttributeError(f"{type(self).__name__} has no {name}: {REPLACED[name]}")
         (setattr if of_base else object.__setattr__)(base if of_base else self, name, value)
 
     @property
