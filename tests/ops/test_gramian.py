@@ -156,6 +156,16 @@ def test_what_does_not_fit_is_refused(backend, options, words):
         gramian(backend, filled(layout, 2, 0), layout, **options)
 
 
+@pytest.mark.parametrize("shape", [(32,), (0, 32), (1, 2, 32)])
+def test_accumulators_of_another_rank_are_refused(backend, shape):
+    words = r"accumulators must be \[K, N'\] of at least one task, not \["
+    with pytest.raises(ValueError, match=words):
+        gramian(backend, torch.zeros(shape), layout_of([5]))
+    words = r"accumulator must be \[N'\], not \["
+    with pytest.raises(ValueError, match=words):
+        ops.accumulate(torch.zeros(2, 32), [torch.ones(5)], layout_of([5]), backend=backend)
+
+
 @given(
     st.lists(st.sampled_from([(), (0,), (1,), (3, 5), (2, 3, 4, 4), (9000,)]), max_size=5),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
