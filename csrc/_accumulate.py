@@ -20,12 +20,12 @@ def accumulate(
     """Add `scale · gradient` to each gradient's segment; see `gcond_kernels.ops.accumulate`."""
     device = accumulator.device
     with launch_tables.guard(device):
-        for part in launches(len(layout.sizes)):
-            own = Layout(layout.offsets[part], layout.sizes[part])
+        for launch in launches(len(layout.sizes)):
+            own = Layout(layout.offsets[launch], layout.sizes[launch])
             _cuda.accumulate(
                 stream_of(device),
                 accumulator,
-                _cuda.TensorList(gradients[part]),
+                _cuda.TensorList(gradients[launch]),
                 chunk_tables(own, _cuda.ACCUMULATE_CHUNK, device).chunks,
                 scale,
                 overwrite,

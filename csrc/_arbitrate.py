@@ -1,4 +1,4 @@
-"""arbitrate: resolves the conflicts on K×K numbers, by one block that never waits for the host.
+"""arbitrate: resolves the conflicts on K×K numbers, by one block, without synchronization.
 
 Every entry of a batch has a block of its own, in the same launch.
 """

@@ -29,9 +29,9 @@ class Resolution(NamedTuple):
     finite: Tensor
     clip_factor: Tensor | None = None
 
-    def of(self, part: slice) -> "Resolution":
-        """Return that of some of the tensors."""
-        return self if self.weights.dim() == 1 else self._replace(weights=self.weights[part])
+    def of(self, launch: slice) -> "Resolution":
+        """Return that of the tensors of one launch."""
+        return self if self.weights.dim() == 1 else self._replace(weights=self.weights[launch])
 
 
 def combine(
@@ -44,36 +44,36 @@ def combine(
 ) -> None:
     """Write gradients, momentum and history; see `gcond_kernels.ops.combine`."""
     device, layout = gradients.accumulators.device, gradients.layout
-    parts = [(part, _cuda.TensorList(outputs[part])) for part in launches(len(layout.sizes))]
+    lists = [(launch, _cuda.TensorList(outputs[launch])) for launch in launches(len(layout.sizes))]
     resolution = Resolution(weights, finite)
     with launch_tables.guard(device):
         factors = None
-        if parts and (momentum is not None or rescale is not None):
+        if lists and (momentum is not None or rescale is not None):
             factors, squares = torch.empty(
                 (2, len(layout.sizes)), dtype=torch.float64, device=device
             )
-            for part, tensors in parts:
+            for launch, tensors in lists:
                 _cuda.find_factors(
                     stream_of(device),
                     tensors,
-                    resolution.of(part),
-                    None if momentum is None else momentum._replace(steps=momentum.steps[part]),
-                    None if rescale is None else rescale.per_tensor[part],
-                    factors[part],
-                    squares[part],
+                    resolution.of(launch),
+                    None if momentum is None else momentum._replace(steps=momentum.steps[launch]),
+                    None if rescale is None else rescale.per_tensor[launch],
+                    factors[launch],
+                    squares[launch],
                 )
             if rescale is not None:
                 clip_factor = torch.empty_like(squares[0])
                 _cuda.find_clip_factor(stream_of(device), squares, rescale.max_norm, clip_factor)
                 resolution = resolution._replace(clip_factor=clip_factor)
-        for part, tensors in parts:
-            own = Layout(layout.offsets[part], layout.sizes[part])
+        for launch, tensors in lists:
+            own = Layout(layout.offsets[launch], layout.sizes[launch])
             _cuda.combine(
                 stream_of(device),
                 chunk_tables(own, _cuda.COMBINE_CHUNK, device).chunks,
                 gradients,
                 tensors,
-                resolution.of(part),
+                resolution.of(launch),
                 momentum,
-                None if factors is None else factors[part],
+                None if factors is None else factors[launch],
             )

@@ -285,7 +285,7 @@ class GCondFused(SavedOptimizer):
         if self._rank_strategy.size > 1:
             if tables.is_capturing(resolver.device):
                 raise RuntimeError(
-                    "a CUDA graph cannot hold what several ranks tell each other in a step: "
+                    "a CUDA graph cannot hold the exchange between ranks in a step: "
                     "capture forward and backward passes of the model alone"
                 )
             self._find_wrapper()
@@ -308,7 +308,7 @@ class GCondFused(SavedOptimizer):
         try:
             outcome = resolver.run(local, counts)
         except KeyboardInterrupt:
-            # Nobody knows what was written: a gradient that lies in a row has taken its place.
+            # An accumulator may be overwritten by a gradient that is a view of it.
             self._start_window()
             warnings.warn(
                 "interrupted in resolve(): what this window accumulated is lost", stacklevel=2

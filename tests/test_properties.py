@@ -49,9 +49,11 @@ class Runner:
         if isinstance(options["method"], GCond):
             options["method"] = replace(options["method"], history_dtype=torch.float32)
         self.optimizer = GCondFused(
-            torch.optim.SGD(listed, lr=0.0), dict.fromkeys(self.names, 1.0), backend=backend,
+            torch.optim.SGD(listed, lr=0.0),
+            dict.fromkeys(self.names, 1.0),
+            backend=backend,
             **options,
-        )  # fmt: skip
+        )
 
     def step(self, gradients):
         losses = {}
@@ -66,7 +68,7 @@ class Runner:
 
 
 @given(SHAPES, st.integers(1, 5), DTYPES, SEEDS)
-def test_the_step_is_that_of_whole_vectors_in_float64(backend, shapes, tasks, dtype, seed):
+def test_the_step_is_that_of_full_vectors_in_float64(backend, shapes, tasks, dtype, seed):
     method = GCond()
     runner, naive = Runner(shapes, tasks, backend, dtype), NaiveGCond(method, tasks)
     for step in range(3):

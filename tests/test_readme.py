@@ -41,7 +41,7 @@ def test_the_example_of_conflicts_finds_one(capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().out.startswith(names["optimizer"].advise().split("\n")[0])
 
 
-def test_the_example_of_other_methods_tells_their_weights(capsys):
+def test_the_example_of_other_methods_prints_their_weights(capsys):
     run(3)
     assert capsys.readouterr().out.count("mse") == 3
 

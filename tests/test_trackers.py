@@ -250,7 +250,7 @@ def test_an_optimizer_that_steps_in_the_backward_pass():
         optimizer.backward(losses_of(model, x[0]))
 
 
-def test_a_hook_that_sees_whole_gradients():
+def test_a_hook_that_sees_full_gradients():
     """register_multi_grad_hook and module hooks: once for each task. pytorch/pytorch#38951"""
     model, x, seen = Net(), inputs(1), []
     torch.autograd.graph.register_multi_grad_hook(

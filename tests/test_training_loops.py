@@ -805,7 +805,7 @@ def test_parameters_of_two_models_with_equal_names():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_whole_step_within_autocast(dtype):
+def test_a_full_step_within_autocast(dtype):
     runs = []
     for cast in (False, True):
         model, x = Net(), inputs(4)

@@ -60,12 +60,12 @@ def add_task(total, task, storage, update, elements):
     needed = weighted
     if storage.history_ptr is not None:
         needed = weighted | active
-    row_start = tl.cast(task, tl.int64) * storage.stride
+    task_start = tl.cast(task, tl.int64) * storage.stride
     offsets, mask = elements.offsets, elements.mask
-    source_ptr = pointers(storage.accumulators_ptr, row_start, elements)
+    source_ptr = pointers(storage.accumulators_ptr, task_start, elements)
     values = tl.load(source_ptr, mask=mask & uniform_mask(needed, offsets), other=0.0)
     if storage.history_ptr is not None:
-        target_ptr = pointers(storage.history_ptr, row_start, elements)
+        target_ptr = pointers(storage.history_ptr, task_start, elements)
         kept = values.to(tl.float32).to(target_ptr.dtype.element_ty)
         tl.store(target_ptr, kept, mask=mask & uniform_mask(active, offsets))
     return total + tl.where(weighted, weight * values.to(tl.float32), 0.0)

@@ -30,15 +30,15 @@ SUM_WARPS = 4
 
 
 @triton.jit
-def load_rows(rows, base_ptr, stride, elements, trainable, COUNT):
-    """Return `rows` and `COUNT` more, float32: the elements in each row of flat storage."""
-    for row in tl.static_range(COUNT):
-        source_ptr = pointers(base_ptr, row * stride, elements)
+def load_gradients(loaded, base_ptr, stride, elements, trainable, COUNT):
+    """Return `loaded` and the elements of `COUNT` more flat gradients, float32."""
+    for index in tl.static_range(COUNT):
+        source_ptr = pointers(base_ptr, index * stride, elements)
         values = tl.load(source_ptr, mask=elements.mask, other=0.0).to(tl.float32)
         if trainable is not None:  # selected here: a mask that varies makes narrow loads
             values = tl.where(trainable, values, 0.0)
-        rows = rows + (values,)
-    return rows
+        loaded = loaded + (values,)
+    return loaded
 
 
 @triton.jit
@@ -52,13 +52,13 @@ def load_tile(storage, start, vectors, within, mask, K, ALIGNED):
             trainable = trainable_bits(storage.mask_ptr, start, vectors, within, True)
         else:
             trainable = trainable_bits(storage.mask_ptr, start, offsets, 0, mask)
-    rows = load_rows((), storage.accumulators_ptr, storage.stride, elements, trainable, K)
+    values = load_gradients((), storage.accumulators_ptr, storage.stride, elements, trainable, K)
     if storage.momentum_ptr is not None:
-        rows = load_rows(rows, storage.momentum_ptr, 0, elements, trainable, 1)
+        values = load_gradients(values, storage.momentum_ptr, 0, elements, trainable, 1)
     history = ()
     if storage.history_ptr is not None:
-        history = load_rows((), storage.history_ptr, storage.stride, elements, trainable, K)
-    return rows, history
+        history = load_gradients((), storage.history_ptr, storage.stride, elements, trainable, K)
+    return values, history
 
 
 @triton.jit
@@ -71,15 +71,15 @@ def no_products(COUNT, LANES):
 
 
 @triton.jit
-def add_products(sums, rows, history, K):
-    """Add each lane's products: of all pairs of rows, then of each task and each history."""
+def add_products(sums, values, history, K):
+    """Add each lane's products: of all pairs of gradients, then of each task and each history."""
     added = ()
-    for i in tl.static_range(len(rows)):
-        for j in tl.static_range(i, len(rows)):
-            added = added + (sums[len(added)] + tl.sum(rows[i] * rows[j], axis=1),)
+    for i in tl.static_range(len(values)):
+        for j in tl.static_range(i, len(values)):
+            added = added + (sums[len(added)] + tl.sum(values[i] * values[j], axis=1),)
     for i in tl.static_range(K):
         for j in tl.static_range(len(history)):
-            added = added + (sums[len(added)] + tl.sum(rows[i] * history[j], axis=1),)
+            added = added + (sums[len(added)] + tl.sum(values[i] * history[j], axis=1),)
     return added
 
 
@@ -123,24 +123,26 @@ def products_kernel(  # noqa: PLR0913 - a kernel's launch takes no objects
     sums = no_products(R * (R + 1) // 2 + K * K * (history_ptr is not None), LANES)
     full = tl.where(aligned, length // TILE * TILE, 0)
     for tile in range(0, full, TILE):
-        rows, history = load_tile(storage, start + tile, vectors, within, True, K, True)
-        sums = add_products(sums, rows, history, K)
+        values, history = load_tile(storage, start + tile, vectors, within, True, K, True)
+        sums = add_products(sums, values, history, K)
     for tile in range(full, length, TILE):
         mask = tile + vectors + within < length
-        rows, history = load_tile(storage, start + tile, vectors, within, mask, K, False)
-        sums = add_products(sums, rows, history, K)
+        values, history = load_tile(storage, start + tile, vectors, within, mask, K, False)
+        sums = add_products(sums, values, history, K)
     store_products(partials_ptr, chunk_count, sums)
 
 
 @triton.jit
 def load_lists(entry_ptr, stride, offsets, mask, LISTS, TYPES, ALIGNED):
     """Return elements of the tensor of each list, float32; their entries lie `stride` apart."""
-    rows = ()
+    values = ()
     for number in tl.static_range(LISTS):
         list_ptr = entry_ptr + number * stride
         dtype_code = tl.load(list_ptr + 1) & (ALIGNED_BIT - 1)
-        rows = rows + (load_float32(tl.load(list_ptr), dtype_code, offsets, mask, TYPES, ALIGNED),)
-    return rows
+        values = values + (
+            load_float32(tl.load(list_ptr), dtype_code, offsets, mask, TYPES, ALIGNED),
+        )
+    return values
 
 
 @triton.jit(do_not_specialize=["tensors", "chunk_count"])
@@ -169,12 +171,12 @@ def list_products_kernel(  # noqa: PLR0913 - a kernel's launch takes no objects
     sums = no_products(LISTS * (LISTS + 1) // 2, LANES)
     full = tl.where(aligned, length // TILE * TILE, 0)
     for tile in range(0, full, TILE):
-        rows = load_lists(entry_ptr, stride, first + tile + offsets, True, LISTS, TYPES, True)
-        sums = add_products(sums, rows, (), LISTS)
+        values = load_lists(entry_ptr, stride, first + tile + offsets, True, LISTS, TYPES, True)
+        sums = add_products(sums, values, (), LISTS)
     for tile in range(full, length, TILE):
         mask = tile + offsets < length
-        rows = load_lists(entry_ptr, stride, first + tile + offsets, mask, LISTS, TYPES, False)
-        sums = add_products(sums, rows, (), LISTS)
+        values = load_lists(entry_ptr, stride, first + tile + offsets, mask, LISTS, TYPES, False)
+        sums = add_products(sums, values, (), LISTS)
     store_products(partials_ptr, chunk_count, sums)
 
 
@@ -241,7 +243,7 @@ def sum_kernel(  # noqa: PLR0913 - a kernel's launch takes no objects
 
 
 def vector_elements(products: int) -> int:
-    """Return how many consecutive elements of each row a thread holds.
+    """Return how many consecutive elements of each gradient a thread holds.
 
     With six tasks or more, or five and momentum, the products leave no registers for eight: then
     four, so that two-byte dtypes are read 8 bytes a thread at a time, float32 still 16.

@@ -49,7 +49,7 @@ class Elements(NamedTuple):
     start: Any  # where they start in flat storage, int64
     offsets: Any  # from there
     mask: Any  # which of them exist
-    ALIGNED: Any  # whether every vector of them is aligned, in every row of flat storage
+    ALIGNED: Any  # whether every vector of them is aligned, in every flat gradient
 
 
 @triton.jit
@@ -79,12 +79,12 @@ def elements_of(chunk, BLOCK_SIZE, ALIGNED):
 
 
 @triton.jit
-def pointers(base_ptr, row_start, elements):
-    """Return pointers to elements of the row of flat storage that starts at `row_start`.
+def pointers(base_ptr, base_offset, elements):
+    """Return pointers to elements of the flat gradient that starts at `base_offset`.
 
     The alignment is stated of the value made here: of an argument it would be lost in inlining.
     """
-    start_ptr = base_ptr + (row_start + elements.start)
+    start_ptr = base_ptr + (base_offset + elements.start)
     if elements.ALIGNED:
         start_ptr = tl.multiple_of(start_ptr, 16)
     return start_ptr + elements.offsets

@@ -90,7 +90,7 @@ def keys_of(tensors: Sequence[Tensor | None]) -> Keys:
 
 
 def is_aligned(*tensors: Tensor | None) -> bool:
-    """Return whether each of these tensors, [N'] or [K, N'], is aligned in every row."""
+    """Return whether each of these tensors, [N'] or [K, N'], is aligned for every task."""
     return all(
         tensor is None
         or (

@@ -239,9 +239,9 @@ class Recorder:
             record[record_key("cosine", tasks[i], tasks[j])] = cosines.get((i, j))
         flags = dropped.bool()
         norms = squares.sqrt().masked_fill(flags | ~squares.isfinite(), math.nan)
-        for kind, values in (("norm", norms), ("weight", weights), ("dropped", flags)):
+        for quantity, values in (("norm", norms), ("weight", weights), ("dropped", flags)):
             for task, value in zip(tasks, values.tolist(), strict=True):
-                record[record_key(kind, task)] = None if math.isnan(value) else value
+                record[record_key(quantity, task)] = None if math.isnan(value) else value
         return record
 
     @fixed_precision

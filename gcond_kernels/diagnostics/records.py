@@ -56,13 +56,13 @@ def percent(part: float, whole: float = 1.0, digits: int = 1) -> str:
     return f"{100.0 * part / whole:.{digits}f} %"
 
 
-def record_key(kind: str, *tasks: str) -> str:
+def record_key(quantity: str, *tasks: str) -> str:
     """Return the key of a value in a record: "cosine/a/b" for the cosine of tasks "a" and "b".
 
     A slash within a name is written "%2F", and "%2" as "%252", so that different names never share
     a key.
     """
-    return "/".join([kind, *(task.replace("%2", "%252").replace("/", "%2F") for task in tasks)])
+    return "/".join([quantity, *(task.replace("%2", "%252").replace("/", "%2F") for task in tasks)])
 
 
 def shortened(layer: str, length: int) -> str:

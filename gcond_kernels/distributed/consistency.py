@@ -66,10 +66,11 @@ def check_gradients(storage: GradientStorage, group: ProcessGroup, replicas: Rep
     if mismatch := first_mismatch(norms, replicas, rel_tol=1e-2, abs_tol=1e-3 * largest):
         tensor, rank, other = mismatch
         raise RuntimeError(
-            f"rank {rank} and rank {other} hold the same part of {segments[tensor].name}, and have "
-            "other gradients of it: nothing has reduced them. Shard it with the rest (fully_shard "
-            "around the whole model, no ignored_params); give ranks of one tensor parallel group "
-            "the same data; and ranks that train another model a process_group of their own"
+            f"rank {rank} and rank {other} hold the same shard of {segments[tensor].name}, and "
+            "have other gradients of it: nothing has reduced them. Shard it with the rest "
+            "(fully_shard around the whole model, no ignored_params); give ranks of one tensor "
+            "parallel group the same data; and ranks that train another model a process_group of "
+            "their own"
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gcond_kernels.ops.contexts import fixed_precision
 
-# Tables remembered of each kind; a large model in 128 buckets, each task with its own, has that
+# Tables remembered by each function; a large model in 128 buckets, each task with its own, has that
 # many.
 REMEMBERED = 1024
 

@@ -60,6 +60,9 @@ def accumulate(
         overwrite: set the segments instead of adding to them, to zero where there is no gradient;
             what they held before, NaN included, is forgotten.
         backend: a name, or what `backend_for` returned.
+
+    Raises:
+        ValueError: an argument does not fit; nothing has been written.
     """
     device = accumulator.device
     checks.check_flat("accumulator", accumulator, layout, checks.ACCUMULATOR_DTYPES, device)
@@ -102,6 +105,9 @@ def gramian(
         history_scale: [K] float64; read where there is a history.
         momentum: [N'] float32, or None; where given it is one more gradient, of scale 1.
         backend: a name, or what `backend_for` returned.
+
+    Raises:
+        ValueError: an argument does not fit; nothing has been written.
     """
     checks.check_gradients(gradients)
     if momentum is not None:
@@ -154,6 +160,9 @@ def arbitrate(
         state: changed in place.
         settings: the method's numbers.
         backend: a name, or what `backend_for` returned.
+
+    Raises:
+        ValueError: an argument does not fit; nothing has been written.
     """
     if gramian.dim() not in (2, 3) or gramian.shape[-1] == 0:
         raise ValueError(
@@ -208,6 +217,9 @@ def combine(
         momentum: changed in place; None writes g itself.
         rescale: a bound of the norm of all outputs together.
         backend: a name, or what `backend_for` returned.
+
+    Raises:
+        ValueError: an argument does not fit; nothing has been written.
     """
     K, T, device = len(gradients.scale), len(gradients.layout.sizes), gradients.scale.device
     checks.check_written(gradients, outputs, momentum)
@@ -259,6 +271,9 @@ def graddrop(
         dropout: of the random numbers.
         momentum: changed in place; None writes g itself.
         backend: a name, or what `backend_for` returned.
+
+    Raises:
+        ValueError: an argument does not fit; nothing has been written.
     """
     device = gradients.accumulators.device
     checks.check_written(gradients, outputs, momentum)
@@ -287,6 +302,9 @@ def resolve(
     The CUDA backend can where the accumulators fit in the GPU's L2 cache, with at most 8 tasks and
     1,000 tensors. The bits are those of the three operations. Outputs, state and momentum are
     changed in place; `max_norm` bounds the norm of all outputs together.
+
+    Raises:
+        ValueError: an argument does not fit; nothing has been written.
     """
     if is_traced(gradients):
         raise NotImplementedError(

@@ -34,7 +34,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
 
     def decorate(function: F) -> F:
         run, hints, accepted = operation(function), get_type_hints(function), signature(function)
-        parameters = {name: _kind_of(hints[name]) for name in accepted.parameters}
+        parameters = {name: _parameter_type(hints[name]) for name in accepted.parameters}
         first, *_ = parameters
         name = schema.partition("(")[0]
         _library.define(schema)
@@ -51,10 +51,12 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
             given = accepted.bind(*args, **options)  # an unknown keyword is refused
             given.apply_defaults()
             pairs = zip(given.arguments.values(), parameters.values(), strict=True)
-            results = registered(*[part for value, kind in pairs for part in _apart(value, kind)])
+            results = registered(
+                *[item for value, accepts in pairs for item in _apart(value, accepts)]
+            )
             if results is None:
                 return None
-            return hints["return"](*[None if part.shape == (0,) else part for part in results])
+            return hints["return"](*[None if item.shape == (0,) else item for item in results])
 
         return cast(F, call)
 
@@ -69,60 +71,64 @@ def is_traced(first: Tensor | TaskGradients | None) -> bool:
     return type(tensor) not in (Tensor, torch.nn.Parameter)  # fake tensors, for example
 
 
-class _Kind(NamedTuple):
+class _ParameterType(NamedTuple):
     """What a parameter takes: an argument object and its fields, or a value."""
 
     type: Any
-    fields: tuple[tuple[str, _Kind], ...] = ()
+    fields: tuple[tuple[str, _ParameterType], ...] = ()
 
 
-def _kind_of(hint: Any) -> _Kind:
+def _parameter_type(hint: Any) -> _ParameterType:
     for member in (hint, *get_args(hint)):
         if hasattr(member, "_fields") or is_dataclass(member):
             fields = get_type_hints(member).items()
-            return _Kind(member, tuple((name, _kind_of(field)) for name, field in fields))
-    return _Kind(_NAMES.get(hint, "plain value"))  # torch.compile compares no types
+            return _ParameterType(
+                member, tuple((name, _parameter_type(field)) for name, field in fields)
+            )
+    return _ParameterType(_NAMES.get(hint, "plain value"))  # torch.compile compares no types
 
 
-def _apart(value: Any, kind: _Kind) -> list[Any]:
+def _apart(value: Any, accepts: _ParameterType) -> list[Any]:
     """Return the operator's arguments that make up one of the operation's."""
-    if kind.fields:
-        parts: list[Any] = []
-        for name, field in kind.fields:
-            parts += _apart(None if value is None else getattr(value, name), field)
-        return parts
-    if kind.type is _LIST:
-        return [[part for part in value if part is not None], [part is not None for part in value]]
-    if kind.type is _NUMBER:
+    if accepts.fields:
+        arguments: list[Any] = []
+        for name, field in accepts.fields:
+            arguments += _apart(None if value is None else getattr(value, name), field)
+        return arguments
+    if accepts.type is _LIST:
+        return [[item for item in value if item is not None], [item is not None for item in value]]
+    if accepts.type is _NUMBER:
         return [1.0, value] if isinstance(value, Tensor) else [float(value), None]
     return [value.requested if isinstance(value, Backend) else value]
 
 
-def _together(parts: Iterator[Any], kind: _Kind) -> Any:
+def _together(arguments: Iterator[Any], accepts: _ParameterType) -> Any:
     """Return one of the operation's arguments from the operator's."""
-    if kind.fields:
-        values = {name: _together(parts, field) for name, field in kind.fields}
-        return None if next(iter(values.values())) is None else kind.type(**values)
-    value = next(parts)
-    if kind.type is _LIST:
+    if accepts.fields:
+        values = {name: _together(arguments, field) for name, field in accepts.fields}
+        return None if next(iter(values.values())) is None else accepts.type(**values)
+    value = next(arguments)
+    if accepts.type is _LIST:
         present = iter(value)
-        return [next(present) if flag else None for flag in next(parts)]
-    if kind.type is _NUMBER:
-        tensor = next(parts)
+        return [next(present) if flag else None for flag in next(arguments)]
+    if accepts.type is _NUMBER:
+        tensor = next(arguments)
         return value if tensor is None else tensor
     return tuple(value) if isinstance(value, list) else value
 
 
 def _with_objects(
-    function: Callable[..., Any], parameters: dict[str, _Kind]
+    function: Callable[..., Any], parameters: dict[str, _ParameterType]
 ) -> Callable[..., tuple[Tensor, ...] | None]:
     """Return an operation as a function of the operator's arguments, and with its results."""
 
     def call(*flat: Any) -> tuple[Tensor, ...] | None:
-        parts = iter(flat)
-        results = function(**{name: _together(parts, kind) for name, kind in parameters.items()})
+        arguments = iter(flat)
+        results = function(
+            **{name: _together(arguments, accepts) for name, accepts in parameters.items()}
+        )
         if results is None:
             return None
-        return tuple([results[0].new_empty(0) if part is None else part for part in results])
+        return tuple([results[0].new_empty(0) if item is None else item for item in results])
 
     return call

@@ -151,7 +151,7 @@ class GradientStorage:
             check_parameter(parameter, name, device, self.has_dtensors)
         before = self.segments
         segments, end = segments_of(parameters)
-        # A row of shards is as long for every rank.
+        # The shards of an accumulator have the same length on every rank.
         length = align(-(-end // self.shards)) * self.shards
         places = [self.places.get(segment.parameter, -1) for segment in segments]
         # Of other elements than before nothing is known any more.

@@ -64,7 +64,7 @@ def check_mask(mask: object, parameters: Sequence[tuple[Tensor, str]]) -> dict[T
 
 
 def same_placement(tensor: Any, parameter: Any) -> bool:
-    """Return whether two tensors are sharded alike, the same on all ranks."""
+    """Return whether two tensors have the same placement, the same on all ranks."""
     if is_dtensor(tensor) and is_dtensor(parameter):
         same_mesh: bool = tensor.device_mesh == parameter.device_mesh
         return same_mesh and tuple(tensor.placements) == tuple(parameter.placements)

@@ -66,7 +66,7 @@ def test_times_and_fractions_are_divided_new_by_old(compared):
         (times(0.002, 0.001, 0.009), True),
     ],
 )
-def test_quartiles_that_overlap_are_within_the_spread(compared, new, within):
+def test_changes_within_overlapping_quartiles_are_marked(compared, new, within):
     _, output, _ = compared([COMBINE], [COMBINE | {"seconds": new}])
     assert (row(output, "seconds")[-2:] == ["within", "spread"]) == within
 

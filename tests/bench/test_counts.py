@@ -184,7 +184,7 @@ def test_interpreted_kernels_count_what_their_masks_let_through():
 
 
 @needs("triton")
-def test_an_interpreter_of_another_make_is_told_apart(monkeypatch):
+def test_an_unsupported_interpreter_is_detected(monkeypatch):
     import triton.runtime.interpreter as interpreter
 
     monkeypatch.delattr(interpreter.InterpreterBuilder, "create_masked_load")

@@ -60,7 +60,7 @@ def test_a_token_sees_none_of_those_after_it():
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_each_loss_needs_the_whole_model(name):
+def test_each_loss_needs_all_parameters(name):
     model, (inputs, targets) = small(name).new_model(), small(name).batches[0]
     for task in small(name).tasks.values():
         model.zero_grad()

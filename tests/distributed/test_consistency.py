@@ -160,7 +160,7 @@ def mask_sharded_by_columns(model):
 # Wrappers.
 
 
-@mistake(r"RuntimeError: rank 1 and rank 0 hold the same part of last.weight")
+@mistake(r"RuntimeError: rank 1 and rank 0 hold the same shard of last.weight")
 def layer_that_is_not_sharded(model):
     for name, child in model.named_children():
         if name != "last":
@@ -168,7 +168,7 @@ def layer_that_is_not_sharded(model):
     return t.distributed()
 
 
-@mistake("RuntimeError: rank 1 and rank 0 hold the same part of .*process_group")
+@mistake("RuntimeError: rank 1 and rank 0 hold the same shard of .*process_group")
 def two_trainings_in_one(model):
     """Every rank is sharded for itself, on a mesh of one."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("a", "b"))

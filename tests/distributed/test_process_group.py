@@ -124,7 +124,7 @@ def saved_by_one_rank(strategy, caller):
     return alone, len(optimizer.state_dict()["state"])
 
 
-def test_rank_that_saves_alone_is_told_which_ranks_are_missing(ranks2):
+def test_error_on_a_rank_that_saves_alone_names_the_missing_ranks(ranks2):
     for caller in (0, 1):
         results = ranks2(saved_by_one_rank, "shard", caller)
         assert re.match(

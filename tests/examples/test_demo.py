@@ -123,7 +123,7 @@ def test_no_digit_is_in_both_training_and_validation(digits_scene):
     assert sorted(every) == list(range(len(digits_scene.images)))
 
 
-def test_digits_are_pasted_whole():
+def test_digits_are_pasted_completely():
     images = torch.rand(20, 8, 8)
     canvas = digits.paste(images, (3, 4), torch.Generator().manual_seed(0))
     assert torch.allclose(canvas.sum((1, 2)), images.sum((1, 2)))
@@ -190,7 +190,7 @@ def test_every_method_of_the_package_can_be_compared():
 # The training.
 
 
-def test_all_methods_start_alike_see_the_same_micro_batches_and_count_passes(scene, monkeypatch):
+def test_all_methods_have_the_same_start_and_micro_batches_and_count_passes(scene, monkeypatch):
     seen: list[list[torch.Tensor]] = []
     draw = type(scene).micro_batch
 
@@ -285,7 +285,7 @@ def test_the_verdict_on_the_conflict_follows_the_cosines(digits_scene, cosines, 
 
 
 @pytest.mark.parametrize("others", [3, 4])
-def test_many_methods_are_told_in_one_sentence(digits_scene, others):
+def test_many_methods_are_summarized_in_one_sentence(digits_scene, others):
     runs = [training.new_run(digits_scene, method, 1, 0, CPU) for method in METHODS[: 1 + others]]
     for number, run in enumerate(runs):
         # Each a little better than the last.
@@ -361,7 +361,7 @@ def test_the_demo_writes_pictures_table_and_results(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", [slow("photos"), slow("digits")])
-def test_other_methods_are_compared_alike(name, tmp_path, capsys):
+def test_other_methods_are_compared(name, tmp_path, capsys):
     options = ("--scene", name, "--steps", 2, "--output", tmp_path, "--device", "cpu")
     assert demo("--methods", "MGDA", "GradNorm", "graddrop", *options) == 0
     assert {path.name for path in tmp_path.iterdir()} == PICTURES[name] | {"results.json"}

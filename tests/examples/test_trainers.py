@@ -144,7 +144,7 @@ def test_trainer_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path, saved_afte
     assert same(resumed.gcond.state_dict(), whole.gcond.state_dict())
 
 
-def test_trainer_that_knows_nothing_of_tasks_is_told_at_its_first_step(tmp_path):
+def test_trainer_without_tasks_fails_at_its_first_step(tmp_path):
     needs("transformers")
     from transformers import Trainer, TrainingArguments
 
@@ -270,7 +270,7 @@ def test_fabric_in_float16_by_its_scaler_clips_too():
     assert scaler.get_scale() == 2.0 ** (30 - report.skipped_steps)
 
 
-def test_fabric_that_asks_for_its_own_backward_is_told_of_a_way():
+def test_fabric_that_requires_its_own_backward_gets_an_error_with_a_remedy():
     needs("fabric")
     from lightning_fabric import Fabric
 

@@ -89,10 +89,18 @@ class Resolution:
     def run(self) -> list[torch.Tensor]:
         self.accumulate()
         products, decision = by_name.resolve(
-            self.rows, self.outputs, self.layout, scale=self.scale,
-            state=self.state, settings=self.method, history=self.history,
-            momentum=self.momentum, momentum_steps=self.steps, backend=self.backend, **self.options,
-        )  # fmt: skip
+            self.rows,
+            self.outputs,
+            self.layout,
+            scale=self.scale,
+            state=self.state,
+            settings=self.method,
+            history=self.history,
+            momentum=self.momentum,
+            momentum_steps=self.steps,
+            backend=self.backend,
+            **self.options,
+        )
         results = [
             *self.outputs,
             *products,
@@ -255,10 +263,15 @@ def test_a_row_of_more_than_2_31_elements(backend):
     for output in outputs:
         output.fill_(torch.nan)
     by_name.combine(
-        rows, outputs, layout, weights=one, scale=one,
-        finite=torch.ones((), dtype=torch.bool, device=GPU), per_tensor=products.per_tensor,
+        rows,
+        outputs,
+        layout,
+        weights=one,
+        scale=one,
+        finite=torch.ones((), dtype=torch.bool, device=GPU),
+        per_tensor=products.per_tensor,
         backend=backend,
-    )  # fmt: skip
+    )
     assert (outputs[0][0], outputs[0][-1]) == (4.0, 8.0)
     assert (outputs[0][1:-1] == 1.0).all()
     assert (outputs[1] == 1.0).all()
@@ -273,9 +286,13 @@ def test_training_is_that_of_the_reference_and_backward_waits_for_nothing(backen
             torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 4)
         ).to(GPU)
         optimizer = GCondFused(
-            torch.optim.SGD(model.parameters(), lr=0.05), {"a": 1.0, "b": 0.5},
-            accumulation_steps=4, momentum=0.9, update=update, backend=by,
-        )  # fmt: skip
+            torch.optim.SGD(model.parameters(), lr=0.05),
+            {"a": 1.0, "b": 0.5},
+            accumulation_steps=4,
+            momentum=0.9,
+            update=update,
+            backend=by,
+        )
         for step in range(8):
             for _ in range(4):
                 x = torch.randn(16, 20, device=GPU)

@@ -40,9 +40,13 @@ def resolution(device, tasks, dtype, at_once, options):
     for k in range(tasks):
         for overwrite in (True, False):
             by_name.accumulate(
-                accumulators[k], tensors(k), layout, scale=0.7,
-                overwrite=overwrite, backend="cuda",
-            )  # fmt: skip
+                accumulators[k],
+                tensors(k),
+                layout,
+                scale=0.7,
+                overwrite=overwrite,
+                backend="cuda",
+            )
     for k in range(1, tasks):  # a conflict; one by one, for a sum is formed in orders of its own
         accumulators[0] -= accumulators[k]
     history = filled(layout, tasks, 1, torch.bfloat16).to(device)
@@ -56,11 +60,19 @@ def resolution(device, tasks, dtype, at_once, options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "resolves_at_once", lambda _: at_once)
         products, decision = by_name.resolve(
-            accumulators, outputs, layout,
-            scale=torch.ones(tasks, dtype=torch.float64, device=device), state=state,
-            settings=method, history=history, momentum=momentum,
-            momentum_steps=steps, beta=0.9, backend="cuda", **options,
-        )  # fmt: skip
+            accumulators,
+            outputs,
+            layout,
+            scale=torch.ones(tasks, dtype=torch.float64, device=device),
+            state=state,
+            settings=method,
+            history=history,
+            momentum=momentum,
+            momentum_steps=steps,
+            beta=0.9,
+            backend="cuda",
+            **options,
+        )
     written = [accumulators, history, momentum, steps, *outputs, *state.values()]
     written += [*products, *decision]
     return [t.cpu().nan_to_num(12345.0) for t in written if t is not None]

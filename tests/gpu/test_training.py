@@ -51,7 +51,7 @@ class Training:
         self.model = nn.Sequential(
             nn.Linear(20, 300), nn.Tanh(), nn.Linear(300, 30), nn.LayerNorm(30), nn.Linear(30, 4)
         ).to(GPU)
-        # Its gradients do not lie in a row of the accumulators.
+        # Its gradients are not views of an accumulator.
         self.shift = nn.Parameter(torch.zeros(20, device=GPU, dtype=torch.bfloat16))
         options = {"accumulation_steps": WINDOW, "momentum": 0.9} | options
         self.optimizer = GCondFused(
@@ -113,7 +113,7 @@ def test_nothing_in_backward_or_step_waits_for_the_device(backend, base, options
 @pytest.mark.parametrize("mode", ["exact", "stochastic"])
 @pytest.mark.parametrize("bucket", BUCKETS)
 @pytest.mark.parametrize("on_nonfinite", ["skip", "drop_task"])
-def test_a_graph_of_a_whole_window(backend, base, mode, bucket, on_nonfinite, monkeypatch):
+def test_a_graph_of_a_full_window(backend, base, mode, bucket, on_nonfinite, monkeypatch):
     monkeypatch.setattr(collect, "BUCKET_BYTES", bucket)
     options = {"mode": mode, "on_nonfinite": on_nonfinite}
     eager, captured = Training(backend, base, **options), Training(backend, base, **options)
@@ -152,9 +152,11 @@ def test_a_model_on_two_streams(backend, bucket, monkeypatch):
         torch.manual_seed(0)
         left, right = (nn.Linear(2000, 2000).to(GPU) for _ in range(2))
         optimizer = GCondFused(
-            torch.optim.SGD([*left.parameters(), *right.parameters()], lr=0.1), TASKS,
-            accumulation_steps=2, backend=backend,
-        )  # fmt: skip
+            torch.optim.SGD([*left.parameters(), *right.parameters()], lr=0.1),
+            TASKS,
+            accumulation_steps=2,
+            backend=backend,
+        )
         side = torch.cuda.Stream() if streams == 2 else torch.cuda.current_stream()
         for seed in range(10):
             x = torch.randn(64, 2000, generator=torch.Generator().manual_seed(seed)).to(GPU)

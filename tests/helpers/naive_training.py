@@ -41,7 +41,7 @@ KEPT = (
     "momentum_steps",
     "last",
     "last_mass",
-    "owners",
+    "parameter_tasks",
     "was_shared",
 )
 
@@ -62,7 +62,7 @@ class NaiveTraining:
         # Of each task the gradient of the last step that it took part in.
         self.last, self.last_mass = np.zeros((self.K, self.N)), np.zeros((self.K, self.N))
         # Which tasks ever had a gradient other than zero for each parameter.
-        self.owners: list[set[int]] = [set() for _ in o.sizes]
+        self.parameter_tasks: list[set[int]] = [set() for _ in o.sizes]
         self.was_shared = [None] * len(o.sizes)
         self.steps, self.skipped_steps = 0, 0
         self.nonfinite_steps = [0] * self.K
@@ -171,7 +171,9 @@ class NaiveTraining:
 
         def is_used(i: int) -> bool:
             empty = self.segments[i].stop == self.segments[i].start
-            return bool(self.owners[i] & active) or (not self.owners[i] and (empty or not finite))
+            return bool(self.parameter_tasks[i] & active) or (
+                not self.parameter_tasks[i] and (empty or not finite)
+            )
 
         return sorted(i for i in self.touched if is_used(i))
 
@@ -179,8 +181,8 @@ class NaiveTraining:
         shares = np.array(self.shares())[:, None]
         self.vectors = np.where(np.isin(range(self.K), going)[:, None], self.sums, 0.0) * shares
         self.scales = np.where(np.isin(range(self.K), going)[:, None], self.mass, 0.0) * shares
-        for owners, segment in zip(self.owners, self.segments, strict=True):
-            owners |= {k for k in going if self.vectors[k, segment].any()}
+        for tasks, segment in zip(self.parameter_tasks, self.segments, strict=True):
+            tasks |= {k for k in going if self.vectors[k, segment].any()}
         self.shared = self._shared()
         written = self._written()
         self.last[going], self.last_mass[going] = self.vectors[going], self.scales[going]
@@ -223,7 +225,7 @@ class NaiveTraining:
 
     def _shared(self):
         """[N] whether each element belongs to a parameter that tasks share."""
-        shared = [len(tasks) > 1 for tasks in self.owners]
+        shared = [len(tasks) > 1 for tasks in self.parameter_tasks]
         if not any(shared) and sum(count > 0 for count in self.counts) <= 1:
             shared = [True] * len(shared)
         # With other parameters to compare than in the last step histories start anew.
@@ -231,7 +233,9 @@ class NaiveTraining:
         if any(was is not None and was != now for now, was in pairs):
             for resolver in self.resolvers:
                 resolver.history, resolver.last = [None] * self.K, [None] * self.K
-        self.was_shared = [s if o else None for s, o in zip(shared, self.owners, strict=True)]
+        self.was_shared = [
+            s if o else None for s, o in zip(shared, self.parameter_tasks, strict=True)
+        ]
         return np.repeat(shared, self.o.sizes)
 
     def _of_parameters(self, vector, written) -> list:

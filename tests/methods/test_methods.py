@@ -1,11 +1,11 @@
 """The weights of every method against TorchJD's, and against what is known of the exact ones.
 
-TorchJD solves in the units of the Gramian, ours at gradients of length 1. Where the lengths lie far
-apart, float64 holds nothing of the shorter ones beside the longest in TorchJD's form: then it is
-given the Gramian at length 1, and what it says is taken back to the lengths.
+TorchJD solves in the units of the Gramian, ours for normalized gradients. Where the norms lie far
+apart, float64 holds nothing of the smaller ones beside the largest in TorchJD's form: then it is
+given the Gramian of normalized gradients, and its weights are divided by the norms.
 
 Where gradients depend on each other, as far as their precision can tell, the weights are those of a
-Gramian whose smallest eigenvalues at length 1 are raised (see `definite`): that is what others are
+Gramian whose smallest eigenvalues, normalized, are raised (see `definite`): that is what others are
 given then, and their weights are the same. Of all other gradients it is the Gramian itself.
 """
 
@@ -142,9 +142,9 @@ def test_imtl_g(family, rounding, decades, tasks):
         beta = jd.IMTLGWeighting()(kept) / n
         w = weigh(IMTLG(), S, rounding)
         if not beta.any():
-            assert not w.any()  # gradients of length 1 cancel out
+            assert not w.any()  # normalized gradients cancel out
             continue
-        # At length 1 both are by the pseudo-inverse of the same matrix: rounding times its
+        # Normalized, both are by the pseudo-inverse of the same matrix: rounding times its
         # condition, 2e6 at most, and what cancels out in the sum that they are divided by.
         cancelled = float(beta.abs().sum() / beta.sum().abs())
         assert close(w * n, beta / beta.sum() * n, 1e-8 * cancelled)
@@ -219,7 +219,7 @@ def test_upgrad(family, rounding, decades, tasks):
     projector = QuadprogProjector(norm_eps=1e-30, reg_eps=1e-15)
     for seed, scale in enumerate(SCALES):
         S, C, n = drawn(family, rounding, decades, tasks, seed, scale)
-        # Rows n_i v_i of the gradients at length 1.
+        # Rows n_i v_i of the normalized gradients.
         v = projector(torch.eye(tasks, dtype=torch.float64), C)
         # 1e-16 · 1e6, the condition of what was raised; over 1e12 the cosines round otherwise.
         assert close(weigh(UPGrad(), S, rounding) * n, (n @ v) / tasks, 1e-6)
