@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gcond_kernels import ops
 from gcond_kernels.methods import Method
-from gcond_kernels.methods.method import Comparison, Destination, fresh_state
+from gcond_kernels.methods.method import Comparison, Destination, forget_history, fresh_state
 from gcond_kernels.ops import launch_tables
 from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.ops.norms import multi_tensor_dot
@@ -134,8 +134,7 @@ def _resolve(
     products = ops.gramian(gradients, history_scale=state.get("history_scale"))
     alone = method.compares_single_task and present <= 1
     flags, changed = update_shared(memory["parameter_tasks"], memory["was_shared"], products, alone)
-    if "history_gramian" in state:  # known of the tensors alone that were compared before
-        state["history_gramian"].masked_fill_(changed, 0.0)
+    forget_history(state, changed)
     shared = SharedParameters(False, flags, False)
     S, X = shared.gramians(products, len(gradients.accumulators))
     decision = method.decide(Comparison(S, X, gradients.scale), state)

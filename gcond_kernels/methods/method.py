@@ -226,6 +226,17 @@ def without_events(weights: Tensor, finite: Tensor) -> ops.Arbitration:
     return ops.Arbitration(weights, none.view(0, 0), none.view(0, 5), finite)
 
 
+def forget_history(state: State, changed: Tensor) -> None:
+    """Forget the norms of the history, which are those of the tensors compared before.
+
+    Args:
+        state: of a method; changed in place, where it has a history.
+        changed: [] bool, whether other tensors are compared now.
+    """
+    if "history_gramian" in state:
+        state["history_gramian"].masked_fill_(changed, 0.0)
+
+
 @fixed_precision
 def fresh_state(method: Method, tasks: int, batch: tuple[int, ...], device: torch.device) -> State:
     """Return the state before the first step, for a batch of Gramians of this shape."""

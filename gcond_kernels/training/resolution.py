@@ -12,7 +12,7 @@ from gcond_kernels import ops
 from gcond_kernels.diagnostics.report import Resolution
 from gcond_kernels.distributed.strategy import LocalGradients, SingleProcess
 from gcond_kernels.lion_lars import averaged_norms
-from gcond_kernels.methods.method import Comparison, Destination, Known, fresh_state
+from gcond_kernels.methods.method import Comparison, Destination, Known, forget_history, fresh_state
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.types import Rescale, TaskGradients
 from gcond_kernels.options import OptionsInUse, TaskWeights
@@ -259,7 +259,7 @@ class Resolver:
         return products._replace(cross_per_tensor=None) if self._compares_all() else products
 
     def _shared_parameters(self, products: ops.Gramians, counts: Sequence[int]) -> SharedParameters:
-        method, state = self.options.current.method, self.method_state
+        method = self.options.current.method
         shared, changed = self.sharing.update(
             products,
             counts,
@@ -267,10 +267,8 @@ class Resolver:
             single=method.compares_single_task,
             selected=method.parameters,
         )
-        if not shared.by_tensor and "history_gramian" in state:
-            # Norms of the history are known of the tensors alone that were compared before.
-            history = state["history_gramian"]
-            history.copy_(torch.where(changed, 0.0, history))
+        if not shared.by_tensor:
+            forget_history(self.method_state, changed)
         return shared
 
     def _mean_losses(self, sums: Tensor | None, counts: Sequence[int]) -> Tensor | None:
@@ -296,8 +294,8 @@ class Resolver:
             return without_tasks(products, scale, self.nonfinite)
         if tables.is_capturing(scale.device):
             raise RuntimeError(
-                "on_nonfinite='raise' asks the device in every step, which a CUDA graph cannot: "
-                "use 'skip' or 'drop_task'"
+                "on_nonfinite='raise' synchronizes with the device in every step, which a CUDA "
+                "graph cannot: use 'skip' or 'drop_task'"
             )
         names = [segment.name for segment in self.storage.segments]
         where = describe(products.per_tensor, tuple(self.tasks), names)
