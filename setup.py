@@ -19,8 +19,8 @@ from setuptools.errors import SetupError
 
 ROOT = Path(__file__).parent.absolute()
 ARCHITECTURES = "80;90;100"
-KERNELS = ["resolve.cu", "gramian.cu", "combine.cu", "arbitrate.cu", "accumulate.cu"]
-BINDINGS = ["module.cpp", "tensors.cpp"]  # only these include Python's headers
+KERNELS = [f"cuda/{name}.cu" for name in ("resolve", "gramian", "combine", "arbitrate", "accumulate")]
+BINDINGS = ["cuda/module.cpp", "common/tensors.cpp"]  # only these include Python's headers
 
 # Products and sums are rounded apart, on the GPU and on the host, except where the code says fmaf.
 COMPILER_FLAGS = (

@@ -1,4 +1,4 @@
-// What all kernels share: types of elements, vectors of four, chunks of tensors.
+// What all kernels share: conversions of elements, vectors of four, chunks of tensors.
 //
 // A function marked HD compiles for the GPU and for the host, where it processes the same chunks in
 // the same order: tests on machines without a GPU execute it there. Products that are added are
@@ -14,13 +14,10 @@
 #include <stdexcept>
 #include <type_traits>
 
-#define HD __host__ __device__ __forceinline__
+#include "../common/block.h"
+#include "../common/types.h"
 
 namespace gcond {
-
-constexpr int THREADS = 256;  // of a block
-constexpr int WARP = 32;
-constexpr int WARPS = THREADS / WARP;
 
 // Elements that a thread reads and writes at once: 16 bytes of float32, 8 of two-byte types. Then
 // neighbouring threads access neighbouring bytes, whatever the types.
@@ -30,80 +27,9 @@ constexpr int VECTOR = 4;
 // before, and a CUDA graph may capture tensors that no launch has had before.
 constexpr int MAX_TENSORS = 1000;
 
-// The codes of gcond_kernels/ops/launch_tables.py.
-enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT64 = 3, NO_TENSOR = 7 };
-
-// The address of a tensor, with its dtype in the upper four bits, which no address uses.
-using TensorPtr = std::uint64_t;
-constexpr int DTYPE_SHIFT = 60;
-
-HD Dtype dtype_of(TensorPtr tensor) { return static_cast<Dtype>(tensor >> DTYPE_SHIFT); }
-
-HD void* address_of(TensorPtr tensor) {
-  return reinterpret_cast<void*>(tensor & ((TensorPtr(1) << DTYPE_SHIFT) - 1));
-}
-
 struct TensorList {
   TensorPtr of[MAX_TENSORS];
 };
-
-// Float32 or two-byte flat storage, [rows, stride]; the pointer is null where there is none.
-struct Matrix {
-  void* data_ptr;
-  Dtype dtype;
-  std::int64_t stride;  // in elements
-};
-
-// The accumulated gradients of K tasks; see gcond_kernels/ops/types.py.
-struct TaskGradients {
-  int tasks;                      // K
-  Matrix accumulators;            // [K, N'], float32 or bfloat16
-  Matrix history;                 // [K, N'], float32, bfloat16 or float16; or null
-  const std::uint32_t* mask_ptr;  // [N' / 32], or null: all elements are trainable
-  const double* scale_ptr;        // [K]
-};
-
-struct Momentum {
-  float* buffer_ptr;        // [N'], or null
-  std::int64_t* steps_ptr;  // [T], or null
-  double beta;              // 0 without momentum
-};
-
-// Where the segment of a tensor lies in flat storage.
-struct Segment {
-  std::int64_t offset, size;
-};
-
-// Which chunk of which tensor a block processes.
-struct ChunkEntry {
-  std::int32_t tensor, index;
-};
-
-// How the segments are divided into chunks, a block each.
-struct Chunks {
-  const Segment* segments_ptr;      // [T]
-  const ChunkEntry* entries_ptr;    // [C]
-  const std::int32_t* first_ptr;    // [T + 1], the first chunk of each tensor
-  int tensors, count, length;       // T, C, and the elements of a chunk
-};
-
-struct Chunk {
-  int tensor;
-  int count;             // of elements
-  std::int64_t segment;  // the offset of the tensor's segment in flat storage
-  std::int64_t first;    // the chunk's first element within the segment
-
-  HD std::int64_t start() const { return segment + first; }
-};
-
-HD Chunk chunk_at(const Chunks& chunks, int number) {
-  const ChunkEntry entry = chunks.entries_ptr[number];
-  const Segment segment = chunks.segments_ptr[entry.tensor];
-  const std::int64_t first = static_cast<std::int64_t>(entry.index) * chunks.length;
-  const std::int64_t left = segment.size - first;
-  const int count = left < chunks.length ? static_cast<int>(left) : chunks.length;
-  return {entry.tensor, count, segment.offset, first};
-}
 
 HD float to_float(float value) { return value; }
 HD float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -244,16 +170,6 @@ HD Values<V> converted(const Raw<V>& raw, Dtype dtype) {
   }
   return values;
 }
-
-// The bits of the trainable mask from element `offset` on, the first in the lowest bit. Elements
-// that are accessed together have theirs in one word.
-HD std::uint32_t trainable_bits(const std::uint32_t* mask_ptr, std::int64_t offset) {
-  constexpr int MASK_BITS = 32;
-  const auto element = static_cast<std::uint64_t>(offset);
-  return mask_ptr[element / MASK_BITS] >> (element % MASK_BITS);
-}
-
-HD bool is_trainable(std::uint32_t bits, int element) { return (bits >> element & 1u) != 0; }
 
 // V elements as they lie in memory: all bits of the trainable ones set, all others clear.
 template <int V>

@@ -1,14 +1,12 @@
-// arbitrate: resolves the conflicts on K×K numbers in float64, by one block. The formulas are those
+// arbitrate: resolves the conflicts on K×K numbers in float64, by one block or on the host. The formulas are those
 // of python/_arbitrate.py, in the same order.
 #pragma once
 
-#include "block.cuh"
-#include "launch.cuh"
+#include <cmath>
+
+#include "block.h"
 
 namespace gcond {
-
-// With more tasks the two matrices of a resolution exceed the block's shared memory.
-constexpr int MAX_TASKS = 64;
 
 // Where the square of a resolved gradient is below this fraction of what its terms would have
 // without cancelling, only rounding is left of it: it counts as zero.
@@ -443,7 +441,12 @@ HD void store_state(const ArbitrateArguments& a, const Scratch& s) {
   run_once([&] { store_winners(a, s); });
 }
 
-// Resolves a batch, each entry by a block.
-void arbitrate(const Stream& stream, const ArbitrateArguments& arguments, int batch);
+// Resolves entry `entry` of a batch, in memory of `scratch_size` float64.
+HD void arbitrate_entry(const ArbitrateArguments& arguments, void* memory, int entry) {
+  const ArbitrateArguments own = batch_entry(arguments, entry);
+  const Scratch scratch = scratch_in(memory, own.tasks);
+  resolve_conflicts(own, scratch, true);
+  store_state(own, scratch);
+}
 
 }  // namespace gcond

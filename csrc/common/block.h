@@ -2,9 +2,13 @@
 // loops over threads are loops, and sums are formed in the same trees.
 #pragma once
 
-#include "common.cuh"
+#include "types.h"
 
 namespace gcond {
+
+constexpr int THREADS = 256;  // of a block
+constexpr int WARP = 32;
+constexpr int WARPS = THREADS / WARP;
 
 // Calls `run` for every index below `count`, then synchronizes the block.
 template <class F>
@@ -23,6 +27,7 @@ HD void run_once(F run) {
   parallel_for(1, [&](int) { run(); });
 }
 
+#ifdef __CUDACC__
 // The sum over the lanes of a warp, as a tree; every lane has it.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
@@ -31,6 +36,7 @@ __device__ __forceinline__ T warp_sum(T value) {
     value += __shfl_xor_sync(0xffffffffu, value, distance);
   return value;
 }
+#endif
 
 // The same tree on the host, over the values that the lanes would hold.
 template <class T>

@@ -53,18 +53,14 @@ Matrix matrix_of(py::handle object) {
   return {tensor.data_ptr(), dtype_of(tensor), tensor.ndim == 2 ? tensor.shape[1] : 0};
 }
 
-TensorList tensor_list(py::handle tensors) {
+std::vector<TensorPtr> tensor_ptrs(py::handle tensors) {
   const auto sequence = py::reinterpret_steal<py::object>(
       PySequence_Fast(tensors.ptr(), "tensors must be a list or a tuple"));
   if (!sequence) throw py::error_already_set();
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence.ptr());
-  if (count > MAX_TENSORS)
-    throw std::invalid_argument("at most " + std::to_string(MAX_TENSORS) +
-                                " tensors in a launch, not " + std::to_string(count));
+  std::vector<TensorPtr> found(static_cast<std::size_t>(PySequence_Fast_GET_SIZE(sequence.ptr())));
   PyObject** items = PySequence_Fast_ITEMS(sequence.ptr());
-  TensorList list;
-  for (Py_ssize_t t = 0; t < count; ++t) list.of[t] = tensor_ptr(items[t]);
-  return list;
+  for (std::size_t t = 0; t < found.size(); ++t) found[t] = tensor_ptr(items[t]);
+  return found;
 }
 
 }  // namespace gcond

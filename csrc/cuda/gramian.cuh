@@ -2,7 +2,7 @@
 // in float32, the sums of the chunks are added up in float64, in a fixed order.
 #pragma once
 
-#include "block.cuh"
+#include "../common/block.h"
 #include "launch.cuh"
 
 namespace gcond {

@@ -6,8 +6,9 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <vector>
 
-#include "common.cuh"
+#include "types.h"
 
 namespace gcond {
 
@@ -61,7 +62,7 @@ T* ptr(pybind11::handle tensor) {
 // A tensor of up to two dimensions; only of a matrix is there a stride. Null for None.
 Matrix matrix_of(pybind11::handle tensor);
 
-// The addresses and dtypes of up to MAX_TENSORS tensors or None, from a list or tuple.
-TensorList tensor_list(pybind11::handle tensors);
+// The addresses and dtypes of tensors or None, from a list or tuple.
+std::vector<TensorPtr> tensor_ptrs(pybind11::handle tensors);
 
 }  // namespace gcond

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "common.cuh"
+#include "vectors.cuh"
 
 namespace gcond {
 

@@ -5,13 +5,6 @@
 namespace gcond {
 namespace {
 
-HD void arbitrate_entry(const ArbitrateArguments& arguments, void* memory, int entry) {
-  const ArbitrateArguments own = batch_entry(arguments, entry);
-  const Scratch scratch = scratch_in(memory, own.tasks);
-  resolve_conflicts(own, scratch, true);
-  store_state(own, scratch);
-}
-
 __global__ void __launch_bounds__(THREADS, 1)
     arbitrate_kernel(const __grid_constant__ ArbitrateArguments arguments) {
   extern __shared__ double memory[];
