@@ -24,7 +24,12 @@ except ImportError:  # Python 3.10, where pytest brings tomli
     import tomli as tomllib
 
 # The backends, by the names that they are installed under, and their folders in the project.
-BACKENDS = {"cpu": "csrc/cpu", "cuda": "csrc/cuda", "python": "python", "triton_kernels": "triton_kernels"}
+BACKENDS = {
+    "cpu": "csrc/cpu",
+    "cuda": "csrc/cuda",
+    "python": "python",
+    "triton_kernels": "triton_kernels",
+}
 
 
 def build(kind: str, source: Path, folder: Path) -> Path:

@@ -21,25 +21,21 @@ def gramian(
     with launch_tables.guard(device):
         length = launch_tables.chunk_length(sum(sizes))
         chunks, total, _ = chunk_tables(gradients.layout, length, device)
-        partials, gramians = new_gramians(gradients, momentum is not None, total)
-        _cuda.gramian(
-            stream_of(device), chunks, gradients, momentum, history_scale, partials, gramians
+        partials, result = (
+            new_partials(gradients, total),
+            Gramians.empty(gradients, momentum is not None),
         )
-    return gramians
+        _cuda.gramian(
+            stream_of(device), chunks, gradients, momentum, history_scale, partials, result
+        )
+    return result
 
 
-def new_gramians(gradients: TaskGradients, momentum: bool, chunks: int) -> tuple[Tensor, Gramians]:
-    """Return memory for the sums of every chunk, [P, C] float32, and for the Gramians.
+def new_partials(gradients: TaskGradients, chunks: int) -> Tensor:
+    """Return memory for the sums of every chunk, [P, C] float32.
 
     P counts the products with momentum and history, whether there are any or not.
     """
-    device, tensors = gradients.accumulators.device, len(gradients.layout.sizes)
-    K = len(gradients.accumulators)
-    R, products = K + momentum, (K + 1) * (K + 2) // 2 + K * K
-    partials = torch.empty((products, chunks), dtype=torch.float32, device=device)
-    total = torch.empty((K, K), dtype=torch.float64, device=device)
-    per_tensor = total.new_empty((tensors, R, R))
-    if gradients.history is None:
-        return partials, Gramians(total, None, per_tensor, None)
-    cross = torch.empty_like(total)
-    return partials, Gramians(total, cross, per_tensor, total.new_empty((tensors, K, K)))
+    K = len(gradients.scale)
+    products = (K + 1) * (K + 2) // 2 + K * K
+    return gradients.scale.new_empty((products, chunks), dtype=torch.float32)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import _cuda
-from gcond_kernels.cuda._arbitrate import new_arbitration
-from gcond_kernels.cuda._gramian import new_gramians
+from gcond_kernels.cuda._gramian import new_partials
 from gcond_kernels.cuda.launch import chunk_tables, stream_of
 from gcond_kernels.ops import launch_tables
 from gcond_kernels.ops.types import (
@@ -74,13 +73,13 @@ def resolve(
 ) -> tuple[Gramians, Arbitration]:
     """Write the outputs, and return what was found; see `gcond_kernels.ops.resolve`."""
     device, layout = gradients.accumulators.device, gradients.layout
-    tasks, needs_norms = len(gradients.accumulators), max_norm is not None
+    needs_norms = max_norm is not None
     with launch_tables.guard(device):
         length = launch_tables.chunk_length(sum(layout.sizes))
         chunks, total, _ = chunk_tables(layout, length, device)
-        partials, gramians = new_gramians(gradients, momentum is not None and needs_norms, total)
-        arbitration = new_arbitration(tasks, settings.iterations(tasks), device)
-        results = Results(partials, gramians, arbitration)
+        gramians = Gramians.empty(gradients, momentum is not None and needs_norms)
+        arbitration = Arbitration.empty(gramians.total, settings)
+        results = Results(new_partials(gradients, total), gramians, arbitration)
         if momentum is not None or needs_norms:
             factors, squares = gramians.total.new_empty((2, len(layout.sizes)))
             results = results._replace(factors=factors, squares=squares)

@@ -15,17 +15,18 @@ from torch import Tensor
 
 from gcond_kernels.ops.types import Arbitration, Gramians, TaskGradients
 
-# In the order in which "auto" tries them on a GPU, and in which one stands in for another.
-BACKENDS = ("cuda", "triton", "python")
+# In the order in which "auto" tries them, and in which one stands in for another.
+BACKENDS = ("cuda", "triton", "cpu", "python")
 MODULES = {
+    "cpu": "gcond_kernels.cpu",
     "cuda": "gcond_kernels.cuda",
     "triton": "gcond_kernels.triton_kernels",
     "python": "gcond_kernels.python",
 }
 OPERATIONS = ("accumulate", "gramian", "arbitrate", "combine", "graddrop", "resolve")
 
-# Of so many tasks a kernel keeps every product in registers; of more, matrix products are faster.
-MOST_TASKS = 8
+# Of so many tasks a GPU keeps every product in registers; of more, matrix products are faster.
+MOST_TASKS = {"cuda": 8, "triton": 8}
 
 
 class Backend:
@@ -53,7 +54,9 @@ class Backend:
     def __getattr__(self, operation: str) -> Any:
         if operation.startswith("_"):  # asked for by copy and pickle
             raise AttributeError(operation)
-        return getattr(self.module(self.serves(operation)), operation)
+        found = getattr(self.module(self.serves(operation)), operation)
+        setattr(self, operation, found)
+        return found
 
     def serves(self, operation: str) -> str:
         """Return the name of the backend that serves an operation."""
@@ -67,9 +70,9 @@ class Backend:
         self, gradients: TaskGradients, history_scale: Tensor | None, momentum: Tensor | None
     ) -> Gramians:
         """Return its Gramians; of more than `MOST_TASKS` tasks those of the reference."""
-        few = len(gradients.scale) <= MOST_TASKS
-        module = self.module(self.serves("gramian") if few else "python")
-        return cast(Gramians, module.gramian(gradients, history_scale, momentum))
+        tasks = len(gradients.scale)
+        name = "python" if tasks > MOST_TASKS.get(self.name, tasks) else self.serves("gramian")
+        return cast(Gramians, self.module(name).gramian(gradients, history_scale, momentum))
 
     def resolves_at_once(self, gradients: TaskGradients) -> bool:
         """Return whether it has a `resolve` of its own that takes these gradients."""
@@ -87,7 +90,7 @@ def backend_for(requested: str | Backend, device: torch.device) -> Backend:
     Args:
         requested: "auto", one of `BACKENDS`, or what this function returned. "auto" reads the
             environment variable GCOND_BACKEND and, where that is unset or "auto" too, takes the
-            first of `BACKENDS` that can serve a GPU; on a CPU always "python".
+            first of `BACKENDS` that can serve a GPU; on a CPU "cpu" or else "python".
         device: of the tensors.
 
     Raises:
@@ -102,7 +105,7 @@ def backend_for(requested: str | Backend, device: torch.device) -> Backend:
         name = os.environ.get("GCOND_BACKEND", "") or "auto"
         source = f"GCOND_BACKEND={name}"
     if name == "auto":
-        candidates = BACKENDS if device.type == "cuda" else ("python",)
+        candidates = BACKENDS if device.type == "cuda" else ("cpu", "python")
         name = next(backend for backend in candidates if unavailable(backend, device) is None)
     elif reason := unavailable(name, device):
         raise RuntimeError(f"{source} cannot be used on {device}: {reason}")
@@ -120,6 +123,8 @@ def unavailable(backend: str, device: torch.device) -> str | None:
         return _triton_unavailable(device)
     if backend == "cuda":
         return _cuda_unavailable(device)
+    if backend == "cpu":
+        return _cpu_unavailable(device)
     return f"there is no such backend; choose from {', '.join(('auto', *BACKENDS))}"
 
 
@@ -183,6 +188,24 @@ def _cuda_unavailable(device: torch.device) -> str | None:
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return _cuda_problem(device)
+
+
+def _cpu_unavailable(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"its code runs on CPU tensors, not on {device.type}"
+    if not _is_installed("gcond_kernels._cpu"):
+        return "its extension is not built: pip install . compiles it where there is a C++ compiler"
+    return _cpu_problem()
+
+
+@functools.cache
+def _cpu_problem() -> str | None:
+    """Return why the extension, which is there, cannot be imported; None where it can."""
+    try:
+        importlib.import_module("gcond_kernels.cpu")
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return f"its extension is there, but cannot be imported: {error}"
+    return None
 
 
 # Where the compiled kernels are known to run. What failed, for want of memory say, is tried again.

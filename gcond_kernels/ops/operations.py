@@ -75,11 +75,7 @@ def accumulate(
 
 
 def _empty_gramians(gradients: TaskGradients, momentum: Tensor | None, **_: object) -> Gramians:
-    K, T, new = len(gradients.scale), len(gradients.layout.sizes), gradients.scale.new_empty
-    R = K + (momentum is not None)
-    if gradients.history is None:
-        return Gramians(new((K, K)), None, new((T, R, R)), None)
-    return Gramians(new((K, K)), new((K, K)), new((T, R, R)), new((T, K, K)))
+    return Gramians.empty(gradients, momentum is not None)
 
 
 @operator(
@@ -121,13 +117,7 @@ def gramian(
 
 
 def _empty_arbitration(gramian: Tensor, settings: Settings, **_: object) -> Arbitration:
-    *batch, K, _columns = gramian.shape
-    return Arbitration(
-        gramian.new_empty((*batch, K)),
-        gramian.new_empty((*batch, K, K)),
-        gramian.new_empty((*batch, settings.iterations(K), 5)),
-        gramian.new_empty(tuple(batch), dtype=torch.bool),
-    )
+    return Arbitration.empty(gramian, settings)
 
 
 @operator(

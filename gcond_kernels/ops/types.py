@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 # Elements per word of a mask: bit e % 32 of word e // 32 is 1 where element e is trained.
@@ -197,6 +198,15 @@ class Gramians(NamedTuple):
     per_tensor: Tensor
     cross_per_tensor: Tensor | None
 
+    @classmethod
+    def empty(cls, gradients: TaskGradients, momentum: bool) -> Gramians:
+        """Return memory for the Gramians of these, and of the momentum where there is one."""
+        K, T, new = len(gradients.scale), len(gradients.layout.sizes), gradients.scale.new_empty
+        R = K + momentum
+        if gradients.history is None:
+            return cls(new((K, K)), None, new((T, R, R)), None)
+        return cls(new((K, K)), new((K, K)), new((T, R, R)), new((T, K, K)))
+
 
 class Arbitration(NamedTuple):
     """What a resolution decided, on the Gramian's device; [B, ...] for a batch of Gramians.
@@ -216,6 +226,17 @@ class Arbitration(NamedTuple):
     coefficients: Tensor
     events: Tensor
     finite: Tensor
+
+    @classmethod
+    def empty(cls, gramian: Tensor, settings: Settings) -> Arbitration:
+        """Return memory for what is decided from a Gramian [K, K], or from a batch [B, K, K]."""
+        *batch, K, _columns = gramian.shape
+        return cls(
+            gramian.new_empty((*batch, K)),
+            gramian.new_empty((*batch, K, K)),
+            gramian.new_empty((*batch, settings.iterations(K), 5)),
+            gramian.new_empty(tuple(batch), dtype=torch.bool),
+        )
 
 
 def _is_count(value: Any) -> bool:

@@ -1,0 +1,37 @@
+// The kernels for x86-64 with AVX2.
+#include "kernels_includes.h"
+
+#ifdef GCOND_X86
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#define FUSED(a, b, c) ((F)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+
+namespace gcond {
+namespace cpu {
+namespace avx2 {
+
+constexpr int WIDTH = 8, TILE = 2;
+#include "lanes.h"
+#include "kernels_body.h"
+
+bool runs_here() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+}  // namespace avx2
+
+extern const Kernels AVX2;
+const Kernels AVX2 = {"avx2", avx2::runs_here, avx2::accumulate, avx2::scratch_size,
+                        avx2::multiply, avx2::combine};
+
+}  // namespace cpu
+}  // namespace gcond
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

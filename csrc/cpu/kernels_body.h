@@ -1,0 +1,309 @@
+// The vector code itself; part of every variant, after lanes.h.
+
+// Elements of which all rows stay in the first cache while their products are formed.
+constexpr int BLOCK_BYTES = 16 << 10;
+constexpr int LEAST_BLOCK = 256;
+// Between rows of scratch memory: those that lie a multiple of 4 KB apart would share cache lines.
+constexpr int GAP = 80;
+constexpr int POINTER_FLOATS = 2;  // the room of a pointer among floats
+
+// Reads and writes all lanes, or the first `count`.
+struct All {
+  template <class T>
+  Lanes read(const T* from) const { return load(from); }
+  template <class T>
+  void write(T* to, const Lanes& lanes) const { store(to, lanes); }
+};
+
+struct First {
+  int count;
+
+  template <class T>
+  Lanes read(const T* from) const { return load_part(from, count); }
+  template <class T>
+  void write(T* to, const Lanes& lanes) const { store_part(to, lanes, count); }
+};
+
+// Calls `run(access, element)` for sixteen elements at a time, and for the rest.
+template <class Run>
+inline void for_lanes(std::int64_t count, Run run) {
+  const std::int64_t full = count / LANES * LANES;
+  for (std::int64_t e = 0; e < full; e += LANES) run(All{}, e);
+  if (full < count) run(First{static_cast<int>(count - full)}, full);
+}
+
+// Calls `run` with the address as a pointer of the dtype; not for NO_TENSOR.
+template <class Run>
+inline void with_type(Dtype dtype, void* address, Run run) {
+  switch (dtype) {
+    case FLOAT32: run(static_cast<float*>(address)); break;
+    case BFLOAT16: run(static_cast<BFloat16*>(address)); break;
+    case FLOAT16: run(static_cast<Float16*>(address)); break;
+    case FLOAT64: run(static_cast<double*>(address)); break;
+    case NO_TENSOR: break;
+  }
+}
+
+// The type of accumulators and history: not float64.
+template <class Run>
+inline void with_storage_type(Dtype dtype, void* address, Run run) {
+  switch (dtype) {
+    case BFLOAT16: run(static_cast<BFloat16*>(address)); break;
+    case FLOAT16: run(static_cast<Float16*>(address)); break;
+    default: run(static_cast<float*>(address)); break;
+  }
+}
+
+inline int size_of(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+// The element `offset` of a row of flat storage.
+inline void* element_of(const Matrix& matrix, int row, std::int64_t offset) {
+  return static_cast<char*>(matrix.data_ptr) + (row * matrix.stride + offset) * size_of(matrix.dtype);
+}
+
+// The bits of the mask for up to sixteen elements, which may lie in two words.
+inline std::uint32_t bits_at(const std::uint32_t* mask_ptr, std::int64_t offset, int count) {
+  std::uint32_t bits = trainable_bits(mask_ptr, offset);
+  const int left = 32 - static_cast<int>(offset % 32);
+  if (left < count) bits |= mask_ptr[offset / 32 + 1] << left;
+  return bits;
+}
+
+// accumulate
+
+template <class A, class G>
+inline void accumulate_as(const AccumulateChunk& c, A* target_ptr, const G* gradient_ptr) {
+  const Lanes scale = splat(c.scale);
+  if (c.overwrite)
+    for_lanes(c.count, [&](auto access, std::int64_t e) {
+      access.write(target_ptr + e, multiply(access.read(gradient_ptr + e), scale));
+    });
+  else
+    for_lanes(c.count, [&](auto access, std::int64_t e) {
+      const Lanes sum = access.read(target_ptr + e);
+      access.write(target_ptr + e, multiply_add(access.read(gradient_ptr + e), scale, sum));
+    });
+}
+
+void accumulate(const AccumulateChunk& c) {
+  with_type(c.gradient_dtype, const_cast<void*>(c.gradient_ptr), [&](const auto* gradient_ptr) {
+    if (c.target_dtype == FLOAT32)
+      accumulate_as(c, static_cast<float*>(c.target_ptr), gradient_ptr);
+    else
+      accumulate_as(c, static_cast<BFloat16*>(c.target_ptr), gradient_ptr);
+  });
+}
+
+// gramian
+
+// Adds the products of rows a with rows b to their sums, sixteen for each; of the same rows only
+// those of i ≤ j.
+template <int A, int B, bool SAME>
+void add_tile(const float* const* a, const float* const* b, int count, float* const* sums) {
+  Lanes total[A][B];
+#pragma GCC unroll 4
+  for (int i = 0; i < A; ++i)
+#pragma GCC unroll 4
+    for (int j = SAME ? i : 0; j < B; ++j) total[i][j] = load(sums[i] + j * LANES);
+  for (int e = 0; e < count; e += LANES) {
+    Lanes x[A], y[B];
+#pragma GCC unroll 4
+    for (int i = 0; i < A; ++i) x[i] = load(a[i] + e);
+#pragma GCC unroll 4
+    for (int j = 0; j < B; ++j) y[j] = SAME ? x[j] : load(b[j] + e);
+#pragma GCC unroll 4
+    for (int i = 0; i < A; ++i)
+#pragma GCC unroll 4
+      for (int j = SAME ? i : 0; j < B; ++j) total[i][j] = multiply_add(x[i], y[j], total[i][j]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < A; ++i)
+#pragma GCC unroll 4
+    for (int j = SAME ? i : 0; j < B; ++j) store(sums[i] + j * LANES, total[i][j]);
+}
+
+using AddTile = void (*)(const float* const*, const float* const*, int, float* const*);
+
+template <int A, int B>
+inline AddTile tile_of(bool same) {
+  if constexpr (A == B)
+    if (same) return add_tile<A, B, true>;
+  return add_tile<A, B, false>;
+}
+
+template <int A>
+inline AddTile tile_with(int b, bool same) {
+  if (b == 1) return tile_of<A, 1>(same);
+  if (b == 2 || TILE == 2) return tile_of<A, 2>(same);
+  if (b == 3) return tile_of<A, TILE == 2 ? 2 : 3>(same);
+  return tile_of<A, TILE>(same);
+}
+
+inline AddTile tile_for(int a, int b, bool same) {
+  if (a == 1) return tile_with<1>(b, same);
+  if (a == 2 || TILE == 2) return tile_with<2>(b, same);
+  if (a == 3) return tile_with<TILE == 2 ? 2 : 3>(b, same);
+  return tile_with<TILE>(b, same);
+}
+
+// The memory of one call of `multiply`: sixteen sums of each product, the rows that are not read
+// where they are, and pointers to all rows.
+struct Scratch {
+  ProductCounts counts;
+  int block;      // elements
+  float* sums;    // [products, LANES]
+  float* staged;  // [rows, block + GAP]
+  const float** rows;
+
+  int row_count() const { return counts.rows + (counts.history ? counts.tasks : 0); }
+  int products() const { return counts.total(); }
+  float* staged_row(int row) const { return staged + row * (block + GAP); }
+
+  // The sums of row i from column j on; j may be below i by less than a tile.
+  float* sums_at(int i, int j) const {
+    return sums + (i * counts.rows - i * (i - 1) / 2 + (j - i)) * LANES;
+  }
+  float* cross_at(int i, int j) const {
+    return sums + (counts.pairs() + i * counts.tasks + j) * LANES;
+  }
+};
+
+inline int block_for(int rows) {
+  const int fitting = BLOCK_BYTES / 4 / rows / LANES * LANES;
+  return fitting > LEAST_BLOCK ? fitting : LEAST_BLOCK;
+}
+
+std::size_t scratch_size(const ProductCounts& counts) {
+  const int rows = counts.rows + (counts.history ? counts.tasks : 0);
+  return static_cast<std::size_t>(counts.total()) * LANES +
+         static_cast<std::size_t>(rows) * (block_for(rows) + GAP + POINTER_FLOATS);
+}
+
+inline Scratch scratch_in(float* memory, const ProductCounts& counts) {
+  Scratch s{counts, 0, memory, nullptr, nullptr};
+  s.block = block_for(s.row_count());
+  s.staged = memory + s.products() * LANES;
+  s.rows = reinterpret_cast<const float**>(s.staged_row(s.row_count()));
+  return s;
+}
+
+// Points to `count` elements of a row: where they are, or copied as float32, masked and filled up
+// with zeros to sixteen.
+inline const float* row_at(const Scratch& s, int row, Dtype dtype, void* address,
+                           const std::uint32_t* mask_ptr, std::int64_t offset, int count) {
+  if (dtype == FLOAT32 && mask_ptr == nullptr && count % LANES == 0)
+    return static_cast<const float*>(address);
+  float* to = s.staged_row(row);
+  with_storage_type(dtype, address, [&](const auto* from) {
+    for_lanes(count, [&](auto access, std::int64_t e) {
+      Lanes lanes = access.read(from + e);
+      if (mask_ptr != nullptr) {
+        const int left = count - static_cast<int>(e);
+        lanes = selected(lanes, bits_at(mask_ptr, offset + e, left < LANES ? left : LANES));
+      }
+      store(to + e, lanes);
+    });
+  });
+  return to;
+}
+
+// Adds the products of all rows over a block of elements.
+inline void add_block(const ProductsChunk& c, const Scratch& s, std::int64_t offset, int count) {
+  const TaskGradients& g = *c.gradients;
+  const int K = s.counts.tasks, R = s.counts.rows;
+  const auto row = [&](int number, Dtype dtype, void* address) {
+    s.rows[number] = row_at(s, number, dtype, address, g.mask_ptr, offset, count);
+  };
+  for (int k = 0; k < K; ++k) row(k, g.accumulators.dtype, element_of(g.accumulators, k, offset));
+  if (R > K) row(K, FLOAT32, const_cast<float*>(c.momentum_ptr) + offset);
+  if (s.counts.history)
+    for (int k = 0; k < K; ++k) row(R + k, g.history.dtype, element_of(g.history, k, offset));
+  const int padded = (count + LANES - 1) / LANES * LANES;
+  const auto tile = [&](int i, int rows, int j, int until, const float* const* others, bool cross) {
+    const int a = rows - i < TILE ? rows - i : TILE, b = until - j < TILE ? until - j : TILE;
+    float* sums[TILE];
+    for (int k = 0; k < a; ++k) sums[k] = cross ? s.cross_at(i + k, j) : s.sums_at(i + k, j);
+    tile_for(a, b, !cross && i == j)(s.rows + i, others + j, padded, sums);
+  };
+  for (int i = 0; i < R; i += TILE)
+    for (int j = i; j < R; j += TILE) tile(i, R, j, R, s.rows, false);
+  if (s.counts.history)
+    for (int i = 0; i < K; i += TILE)
+      for (int j = 0; j < K; j += TILE) tile(i, K, j, K, s.rows + R, true);
+}
+
+void multiply(const ProductsChunk& c, float* scratch, double* products) {
+  const int K = c.gradients->tasks;
+  const Scratch s = scratch_in(
+      scratch, {K, K + (c.momentum_ptr != nullptr), c.gradients->history.data_ptr != nullptr});
+  for (int product = 0; product < s.products(); ++product)
+    store(s.sums + product * LANES, splat(0.0f));
+  const int full = c.count / LANES * LANES;
+  for (int e = 0; e < full; e += s.block)
+    add_block(c, s, c.start + e, full - e < s.block ? full - e : s.block);
+  if (full < c.count) add_block(c, s, c.start + full, c.count - full);
+  for (int product = 0; product < s.products(); ++product)
+    products[product] = sum_of(load(s.sums + product * LANES));
+}
+
+// combine
+
+constexpr int COMBINE_BLOCK = 512;
+
+// Adds one task's accumulator, weighted, to the total, and stores it as the new history.
+template <class A, class N>
+inline void add_task(float* total, const TaskUse& use, const A* accumulator_ptr, N* history_ptr,
+                     int count) {
+  const Lanes weight = splat(use.weight);
+  for_lanes(count, [&](auto access, std::int64_t e) {
+    const Lanes values = access.read(accumulator_ptr + e);
+    if (use.stored) access.write(history_ptr + e, values);
+    if (use.weighted) store(total + e, multiply_add(values, weight, load(total + e)));
+  });
+}
+
+// Writes momentum and output of a block.
+template <class O>
+inline void write_block(const CombineChunk& c, const float* total, O* output_ptr, int block, int count) {
+  const std::uint32_t* mask_ptr = c.gradients->mask_ptr;
+  float* momentum_ptr = c.momentum.buffer_ptr;
+  const Lanes beta = splat(static_cast<float>(c.momentum.beta)), factor = splat(c.factor);
+  for_lanes(count, [&](auto access, std::int64_t e) {
+    Lanes values = load(total + e);
+    float* kept_ptr = momentum_ptr == nullptr ? nullptr : momentum_ptr + c.start + block + e;
+    if (kept_ptr != nullptr) values = multiply_add(access.read(kept_ptr), beta, values);
+    if (mask_ptr != nullptr) {
+      const int left = count - static_cast<int>(e);
+      values = selected(values, bits_at(mask_ptr, c.start + block + e, left < LANES ? left : LANES));
+    }
+    if (kept_ptr != nullptr) access.write(kept_ptr, values);
+    access.write(output_ptr + e, multiply(values, factor));
+  });
+}
+
+void combine(const CombineChunk& c) {
+  const TaskGradients& g = *c.gradients;
+  alignas(64) float total[COMBINE_BLOCK];
+  for (int block = 0; block < c.count; block += COMBINE_BLOCK) {
+    const int count = c.count - block < COMBINE_BLOCK ? c.count - block : COMBINE_BLOCK;
+    for (int e = 0; e < COMBINE_BLOCK; e += LANES) store(total + e, splat(0.0f));
+    for (int k = 0; k < g.tasks; ++k) {
+      const TaskUse& use = c.uses[k];
+      if (!use.weighted && !use.stored) continue;
+      const auto add = [&](const auto* accumulator_ptr) {
+        with_storage_type(g.history.dtype, element_of(g.history, k, c.start + block),
+                          [&](auto* history_ptr) {
+                            add_task(total, use, accumulator_ptr, history_ptr, count);
+                          });
+      };
+      void* accumulator_ptr = element_of(g.accumulators, k, c.start + block);
+      if (g.accumulators.dtype == FLOAT32)
+        add(static_cast<const float*>(accumulator_ptr));
+      else
+        add(static_cast<const BFloat16*>(accumulator_ptr));
+    }
+    with_type(dtype_of(c.output), address_of(c.output), [&](auto* output_ptr) {
+      write_block(c, total, output_ptr + c.first + block, block, count);
+    });
+  }
+}

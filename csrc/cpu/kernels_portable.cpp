@@ -1,0 +1,27 @@
+// The kernels for every processor: with four floats in a register, as x86-64 and aarch64 have them.
+#include "kernels_includes.h"
+
+#if defined(__aarch64__)
+#define FUSED(a, b, c) ((F)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#else
+#define FUSED(a, b, c) ((a) * (b) + (c))
+#endif
+
+namespace gcond {
+namespace cpu {
+namespace portable {
+
+constexpr int WIDTH = 4, TILE = 2;
+#include "lanes.h"
+#include "kernels_body.h"
+
+bool runs_here() { return true; }
+
+}  // namespace portable
+
+extern const Kernels PORTABLE;
+const Kernels PORTABLE = {"portable", portable::runs_here, portable::accumulate,
+                          portable::scratch_size, portable::multiply, portable::combine};
+
+}  // namespace cpu
+}  // namespace gcond
