@@ -24,6 +24,9 @@ help:
 	@echo "make clean      remove the environment and what was built"
 	@echo 'Options go in ARGS, for example: make demo ARGS="--images ~/photos"'
 
+# pip compiles the C++ kernels of the CPU where there is a compiler, and only what has changed.
+KERNELS := setup.py $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/common/*)
+
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo $(ARGS)
 
@@ -59,11 +62,11 @@ bench: $(VENV)/.dev
 gpu-check: $(VENV)/.dev
 	PYTHON=$(BIN)/python bench/gpu_check.sh gpu_check_output
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml $(KERNELS)
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo]"
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml $(KERNELS)
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@ $(VENV)/.demo
 
@@ -86,4 +89,5 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info gcond_kernels/_cuda.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info gcond_kernels/_cpu.*.so gcond_kernels/_cpu_missing.txt \
+		gcond_kernels/_cuda.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

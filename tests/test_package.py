@@ -38,7 +38,7 @@ def build(kind: str, source: Path, folder: Path) -> Path:
         [sys.executable, "-m", "build", f"--{kind}", "--outdir", folder, source],
         check=True,
         capture_output=True,
-        env={name: os.environ[name] for name in os.environ if name != "GCOND_BUILD_CUDA"},
+        env=os.environ | {"GCOND_BUILD_CPU": "0", "GCOND_BUILD_CUDA": "0"},
     )
     (built,) = folder.glob("*.whl" if kind == "wheel" else "*.tar.gz")
     return built
