@@ -339,7 +339,7 @@ def setup_options() -> dict[str, Any]:
         with asked_for("C++ kernels of the CPU", "GCOND_BUILD_CPU"):
             find_compiler()
             python_headers()
-    if cpu != "0" and (ROOT / "csrc" / "cpu" / "module.cpp").is_file():
+    if cpu != "0":
         options["ext_modules"].append(cpu_module(optional=cpu != "1"))
     if cuda == "1":
         with asked_for("CUDA C++ kernels", "GCOND_BUILD_CUDA"):

@@ -54,7 +54,7 @@ def test_the_wheel_is_pure_and_complete(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     # No top-level `python` or `tests`, nothing compiled, and nothing to compile.
-    sources = {f"gcond_kernels/{name}" for name in ("py.typed", "_cuda.pyi")} | {
+    sources = {f"gcond_kernels/{name}" for name in ("py.typed", "_cpu.pyi", "_cuda.pyi")} | {
         f"gcond_kernels/{path.relative_to(ROOT / 'gcond_kernels')}"
         for path in (ROOT / "gcond_kernels").rglob("*.py")
     }

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from gcond_kernels.ops.built import why_cpu_is_not_built
 from gcond_kernels.ops.types import Arbitration, Gramians, TaskGradients
 
 # In the order in which "auto" tries them, and in which one stands in for another.
@@ -194,7 +195,7 @@ def _cpu_unavailable(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"its code runs on CPU tensors, not on {device.type}"
     if not _is_installed("gcond_kernels._cpu"):
-        return "its extension is not built: pip install . compiles it where there is a C++ compiler"
+        return why_cpu_is_not_built()
     return _cpu_problem()
 
 

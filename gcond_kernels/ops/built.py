@@ -1,4 +1,4 @@
-"""What was built with the package."""
+"""Why an extension module is missing."""
 
 from pathlib import Path
 
