@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,13 +19,14 @@ class ConvNeXtSize(NamedTuple):
 
 
 class TransformerSize(NamedTuple):
-    """Shape of a decoder-only transformer."""
+    """Shape of a transformer: a decoder, or, where it is not causal, an encoder."""
 
     blocks: int
     width: int
     heads: int
     vocabulary: int
     context: int
+    causal: bool = True
 
 
 CONVNEXT = {
@@ -35,29 +37,30 @@ CONVNEXT = {
 TRANSFORMER = {
     "transformer_pico": TransformerSize(4, 192, 6, 4096, 128),
     "transformer_1b": TransformerSize(16, 2048, 16, 50257, 1024),
+    "bert_small": TransformerSize(4, 512, 8, 30522, 128, causal=False),
 }
-MODELS = (*CONVNEXT, *TRANSFORMER)
+MOBILENET = "mobilenetv3_small"
+MODELS = (*CONVNEXT, MOBILENET, *TRANSFORMER)
 
-# MobileNetV3-Small (arXiv 1905.02244, table 2): kernel, channels within a block, channels of its
-# result, whether it has squeeze-and-excitation.
+# MobileNetV3-Small (arXiv 1905.02244, table 2): kernel, stride, channels within a block, channels
+# of its result, whether it has squeeze-and-excitation, whether its activation is hard swish.
 MOBILENETV3_SMALL = (
-    *((3, 16, 16, True), (3, 72, 24, False), (3, 88, 24, False)),
-    *((5, 96, 40, True), (5, 240, 40, True), (5, 240, 40, True), (5, 120, 48, True)),
-    *((5, 144, 48, True), (5, 288, 96, True), (5, 576, 96, True), (5, 576, 96, True)),
+    *((3, 2, 16, 16, True, False), (3, 2, 72, 24, False, False), (3, 1, 88, 24, False, False)),
+    *((5, 2, 96, 40, True, True), (5, 1, 240, 40, True, True), (5, 1, 240, 40, True, True)),
+    *((5, 1, 120, 48, True, True), (5, 1, 144, 48, True, True), (5, 2, 288, 96, True, True)),
+    *((5, 1, 576, 96, True, True), (5, 1, 576, 96, True, True)),
 )
 
 
-def new_model(name: str) -> ConvNeXt | Transformer:
+def new_model(name: str) -> ConvNeXt | MobileNet | Transformer:
     """Return a model with new weights, on the default device."""
     if name in CONVNEXT:
         return ConvNeXt(CONVNEXT[name])
-    return Transformer(TRANSFORMER[name])
+    return MobileNet() if name == MOBILENET else Transformer(TRANSFORMER[name])
 
 
 def shapes_of(name: str) -> list[tuple[int, ...]]:
-    """Return the shapes of a model's parameters, one of `MODELS` or "mobilenetv3_small"."""
-    if name == "mobilenetv3_small":
-        return mobilenet_shapes()
+    """Return the shapes of a model's parameters, of one of `MODELS`."""
     with torch.device("meta"):
         return [tuple(parameter.shape) for parameter in new_model(name).parameters()]
 
@@ -114,17 +117,80 @@ class ChannelNorm(nn.LayerNorm):
         return last.permute(0, 3, 1, 2)
 
 
+class MobileNet(nn.Module):
+    """MobileNetV3-Small (arXiv 1905.02244) with 1000 classes, whose many tensors are small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = 16
+        layers: list[nn.Module] = [*with_batchnorm(3, channels, 3, stride=2), nn.Hardswish()]
+        for shape in MOBILENETV3_SMALL:
+            layers.append(MobileNetBlock(channels, shape))
+            channels = shape[3]
+        layers += [*with_batchnorm(channels, 576, 1), nn.Hardswish()]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Sequential(nn.Linear(576, 1024), nn.Hardswish(), nn.Linear(1024, CLASSES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits [B, 1000] of images [B, 3, H, W]."""
+        logits: Tensor = self.head(self.features(images).mean((2, 3)))
+        return logits
+
+
+class MobileNetBlock(nn.Module):
+    """Expand, depthwise convolution, squeeze-and-excitation, project; added where shapes allow."""
+
+    def __init__(self, channels: int, shape: Sequence[int]) -> None:
+        super().__init__()
+        kernel, stride, within, result, excites, swish = shape
+        activation = nn.Hardswish if swish else nn.ReLU
+        layers: list[nn.Module] = []
+        if within != channels:
+            layers += [*with_batchnorm(channels, within, 1), activation()]
+        layers += [*with_batchnorm(within, within, kernel, stride, groups=within), activation()]
+        if excites:
+            layers.append(Excitation(within))
+        self.layers = nn.Sequential(*layers, *with_batchnorm(within, result, 1))
+        self.adds = stride == 1 and channels == result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the result [B, C, H, W]."""
+        result: Tensor = self.layers(x)
+        return x + result if self.adds else result
+
+
+class Excitation(nn.Module):
+    """Squeeze-and-excitation: a factor for each channel, from the means of all."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        nearest = max(8, (channels // 4 + 4) // 8 * 8)
+        squeezed = nearest if nearest >= 0.9 * channels / 4 else nearest + 8
+        squeeze, excite = nn.Conv2d(channels, squeezed, 1), nn.Conv2d(squeezed, channels, 1)
+        self.layers = nn.Sequential(squeeze, nn.ReLU(), excite, nn.Hardsigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x times the factors."""
+        return x * self.layers(x.mean((2, 3), keepdim=True))
+
+
 class Transformer(nn.Module):
-    """A decoder-only transformer in the manner of GPT-2, with a head of its own weights."""
+    """A transformer: GPT-2 with a head of its own weights, or BERT (arXiv 1810.04805)."""
 
     def __init__(self, size: TransformerSize) -> None:
         super().__init__()
+        self.causal = size.causal
         self.tokens = nn.Embedding(size.vocabulary, size.width)
         self.positions = nn.Embedding(size.context, size.width)
         wide = {"dim_feedforward": 4 * size.width, "activation": "gelu"}
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                size.width, size.heads, dropout=0.0, batch_first=True, norm_first=True, **wide
+                size.width,
+                size.heads,
+                dropout=0.0,
+                batch_first=True,
+                norm_first=size.causal,
+                **wide,
             )
             for _ in range(size.blocks)
         )
@@ -132,36 +198,26 @@ class Transformer(nn.Module):
         self.head = nn.Linear(size.width, size.vocabulary, bias=False)
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
+        if not size.causal:
+            self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the logits [B, L, vocabulary] of the tokens that follow tokens [B, L]."""
+        """Return the logits [B, L, vocabulary] for tokens [B, L]; causal: of those that follow."""
         length = tokens.shape[1]
         x = self.tokens(tokens) + self.positions.weight[:length]
-        mask = nn.Transformer.generate_square_subsequent_mask(length, x.device, x.dtype)
+        mask = None
+        if self.causal:
+            mask = nn.Transformer.generate_square_subsequent_mask(length, x.device, x.dtype)
         for block in self.blocks:
-            x = block(x, src_mask=mask, is_causal=True)
+            x = block(x, src_mask=mask, is_causal=self.causal)
         logits: Tensor = self.head(self.norm(x))
         return logits
 
 
-def mobilenet_shapes() -> list[tuple[int, ...]]:
-    """Return the shapes of MobileNetV3-Small with 1000 classes, whose many tensors are small."""
-    channels = 16
-    shapes = with_batchnorm(channels, 3, 3)
-    for kernel, within, result, excites in MOBILENETV3_SMALL:
-        if within != channels:
-            shapes += with_batchnorm(within, channels, 1)
-        shapes += with_batchnorm(within, 1, kernel)
-        if excites:
-            nearest = max(8, (within // 4 + 4) // 8 * 8)
-            squeezed = nearest if nearest >= 0.9 * within / 4 else nearest + 8
-            shapes += [(squeezed, within, 1, 1), (squeezed,), (within, squeezed, 1, 1), (within,)]
-        shapes += with_batchnorm(result, within, 1)
-        channels = result
-    shapes += with_batchnorm(576, channels, 1)
-    return [*shapes, (1024, 576), (1024,), (CLASSES, 1024), (CLASSES,)]
-
-
-def with_batchnorm(outputs: int, inputs: int, kernel: int) -> list[tuple[int, ...]]:
-    """Return the shapes of a convolution without a bias and a batch normalization after it."""
-    return [(outputs, inputs, kernel, kernel), (outputs,), (outputs,)]
+def with_batchnorm(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> tuple[nn.Module, nn.Module]:
+    """Return a convolution without a bias and a batch normalization after it."""
+    padding = kernel // 2
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+    return convolution, nn.BatchNorm2d(outputs)

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from bench.clock import LEAST_ROUNDS, MOST_ROUNDS, Clock, Run
-from bench.models import CLASSES, CONVNEXT, MODELS, TRANSFORMER, new_model
+from bench import clock
+from bench.clock import Clock, Run
+from bench.models import CLASSES, MODELS, TRANSFORMER, new_model
 from bench.others import torchjd_missing
 from bench.published import PublishedTraining
 from bench.record import Figure, InputError, quartiles
@@ -99,7 +100,7 @@ class Training:
     @property
     def tasks(self) -> dict[str, Task]:
         """Two losses of which each needs all of the model."""
-        return IMAGE_TASKS if self.name in CONVNEXT else TEXT_TASKS
+        return TEXT_TASKS if self.name in TRANSFORMER else IMAGE_TASKS
 
     def new_model(self) -> nn.Module:
         """Return a model of the same weights; on a GPU its forward pass is in bfloat16."""
@@ -139,6 +140,22 @@ def plain(training: Training, model: nn.Module, base: torch.optim.Optimizer) -> 
             logits = model(inputs)
             total = sum(task.weight * task.loss(logits, targets) for task in tasks)
             (total / steps).backward()
+        base.step()
+
+    return window
+
+
+def backward_passes(training: Training, model: nn.Module, base: torch.optim.Optimizer) -> Window:
+    """Return the same with a backward pass of each loss, the fewest that tell tasks apart."""
+    tasks, steps = training.tasks.values(), training.accumulation_steps
+
+    def window(batches: Sequence[Batch]) -> None:
+        base.zero_grad()
+        for inputs, targets in batches:
+            logits = model(inputs)
+            losses = [task.weight / steps * task.loss(logits, targets) for task in tasks]
+            for number, loss in enumerate(losses, start=1):
+                loss.backward(retain_graph=number < len(losses))
         base.step()
 
     return window
@@ -266,7 +283,7 @@ def trainings(options: argparse.Namespace) -> list[Training]:
         Training(
             name,
             options.device,
-            options.batch or (images if name in CONVNEXT else sequences),
+            options.batch or (sequences if name in TRANSFORMER else images),
             options.resolution or resolution,
             options.accumulation_steps,
             options.seconds * LONGER,
@@ -299,7 +316,7 @@ def training_figures(training: Training, published: ModuleType | None) -> Iterat
         "accumulation_steps": training.accumulation_steps,
         "batch": training.batch,
     }
-    if training.name in CONVNEXT:
+    if training.name not in TRANSFORMER:
         head["resolution"] = training.resolution
     baseline = new_window(training, plain)[1]
     for competitor in competitors(training, published):
@@ -348,20 +365,13 @@ def measured(training: Training, competitor: Competitor, baseline: Window) -> Fi
 
 
 def in_turns(training: Training, run: Run, baseline: Run) -> tuple[list[float], list[float]]:
-    """Return the seconds of every round, and as a multiple of the baseline's.
-
-    Each goes first in every second round, for what one leaves in the caches.
-    """
-    clock = Clock(training.device, training.seconds)
-    once = sum(map(clock.seconds_of, (run, baseline)))
-    rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(training.seconds / once)))
-    seconds, relative = [], []
-    for number in range(rounds):
-        order = (run, baseline) if number % 2 else (baseline, run)
-        taken = {each: clock.seconds_of(each) for each in order}
-        seconds.append(taken[run])
-        relative.append(taken[run] / taken[baseline])
-    return seconds, relative
+    """Return the seconds of every round, and as a multiple of the baseline's."""
+    both = {
+        name: clock.Competitor([each], True)
+        for name, each in (("run", run), ("baseline", baseline))
+    }
+    times = Clock(training.device, training.seconds).times(both)
+    return times["run"], [a / b for a, b in zip(*times.values(), strict=True)]
 
 
 def check_sum(training: Training, mode: Mode) -> None:
