@@ -19,7 +19,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make info       versions, device, and which backend serves which operation"
 	@echo "make bench      what operations and a training step cost here, beside others: figures, pictures"
-	@echo "make bench WHAT=...  operations, training, quick, counts, host, weighting, overlap, experiments"
+	@echo "make bench WHAT=...  operations, training, cpu, quick, counts, host, weighting, overlap, experiments"
 	@echo "make gpu-check  tests, figures and sanitizers on an NVIDIA GPU; results in gpu_check_output/"
 	@echo "make clean      remove the environment and what was built"
 	@echo 'Options go in ARGS, for example: make demo ARGS="--images ~/photos"'

@@ -15,6 +15,7 @@ BENCHMARKS = {
     "quick": "the same in a few minutes, of small models",
     "operations": "each operation by every backend, beside a copy and others",
     "training": "training steps beside plain accumulation and others, their time and memory",
+    "cpu": "operations, aggregations and steps on a CPU, each beside its aim",
     "counts": "bytes, launches and host reads of each operation, counted and compared",
     "host": "what a call over 300 tensors costs the host; needs no GPU",
     "weighting": "from a Gramian to weights, by every method",
@@ -24,6 +25,7 @@ BENCHMARKS = {
 COMMANDS = {
     "experiments": "the paper's open questions, three seeds; most of an hour: [a ... h]",
     "compare": "the ratios of two records: OLD.json NEW.json",
+    "costs": "the README's table of costs from the record of cpu: FILE.json",
     "plot": "the pictures of a record: FILE.json",
     "profiled": "some calls of each operation, for a profiler",
 }

@@ -35,12 +35,15 @@ class Clock:
 
     A lap goes once through all calls of a competitor, on a GPU as a CUDA graph, so that what calls
     cost the host does not count. Competitors take turns, round by round, so that what disturbs the
-    machine for a while disturbs them all; a round is some laps of one. The rounds of a comparison
-    take about `seconds` together; there are at least 5 and at most 31.
+    machine for a while disturbs them all, in one order and the other, for what each leaves in the
+    caches; a round is some laps of each. The rounds of a comparison take about `seconds` together;
+    there are at least `least_rounds` and at most 31.
     """
 
-    def __init__(self, device: torch.device, seconds: float) -> None:
-        self.device, self.seconds = device, seconds
+    def __init__(
+        self, device: torch.device, seconds: float, least_rounds: int = LEAST_ROUNDS
+    ) -> None:
+        self.device, self.seconds, self.least_rounds = device, seconds, least_rounds
 
     def times(self, competitors: Mapping[str, Competitor]) -> dict[str, list[float]]:
         """Return the seconds of one call of each competitor, in every round."""
@@ -56,11 +59,12 @@ class Clock:
             once = timer(1)
             repetitions[name] = max(1, math.ceil(SECONDS_OF_A_ROUND / max(once, 1e-7)))
             longest += once * repetitions[name]
-        rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(self.seconds / longest)))
+        rounds = min(MOST_ROUNDS, max(self.least_rounds, int(self.seconds / longest)))
         taken: dict[str, list[float]] = {name: [] for name in timers}
-        for _ in range(rounds):
-            for name, timer in timers.items():
-                taken[name].append(timer(repetitions[name]) / len(competitors[name].calls))
+        for number in range(rounds):
+            for name in reversed(timers) if number % 2 else timers:
+                seconds = timers[name](repetitions[name])
+                taken[name].append(seconds / len(competitors[name].calls))
         return taken
 
     def lap_of(self, competitor: Competitor) -> Run:

@@ -18,7 +18,7 @@ from bench.table import Column, Table
 
 Name = tuple[tuple[str, str | int], ...]
 
-TIMES = ("seconds", "step", "resolve", "exposed", "reduce", "gather", "gain")
+TIMES = ("seconds", "beside_seconds", "step", "resolve", "exposed", "reduce", "gather", "gain")
 RATES = ("samples_per_second",)
 COUNTS = (
     *("bytes", "bytes_moved", "launches", "synchronisations", "allocations", "allocated_bytes"),

@@ -154,13 +154,6 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _lacking(self, tensors: int, budget: int) -> str | None:
-        """Return a reason where the tensors and the buffers of the copy are more than is free."""
-        needed, free = tensors + min(budget, 2_000_000_000) + SPARE_BYTES, free_bytes(self.device)
-        if needed <= free:
-            return None
-        return f"needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
-
     def compare(
         self,
         case: Case,
@@ -233,7 +226,7 @@ class Bench:
         budget = case.layout.parameters * (dtype.itemsize + (4 if overwrite else 8))
         size = Gradients.bytes_of(case.layout, dtype)
         laps = laps_of(size, self.cache)
-        if lacking := self._lacking(size * laps, budget * laps):
+        if lacking := lacking_memory(size * laps, budget * laps, self.device):
             yield case.figure("all", skipped=lacking)
             return
         pool = [Gradients(case.layout, dtype, self.device) for _ in range(laps)]
@@ -261,7 +254,8 @@ class Bench:
         laps = laps_of(size, self.cache)
         # And what plain torch and TorchJD allocate within.
         needed = size * laps + 8 * layout.length
-        if lacking := self._lacking(needed, layout.parameters * (12 * tasks + 12) * laps):
+        budget = layout.parameters * (12 * tasks + 12)
+        if lacking := lacking_memory(needed, budget * laps, self.device):
             yield case.figure("all", skipped=lacking)
             return
         pool = [Storage(tasks, layout, self.device) for _ in range(laps)]
@@ -330,7 +324,7 @@ class Bench:
         runs = list(map(self._resolutions, pool))
         competitors = competitors_of(runs, ("python", others.FOREACH, others.LOOP))
         failed: list[Figure] = []
-        competitors |= self._aggregations(case, pool, failed)
+        competitors |= torchjd_aggregations(case, pool, failed)
         if self.published is not None:
             competitors |= self._published(case, pool, failed)
         budget = case.layout.parameters * (12 * case.tasks + 12)
@@ -361,7 +355,7 @@ class Bench:
 
     def _aggregation(self, case: Case, pool: Sequence[Storage]) -> Iterator[Figure]:
         """Measure methods that TorchJD has too, by both."""
-        theirs = self._aggregations(case, pool, [])
+        theirs = torchjd_aggregations(case, pool, [])
         if not theirs:
             return
         methods = others.our_methods()
@@ -385,31 +379,14 @@ class Bench:
         budget = case.layout.parameters * (8 * case.tasks + 4)
         yield from self.compare(case, competitors, budget)
 
-    def _aggregations(
-        self, case: Case, pool: Sequence[Storage], failed: list[Figure]
-    ) -> dict[str, Competitor]:
-        """Return TorchJD's, of the same gradients; add figures of those that take no part."""
-        if reason := others.torchjd_missing():
-            failed.append(case.figure("TorchJD", skipped=reason))
-            return {}
-        runs = [others.aggregations(storage.accumulators) for storage in pool]
-        competitors = {}
-        for by, run in runs[0].items():
-            try:
-                others.check_aggregation(by, run, pool[0])
-            except (AssertionError, RuntimeError) as error:  # noqa: PERF203  # of one of three
-                failed.append(case.figure(by, error=f"{type(error).__name__}: {error}"))
-            else:
-                competitors[by] = Competitor([each[by] for each in runs], synchronizes=True)
-        return competitors
-
     def _published(
         self, case: Case, pool: Sequence[Storage], failed: list[Figure]
     ) -> dict[str, Competitor]:
         """Return the published code, of the same gradients; or add a figure with the reason."""
         layout, by = case.layout, others.PUBLISHED
         # With two accumulators in bfloat16 and what it allocates within.
-        reason = self._lacking(len(pool) * layout.parameters * 16 * (case.tasks + 1), 0)
+        needed = len(pool) * layout.parameters * 16 * (case.tasks + 1)
+        reason = lacking_memory(needed, 0, self.device)
         if layout.parameters * case.tasks**2 > MOST_OF_PUBLISHED:
             reason = "takes too long"
         if reason:
@@ -426,6 +403,36 @@ class Bench:
             return {}
         runs, fills = [each.run for each in made], [each.fill for each in made]
         return {by: Competitor(runs, synchronizes=True, prepare=fills)}
+
+
+def torchjd_aggregations(
+    case: Case,
+    pool: Sequence[Storage],
+    failed: list[Figure],
+    names: Sequence[str] = others.METHODS,
+) -> dict[str, Competitor]:
+    """Return TorchJD's, of the same gradients; add figures of those that take no part."""
+    if reason := others.torchjd_missing():
+        failed.append(case.figure("TorchJD", skipped=reason))
+        return {}
+    runs = [others.aggregations(storage.accumulators, names) for storage in pool]
+    competitors = {}
+    for by, run in runs[0].items():
+        try:
+            others.check_aggregation(by, run, pool[0])
+        except (AssertionError, RuntimeError) as error:  # noqa: PERF203  # of one of three
+            failed.append(case.figure(by, error=f"{type(error).__name__}: {error}"))
+        else:
+            competitors[by] = Competitor([each[by] for each in runs], synchronizes=True)
+    return competitors
+
+
+def lacking_memory(tensors: int, budget: int, device: torch.device) -> str | None:
+    """Return a reason where the tensors and the buffers of a copy are more than is free."""
+    needed, free = tensors + min(budget, 2_000_000_000) + SPARE_BYTES, free_bytes(device)
+    if needed <= free:
+        return None
+    return f"needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
 
 
 def check_variants(storage: Storage, mask: Tensor, each: ops.Arbitration, backend: str) -> None:

@@ -17,6 +17,8 @@ from gcond_kernels import methods, ops
 
 FOREACH, LOOP = "torch foreach", "torch loop"
 PUBLISHED = "published code"
+# Methods that TorchJD has too.
+METHODS = ("PCGrad", "UPGrad", "CAGrad")
 # What the paper of CAGrad takes for most of its experiments.
 CAGRAD_C = 0.4
 # Of plain torch, which sums in float32 alone.
@@ -151,13 +153,17 @@ def torchjd_missing() -> str | None:
     return None if here else 'not installed: pip install "torchjd[cagrad,quadprog-projector]"'
 
 
-def aggregations(gradients: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Return TorchJD's aggregations of the gradients [K, N] into one [N], by name."""
+def aggregations(
+    gradients: Tensor, names: Sequence[str] = METHODS
+) -> dict[str, Callable[[], Tensor]]:
+    """Return those of TorchJD's aggregations of the gradients [K, N] into one [N], by name."""
     theirs: Any = importlib.import_module("torchjd.aggregation")
-    made = {"PCGrad": theirs.PCGrad(), "UPGrad": theirs.UPGrad()}
-    if hasattr(theirs, "CAGrad"):  # which needs a solver of its own
-        made["CAGrad"] = theirs.CAGrad(c=CAGRAD_C)
-    return {f"TorchJD {name}": partial(aggregator, gradients) for name, aggregator in made.items()}
+    options = {"CAGrad": {"c": CAGRAD_C}}
+    return {
+        f"TorchJD {name}": partial(getattr(theirs, name)(**options.get(name, {})), gradients)
+        for name in names
+        if hasattr(theirs, name)  # CAGrad needs a solver of its own
+    }
 
 
 def our_methods() -> dict[str, methods.Method]:
@@ -167,6 +173,13 @@ def our_methods() -> dict[str, methods.Method]:
         "UPGrad": methods.UPGrad(),
         "CAGrad": methods.CAGrad(c=CAGRAD_C),
     }
+
+
+def upgrad_weighting() -> Callable[[Tensor], Tensor]:
+    """Return TorchJD's UPGrad from a Gramian to weights."""
+    theirs: Any = importlib.import_module("torchjd.aggregation")
+    weighting: Callable[[Tensor], Tensor] = theirs.UPGradWeighting()
+    return weighting
 
 
 def check_aggregation(by: str, run: Callable[[], Tensor], storage: Storage) -> None:

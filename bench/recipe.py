@@ -73,6 +73,9 @@ def measure(benchmark: Benchmark, options: argparse.Namespace, command: str) -> 
     except KeyboardInterrupt:
         print(f"Interrupted: {options.output} holds what was measured until then.")
         return INTERRUPTED
+    machine["load_average_after"] = record.load_average()
+    record.write(result, options.output)
+    print("load average {load_average} before, {load_average_after} after".format_map(machine))
     if foot := benchmark.foot(result["figures"]):
         print(foot)
     print(f"figures: {options.output}")

@@ -77,7 +77,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cache_bytes": cache_bytes(device),
         "cores": cores(),
         "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2),
+        "load_average": load_average(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -90,6 +90,11 @@ def describe(device: torch.device) -> dict[str, Any]:
 def cpu_name() -> str:
     """Return the CPU's own name where Linux reports it."""
     return _reported("/proc/cpuinfo", "model name") or platform.machine()
+
+
+def load_average() -> float:
+    """Return how many processes wanted a core in the last minute."""
+    return round(os.getloadavg()[0], 2)
 
 
 def cores() -> int:
