@@ -46,7 +46,7 @@ RESERVING = {
     *("aten::empty", "aten::empty_like", "aten::empty_strided"),
     *("aten::new_empty", "aten::new_empty_strided"),
 }
-# Launches that a call of the extension makes on a GPU, as csrc/*.cu have them.
+# Launches that a call of the CUDA extension makes on a GPU, as csrc/cuda/*.cu have them.
 LAUNCHES_OF_CALLS = {
     "accumulate": 1,
     "gramian": 2,
@@ -56,6 +56,8 @@ LAUNCHES_OF_CALLS = {
     "combine": 1,
     "resolve": 1,
 }
+# Calls of the CPU extension count as one launch each.
+CALLS_ON_THE_CPU = dict.fromkeys(("accumulate", "gramian", "arbitrate", "combine", "resolve"), 1)
 
 
 class Counts(NamedTuple):
@@ -84,8 +86,10 @@ def count(run: Run) -> Counts:
     """Call `run` once and count what it does, with what a first call alone does."""
     tally = _Tally()
     with ExitStack() as hooks:
-        for hook in (_triton_launches, _extension_calls, _Operations, _Reads):
+        for hook in (_triton_launches, _Operations, _Reads):
             hooks.enter_context(hook(tally))
+        for module, launches in (("_cuda", LAUNCHES_OF_CALLS), ("_cpu", CALLS_ON_THE_CPU)):
+            hooks.enter_context(_extension_calls(tally, module, launches))
         run()
     return tally.counts()
 
@@ -302,10 +306,10 @@ def _accesses(builder: Any, tally: _Tally) -> Iterator[None]:
 
 
 @contextmanager
-def _extension_calls(tally: _Tally) -> Iterator[None]:
-    """Count calls of the extension, as the launches that each makes."""
+def _extension_calls(tally: _Tally, name: str, launches_of: dict[str, int]) -> Iterator[None]:
+    """Count calls of an extension module, as the launches that each makes."""
     try:
-        from gcond_kernels import _cuda
+        module = importlib.import_module(f"gcond_kernels.{name}")
     except ImportError:  # not built
         yield
         return
@@ -318,6 +322,6 @@ def _extension_calls(tally: _Tally) -> Iterator[None]:
 
         return call
 
-    calls = {name: counted(getattr(_cuda, name), n) for name, n in LAUNCHES_OF_CALLS.items()}
-    with mock.patch.multiple(_cuda, **calls):
+    calls = {call: counted(getattr(module, call), n) for call, n in launches_of.items()}
+    with mock.patch.multiple(module, **calls):
         yield

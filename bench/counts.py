@@ -1,7 +1,7 @@
 """The counts of every operation by every backend: bytes, launches, host reads, allocations.
 
-On small CPU tensors, where Triton's kernels run interpreted and those in CUDA C++ by their driver
-on the host; no time is taken, so the counts are the same on every machine.
+On small CPU tensors, where Triton's kernels run interpreted and those in CUDA C++ compiled for the
+host; no time is taken, so the counts are the same on every machine.
 tests/bench/test_counts.py holds the code to those in bench/results/counts.json.
 """
 
@@ -32,13 +32,14 @@ WEIGHT, BIAS, PAIRS = 8192, 100, 2
 PARAMETERS = PAIRS * (WEIGHT + BIAS)
 TASKS = (2, 4, 8)
 # What a backend leaves to the next one.
-LACKING = {"cuda": ("graddrop",)}
+LACKING = {"cuda": ("graddrop",), "cpu": ("graddrop",)}
+AT_ONCE = {"cuda": "cuda, one launch", "cpu": "cpu, one call"}
 
 FOOT = """\
 launches: torch's operations that move bytes, and launches of kernels; for CUDA calls of the
-extension, each as the launches that it makes on a GPU. Bytes moved: of torch's operations all that
+extension, each as the launches that it makes on a GPU; for cpu calls of the extension. Bytes moved: of torch's operations all that
 they are given and make, as if nothing stayed in a cache; of Triton's kernels what they load and
-store, counted by its interpreter; none for CUDA. Fewest: the bytes that must move, with float32
+store, counted by its interpreter; none for CUDA and cpu. Fewest: the bytes that must move, with float32
 gradients and momentum, bfloat16 history. Allocations: storages that torch's operations made."""
 
 
@@ -125,8 +126,7 @@ def cases(backend: str) -> Iterator[Case]:
         for operation, run in runs.items():
             if operation in LACKING.get(backend, ()):
                 continue
-            at_once = backend == "cuda" and operation == "resolve"
-            by = "cuda, one launch" if at_once else backend
+            by = AT_ONCE.get(backend, backend) if operation == "resolve" else backend
             yield Case(operation, "", by, tasks, partial(run, backend=backend))
 
 

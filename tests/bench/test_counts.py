@@ -217,17 +217,25 @@ def test_loads_and_stores_are_counted_with_older_signatures():
     assert tally.bytes_moved == 2 * 3 * 2
 
 
-@needs("cuda")
-def test_calls_of_the_extension_count_as_the_launches_they_make():
-    assert moved(accumulation("cuda")) == (1, None)
-    from gcond_kernels import _cuda
+NO_LAUNCHES = {"use_exchange", "device_problem", "kernels_in_use", "kernels_here", "use_kernels"}
 
-    functions = {name for name in dir(_cuda) if name.islower() and not name.startswith("_")}
-    assert functions - {"use_exchange", "device_problem"} == set(counting.LAUNCHES_OF_CALLS)
+
+@pytest.mark.parametrize(
+    ("backend", "counted"),
+    [
+        pytest.param("cuda", counting.LAUNCHES_OF_CALLS, marks=needs("cuda")),
+        pytest.param("cpu", counting.CALLS_ON_THE_CPU, marks=needs("cpu")),
+    ],
+)
+def test_calls_of_an_extension_count_as_the_launches_they_make(backend, counted):
+    assert moved(accumulation(backend)) == (1, None)
+    module = importlib.import_module(f"gcond_kernels._{backend}")
+    functions = {name for name in dir(module) if name.islower() and not name.startswith("_")}
+    assert functions - NO_LAUNCHES == set(counted)
 
 
 def test_the_sources_launch_as_often_as_is_counted():
-    sources = Path(__file__).parents[2] / "csrc"
+    sources = Path(__file__).parents[2] / "csrc" / "cuda"
     for name, launches in counting.LAUNCHES_OF_CALLS.items():
         file = {"find_factors": "combine", "find_clip_factor": "combine"}.get(name, name)
         text = (sources / f"{file}.cu").read_text(encoding="utf-8")
@@ -331,10 +339,10 @@ FAULTS = {
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_fault_in_a_backend_shows(backend, quantity, monkeypatch):
     skip_other_versions(backend)
-    if (backend, quantity) == ("cuda", "bytes_moved"):
+    if backend in ("cuda", "cpu") and quantity == "bytes_moved":
         pytest.skip("its bytes are not counted")
-    module = ops.backend_for(backend, torch.device("cpu")).module(backend)
-    accumulate = module.accumulate
+    found = ops.backend_for(backend, torch.device("cpu"))
+    accumulate = found.accumulate
 
     def faulty(accumulator, *others):
         if quantity in FAULTS:
@@ -343,7 +351,7 @@ def test_a_fault_in_a_backend_shows(backend, quantity, monkeypatch):
             accumulate(accumulator, *others)
         accumulate(accumulator, *others)
 
-    monkeypatch.setattr(module, "accumulate", faulty)
+    monkeypatch.setattr(found, "accumulate", faulty)
     case = next(recording.cases(backend))
     said = differences([recording.figure_of(case, count(case.run))])
     named = f"accumulate first micro-batch by {backend}, K = 1: {{}} grew: "
