@@ -9,7 +9,6 @@ With GCOND_BUILD_CUDA=1 the CUDA C++ kernels, in csrc/cuda/, are compiled too, i
 `gcond_kernels._cuda`, by nvcc and ninja. Neither module needs torch.
 """
 
-import importlib.metadata
 import os
 import re
 import shlex
@@ -123,13 +122,13 @@ def python_headers() -> str:
     return folder
 
 
-def pybind11_headers() -> Path:
-    """Return the folder of pybind11's headers."""
+def import_pybind11() -> Any:
+    """Return the module that has the folder of pybind11's headers."""
     try:
         import pybind11
     except ImportError:
         raise SetupError("pybind11 is not installed: pip install pybind11") from None
-    return Path(pybind11.get_include())
+    return pybind11
 
 
 def copy_pybind11_headers(folder: Path) -> str:
@@ -137,11 +136,11 @@ def copy_pybind11_headers(folder: Path) -> str:
 
     Those of an isolated build are deleted after it: the next one would compile everything again.
     """
-    headers = pybind11_headers()
-    copy = folder / f"pybind11-{importlib.metadata.version('pybind11')}"
+    pybind11 = import_pybind11()
+    copy = folder / f"pybind11-{pybind11.__version__}"
     if not copy.is_dir():
         incomplete = copy.with_suffix(".incomplete")
-        shutil.copytree(headers, incomplete, dirs_exist_ok=True)
+        shutil.copytree(pybind11.get_include(), incomplete, dirs_exist_ok=True)
         incomplete.rename(copy)
     return copy.name
 
@@ -285,7 +284,7 @@ class BuildModules(build_ext):
         """Compile the kernels of the CPU, as many sources at once as there are processors."""
         python_headers()
         find_compiler()
-        ext.include_dirs = [str(pybind11_headers())]
+        ext.include_dirs = [import_pybind11().get_include()]
         # Python's own flags have -g, which would make the module ten times as large.
         ext.extra_compile_args = CPU_COMPILER_FLAGS + ([] if self.debug else ["-g0"])
         compile_sources = self.compiler.compile

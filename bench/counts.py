@@ -36,11 +36,12 @@ LACKING = {"cuda": ("graddrop",), "cpu": ("graddrop",)}
 AT_ONCE = {"cuda": "cuda, one launch", "cpu": "cpu, one call"}
 
 FOOT = """\
-launches: torch's operations that move bytes, and launches of kernels; for CUDA calls of the
-extension, each as the launches that it makes on a GPU; for cpu calls of the extension. Bytes moved: of torch's operations all that
-they are given and make, as if nothing stayed in a cache; of Triton's kernels what they load and
-store, counted by its interpreter; none for CUDA and cpu. Fewest: the bytes that must move, with float32
-gradients and momentum, bfloat16 history. Allocations: storages that torch's operations made."""
+launches: torch's operations that move bytes, and launches of kernels; for cpu calls of the
+extension, for CUDA these too, each as the launches that it makes on a GPU. Bytes moved: of torch's
+operations all that they are given and make, as if nothing stayed in a cache; of Triton's kernels
+what they load and store, counted by its interpreter; none for cpu and CUDA. Fewest: the bytes that
+must move, with float32 gradients and momentum, bfloat16 history. Allocations: storages that torch's
+operations made."""
 
 
 def figures(_: argparse.Namespace) -> Iterator[Figure]:

@@ -15,11 +15,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.building import Machine, program, run, sdist
 from tests.helpers.project import ROOT, copy_of_the_project
 
 SUFFIXES = (".cu", ".cuh", ".cpp", ".h")
-SOURCES = sorted(path.name for path in (ROOT / "csrc").iterdir() if path.suffix in SUFFIXES)
 MODULE = importlib.util.find_spec("gcond_kernels._cuda")
+
+
+def sources_in(project: Path) -> list[str]:
+    """Return what there is to compile, such as csrc/cuda/combine.cu."""
+    files = (path for path in project.rglob("*") if path.suffix in SUFFIXES)
+    return sorted(str(path.relative_to(project)) for path in files)
+
+
+SOURCES = [f"csrc/{name}" for name in sources_in(ROOT / "csrc")]
 
 needs_nvcc = pytest.mark.skipif(
     not (os.environ.get("CUDA_HOME") or shutil.which("nvcc")), reason="there is no nvcc"
@@ -43,47 +52,12 @@ STAND_INS = {
 }
 
 
-def run(*command, **options) -> subprocess.CompletedProcess:
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
-    return subprocess.run([str(word) for word in command], **options)
-
-
-def program(path: Path, script: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-
-
-class Machine:
-    """A copy of the project, and stand-ins for all that a build needs of its environment."""
-
-    def __init__(self, folder: Path):
-        self.source = copy_of_the_project(folder / "source")
-        self.programs, self.modules = folder / "bin", folder / "modules"
-        for name, script in STAND_INS.items():
-            program(self.programs / name, script)
-        self.modules.mkdir()
-        (self.modules / "ninja.py").write_text(f"BIN_DIR = {str(self.programs)!r}")
-        (self.modules / "pybind11").mkdir()
-        (self.modules / "pybind11" / "__init__.py").write_text(
-            "__version__ = '1'\ndef get_include():\n    return __path__[0]\n"
-        )
-
-    def lose(self, name: str) -> None:
-        """Remove a program, a module of Python, or both."""
-        if name in STAND_INS:
-            (self.programs / name).unlink()
-        if name in ("ninja", "pybind11"):
-            shutil.rmtree(self.modules / name, ignore_errors=True)
-            (self.modules / f"{name}.py").write_text("raise ImportError")
-
-    def run(self, *command, **variables: str) -> subprocess.CompletedProcess:
-        environment = {"PATH": str(self.programs), "PYTHONPATH": str(self.modules)}
-        environment["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
-        return run(sys.executable, *command, cwd=self.source, env=environment | variables)
+class CudaMachine(Machine):
+    """A machine to build the CUDA C++ kernels on."""
 
     def build(self, **variables: str) -> subprocess.CompletedProcess:
-        return self.run("setup.py", "build_ext", **({"GCOND_BUILD_CUDA": "1"} | variables))
+        wanted = {"GCOND_BUILD_CPU": "0", "GCOND_BUILD_CUDA": "1"}
+        return self.run("setup.py", "build_ext", **(wanted | variables))
 
     def build_file(self) -> str:
         (file,) = self.source.glob("build/cuda/*/build.ninja")
@@ -92,7 +66,7 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path):
-    return Machine(tmp_path)
+    return CudaMachine(tmp_path, STAND_INS)
 
 
 @pytest.mark.parametrize(
@@ -141,13 +115,13 @@ def test_pip_shows_the_message_and_no_traceback(machine):
     assert not (machine.source / "installed").exists()
 
 
-def test_an_isolated_cuda_build_requires_pybind11_and_ninja_and_a_pure_one_does_not(machine):
+def test_an_isolated_cuda_build_requires_ninja_and_another_does_not(machine):
     code = "from setuptools import build_meta as m; print(*m.get_requires_for_build_{}())"
     for kind in ("wheel", "editable"):
         required = machine.run("-c", code.format(kind), GCOND_BUILD_CUDA="1").stdout.splitlines()[
             -1
         ]
-        assert re.fullmatch(r"pybind11>=\S+ ninja>=\S+", required)
+        assert re.fullmatch(r"ninja>=\S+", required)
         assert "ninja" not in machine.run("-c", code.format(kind)).stdout
 
 
@@ -171,8 +145,8 @@ def test_the_build_file_names_nvcc_and_the_architectures(machine, tmp_path):
 def test_an_error_of_the_compiler_is_shown(tmp_path):
     source = copy_of_the_project(tmp_path / "source")
     for name in SOURCES:
-        (source / "csrc" / name).write_text("#error this does not compile\n")
-    environment = os.environ | {"GCOND_BUILD_CUDA": "1"}
+        (source / name).write_text("#error this does not compile\n")
+    environment = os.environ | {"GCOND_BUILD_CPU": "0", "GCOND_BUILD_CUDA": "1"}
     command = ("-m", "build", "--wheel", "--outdir", tmp_path / "made", source)
     result = run(sys.executable, *command, env=environment)
     assert result.returncode == 1
@@ -181,22 +155,11 @@ def test_an_error_of_the_compiler_is_shown(tmp_path):
     assert not (tmp_path / "made").exists() or not list((tmp_path / "made").iterdir())
 
 
-def sdist(folder: Path) -> Path:
-    """Make the sdist of a copy of the project, and unpack it."""
-    source = copy_of_the_project(folder / "source")
-    options = ("--sdist", "--no-isolation", "--outdir", folder)
-    run(sys.executable, "-m", "build", *options, source, check=True)
-    (made,) = folder.glob("*.tar.gz")
-    shutil.unpack_archive(made, folder / "unpacked")
-    (unpacked,) = (folder / "unpacked").iterdir()
-    return unpacked
-
-
 @pytest.mark.slow
 def test_the_sdist_has_every_source_once(tmp_path):
     unpacked = sdist(tmp_path)
-    assert sorted(path.name for path in unpacked.rglob("*") if path.suffix in SUFFIXES) == SOURCES
-    assert {path.suffix for path in (unpacked / "csrc").iterdir()} == set(SUFFIXES)
+    assert sources_in(unpacked) == SOURCES
+    assert {Path(name).suffix for name in SOURCES} == set(SUFFIXES)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +174,11 @@ def cuda_wheel(tmp_path_factory) -> Path:
     if MODULE and (ROOT / "build" / "cuda").is_dir():
         shutil.copytree(ROOT / "build" / "cuda", unpacked / "build" / "cuda")
         architectures = ";".join(built_for()).replace("sm_", "")
-    environment = os.environ | {"GCOND_BUILD_CUDA": "1", "GCOND_CUDA_ARCHS": architectures}
+    environment = os.environ | {
+        "GCOND_BUILD_CPU": "0",
+        "GCOND_BUILD_CUDA": "1",
+        "GCOND_CUDA_ARCHS": architectures,
+    }
     options = ("--wheel", "--outdir", folder)
     result = run(sys.executable, "-m", "build", *options, unpacked, env=environment)
     assert result.returncode == 0, result.stdout
@@ -227,7 +194,7 @@ def test_the_wheel_from_the_sdist_works_without_torch(cuda_wheel, tmp_path):
     names = installed.namelist()
     (module,) = (name for name in names if name.startswith("gcond_kernels/_cuda.cpython"))
     assert "gcond_kernels/_cuda.pyi" in names
-    assert not {Path(name).name for name in names} & set(SOURCES)
+    assert not {Path(name).suffix for name in names} & set(SUFFIXES)
     metadata = next(name for name in names if name.endswith("METADATA"))
     assert "torch==" not in installed.read(metadata).decode()
     run_isolated(FOREIGN, Path(installed.extract(module, tmp_path)))
@@ -392,7 +359,7 @@ def test_every_architecture_has_all_kernels_and_none_spills():
 def test_the_list_of_kernels_is_complete():
     named = set()
     for source in SOURCES:
-        text = (ROOT / "csrc" / source).read_text()
+        text = (ROOT / source).read_text()
         named |= set(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", text))
     assert named == {kernel.partition("<")[0] for kernel in KERNELS}
 
