@@ -119,7 +119,7 @@ set -euo pipefail
 mkdir source
 cp -R setup.py csrc source
 command -v nvcc || echo "nvcc not found on PATH or in /usr/local/cuda/bin"
-(cd source && PIP_NO_INDEX=1 GCOND_BUILD_CUDA=1 GCOND_CUDA_ARCHS=$1 "$2" -W ignore setup.py --quiet \
+(cd source && PIP_NO_INDEX=1 GCOND_BUILD_CPU=0 GCOND_BUILD_CUDA=1 GCOND_CUDA_ARCHS=$1 "$2" -W ignore setup.py --quiet \
     build_ext --build-lib ..)
 "$2" -c 'import gcond_kernels.cuda; print("built for", gcond_kernels._cuda.ARCHITECTURES)'
 END

@@ -1,4 +1,4 @@
-"""The extension module that csrc/ is compiled to, where that is asked for.
+"""The extension module that csrc/cuda is compiled to, where that is asked for.
 
 A stream is the number of a GPU and the handle of one of its streams, or (-1, 0) for the host.
 Tensors are read through DLPack; their types and shapes are those that `gcond_kernels.ops` checks.

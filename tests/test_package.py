@@ -137,10 +137,11 @@ def test_info_names_backend_and_reasons(capsys):
     assert command_line.main(["info"]) == 0
     printed = capsys.readouterr().out
     assert torch.__version__ in printed
+    cpu = torch.device("cpu")
     for operation in ops.OPERATIONS:
-        assert f"{operation:<12} python" in printed
-    for backend in ("cuda", "triton"):
-        if ops.unavailable(backend, torch.device("cpu")):
+        assert f"{operation:<12} {ops.backend_for('auto', cpu).serves(operation)}" in printed
+    for backend in ("cuda", "triton", "cpu"):
+        if ops.unavailable(backend, cpu):
             assert f"not {backend}: " in printed
 
 
@@ -163,7 +164,8 @@ def test_the_environment_variable_chooses_the_backend(monkeypatch, capsys):
     monkeypatch.setenv("GCOND_BACKEND", "python")
     assert ops.backend_for("auto", cpu).name == "python"
     monkeypatch.setenv("GCOND_BACKEND", "auto")
-    assert ops.backend_for("auto", cpu).name == "python"
+    first = "python" if ops.unavailable("cpu", cpu) else "cpu"
+    assert ops.backend_for("auto", cpu).name == first
     monkeypatch.setenv("GCOND_BACKEND", "jax")
     with pytest.raises(RuntimeError, match="GCOND_BACKEND=jax cannot be used on cpu: there is no"):
         ops.backend_for("auto", cpu)
@@ -186,6 +188,7 @@ def test_what_a_reader_looks_for_first_is_there():
         "LICENSE",
         "CHANGELOG.md",
         "csrc/README.md",
+        "csrc/cuda/README.md",
         "triton_kernels/README.md",
     ):
         assert (ROOT / name).is_file()
