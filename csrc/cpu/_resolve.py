@@ -25,7 +25,7 @@ class Results(NamedTuple):
     arbitration: Arbitration
 
 
-def resolves_at_once(gradients: TaskGradients) -> bool:
+def resolves_at_once(_gradients: TaskGradients) -> bool:
     """Return whether `resolve` serves these: it serves all."""
     return True
 

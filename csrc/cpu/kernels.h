@@ -40,6 +40,7 @@ struct CombineChunk {
   float factor;
   std::int64_t start;
   int count;
+  bool streaming;  // whether all that is written exceeds the caches
 };
 
 struct Kernels {

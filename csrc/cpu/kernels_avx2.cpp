@@ -9,6 +9,9 @@
 #endif
 
 #define FUSED(a, b, c) ((F)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define STREAM_FLOATS(to, value) _mm256_stream_ps(to, (__m256)(value))
+#define STREAM_HALVES(to, value) _mm_stream_si128((__m128i*)(to), (__m128i)(value))
+#define STREAM_END() _mm_sfence()
 
 namespace gcond {
 namespace cpu {

@@ -8,7 +8,11 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 #endif
 
+#define MASKED
 #define FUSED(a, b, c) ((F)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define STREAM_FLOATS(to, value) _mm512_stream_ps(to, (__m512)(value))
+#define STREAM_HALVES(to, value) _mm256_stream_si256((__m256i*)(to), (__m256i)(value))
+#define STREAM_END() _mm_sfence()
 
 namespace gcond {
 namespace cpu {

@@ -1,8 +1,10 @@
 // The vector code itself; part of every variant, after lanes.h.
 
-// Elements of which all rows stay in the first cache while their products are formed.
-constexpr int BLOCK_BYTES = 16 << 10;
-constexpr int LEAST_BLOCK = 256;
+// Elements that are read before others: of many rows more, for the sums of a tile are loaded and stored
+// with every block. What was read fits in the first cache, all rows in the second.
+constexpr int SHORT_BLOCK = 256, BLOCK = 512, FEW_ROWS = 4;
+// Arguments of prefetching: the first cache is full of what is read now.
+constexpr int READ = 0, SECOND_CACHE = 2;
 // Between rows of scratch memory: those that lie a multiple of 4 KB apart would share cache lines.
 constexpr int GAP = 80;
 constexpr int POINTER_FLOATS = 2;  // the room of a pointer among floats
@@ -13,6 +15,8 @@ struct All {
   Lanes read(const T* from) const { return load(from); }
   template <class T>
   void write(T* to, const Lanes& lanes) const { store(to, lanes); }
+  template <class T>
+  void write_past_caches(T* to, const Lanes& lanes) const { stream(to, lanes); }
 };
 
 struct First {
@@ -22,6 +26,8 @@ struct First {
   Lanes read(const T* from) const { return load_part(from, count); }
   template <class T>
   void write(T* to, const Lanes& lanes) const { store_part(to, lanes, count); }
+  template <class T>
+  void write_past_caches(T* to, const Lanes& lanes) const { write(to, lanes); }
 };
 
 // Calls `run(access, element)` for sixteen elements at a time, and for the rest.
@@ -61,6 +67,10 @@ inline void* element_of(const Matrix& matrix, int row, std::int64_t offset) {
   return static_cast<char*>(matrix.data_ptr) + (row * matrix.stride + offset) * size_of(matrix.dtype);
 }
 
+inline bool is_aligned(const void* address) {
+  return reinterpret_cast<std::uintptr_t>(address) % 64 == 0;
+}
+
 // The bits of the mask for up to sixteen elements, which may lie in two words.
 inline std::uint32_t bits_at(const std::uint32_t* mask_ptr, std::int64_t offset, int count) {
   std::uint32_t bits = trainable_bits(mask_ptr, offset);
@@ -96,19 +106,31 @@ void accumulate(const AccumulateChunk& c) {
 
 // gramian
 
+// What a tile does beside its rows.
+struct Work {
+  int count;   // of elements, a multiple of LANES
+  bool first;  // whether the sums start here
+  const float* ahead[2];  // rows of the next block, to be fetched meanwhile
+};
+
 // Adds the products of rows a with rows b to their sums, sixteen for each; of the same rows only
 // those of i ≤ j.
 template <int A, int B, bool SAME>
-void add_tile(const float* const* a, const float* const* b, int count, float* const* sums) {
+void add_tile(const float* const* a, const float* const* b, const Work& work, float* const* sums) {
   Lanes total[A][B];
 #pragma GCC unroll 4
   for (int i = 0; i < A; ++i)
 #pragma GCC unroll 4
-    for (int j = SAME ? i : 0; j < B; ++j) total[i][j] = load(sums[i] + j * LANES);
-  for (int e = 0; e < count; e += LANES) {
+    for (int j = SAME ? i : 0; j < B; ++j)
+      total[i][j] = work.first ? splat(0.0f) : load(sums[i] + j * LANES);
+  const float* const ahead_0 = work.ahead[0];
+  const float* const ahead_1 = work.ahead[1];
+  for (int e = 0; e < work.count; e += LANES) {
     Lanes x[A], y[B];
 #pragma GCC unroll 4
     for (int i = 0; i < A; ++i) x[i] = load(a[i] + e);
+    __builtin_prefetch(ahead_0 + e, READ, SECOND_CACHE);
+    __builtin_prefetch(ahead_1 + e, READ, SECOND_CACHE);
 #pragma GCC unroll 4
     for (int j = 0; j < B; ++j) y[j] = SAME ? x[j] : load(b[j] + e);
 #pragma GCC unroll 4
@@ -122,7 +144,7 @@ void add_tile(const float* const* a, const float* const* b, int count, float* co
     for (int j = SAME ? i : 0; j < B; ++j) store(sums[i] + j * LANES, total[i][j]);
 }
 
-using AddTile = void (*)(const float* const*, const float* const*, int, float* const*);
+using AddTile = void (*)(const float* const*, const float* const*, const Work&, float* const*);
 
 template <int A, int B>
 inline AddTile tile_of(bool same) {
@@ -152,12 +174,12 @@ struct Scratch {
   ProductCounts counts;
   int block;      // elements
   float* sums;    // [products, LANES]
-  float* staged;  // [rows, block + GAP]
+  float* staged;  // [rows, BLOCK + GAP]
   const float** rows;
 
   int row_count() const { return counts.rows + (counts.history ? counts.tasks : 0); }
   int products() const { return counts.total(); }
-  float* staged_row(int row) const { return staged + row * (block + GAP); }
+  float* staged_row(int row) const { return staged + row * (BLOCK + GAP); }
 
   // The sums of row i from column j on; j may be below i by less than a tile.
   float* sums_at(int i, int j) const {
@@ -168,20 +190,15 @@ struct Scratch {
   }
 };
 
-inline int block_for(int rows) {
-  const int fitting = BLOCK_BYTES / 4 / rows / LANES * LANES;
-  return fitting > LEAST_BLOCK ? fitting : LEAST_BLOCK;
-}
-
 std::size_t scratch_size(const ProductCounts& counts) {
   const int rows = counts.rows + (counts.history ? counts.tasks : 0);
   return static_cast<std::size_t>(counts.total()) * LANES +
-         static_cast<std::size_t>(rows) * (block_for(rows) + GAP + POINTER_FLOATS);
+         static_cast<std::size_t>(rows) * (BLOCK + GAP + POINTER_FLOATS);
 }
 
 inline Scratch scratch_in(float* memory, const ProductCounts& counts) {
-  Scratch s{counts, 0, memory, nullptr, nullptr};
-  s.block = block_for(s.row_count());
+  Scratch s{counts, BLOCK, memory, nullptr, nullptr};
+  if (s.row_count() <= FEW_ROWS) s.block = SHORT_BLOCK;
   s.staged = memory + s.products() * LANES;
   s.rows = reinterpret_cast<const float**>(s.staged_row(s.row_count()));
   return s;
@@ -197,6 +214,7 @@ inline const float* row_at(const Scratch& s, int row, Dtype dtype, void* address
   with_storage_type(dtype, address, [&](const auto* from) {
     for_lanes(count, [&](auto access, std::int64_t e) {
       Lanes lanes = access.read(from + e);
+      __builtin_prefetch(from + e + s.block, READ, SECOND_CACHE);
       if (mask_ptr != nullptr) {
         const int left = count - static_cast<int>(e);
         lanes = selected(lanes, bits_at(mask_ptr, offset + e, left < LANES ? left : LANES));
@@ -208,7 +226,8 @@ inline const float* row_at(const Scratch& s, int row, Dtype dtype, void* address
 }
 
 // Adds the products of all rows over a block of elements.
-inline void add_block(const ProductsChunk& c, const Scratch& s, std::int64_t offset, int count) {
+inline void add_block(const ProductsChunk& c, const Scratch& s, std::int64_t offset, int count,
+                      bool first) {
   const TaskGradients& g = *c.gradients;
   const int K = s.counts.tasks, R = s.counts.rows;
   const auto row = [&](int number, Dtype dtype, void* address) {
@@ -219,11 +238,21 @@ inline void add_block(const ProductsChunk& c, const Scratch& s, std::int64_t off
   if (s.counts.history)
     for (int k = 0; k < K; ++k) row(R + k, g.history.dtype, element_of(g.history, k, offset));
   const int padded = (count + LANES - 1) / LANES * LANES;
+  // Each tile fetches its part of the next block's accumulators.
+  const int across = (R + TILE - 1) / TILE, tiles = across * (across + 1) / 2 +
+      (s.counts.history ? ((K + TILE - 1) / TILE) * ((K + TILE - 1) / TILE) : 0);
+  const bool more = g.accumulators.dtype == FLOAT32 && count == s.block;
+  int done = 0;
   const auto tile = [&](int i, int rows, int j, int until, const float* const* others, bool cross) {
+    Work work{padded, first, {s.rows[i], s.rows[i]}};
+    if (more)
+      for (int n = 0, row = done * K / tiles; n < 2 && row < (done + 1) * K / tiles; ++n, ++row)
+        work.ahead[n] = static_cast<const float*>(element_of(g.accumulators, row, offset + s.block));
+    ++done;
     const int a = rows - i < TILE ? rows - i : TILE, b = until - j < TILE ? until - j : TILE;
     float* sums[TILE];
     for (int k = 0; k < a; ++k) sums[k] = cross ? s.cross_at(i + k, j) : s.sums_at(i + k, j);
-    tile_for(a, b, !cross && i == j)(s.rows + i, others + j, padded, sums);
+    tile_for(a, b, !cross && i == j)(s.rows + i, others + j, work, sums);
   };
   for (int i = 0; i < R; i += TILE)
     for (int j = i; j < R; j += TILE) tile(i, R, j, R, s.rows, false);
@@ -236,28 +265,39 @@ void multiply(const ProductsChunk& c, float* scratch, double* products) {
   const int K = c.gradients->tasks;
   const Scratch s = scratch_in(
       scratch, {K, K + (c.momentum_ptr != nullptr), c.gradients->history.data_ptr != nullptr});
+  for (int e = 0; e < c.count; e += s.block)
+    add_block(c, s, c.start + e, c.count - e < s.block ? c.count - e : s.block, e == 0);
   for (int product = 0; product < s.products(); ++product)
-    store(s.sums + product * LANES, splat(0.0f));
-  const int full = c.count / LANES * LANES;
-  for (int e = 0; e < full; e += s.block)
-    add_block(c, s, c.start + e, full - e < s.block ? full - e : s.block);
-  if (full < c.count) add_block(c, s, c.start + full, c.count - full);
-  for (int product = 0; product < s.products(); ++product)
-    products[product] = sum_of(load(s.sums + product * LANES));
+    products[product] = sum_of(s.sums + product * LANES);
 }
 
 // combine
 
-constexpr int COMBINE_BLOCK = 512;
+// Elements from a task's block to the one that is read after it: the next task's, or the first one's
+// next.
+struct Ahead {
+  std::int64_t accumulator, history;
+};
 
-// Adds one task's accumulator, weighted, to the total, and stores it as the new history.
+inline std::int64_t ahead_in(const Matrix& matrix, int task, int tasks) {
+  return task + 1 < tasks ? matrix.stride : SHORT_BLOCK - task * matrix.stride;
+}
+
+// Adds one task's accumulator, weighted, to the total, and stores it as the new history. What lies
+// `ahead` of them is fetched meanwhile.
 template <class A, class N>
 inline void add_task(float* total, const TaskUse& use, const A* accumulator_ptr, N* history_ptr,
-                     int count) {
+                     const Ahead& ahead, int count, bool streaming) {
   const Lanes weight = splat(use.weight);
   for_lanes(count, [&](auto access, std::int64_t e) {
     const Lanes values = access.read(accumulator_ptr + e);
-    if (use.stored) access.write(history_ptr + e, values);
+    __builtin_prefetch(accumulator_ptr + e + ahead.accumulator);
+    if (use.stored && streaming) {
+      access.write_past_caches(history_ptr + e, values);
+    } else if (use.stored) {
+      __builtin_prefetch(history_ptr + e + ahead.history, 1);
+      access.write(history_ptr + e, values);
+    }
     if (use.weighted) store(total + e, multiply_add(values, weight, load(total + e)));
   });
 }
@@ -283,17 +323,19 @@ inline void write_block(const CombineChunk& c, const float* total, O* output_ptr
 
 void combine(const CombineChunk& c) {
   const TaskGradients& g = *c.gradients;
-  alignas(64) float total[COMBINE_BLOCK];
-  for (int block = 0; block < c.count; block += COMBINE_BLOCK) {
-    const int count = c.count - block < COMBINE_BLOCK ? c.count - block : COMBINE_BLOCK;
-    for (int e = 0; e < COMBINE_BLOCK; e += LANES) store(total + e, splat(0.0f));
+  alignas(64) float total[SHORT_BLOCK];
+  const bool streaming = c.streaming && is_aligned(element_of(g.history, 0, c.start)) && g.history.stride % 16 == 0;
+  for (int block = 0; block < c.count; block += SHORT_BLOCK) {
+    const int count = c.count - block < SHORT_BLOCK ? c.count - block : SHORT_BLOCK;
+    for (int e = 0; e < count; e += LANES) store(total + e, splat(0.0f));
     for (int k = 0; k < g.tasks; ++k) {
       const TaskUse& use = c.uses[k];
       if (!use.weighted && !use.stored) continue;
+      const Ahead ahead{ahead_in(g.accumulators, k, g.tasks), ahead_in(g.history, k, g.tasks)};
       const auto add = [&](const auto* accumulator_ptr) {
         with_storage_type(g.history.dtype, element_of(g.history, k, c.start + block),
                           [&](auto* history_ptr) {
-                            add_task(total, use, accumulator_ptr, history_ptr, count);
+                            add_task(total, use, accumulator_ptr, history_ptr, ahead, count, streaming);
                           });
       };
       void* accumulator_ptr = element_of(g.accumulators, k, c.start + block);
@@ -305,5 +347,8 @@ void combine(const CombineChunk& c) {
     with_type(dtype_of(c.output), address_of(c.output), [&](auto* output_ptr) {
       write_block(c, total, output_ptr + c.first + block, block, count);
     });
+  }
+  if (streaming) {
+    STREAM_END();
   }
 }

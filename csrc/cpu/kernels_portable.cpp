@@ -6,6 +6,9 @@
 #else
 #define FUSED(a, b, c) ((a) * (b) + (c))
 #endif
+#define STREAM_FLOATS(to, value) (*reinterpret_cast<FMemory*>(to) = (value))
+#define STREAM_HALVES(to, value) (*reinterpret_cast<HMemory*>(to) = (value))
+#define STREAM_END()
 
 namespace gcond {
 namespace cpu {

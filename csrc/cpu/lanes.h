@@ -109,10 +109,23 @@ inline void store_half(T* to, const Lanes& lanes) {
         __builtin_convertvector(bits_of(T{}, lanes.of[r]), H);
 }
 
+// Past the caches, for memory that is not read again soon; `to` is aligned to its own size.
+inline void stream(float* to, const Lanes& lanes) {
+  for (int r = 0; r < REGISTERS; ++r) STREAM_FLOATS(to + r * WIDTH, lanes.of[r]);
+}
+
+template <class T>
+inline void stream_half(T* to, const Lanes& lanes) {
+  for (int r = 0; r < REGISTERS; ++r)
+    STREAM_HALVES(to + r * WIDTH, __builtin_convertvector(bits_of(T{}, lanes.of[r]), H));
+}
+
 inline Lanes load(const BFloat16* from) { return load_half(from); }
 inline Lanes load(const Float16* from) { return load_half(from); }
 inline void store(BFloat16* to, const Lanes& lanes) { store_half(to, lanes); }
 inline void store(Float16* to, const Lanes& lanes) { store_half(to, lanes); }
+inline void stream(BFloat16* to, const Lanes& lanes) { stream_half(to, lanes); }
+inline void stream(Float16* to, const Lanes& lanes) { stream_half(to, lanes); }
 
 inline Lanes load(const double* from) {
   float values[LANES];
@@ -141,6 +154,35 @@ inline void store_part(T* to, const Lanes& lanes, int count) {
   std::memcpy(to, values, static_cast<std::size_t>(count) * sizeof(T));
 }
 
+#ifdef MASKED  // by instructions that leave the rest of memory alone
+inline __mmask16 mask_of(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
+
+inline Lanes load_part(const float* from, int count) {
+  return {{(F)_mm512_maskz_loadu_ps(mask_of(count), from)}};
+}
+
+inline void store_part(float* to, const Lanes& lanes, int count) {
+  _mm512_mask_storeu_ps(to, mask_of(count), (__m512)lanes.of[0]);
+}
+
+template <class T>
+inline Lanes load_half_part(const T* from, int count) {
+  const H bits = (H)_mm256_maskz_loadu_epi16(mask_of(count), from);
+  return {{float_of(T{}, __builtin_convertvector(bits, U))}};
+}
+
+template <class T>
+inline void store_half_part(T* to, const Lanes& lanes, int count) {
+  const H bits = __builtin_convertvector(bits_of(T{}, lanes.of[0]), H);
+  _mm256_mask_storeu_epi16(to, mask_of(count), (__m256i)bits);
+}
+
+inline Lanes load_part(const BFloat16* from, int count) { return load_half_part(from, count); }
+inline Lanes load_part(const Float16* from, int count) { return load_half_part(from, count); }
+inline void store_part(BFloat16* to, const Lanes& lanes, int count) { store_half_part(to, lanes, count); }
+inline void store_part(Float16* to, const Lanes& lanes, int count) { store_half_part(to, lanes, count); }
+#endif
+
 // Zero where the bit of a lane is not set: selected, not multiplied, for there may be a NaN.
 inline Lanes selected(const Lanes& lanes, std::uint32_t bits) {
   return each([&](int r) {
@@ -152,13 +194,10 @@ inline Lanes selected(const Lanes& lanes, std::uint32_t bits) {
 }
 
 // The sum over all lanes in float64, as a tree.
-inline double sum_of(const Lanes& lanes) {
-  float values[LANES];
-  store(values, lanes);
-  double sums[LANES / 2];
-  for (int e = 0; e < LANES / 2; ++e)
-    sums[e] = static_cast<double>(values[e]) + static_cast<double>(values[e + LANES / 2]);
-  for (int half = LANES / 4; half > 0; half /= 2)
-    for (int e = 0; e < half; ++e) sums[e] += sums[e + half];
-  return sums[0];
+inline double sum_of(const float* lanes) {
+  typedef float Half __attribute__((vector_size(LANES / 2 * 4), aligned(4), may_alias));
+  typedef double Sums __attribute__((vector_size(LANES / 2 * 8)));
+  const Sums s = __builtin_convertvector(*reinterpret_cast<const Half*>(lanes), Sums) +
+                 __builtin_convertvector(*reinterpret_cast<const Half*>(lanes + LANES / 2), Sums);
+  return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
 }

@@ -17,6 +17,9 @@ namespace {
 // Bytes that are worth a thread of their own.
 constexpr std::int64_t BYTES_PER_THREAD = 1 << 18;
 
+// What is more than this leaves the caches before it is read again.
+constexpr std::int64_t CACHE_BYTES = 48 << 20;
+
 #if defined(__x86_64__) && defined(__GNUC__)
 const Kernels* const VARIANTS[] = {&AVX512, &AVX2, &PORTABLE};
 #else
@@ -49,19 +52,30 @@ float* scratch_of_thread(std::size_t floats) {
   return memory.data() + (64 - address % 64) % 64 / sizeof(float);
 }
 
-// Stores the sums of one tensor, or of all, as a Gramian [R, R] and a cross-Gramian [K, K].
-void store_products(const GramianArguments& a, const ProductCounts& counts, const double* sums,
-                    double* gramian_ptr, int rows, double* cross_ptr) {
-  const auto scale = [&](int row) { return row < counts.tasks ? a.gradients.scale_ptr[row] : 1.0; };
+// What the sums are multiplied by, in their order.
+std::vector<double> product_scales(const GramianArguments& a, const ProductCounts& counts) {
   const int K = counts.tasks;
+  const auto scale = [&](int row) { return row < K ? a.gradients.scale_ptr[row] : 1.0; };
+  std::vector<double> scales;
+  scales.reserve(counts.total());
   for (int i = 0; i < counts.rows; ++i)
-    for (int j = i; j < counts.rows; ++j, ++sums)
-      if (j < rows)
-        gramian_ptr[i * rows + j] = gramian_ptr[j * rows + i] = weighted(*sums, scale(i) * scale(j));
+    for (int j = i; j < counts.rows; ++j) scales.push_back(scale(i) * scale(j));
+  if (counts.history)
+    for (int i = 0; i < K; ++i)
+      for (int j = 0; j < K; ++j) scales.push_back(scale(i) * a.history_scale_ptr[j]);
+  return scales;
+}
+
+// Stores the sums of one tensor, or of all, as a Gramian [rows, rows] and a cross-Gramian [K, K].
+void store_products(const ProductCounts& counts, const std::vector<double>& scales, const double* sums,
+                    int rows, double* gramian_ptr, double* cross_ptr) {
+  const double* scale = scales.data();
+  for (int i = 0; i < counts.rows; ++i)
+    for (int j = i; j < counts.rows; ++j, ++sums, ++scale)
+      if (j < rows) gramian_ptr[i * rows + j] = gramian_ptr[j * rows + i] = weighted(*sums, *scale);
   if (!counts.history) return;
-  for (int i = 0; i < K; ++i)
-    for (int j = 0; j < K; ++j, ++sums)
-      cross_ptr[i * K + j] = weighted(*sums, scale(i) * a.history_scale_ptr[j]);
+  for (int product = 0; product < counts.tasks * counts.tasks; ++product)
+    cross_ptr[product] = weighted(sums[product], scale[product]);
 }
 
 // Finds what multiplies the output of each tensor, and counts its steps.
@@ -151,7 +165,7 @@ void gramian(const Plan& plan, const GramianArguments& a, int threads) {
                scratch_of_thread(floats), &partials[products * number]);
   });
   // The sums of each tensor, in the place of its first chunk's.
-  const std::vector<double> zeros(products);
+  const std::vector<double> zeros(products), scales = product_scales(a, counts);
   const auto sums_of = [&](int tensor) {
     const std::int32_t* first = chunks.first_ptr + tensor;
     return first[0] == first[1] ? zeros.data() : &partials[products * first[0]];
@@ -161,17 +175,16 @@ void gramian(const Plan& plan, const GramianArguments& a, int threads) {
     for (std::int32_t chunk = first[0] + 1; chunk < first[1]; ++chunk)
       for (std::size_t p = 0; p < products; ++p)
         partials[products * first[0] + p] += partials[products * chunk + p];
-    double* cross_ptr = a.results.cross_per_tensor_ptr;
-    store_products(a, counts, sums_of(tensor),
-                   a.results.per_tensor_ptr + static_cast<std::int64_t>(tensor) * R * R, R,
-                   counts.history ? cross_ptr + static_cast<std::int64_t>(tensor) * K * K : nullptr);
+    const std::int64_t index = tensor;
+    store_products(counts, scales, sums_of(tensor), R, a.results.per_tensor_ptr + index * R * R,
+                   a.results.cross_per_tensor_ptr + index * K * K);
   });
   std::vector<double> total(products);
   for (int tensor = 0; tensor < chunks.tensors; ++tensor) {
     const double* sums = sums_of(tensor);
     for (std::size_t p = 0; p < products; ++p) total[p] += sums[p];
   }
-  store_products(a, counts, total.data(), a.results.total_ptr, K, a.results.cross_ptr);
+  store_products(counts, scales, total.data(), K, a.results.total_ptr, a.results.cross_ptr);
 }
 
 void combine(const Plan& plan, const CombineArguments& a, int threads) {
@@ -185,13 +198,14 @@ void combine(const Plan& plan, const CombineArguments& a, int threads) {
     for (int task = 0; task < K; ++task)
       uses.push_back(use_of(a.gradients, a.momentum.beta, a.weights_ptr + vector * a.stride, finite, task));
   const Momentum momentum = finite ? a.momentum : Momentum{nullptr, nullptr, 0.0};
+  const bool streaming = plan.elements() * (6 * K + 8) > CACHE_BYTES;
   threads = threads_for(plan.elements() * (6 * K + 8), threads);
   parallel(chunks.count, threads, [&](int index) {
     // Backwards: what gramian has read last is still in the cache.
     const Chunk chunk = chunk_at(chunks, chunks.count - 1 - index);
     k.combine({&a.gradients, &uses[a.stride == 0 ? 0 : static_cast<std::size_t>(chunk.tensor) * K],
                momentum, a.outputs[chunk.tensor], chunk.first,
-               static_cast<float>(factors[chunk.tensor]), chunk.start(), chunk.count});
+               static_cast<float>(factors[chunk.tensor]), chunk.start(), chunk.count, streaming});
   });
 }
 
