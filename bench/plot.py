@@ -25,6 +25,7 @@ TASKS_OF_ROOFLINE = 2
 GREEN, ORANGE, PURPLE, SKY, YELLOW = "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#b8a800"
 STYLES = {
     "python": (BLUE, "o", "this package, reference (plain torch)"),
+    "cpu": (VERMILION, "D", "this package, C++ on the CPU"),
     "triton": ("#332288", "s", "this package, Triton"),
     "cuda": (VERMILION, "D", "this package, CUDA C++"),
     "cuda, apart": (VERMILION, "D", "this package, CUDA C++"),

@@ -296,8 +296,9 @@ def test_every_operation_is_measured_beside_a_copy(figures):
     expected |= {(name, "") for name in ("arbitrate", "gramian", "combine", "resolution")}
     assert ours == expected
     by = {f["by"]: f["section"] for f in figures if f["operation"] == "aggregation"}
-    for name in ("PCGrad", "UPGrad", "CAGrad"):
-        assert by.pop(f"python, {name}") == "operations"
+    for name in others.METHODS:
+        for backend in operations.backends_of(CPU):
+            assert by.pop(f"{backend}, {name}") == "operations"
         assert by.pop(f"TorchJD {name}") == "others"
     assert not by
     for figure in figures:
@@ -328,9 +329,10 @@ def test_the_bytes_are_those_of_the_budget(figures):
 def test_others_stand_beside_and_are_counted(figures):
     by = {f["by"]: f for f in figures if f["operation"] == "resolution"}
     theirs = {f"TorchJD {name}" for name in ("PCGrad", "UPGrad", "CAGrad")}
-    assert set(by) == {"python", "torch foreach", "torch loop"} | theirs
-    assert {f["section"] for name, f in by.items() if name != "python"} == {"others"}
-    for figure in by.values():
+    ours = set(operations.backends_of(CPU))
+    assert set(by) == {"torch foreach", "torch loop"} | ours | theirs
+    assert {f["section"] for name, f in by.items() if name not in ours} == {"others"}
+    for figure in (each for name, each in by.items() if name != "cpu"):  # its calls are not torch's
         assert figure["bytes_moved"] > figure["parameters"]
         assert figure["launches"] > 0
 
@@ -344,7 +346,8 @@ def test_an_operation_that_is_wrong_is_not_timed(monkeypatch):
     monkeypatch.setattr(ops, "combine", wrong)
     figures = list(tiny_bench(millions=[0.31]).figures())
     (error,) = [f for f in figures if "error" in f]
-    assert "combine by python: the result is off" in error["error"]
+    first = operations.backends_of(CPU)[0]
+    assert f"combine by {first}: the result is off" in error["error"]
     assert not [f for f in figures if f["operation"] == "combine"]
 
 
