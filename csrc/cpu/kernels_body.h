@@ -121,8 +121,7 @@ void add_tile(const float* const* a, const float* const* b, const Work& work, fl
 #pragma GCC unroll 4
   for (int i = 0; i < A; ++i)
 #pragma GCC unroll 4
-    for (int j = SAME ? i : 0; j < B; ++j)
-      total[i][j] = work.first ? splat(0.0f) : load(sums[i] + j * LANES);
+    for (int j = SAME ? i : 0; j < B; ++j) total[i][j] = splat(0.0f);
   const float* const ahead_0 = work.ahead[0];
   const float* const ahead_1 = work.ahead[1];
   for (int e = 0; e < work.count; e += LANES) {
@@ -141,7 +140,10 @@ void add_tile(const float* const* a, const float* const* b, const Work& work, fl
 #pragma GCC unroll 4
   for (int i = 0; i < A; ++i)
 #pragma GCC unroll 4
-    for (int j = SAME ? i : 0; j < B; ++j) store(sums[i] + j * LANES, total[i][j]);
+    for (int j = SAME ? i : 0; j < B; ++j) {
+      float* sum = sums[i] + j * LANES;
+      store(sum, work.first ? total[i][j] : add(total[i][j], load(sum)));
+    }
 }
 
 using AddTile = void (*)(const float* const*, const float* const*, const Work&, float* const*);

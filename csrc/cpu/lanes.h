@@ -44,6 +44,10 @@ inline Lanes splat(float value) {
   return each([&](int) { return F{} + value; });
 }
 
+inline Lanes add(const Lanes& a, const Lanes& b) {
+  return each([&](int r) { return a.of[r] + b.of[r]; });
+}
+
 inline Lanes multiply(const Lanes& a, const Lanes& b) {
   return each([&](int r) { return a.of[r] * b.of[r]; });
 }
