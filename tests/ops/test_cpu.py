@@ -10,12 +10,7 @@ from gcond_kernels.ops.mask import trainable
 from gcond_kernels.ops.types import Gramians
 
 CPU = torch.device("cpu")
-REASON = ops.unavailable("cpu", CPU)
-if REASON is not None:
-    pytest.skip(f"backend 'cpu': {REASON}", allow_module_level=True)
-
-from gcond_kernels import _cpu
-
+_cpu = pytest.importorskip("gcond_kernels._cpu", reason="backend 'cpu' is not built")
 VARIANTS = _cpu.kernels_here()
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -142,7 +137,8 @@ SIZES = (1, 15, 16, 17, 31, 33, 0, 257, 511, 513, 16384, 16385, 40000)
     ids=str,
 )
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_every_variant_finds_what_the_reference_finds(variant, tasks, masked, dtype, history):
+@pytest.mark.usefixtures("variant")
+def test_every_variant_finds_what_the_reference_finds(tasks, masked, dtype, history):
     g = case(tasks, SIZES, masked=masked, dtype=dtype, history=history)
     momentum = torch.randn(g.accumulators.shape[1])
     found = ops.gramian(g, history_scale=g.scale, momentum=momentum, backend="cpu")
@@ -202,7 +198,8 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(threads, tasks):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_every_number_of_half_precision_is_read_exactly(variant, dtype):
+@pytest.mark.usefixtures("variant")
+def test_every_number_of_half_precision_is_read_exactly(dtype):
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     accumulator = torch.full((len(numbers),), math.nan)
     layout = ops.Layout.of([0], [len(numbers)])
@@ -211,7 +208,8 @@ def test_every_number_of_half_precision_is_read_exactly(variant, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_numbers_are_rounded_to_half_precision_as_torch_rounds(variant, dtype):
+@pytest.mark.usefixtures("variant")
+def test_numbers_are_rounded_to_half_precision_as_torch_rounds(dtype):
     torch.manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (1 << 16,), dtype=torch.int64).to(torch.int32)
     # Halfway between two numbers, and one bit beside it.
@@ -236,7 +234,8 @@ def test_numbers_are_rounded_to_half_precision_as_torch_rounds(variant, dtype):
     torch.testing.assert_close(g.history[0], values.to(dtype), rtol=0.0, atol=0.0, equal_nan=True)
 
 
-def test_nothing_is_written_beside_the_segments(variant):
+@pytest.mark.usefixtures("variant")
+def test_nothing_is_written_beside_the_segments():
     g = case(3, (5, 20, 600), gap=7)
     outputs = [torch.full((size + 8,), 3.0)[4:-4] for size in g.layout.sizes]
     weights, finite = torch.ones(3, dtype=torch.float64), torch.tensor(True)
@@ -252,7 +251,8 @@ def test_nothing_is_written_beside_the_segments(variant):
     assert not g.history[:, inside].isnan().any()
 
 
-def test_a_large_history_is_written_past_the_caches_to_the_same_bits(variant):
+@pytest.mark.usefixtures("variant")
+def test_a_large_history_is_written_past_the_caches_to_the_same_bits():
     sizes = (1_500_000, 999, 1_700_000)  # beyond the size from which it is
     g = case(2, sizes, gap=32)
     small = case(2, sizes, gap=32)
