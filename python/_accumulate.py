@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.ops.types import Layout
-from gcond_kernels.python.chunks import chunk_length, chunks_of, flat
-
-# What float32 holds exactly.
-WIDENED = {torch.float32, torch.bfloat16, torch.float16}
+from gcond_kernels.python.chunks import chunks_of, flattened
 
 
 def accumulate(
@@ -20,29 +17,10 @@ def accumulate(
     overwrite: bool,
 ) -> None:
     """Add `scale · gradient` to each gradient's segment; see `gcond_kernels.ops.accumulate`."""
-    targets, addends = [], []
-    vectors = flat(gradients, layout)
-    for vector, offset, size in zip(vectors, *layout, strict=True):
-        if vector is not None:
-            targets.append(accumulator[offset : offset + size])
-            addends.append(vector)
-        elif overwrite:
-            accumulator[offset : offset + size].zero_()
-    unscaled = isinstance(scale, float) and scale == 1.0
-    exact = {vector.dtype for vector in addends} <= WIDENED
-    if addends and unscaled and exact and accumulator.dtype == torch.float32:
-        # Torch goes through the list by itself, and widens within an addition.
-        (torch._foreach_copy_ if overwrite else torch._foreach_add_)(targets, addends)
-        return
-    for tensor, start, stop, first in chunks_of(layout, chunk_length(1, accumulator.device)):
-        vector = vectors[tensor]
-        if vector is None:
-            continue
-        # Widened before it is scaled: a small bf16 or fp16 value must not underflow.
-        addend = vector[first : first + stop - start].to(torch.float32)
-        if not unscaled:
-            addend = addend * scale
+    for tensor, own, flat in chunks_of(layout):
+        gradient, segment = gradients[tensor], accumulator[flat]
         if overwrite:
-            accumulator[start:stop] = addend
-        else:
-            accumulator[start:stop] += addend  # bfloat16 is widened, added to, rounded once
+            segment.zero_()
+        if gradient is not None:
+            # Widened before it is scaled: a small bf16 or fp16 value must not underflow.
+            segment += flattened(gradient)[own].to(torch.float32) * scale

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gcond_kernels.ops.mask import trainable
 from gcond_kernels.ops.types import Momentum, Rescale, TaskGradients
-from gcond_kernels.python.chunks import chunk_length, chunks_of, flat
+from gcond_kernels.python.chunks import chunks_of, flattened
 
 
 def combine(
@@ -19,42 +19,49 @@ def combine(
     rescale: Rescale | None,
 ) -> None:
     """Write gradients, momentum and history; see `gcond_kernels.ops.combine`."""
-    accumulators, layout, scale, _, mask = gradients
+    accumulators, layout, scale, history, mask = gradients
     if not bool(finite):  # on a GPU this synchronizes; the kernels branch there instead
         write_zeros(outputs)
         return
     count_steps(outputs, momentum)
-    factors = output_factors(outputs, weights, momentum, rescale).to(torch.float32)
-    unit = (factors == 1.0).tolist()
-    beta = 0.0 if momentum is None else momentum.beta
-    # For a Python number `mul` makes a tensor and converts it, for every chunk anew.
-    decay, tensor_factors = factors.new_tensor(beta), factors.unbind()
-    weight_lists = ((1.0 - beta) * weights * scale).expand(len(outputs), -1).tolist()
-    to_keep = new_history(gradients)
-    targets = flat(outputs, layout)
-    length = chunk_length(len(scale) + 2, accumulators.device)
-    for tensor, start, stop, first in chunks_of(layout, length):
-        for history, accumulator in to_keep:  # before the output, which may lie in an accumulator
-            history[..., start:stop] = accumulator[..., start:stop]
-        target = targets[tensor]
-        if target is None:
+    factors = output_factors(outputs, weights, momentum, rescale).tolist()
+    weight_lists = (weights * scale).expand(len(outputs), -1).tolist()
+    active = [task for task, s in enumerate(scale.tolist()) if s != 0.0]
+    for tensor, own, flat in chunks_of(layout):
+        if history is not None:  # before the output, which may lie in an accumulator
+            for task in active:
+                history[task, flat] = accumulators[task, flat]
+        output = outputs[tensor]
+        if output is None:
             continue
-        target = target[first : first + stop - start]
-        if momentum is None:
-            total = (
-                target
-                if target.dtype == torch.float32
-                else torch.empty_like(target, dtype=torch.float32)
-            )
-        else:
-            total = momentum.buffer[start:stop].mul_(decay)
-        add_weighted(accumulators[:, start:stop], weight_lists[tensor], total, momentum is not None)
-        if mask is not None:
-            total.masked_fill_(~trainable(mask, start, stop), 0.0)
-        if total is not target:
-            torch.mul(total, tensor_factors[tensor], out=target)
-        elif not unit[tensor]:
-            target.mul_(tensor_factors[tensor])
+        resolved = weighted_sum(accumulators[:, flat], weight_lists[tensor])
+        write(flattened(output)[own], resolved, flat, momentum, mask, factors[tensor])
+
+
+def weighted_sum(accumulators: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return Σ_k weights[k] · accumulators[k] in float32; what has weight 0 is not read."""
+    total = torch.zeros_like(accumulators[0], dtype=torch.float32)
+    for accumulator, weight in zip(accumulators, weights, strict=True):
+        if weight != 0.0:
+            total.add_(accumulator, alpha=weight)
+    return total
+
+
+def write(
+    target: Tensor,
+    resolved: Tensor,
+    flat: slice,
+    momentum: Momentum | None,
+    mask: Tensor | None,
+    factor: float,
+) -> None:
+    """Write a chunk of the resolved gradient g: the momentum m ← β m + (1-β) g, times `factor`."""
+    if momentum is not None:
+        buffer, beta = momentum.buffer[flat], momentum.beta
+        resolved = buffer.mul_(beta).add_(resolved, alpha=1.0 - beta)
+    if mask is not None:
+        resolved.masked_fill_(~trainable(mask, flat.start, flat.stop), 0.0)
+    target.copy_(resolved * factor)
 
 
 def write_zeros(outputs: Sequence[Tensor | None]) -> None:
@@ -69,33 +76,6 @@ def count_steps(outputs: Sequence[Tensor | None], momentum: Momentum | None) -> 
     if momentum is not None:
         written = [output is not None for output in outputs]
         momentum.steps.add_(torch.tensor(written, dtype=torch.bool, device=momentum.steps.device))
-
-
-def new_history(gradients: TaskGradients) -> list[tuple[Tensor, Tensor]]:
-    """Return the histories, [N'] or all in one, with the accumulators that they receive."""
-    accumulators, _, scale, history, _ = gradients
-    if history is None:
-        return []
-    active = [task for task, s in enumerate(scale.tolist()) if s != 0.0]
-    if len(active) == len(scale):
-        return [(history, accumulators)]
-    return [(history[task], accumulators[task]) for task in active]
-
-
-def add_weighted(
-    accumulators: Tensor, weights: Sequence[float], total: Tensor, started: bool
-) -> None:
-    """Add Σ_k weights[k] · accumulators[k] in float32 to `total`, or set it; skip weights of 0."""
-    for accumulator, weight in zip(accumulators, weights, strict=True):
-        if weight == 0.0:
-            continue
-        if started:
-            total.add_(accumulator, alpha=weight)
-        else:
-            torch.mul(accumulator.to(torch.float32), weight, out=total)  # not in bfloat16
-            started = True
-    if not started:
-        total.zero_()
 
 
 def output_factors(

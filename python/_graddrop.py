@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gcond_kernels.ops.mask import trainable
 from gcond_kernels.ops.random import start_of, uniform
 from gcond_kernels.ops.types import Momentum, SignDropout, TaskGradients
-from gcond_kernels.python._combine import count_steps, output_factors, write_zeros
-from gcond_kernels.python.chunks import chunk_length, chunks_of, flat
+from gcond_kernels.python._combine import count_steps, output_factors, write, write_zeros
+from gcond_kernels.python.chunks import chunks_of, flattened
 
 
 def graddrop(
@@ -28,23 +27,14 @@ def graddrop(
     factors = output_factors(outputs, scale, momentum, None).tolist()
     scales = scale.to(torch.float32).tolist()
     origin = start_of(dropout.seed, dropout.counter)
-    length = chunk_length(len(scales) + 6, accumulators.device)
-    targets = flat(outputs, layout)
-    for tensor, start, stop, first in chunks_of(layout, length):
-        target = targets[tensor]
-        if target is None:
+    for tensor, own, flat in chunks_of(layout):
+        output = outputs[tensor]
+        if output is None:
             continue
-        places = torch.arange(
-            dropout.first + start, dropout.first + stop, device=accumulators.device
-        )
+        places = torch.arange(flat.start, flat.stop, device=accumulators.device) + dropout.first
         random = uniform(origin, places)
-        total = sum_of_one_sign(accumulators[:, start:stop], scales, random, dropout.leak)
-        if momentum is not None:
-            buffer = momentum.buffer[start:stop].mul_(momentum.beta)
-            total = buffer.add_(total * (1.0 - momentum.beta))
-        if mask is not None:
-            total.masked_fill_(~trainable(mask, start, stop), 0.0)
-        torch.mul(total, factors[tensor], out=target[first : first + stop - start])
+        resolved = sum_of_one_sign(accumulators[:, flat], scales, random, dropout.leak)
+        write(flattened(output)[own], resolved, flat, momentum, mask, factors[tensor])
 
 
 def sum_of_one_sign(

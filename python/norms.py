@@ -6,31 +6,19 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.ops.contexts import full_float32
-from gcond_kernels.python._gramian import partial_products
-from gcond_kernels.python.chunks import PARTIAL, chunk_length
+from gcond_kernels.ops.types import Layout
+from gcond_kernels.python._gramian import inner_products
+from gcond_kernels.python.chunks import chunks_of, flattened
 
 
+@full_float32()
 def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
     """Return the Gramian [L, L], and that of each tensor [T, L, L], of L lists of T tensors."""
-    sizes = [tensor.numel() for tensor in lists[0]]
+    L, sizes = len(lists), [tensor.numel() for tensor in lists[0]]
     device = lists[0][0].device if sizes else torch.device("cpu")
-    products = torch.zeros((len(sizes), len(lists), len(lists)), dtype=torch.float64, device=device)
-    length = chunk_length(len(lists), device)
-    for tensor, size in enumerate(sizes):
-        flat = [one[tensor].as_strided((size,), (1,)) for one in lists]
-        for start in range(0, size, length):
-            chunk = [vector[start : start + length].to(torch.float32) for vector in flat]
-            products[tensor] += dot(torch.stack(chunk))
+    products = torch.zeros((len(sizes), L, L), dtype=torch.float64, device=device)
+    for tensor, own, _ in chunks_of(Layout.of([0] * len(sizes), sizes)):
+        chunk = [flattened(tensors[tensor])[own].to(torch.float32) for tensors in lists]
+        vectors = torch.stack(chunk)
+        products[tensor] += inner_products(vectors, vectors)
     return products.sum(0), products
-
-
-def dot(vectors: Tensor) -> Tensor:
-    """Return the Gramian [L, L] float64 of vectors [L, n] float32, float64 across partial sums."""
-    full = vectors.shape[1] // PARTIAL * PARTIAL
-    rest = vectors[:, full:]
-    with full_float32():
-        sums = (rest @ rest.T).double()
-        if full:
-            partial = partial_products(vectors[:, :full], len(vectors))
-            sums += partial.sum(0, dtype=torch.float64)
-    return sums

@@ -136,7 +136,7 @@ def test_weights_of_one_give_the_plain_sum(backend, sizes):
 
 
 def test_segments_longer_than_a_chunk(backend, monkeypatch):
-    monkeypatch.setattr(chunks, "SCRATCH_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(chunks, "CHUNK", 1 << 13)
     layout = layout_of([70_001, 5, 16_384])
     accumulators = filled(layout, 3, 0)
     weights, scale = vector(1.0, 0.0, 2.0), vector(0.5, 0.0, 1.0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gcond_kernels import ops
 from gcond_kernels.ops import checks as contracts
-from gcond_kernels.python import _gramian, chunks
+from gcond_kernels.python import chunks
 from tests.conftest import slow
 from tests.helpers import by_name
 from tests.helpers.flat import filled, layout_of, misaligned, packed_layout_of, random_mask
@@ -83,7 +83,7 @@ def test_against_float64(backend, sizes, tasks, dtype, history_dtype, with_momen
 
 
 def test_segments_longer_than_a_chunk(backend, monkeypatch):
-    monkeypatch.setattr(chunks, "SCRATCH_ELEMENTS", 1 << 15)
+    monkeypatch.setattr(chunks, "CHUNK", 1 << 13)
     layout = layout_of([70_001, 5, 0, 16_384])
     accumulators, history = filled(layout, 3, 0), filled(layout, 3, 1, torch.bfloat16)
     total, cross, _, _ = gramian(backend, accumulators, layout, history=history)
@@ -327,14 +327,3 @@ def test_products_are_symmetric_to_the_bit(backend):
         )
         assert torch.equal(total, total.T)
         assert torch.equal(per_tensor, per_tensor.transpose(1, 2))
-
-
-@pytest.mark.parametrize("least", [1, 4096, 1 << 18])
-def test_the_reference_may_read_large_tensors_in_place(least, monkeypatch):
-    monkeypatch.setattr(_gramian, "IN_PLACE", least)
-    layout = layout_of([10_000, 3, 4096, 0, 5000])
-    accumulators = filled(layout, 3, 0)
-    products = gramian("python", accumulators, layout)
-    each = torch.stack([exact(part, part) for (part,) in parts_of(layout, accumulators)])
-    torch.testing.assert_close(products.per_tensor, each, rtol=1e-5, atol=1e-3)
-    torch.testing.assert_close(products.total, each.sum(0), rtol=1e-5, atol=1e-3)

@@ -6,7 +6,7 @@ from torch import nn
 
 from bench.training import peak_bytes
 from gcond_kernels import GCondFused
-from gcond_kernels.python import chunks
+from gcond_kernels.python import _gramian, chunks
 from gcond_kernels.storage import collect
 
 WIDTH = 256
@@ -14,9 +14,10 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(autouse=True)
-def _small_scratch(monkeypatch):
-    """Scratch memory is bounded (8 MB) whatever the model; beside this small one it would show."""
-    monkeypatch.setattr(chunks, "SCRATCH_ELEMENTS", 1 << 14)
+def _small_chunks(monkeypatch):
+    """A chunk's memory is the same whatever the model; beside this small one it would show."""
+    for module in (chunks, _gramian):
+        monkeypatch.setattr(module, "CHUNK", chunks.PARTIAL)
     monkeypatch.setattr(collect, "BUCKET_BYTES", WIDTH * WIDTH)  # a quarter of a layer
 
 
