@@ -1,7 +1,7 @@
 """The backend in plain PyTorch: what every other backend is compared with.
 
-It runs on any device that PyTorch runs on, reads memory in two passes, and is the
-fallback where neither Triton nor CUDA is to be had.
+It is written to be read: tensor by tensor, in chunks. It serves where no other backend can, and
+makes the Gramians of more tasks than the kernels of a GPU take.
 """
 
 from gcond_kernels.python._accumulate import accumulate

@@ -123,11 +123,12 @@ def test_what_is_not_finite_shows_on_the_diagonal(backend, bad, place):
     assert not per_tensor[1, 1, 1].isfinite()
 
 
-def test_across_partial_sums_the_addition_is_float64(backend):
+@pytest.mark.parametrize("place", [8191, 999_999])
+def test_across_partial_sums_the_addition_is_float64(backend, place):
     layout = layout_of([1_000_000])
     accumulators = torch.zeros(2, layout.length)
     accumulators[:, 0] = 4096.0
-    accumulators[:, 999_999] = 1.0
+    accumulators[:, place] = 1.0
     _total, *products = gramian(backend, accumulators, layout, history=accumulators.bfloat16())
     for sums in products:  # 2^24 + 1 is no float32
         assert (sums == 2**24 + 1).all()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bench.training import peak_bytes
-from gcond_kernels import GCondFused
+from gcond_kernels import GCondFused, ops
 from gcond_kernels.python import _gramian, chunks
 from gcond_kernels.storage import collect
 
@@ -80,6 +80,22 @@ def test_gradients_are_alive_a_bucket_at_a_time(device, monkeypatch):
     # bucket. What is written to `.grad` needs none.
     assert 12.0 <= peaks[0] <= 12.0 + 4 * 2 / 8 + 0.2, peaks
     assert 12.0 + 4 <= peaks[1] <= 12.0 + 4 + 0.2, peaks
+
+
+def test_the_reference_widens_a_chunk_at_a_time():
+    tasks, size = 3, 1 << 20
+    history, ones = torch.randn(tasks, size).bfloat16(), torch.ones(tasks).double()
+    layout = ops.Layout((0,), (size,))
+    gradients = ops.TaskGradients(history.float(), layout, ones, history)
+    outputs, gradient = [torch.empty(size)], torch.randn(size).bfloat16()
+    options = {"weights": ones, "finite": torch.tensor(True), "backend": "python"}
+    for run in (
+        lambda: ops.accumulate(history[0], [gradient], layout, backend="python"),
+        lambda: ops.gramian(gradients, history_scale=ones, backend="python"),
+        lambda: ops.combine(gradients, outputs, **options),
+    ):
+        peak = peak_bytes(run, "cpu")
+        assert 0 < peak <= 2 * (2 * tasks * 4 * chunks.PARTIAL)  # not 4 MB for a vector
 
 
 def test_the_measure_sees_graphs_that_are_kept():
