@@ -21,6 +21,7 @@ struct AccumulateChunk {
   std::int64_t count;
   float scale;
   bool overwrite;
+  bool streaming;  // whether all that is written exceeds the caches
 };
 
 // Elements from `start` on in flat storage, of all tasks.
@@ -40,7 +41,7 @@ struct CombineChunk {
   float factor;
   std::int64_t start;
   int count;
-  bool streaming;  // whether all that is written exceeds the caches
+  bool streaming;  // as above
 };
 
 struct Kernels {

@@ -4,7 +4,7 @@
 // with every block. What was read fits in the first cache, all rows in the second.
 constexpr int SHORT_BLOCK = 256, BLOCK = 512, FEW_ROWS = 4;
 // Arguments of prefetching: the first cache is full of what is read now.
-constexpr int READ = 0, SECOND_CACHE = 2;
+constexpr int READ = 0, WRITE = 1, SECOND_CACHE = 2;
 // Between rows of scratch memory: those that lie a multiple of 4 KB apart would share cache lines.
 constexpr int GAP = 80;
 constexpr int POINTER_FLOATS = 2;  // the room of a pointer among floats
@@ -30,12 +30,25 @@ struct First {
   void write_past_caches(T* to, const Lanes& lanes) const { write(to, lanes); }
 };
 
+// Writes past the caches what does not stay in them; memory that is aligned for it.
+template <bool STREAMING, class Access, class T>
+inline void write(const Access& access, T* to, const Lanes& lanes) {
+  if constexpr (STREAMING)
+    access.write_past_caches(to, lanes);
+  else
+    access.write(to, lanes);
+}
+
 // Calls `run(access, element)` for sixteen elements at a time, and for the rest.
 template <class Run>
 inline void for_lanes(std::int64_t count, Run run) {
   const std::int64_t full = count / LANES * LANES;
   for (std::int64_t e = 0; e < full; e += LANES) run(All{}, e);
   if (full < count) run(First{static_cast<int>(count - full)}, full);
+}
+
+inline bool is_aligned(const void* address) {
+  return reinterpret_cast<std::uintptr_t>(address) % 64 == 0;
 }
 
 // Calls `run` with the address as a pointer of the dtype; not for NO_TENSOR.
@@ -62,13 +75,10 @@ inline void with_storage_type(Dtype dtype, void* address, Run run) {
 
 inline int size_of(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-// The element `offset` of a row of flat storage.
+// The element `offset` of a row of flat storage; null where there is none.
 inline void* element_of(const Matrix& matrix, int row, std::int64_t offset) {
+  if (matrix.data_ptr == nullptr) return nullptr;
   return static_cast<char*>(matrix.data_ptr) + (row * matrix.stride + offset) * size_of(matrix.dtype);
-}
-
-inline bool is_aligned(const void* address) {
-  return reinterpret_cast<std::uintptr_t>(address) % 64 == 0;
 }
 
 // The bits of the mask for up to sixteen elements, which may lie in two words.
@@ -81,18 +91,26 @@ inline std::uint32_t bits_at(const std::uint32_t* mask_ptr, std::int64_t offset,
 
 // accumulate
 
+template <bool STREAMING, class A, class G>
+inline void set(const AccumulateChunk& c, A* target_ptr, const G* gradient_ptr) {
+  const Lanes scale = splat(c.scale);
+  for_lanes(c.count, [&](auto access, std::int64_t e) {
+    write<STREAMING>(access, target_ptr + e, multiply(access.read(gradient_ptr + e), scale));
+  });
+  if (STREAMING) {
+    STREAM_END();
+  }
+}
+
 template <class A, class G>
 inline void accumulate_as(const AccumulateChunk& c, A* target_ptr, const G* gradient_ptr) {
+  if (c.overwrite && c.streaming && is_aligned(target_ptr)) return set<true>(c, target_ptr, gradient_ptr);
+  if (c.overwrite) return set<false>(c, target_ptr, gradient_ptr);
   const Lanes scale = splat(c.scale);
-  if (c.overwrite)
-    for_lanes(c.count, [&](auto access, std::int64_t e) {
-      access.write(target_ptr + e, multiply(access.read(gradient_ptr + e), scale));
-    });
-  else
-    for_lanes(c.count, [&](auto access, std::int64_t e) {
-      const Lanes sum = access.read(target_ptr + e);
-      access.write(target_ptr + e, multiply_add(access.read(gradient_ptr + e), scale, sum));
-    });
+  for_lanes(c.count, [&](auto access, std::int64_t e) {
+    const Lanes sum = access.read(target_ptr + e);
+    access.write(target_ptr + e, multiply_add(access.read(gradient_ptr + e), scale, sum));
+  });
 }
 
 void accumulate(const AccumulateChunk& c) {
@@ -287,25 +305,23 @@ inline std::int64_t ahead_in(const Matrix& matrix, int task, int tasks) {
 
 // Adds one task's accumulator, weighted, to the total, and stores it as the new history. What lies
 // `ahead` of them is fetched meanwhile.
-template <class A, class N>
+template <bool STREAMING, class A, class N>
 inline void add_task(float* total, const TaskUse& use, const A* accumulator_ptr, N* history_ptr,
-                     const Ahead& ahead, int count, bool streaming) {
+                     const Ahead& ahead, int count) {
   const Lanes weight = splat(use.weight);
   for_lanes(count, [&](auto access, std::int64_t e) {
     const Lanes values = access.read(accumulator_ptr + e);
     __builtin_prefetch(accumulator_ptr + e + ahead.accumulator);
-    if (use.stored && streaming) {
-      access.write_past_caches(history_ptr + e, values);
-    } else if (use.stored) {
-      __builtin_prefetch(history_ptr + e + ahead.history, 1);
-      access.write(history_ptr + e, values);
+    if (use.stored) {
+      if (!STREAMING) __builtin_prefetch(history_ptr + e + ahead.history, WRITE);
+      write<STREAMING>(access, history_ptr + e, values);
     }
     if (use.weighted) store(total + e, multiply_add(values, weight, load(total + e)));
   });
 }
 
 // Writes momentum and output of a block.
-template <class O>
+template <bool STREAMING, class O>
 inline void write_block(const CombineChunk& c, const float* total, O* output_ptr, int block, int count) {
   const std::uint32_t* mask_ptr = c.gradients->mask_ptr;
   float* momentum_ptr = c.momentum.buffer_ptr;
@@ -319,14 +335,14 @@ inline void write_block(const CombineChunk& c, const float* total, O* output_ptr
       values = selected(values, bits_at(mask_ptr, c.start + block + e, left < LANES ? left : LANES));
     }
     if (kept_ptr != nullptr) access.write(kept_ptr, values);
-    access.write(output_ptr + e, multiply(values, factor));
+    write<STREAMING>(access, output_ptr + e, multiply(values, factor));
   });
 }
 
-void combine(const CombineChunk& c) {
+template <bool STREAMING>
+inline void combine_blocks(const CombineChunk& c) {
   const TaskGradients& g = *c.gradients;
   alignas(64) float total[SHORT_BLOCK];
-  const bool streaming = c.streaming && is_aligned(element_of(g.history, 0, c.start)) && g.history.stride % 16 == 0;
   for (int block = 0; block < c.count; block += SHORT_BLOCK) {
     const int count = c.count - block < SHORT_BLOCK ? c.count - block : SHORT_BLOCK;
     for (int e = 0; e < count; e += LANES) store(total + e, splat(0.0f));
@@ -335,10 +351,10 @@ void combine(const CombineChunk& c) {
       if (!use.weighted && !use.stored) continue;
       const Ahead ahead{ahead_in(g.accumulators, k, g.tasks), ahead_in(g.history, k, g.tasks)};
       const auto add = [&](const auto* accumulator_ptr) {
-        with_storage_type(g.history.dtype, element_of(g.history, k, c.start + block),
-                          [&](auto* history_ptr) {
-                            add_task(total, use, accumulator_ptr, history_ptr, ahead, count, streaming);
-                          });
+        with_storage_type(
+            g.history.dtype, element_of(g.history, k, c.start + block), [&](auto* history_ptr) {
+              add_task<STREAMING>(total, use, accumulator_ptr, history_ptr, ahead, count);
+            });
       };
       void* accumulator_ptr = element_of(g.accumulators, k, c.start + block);
       if (g.accumulators.dtype == FLOAT32)
@@ -347,10 +363,23 @@ void combine(const CombineChunk& c) {
         add(static_cast<const BFloat16*>(accumulator_ptr));
     }
     with_type(dtype_of(c.output), address_of(c.output), [&](auto* output_ptr) {
-      write_block(c, total, output_ptr + c.first + block, block, count);
+      auto* to = output_ptr + c.first + block;
+      // In the place of an accumulator it is in the caches.
+      const bool elsewhere = static_cast<void*>(to) != element_of(g.accumulators, 0, c.start + block);
+      if (STREAMING && elsewhere && is_aligned(to))
+        write_block<true>(c, total, to, block, count);
+      else
+        write_block<false>(c, total, to, block, count);
     });
   }
-  if (streaming) {
+}
+
+void combine(const CombineChunk& c) {
+  const Matrix& history = c.gradients->history;
+  if (c.streaming && is_aligned(element_of(history, 0, c.start)) && history.stride % 32 == 0) {
+    combine_blocks<true>(c);
     STREAM_END();
+  } else {
+    combine_blocks<false>(c);
   }
 }

@@ -128,6 +128,13 @@ inline Lanes load(const BFloat16* from) { return load_half(from); }
 inline Lanes load(const Float16* from) { return load_half(from); }
 inline void store(BFloat16* to, const Lanes& lanes) { store_half(to, lanes); }
 inline void store(Float16* to, const Lanes& lanes) { store_half(to, lanes); }
+inline void store(double* to, const Lanes& lanes) {
+  float values[LANES];
+  store(values, lanes);
+  for (int e = 0; e < LANES; ++e) to[e] = values[e];
+}
+
+inline void stream(double* to, const Lanes& lanes) { store(to, lanes); }
 inline void stream(BFloat16* to, const Lanes& lanes) { stream_half(to, lanes); }
 inline void stream(Float16* to, const Lanes& lanes) { stream_half(to, lanes); }
 
@@ -135,12 +142,6 @@ inline Lanes load(const double* from) {
   float values[LANES];
   for (int e = 0; e < LANES; ++e) values[e] = static_cast<float>(from[e]);
   return load(values);
-}
-
-inline void store(double* to, const Lanes& lanes) {
-  float values[LANES];
-  store(values, lanes);
-  for (int e = 0; e < LANES; ++e) to[e] = values[e];
 }
 
 // The first `count` elements, and zeros.

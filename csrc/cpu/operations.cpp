@@ -17,8 +17,9 @@ namespace {
 // Bytes that are worth a thread of their own.
 constexpr std::int64_t BYTES_PER_THREAD = 1 << 18;
 
-// What is more than this leaves the caches before it is read again.
-constexpr std::int64_t CACHE_BYTES = 48 << 20;
+// What is more than this leaves the caches before it is read again: all that is written by combine;
+// and an accumulator, for between its micro-batches lie backward passes.
+constexpr std::int64_t CACHE_BYTES = 48 << 20, LARGE_ACCUMULATOR = 8 << 20;
 
 #if defined(__x86_64__) && defined(__GNUC__)
 const Kernels* const VARIANTS[] = {&AVX512, &AVX2, &PORTABLE};
@@ -138,6 +139,7 @@ void accumulate(const Plan& plan, const Accumulation& a, int threads) {
   const Chunks chunks = plan.chunks();
   const Kernels& k = *kernels();
   const Dtype dtype = a.accumulator.dtype;
+  const bool streaming = plan.elements() * size_of(dtype) > LARGE_ACCUMULATOR;
   parallel(chunks.count, threads_for(plan.elements() * 12, threads), [&](int number) {
     const Chunk chunk = chunk_at(chunks, number);
     char* target_ptr = element_of(a.accumulator.data_ptr, dtype, chunk.start());
@@ -145,7 +147,7 @@ void accumulate(const Plan& plan, const Accumulation& a, int threads) {
     const Dtype gradient_dtype = dtype_of(gradient);
     if (gradient_dtype != NO_TENSOR)
       k.accumulate({target_ptr, dtype, element_of(address_of(gradient), gradient_dtype, chunk.first),
-                    gradient_dtype, chunk.count, a.scale, a.overwrite});
+                    gradient_dtype, chunk.count, a.scale, a.overwrite, streaming});
     else if (a.overwrite)
       std::memset(target_ptr, 0, static_cast<std::size_t>(chunk.count) * size_of(dtype));
   });
