@@ -21,13 +21,22 @@ def describe() -> str:
         f"triton         {_version('triton')}",
         f"numpy          {_version('numpy')}",
         f"cpu            {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads",
+        f"{torch.get_num_threads()} threads{_vector_code()}",
         *(_gpu_lines() or ["gpu            none that torch can use"]),
         f"GCOND_BACKEND  {os.environ.get('GCOND_BACKEND') or 'not set'}",
     ]
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         lines += ["", f"on {kind} tensors", *_operation_lines(torch.device(kind))]
     return "\n".join(lines)
+
+
+def _vector_code() -> str:
+    """Return which of the CPU's kernels run here; nothing where they are not built."""
+    if ops.unavailable("cpu", torch.device("cpu")):
+        return ""
+    from gcond_kernels import _cpu
+
+    return f", kernels for {_cpu.kernels_in_use()}"
 
 
 def _gpu_lines() -> list[str]:
