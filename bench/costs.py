@@ -26,7 +26,7 @@ SHOWN = (
     ("step", "stochastic", "mobilenetv3_small", 2),
     ("weighting", "UPGrad", "Gramian", 256),
 )
-HEADING = "| on a CPU | K | time | as a multiple of |"
+HEADING = "| on a CPU"
 
 
 def main(given: Sequence[str]) -> int:
@@ -45,15 +45,20 @@ def main(given: Sequence[str]) -> int:
 
 def costs_of(record: dict[str, Any]) -> str:
     """Return a line of Markdown for each of `SHOWN` that was measured."""
-    lines = [HEADING, "| --- | --: | --: | --- |"]
+    machine = "{cpu}, {threads} threads, torch {torch}, load {load_average} to {load_average_after}"
+    if "load_average_after" not in record["machine"]:
+        raise InputError("a record of a run to its end is needed")
+    about = machine.format_map(record["machine"])
+    lines = [f"{HEADING} ({about}) | K | time | as a multiple of |", "| --- | --: | --: | --- |"]
     for shown in SHOWN:
-        found = [f for f in record["figures"] if "relative" in f and name_of(f) == shown]
+        found = [f for f in record["figures"] if "seconds" in f and name_of(f) == shown]
         if found:
             lines.append(line_of(found))
     return "\n".join(lines)
 
 
 def name_of(figure: Figure) -> tuple[str, str, str, int]:
+    """Return a figure's entry of `SHOWN`."""
     return figure["operation"], figure["what"], figure["model"], figure["tasks"]
 
 
@@ -65,8 +70,14 @@ def line_of(figures: Sequence[Figure]) -> str:
         size = f"{first['parameters'] / 1e6:.3g} M in {first['tensors']} tensors"
         named = first["model"] if first["operation"] == "step" else ""
         what += f", {named.replace('_', ' ')}" * bool(named) + f", {size}"
-    beside = "; ".join(f"{f['beside']} {f['relative']['median']:.2f}{missed(f)}" for f in figures)
-    return f"| {what} | {first['tasks']} | {time_of(first['seconds']['median'])} | {beside} |"
+    time = time_of(first["seconds"]["median"])
+    time += "".join(missed(figure) for figure in figures if "beside" not in figure)
+    beside = "; ".join(
+        f"{figure['beside']} {figure['relative']['median']:.2f}{missed(figure)}"
+        for figure in figures
+        if "beside" in figure
+    )
+    return f"| {what} | {first['tasks']} | {time} | {beside} |"
 
 
 def missed(figure: Figure) -> str:

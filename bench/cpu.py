@@ -150,10 +150,11 @@ def layout_named(name: str) -> Layout:
 def resolution_figures(timing: Timing) -> Iterator[Figure]:
     """Measure a resolution beside a copy, the reference and TorchJD."""
     for case in timing.cases("resolution", RESOLUTION):
-        yield from safely(case, partial(resolution_of, timing))
+        yield from safely(case, partial(measure_resolution, timing))
 
 
-def resolution_of(timing: Timing, case: Case) -> Iterator[Figure]:
+def measure_resolution(timing: Timing, case: Case) -> Iterator[Figure]:
+    """Time ops.resolve of one case beside all others."""
     size = Storage.bytes_of(case.tasks, case.layout)
     laps, budget = timing.laps(case, size), case.layout.parameters * (12 * case.tasks + 4)
     # And the result that TorchJD allocates.
@@ -187,12 +188,13 @@ def accumulate_figures(timing: Timing) -> Iterator[Figure]:
         timing.cases("accumulate", ACCUMULATE), dtypes, ("first", "later")
     ):
         named = case._replace(what=f"{str(dtype)[6:]}, {turn}")
-        yield from safely(named, partial(accumulate_of, timing, dtype, turn == "first"))
+        yield from safely(named, partial(measure_accumulate, timing, dtype, turn == "first"))
 
 
-def accumulate_of(
+def measure_accumulate(
     timing: Timing, dtype: torch.dtype, overwrite: bool, case: Case
 ) -> Iterator[Figure]:
+    """Time ops.accumulate of one case beside a copy."""
     laps = timing.laps(case, Gradients.bytes_of(case.layout, dtype))
     budget = case.layout.parameters * (dtype.itemsize + (4 if overwrite else 8))
     pool = [Gradients(case.layout, dtype, CPU) for _ in range(laps)]
@@ -207,10 +209,11 @@ def accumulate_of(
 def aggregation_figures(timing: Timing) -> Iterator[Figure]:
     """Measure the methods that TorchJD has too beside its."""
     for case, name in product(timing.cases("aggregation", AGGREGATION), others.METHODS):
-        yield from safely(case._replace(what=name), partial(aggregation_of, timing))
+        yield from safely(case._replace(what=name), partial(measure_aggregation, timing))
 
 
-def aggregation_of(timing: Timing, case: Case) -> Iterator[Figure]:
+def measure_aggregation(timing: Timing, case: Case) -> Iterator[Figure]:
+    """Time one method on one case beside TorchJD's."""
     method = others.our_methods()[case.what]
     laps = timing.laps(case, Storage.bytes_of(case.tasks, case.layout))
     pool = [Storage(case.tasks, case.layout, CPU, has_momentum=False) for _ in range(laps)]
@@ -237,7 +240,7 @@ def training_figures(timing: Timing) -> Iterator[Figure]:
             if not timing.takes(sum(sizes), tasks):
                 continue
             case = Case("step", trained.name, layout_of(sizes), tasks, mode)
-            yield from safely(case, partial(step_of, timing, trained))
+            yield from safely(case, partial(measure_step, timing, trained))
 
 
 def trainings(micro_batches: int) -> Iterator[Training]:
@@ -251,7 +254,8 @@ def trainings(micro_batches: int) -> Iterator[Training]:
         yield Training(name, CPU, 2 if name == "bert_small" else 8, 64, micro_batches, SECONDS)
 
 
-def step_of(timing: Timing, trained: Training, case: Case) -> Iterator[Figure]:
+def measure_step(timing: Timing, trained: Training, case: Case) -> Iterator[Figure]:
+    """Time backward and step of one training beside what needs no resolution."""
     exact = case.what == "exact"
     training.check_sum(trained, case.what)
     ways = {
@@ -271,11 +275,12 @@ def weighting_figures(timing: Timing) -> Iterator[Figure]:
     if timing.quick:
         return
     case = Case("weighting", "Gramian", layout_of([WEIGHTED_TASKS * 2]), WEIGHTED_TASKS)
-    yield from safely(case._replace(what="UPGrad"), partial(upgrad_of, timing))
-    yield from safely(case._replace(what="GCond"), partial(arbitrate_of, timing))
+    yield from safely(case._replace(what="UPGrad"), partial(measure_upgrad, timing))
+    yield from safely(case._replace(what="GCond"), partial(measure_arbitrate, timing))
 
 
-def upgrad_of(timing: Timing, case: Case) -> Iterator[Figure]:
+def measure_upgrad(timing: Timing, case: Case) -> Iterator[Figure]:
+    """Time UPGrad's weights beside TorchJD's."""
     if reason := others.torchjd_missing():
         yield case.figure(OURS, section="cpu", skipped=reason)
         return
@@ -294,7 +299,8 @@ def upgrad_of(timing: Timing, case: Case) -> Iterator[Figure]:
     yield from timing.compare(case, competitors, {f"{THEIRS} UPGrad": WEIGHTING})
 
 
-def arbitrate_of(timing: Timing, case: Case) -> Iterator[Figure]:
+def measure_arbitrate(timing: Timing, case: Case) -> Iterator[Figure]:
+    """Time GCond's weights beside the reference's."""
     storage = Storage(case.tasks, case.layout, CPU, has_momentum=False)
     products, weights = storage.products_in_float64(), []
     competitors = {}
@@ -352,6 +358,7 @@ def foot(figures: Sequence[Figure]) -> str:
 
 
 def verdict(figure: Figure) -> str:
+    """Return whether the aim is met."""
     return {True: "met", False: "missed"}.get(figure.get("met", ""), "")
 
 

@@ -239,14 +239,19 @@ def test_threads_must_be_positive(capsys):
 def shown(beside, median, **more):
     head = {"operation": "resolution", "what": "", "model": SMALL, "tasks": 2}
     values = {"parameters": 10_050, "tensors": 300, "seconds": {"median": 41.66e-6}}
-    return {**head, **values, "beside": beside, "relative": {"median": median}, **more}
+    other = {"beside": beside, "relative": {"median": median}} if beside else {}
+    return {**head, **values, **other, **more}
 
 
 def test_a_line_of_costs_holds_all_that_stands_beside():
     missed = {"target": {"relative": 0.4}, "met": False}
     figures = [shown("reference", 0.1), shown("TorchJD PCGrad", 0.5, **missed)]
-    assert costs.costs_of({"figures": figures}).splitlines()[2:] == [
-        "| resolution, 0.01 M in 300 tensors | 2 | 41.7 us "
+    figures.append(shown(None, None, target={"seconds": 4e-5}, met=False))
+    machine = {"cpu": "AMD", "threads": 2, "torch": "2.13", "load_average": 0.1}
+    made = costs.costs_of({"machine": machine | {"load_average_after": 1.2}, "figures": figures})
+    assert made.startswith("| on a CPU (AMD, 2 threads, torch 2.13, load 0.1 to 1.2) | K ")
+    assert made.splitlines()[2:] == [
+        "| resolution, 0.01 M in 300 tensors | 2 | 41.7 us (aim 40 us) "
         "| reference 0.10; TorchJD PCGrad 0.50 (aim 0.4) |"
     ]
 
@@ -254,6 +259,10 @@ def test_a_line_of_costs_holds_all_that_stands_beside():
 def test_costs_of_no_record_are_an_error(tmp_path, capsys):
     assert __main__.main(["costs", str(tmp_path / "none.json")]) == 2
     assert "none.json: cannot be read" in capsys.readouterr().err
+    interrupted = tmp_path / "interrupted.json"
+    interrupted.write_text('{"figures": []}')
+    assert __main__.main(["costs", str(interrupted)]) == 2
+    assert "a record of a run to its end" in capsys.readouterr().err
 
 
 def test_the_readme_shows_the_costs_of_the_record():
