@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from gcond_kernels.methods.checks import check_number, check_option
+from gcond_kernels.methods.host import Array, in_numpy, module_of
 from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.normalized import (
     cosines,
@@ -15,6 +13,7 @@ from gcond_kernels.methods.normalized import (
     inverse_norms,
     mean_weights,
     norms,
+    quotient,
 )
 from gcond_kernels.methods.solvers import best_for_the_worst, definite, product
 
@@ -45,7 +44,8 @@ class CAGrad(Method):
         known = type(self.rescale) is int and self.rescale in (0, 1, 2)
         check_option(self, "rescale", "0, 1 or 2", known)
 
-    def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
+    @in_numpy
+    def weights(self, gramian: Array, state: State, known: Known) -> Array:
         """Return 1/K + c ‖g0‖ u / ‖g_u‖, divided by what `rescale` chooses."""
         divisor = (1.0, 1.0 + self.c**2, 1.0 + self.c)[self.rescale]
         mean = mean_weights(gramian)
@@ -54,10 +54,12 @@ class CAGrad(Method):
         C, n = definite(cosines(gramian), known.rounding), norms(gramian)
         normalized_mean = mean * n
         products = product(C, normalized_mean)  # g0 · ĝ_k / ‖ĝ_k‖
-        norm = (normalized_mean * products).sum(-1, keepdim=True).clamp(min=0.0).sqrt()
-        slope = (products / norm.clamp(min=1e-300)).clamp(-1.0, 1.0)
+        module = module_of(gramian)
+        square = (normalized_mean * products).sum(-1)[..., None]
+        norm = module.sqrt(module.where(square > 0.0, square, 0.0))
+        slope = module.clip(quotient(products, norm), -1.0, 1.0)
         # A task without a gradient is never the one that is worst off.
-        slope = torch.where(n > 0.0, slope, 10.0 * (1.0 + self.c))
-        inverse = torch.where(n > 0.0, inverse_norms(gramian), 1.0)
+        slope = module.where(n > 0.0, slope, 10.0 * (1.0 + self.c))
+        inverse = module.where(n > 0.0, inverse_norms(gramian), 1.0)
         y = best_for_the_worst(C, slope, inverse, self.c)
         return (mean + norm * from_normalized(y, gramian)) / divisor

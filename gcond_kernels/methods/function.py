@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gcond_kernels.methods.checks import check_weights
 from gcond_kernels.methods.method import Known, Method, State
+from gcond_kernels.ops.contexts import users_code
 
 
 class Function(Method):
@@ -28,7 +29,8 @@ class Function(Method):
         K = gramian.shape[-1]
         one_by_one = []
         for S in gramian.reshape(-1, K, K):
-            weights = self.function(S)
+            with users_code(S.device):
+                weights = self.function(S)
             check_weights(f"method {self!r}", weights, (K,))
             one_by_one.append(weights.detach().to(S))
         return torch.stack(one_by_one).view(gramian.shape[:-1])

@@ -59,7 +59,8 @@ class GradVac(Method):
         state["counter"] += 1
         C = self.coefficients(cosines(gramian), n > 0.0, order, state["target_cosines"])
         # Row i of C is relative to the norm of task i.
-        return from_normalized((C * n[..., :, None]).sum(-2), gramian)
+        weights: Tensor = from_normalized((C * n[..., :, None]).sum(-2), gramian)
+        return weights
 
     def coefficients(self, S: Tensor, present: Tensor, order: Tensor, targets: Tensor) -> Tensor:
         """Return the coefficients [..., K, K] of normalized gradients: row i makes g̃_i / ‖ĝ_i‖.
@@ -67,7 +68,7 @@ class GradVac(Method):
         S are cosines, `order` is as in `pcgrad.projected`, and `targets` is changed in place.
         """
         tasks = torch.arange(S.shape[-1], device=S.device)
-        C = identity(S).expand(S.shape)
+        C: Tensor = identity(S).expand(S.shape)
         for other in order.unbind(-1):  # [..., K], for each task i a task j
             j = other[..., None]
             S_j = S.gather(-2, j.expand(S.shape))

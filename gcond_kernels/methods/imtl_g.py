@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from gcond_kernels.methods.host import Array, in_numpy, module_of
 from gcond_kernels.methods.method import Known, Method, State
-from gcond_kernels.methods.normalized import cosines, from_normalized, norms
+from gcond_kernels.methods.normalized import cosines, from_normalized, norms, quotient
 from gcond_kernels.methods.solvers import eigh, product
 
 
@@ -23,16 +21,16 @@ class IMTLG(Method):
     gradient.
     """
 
-    def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
+    @in_numpy
+    def weights(self, gramian: Array, state: State, known: Known) -> Array:
         """Return β / ‖ĝ‖, divided by its sum."""
-        present = (norms(gramian) > 0.0).to(gramian.dtype)
+        where, n = module_of(gramian).where, norms(gramian)
         values, vectors = eigh(cosines(gramian))
         counted = values > known.rounding
-        inverse = torch.where(counted, 1.0 / torch.where(counted, values, 1.0), 0.0)
-        beta = product(vectors, inverse * product(vectors.mT, present))
+        inverse = where(counted, 1.0 / where(counted, values, 1.0), 0.0)
+        beta = product(vectors, inverse * product(vectors.swapaxes(-1, -2), quotient(n, n)))
         weights = from_normalized(beta, gramian)
-        total = weights.sum(-1, keepdim=True)
-        size = weights.abs().sum(-1, keepdim=True)
+        total, size = weights.sum(-1)[..., None], abs(weights).sum(-1)[..., None]
         # Where the normalized gradients cancel out, β is 0 but for rounding.
-        defined = (total.abs() > 1e-12 * size) & (beta.abs().amax(-1, keepdim=True) > 1e-9)
-        return torch.where(defined, weights / torch.where(defined, total, 1.0), 0.0)
+        defined = (abs(total) > 1e-12 * size) & (abs(beta) > 1e-9).any(-1)[..., None]
+        return where(defined, weights / where(defined, total, 1.0), 0.0)

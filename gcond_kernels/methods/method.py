@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import ClassVar, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gcond_kernels import ops
+from gcond_kernels.methods import host
 from gcond_kernels.methods.checks import check_gramian, check_weights
 from gcond_kernels.methods.solvers import FLOAT32_ROUNDING, FLOAT64_ROUNDING, identity
 from gcond_kernels.ops.contexts import fixed_precision, users_code
@@ -171,6 +174,8 @@ class Method(ABC):
     def decide(self, comparison: Comparison, state: State) -> ops.Arbitration:
         """Return one weight per task and change the state; where one is not finite, change none."""
         gramian, known = comparison.gramian, comparison.known
+        if host.may_read(gramian):
+            return self._decide_on_host(comparison, state)
         finite = gramian.isfinite().all()
         present = gramian.diagonal(dim1=-2, dim2=-1) > 0.0
         # Solvers are not to be shown what is not finite.
@@ -178,15 +183,41 @@ class Method(ABC):
         S = torch.where(finite, S, identity(gramian))
         if known.losses is not None:
             known = known._replace(losses=torch.where(finite, known.losses, math.nan))
-        after = {name: value.clone() for name, value in state.items()}
-        with users_code(S.device):
-            weights = self.weights(S, after, known)
-        check_weights(f"{type(self).__name__}.weights", weights, S.shape[:-1])
-        weights = torch.where(present, weights.detach().to(S), 0.0)
+        weights, after = self._weights_and_state(S, state, known)
+        weights = torch.where(present, weights, 0.0)
         finite = finite & weights.isfinite().all()
         for name, value in state.items():
             value.copy_(torch.where(finite, after[name], value))
         return without_events(torch.where(finite, weights, 0.0), finite)
+
+    def _decide_on_host(self, comparison: Comparison, state: State) -> ops.Arbitration:
+        """Return what `decide` does, of tensors whose values may be read."""
+        gramian = comparison.gramian
+        products = gramian.numpy()
+        if not np.isfinite(products).all():
+            return without_events(
+                gramian.new_zeros(gramian.shape[:-1]), gramian.new_zeros((), dtype=torch.bool)
+            )
+        S = gramian if comparison.selected is None else comparison.selected
+        weights, after = self._weights_and_state(S, state, comparison.known)
+        present = products.diagonal(axis1=-2, axis2=-1) > 0.0
+        kept = np.where(present, weights.numpy(), 0.0)
+        finite = bool(np.isfinite(kept).all())
+        if not finite:
+            kept[...] = 0.0
+        else:
+            for name, value in state.items():
+                value.copy_(after[name])
+        return without_events(torch.from_numpy(kept), torch.from_numpy(np.array(finite)))
+
+    def _weights_and_state(self, S: Tensor, state: State, known: Known) -> tuple[Tensor, State]:
+        """Return the weights of finite Gramians, float64, and the state after them."""
+        after = {name: value.clone() for name, value in state.items()}
+        own = type(self).weights.__module__.startswith("gcond_kernels.")
+        with nullcontext() if own else users_code(S.device):
+            weights = self.weights(S, after, known)
+        check_weights(f"{type(self).__name__}.weights", weights, S.shape[:-1])
+        return weights.detach().to(S), after
 
     def resolve(
         self,

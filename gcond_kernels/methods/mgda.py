@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from gcond_kernels.methods.host import Array, in_numpy, module_of
 from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.normalized import cosines, from_normalized, inverse_norms, quotient
 from gcond_kernels.methods.solvers import definite, nonnegative_minimum
@@ -24,23 +22,26 @@ class MGDA(Method):
     others use, converges slowly).
     """
 
-    def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
+    @in_numpy
+    def weights(self, gramian: Array, state: State, known: Known) -> Array:
         """Return α."""
         if gramian.shape[-1] == 2:
             return shortest_of_two(gramian)
         C = definite(cosines(gramian), known.rounding)
         weights = from_normalized(nonnegative_minimum(C, -inverse_norms(gramian)), gramian)
         # Relative to the largest first: weights may differ by 1e12.
-        weights = weights / weights.amax(-1, keepdim=True).clamp(min=1e-300)
-        return weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
+        weights = quotient(weights, module_of(weights).amax(weights, -1)[..., None])
+        return quotient(weights, weights.sum(-1)[..., None])
 
 
-def shortest_of_two(gramian: Tensor) -> Tensor:
+def shortest_of_two(gramian: Array) -> Array:
     """Return α of two tasks [..., 2]: the point next to 0 on the line between both gradients."""
-    squares, product = gramian.diagonal(dim1=-2, dim2=-1), gramian[..., 0, 1, None]
+    module = module_of(gramian)
+    squares, product = gramian.diagonal(0, -2, -1), gramian[..., 0, 1, None]
     # Each weight from a difference of its own: 1 minus the other would round a small one away.
-    weights = (squares.flip(-1) - product).clamp(min=0.0)
-    total = weights.sum(-1, keepdim=True)
-    weights = torch.where(total > 0.0, quotient(weights, total), 0.5)
+    weights = module.flip(squares, (-1,)) - product
+    weights = module.where(weights > 0.0, weights, 0.0)
+    total = weights.sum(-1)[..., None]
+    weights = module.where(total > 0.0, quotient(weights, total), 0.5)
     present = squares > 0.0
-    return torch.where(present.all(-1, keepdim=True), weights, present.to(weights))
+    return module.where(present.all(-1)[..., None], weights, quotient(squares, squares))

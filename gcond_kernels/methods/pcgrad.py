@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gcond_kernels.methods import host
 from gcond_kernels.methods.checks import check_seed
 from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.solvers import identity
@@ -43,6 +45,10 @@ class PCGrad(Method):
 
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """Return Σ_i c_i; the random counter is counted up."""
+        if host.may_read(gramian):
+            S, counter = gramian.numpy(), int(state["counter"])
+            state["counter"] += 1
+            return torch.from_numpy(weights_on_host(S, self.seed, counter))
         order = random_orders(gramian, self.seed, state["counter"])
         state["counter"] += 1
         return projected(gramian, order).sum(-2)
@@ -60,7 +66,7 @@ def projected(gramian: Tensor, order: Tensor) -> Tensor:
     Row i of `order` [..., K, K] is the order in which task i is projected; i itself is skipped.
     """
     tasks = torch.arange(gramian.shape[-1], device=gramian.device)
-    C = identity(gramian).expand(gramian.shape)
+    C: Tensor = identity(gramian).expand(gramian.shape)
     for other in order.unbind(-1):  # [..., K], for each task i a task j
         j = other[..., None]
         S_j = gramian.gather(-2, j.expand(gramian.shape))
@@ -69,3 +75,15 @@ def projected(gramian: Tensor, order: Tensor) -> Tensor:
         conflict = (product < 0.0) & (square > 0.0) & (j != tasks[:, None])
         C = C.scatter_add(-1, j, -torch.where(conflict, product / square, 0.0))
     return C
+
+
+def weights_on_host(S: host.Numbers, seed: int, counter: int) -> host.Numbers:
+    """Return the weights of Gramians [..., K, K] in NumPy."""
+    if S.shape[-1] != 2:
+        weights: host.Numbers = host.projected(S, host.random_orders(S.shape, seed, counter)).sum(
+            -2
+        )
+        return weights
+    # The order of two does not matter. A task without a gradient has no weight.
+    squares = S.diagonal(axis1=-2, axis2=-1)
+    return 1.0 - np.minimum(S[..., 0, 1:], 0.0) / np.where(squares > 0.0, squares, 1.0)

@@ -1,13 +1,18 @@
-"""Solvers of batches of K×K problems: a fixed number of steps, in float64.
+"""Solvers of batches of K×K problems, in float64.
 
-They never synchronize with the device. They take cosines, Gramians of normalized gradients, so that
+On a GPU they take a fixed number of steps, and never synchronize with the device; on a CPU they
+stop when they have converged. They take cosines, Gramians of normalized gradients, so that
 their accuracy does not depend on the scale of the gradients.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from gcond_kernels.methods import host
+from gcond_kernels.methods.host import Array, module_of
 
 # Newton steps of the interior-point method. On 44,000 problems of 3 to 12 tasks, random, singular,
 # nearly parallel and anti-parallel, with norms 1e12 apart, 20 left 45 with a residual above 1e-9,
@@ -27,12 +32,14 @@ FLOAT64_ROUNDING = 1e-12  # of Gramians that are exact in float64
 SWEEPS = 12
 
 
-def identity(matrix: Tensor) -> Tensor:
+def identity(matrix: Array) -> Array:
     """Return the identity [K, K], of the type and on the device of a matrix [..., K, K]."""
-    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    if isinstance(matrix, Tensor):
+        return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return np.eye(matrix.shape[-1])
 
 
-def product(matrix: Tensor, vector: Tensor) -> Tensor:
+def product(matrix: Array, vector: Array) -> Array:
     """Return matrix · vector, [..., K], of [..., K, K] and [..., K]."""
     return (matrix @ vector[..., None])[..., 0]
 
@@ -49,18 +56,20 @@ def solve_among(matrix: Tensor, right: Tensor, active: Tensor) -> Tensor:
     return solve(torch.where(both, matrix, identity(matrix)), torch.where(active, right, 0.0))
 
 
-def definite(C: Tensor, rounding: float) -> Tensor:
+def definite(C: Array, rounding: float) -> Array:
     """Return the cosines with each eigenvalue below `rounding` raised to it, for finite weights."""
     values, vectors = eigh(C)
-    raised = (rounding - values).clamp(min=0.0)  # added, so that the rest keeps its bits
-    return C + (vectors * raised[..., None, :]) @ vectors.mT
+    if host.may_read(C) and not (values < rounding).any():
+        return C
+    raised = module_of(C).clip(rounding - values, 0.0, None)  # added: the rest keeps its bits
+    return C + (vectors * raised[..., None, :]) @ vectors.swapaxes(-1, -2)
 
 
-def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def eigh(matrix: Array) -> tuple[Array, Array]:
     """Return eigenvalues [..., K], in no order, and eigenvectors (columns) [..., K, K]."""
-    if matrix.is_cuda:  # torch's would synchronize with the device
+    if isinstance(matrix, Tensor) and matrix.is_cuda:  # torch's would synchronize with the device
         return jacobi(matrix)
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = module_of(matrix).linalg.eigh(matrix)
     return values, vectors
 
 
@@ -101,7 +110,7 @@ def jacobi_rotation(matrix: Tensor, p: Tensor, q: Tensor) -> Tensor:
     divisor = difference.abs() + torch.hypot(difference, 2.0 * a_pq)
     t = torch.where(divisor > 0.0, sign * 2.0 * a_pq / divisor.clamp(min=1e-300), 0.0)
     c = torch.rsqrt(1.0 + t * t)
-    rotation = identity(matrix).repeat(*matrix.shape[:-2], 1, 1)
+    rotation: Tensor = identity(matrix).repeat(*matrix.shape[:-2], 1, 1)
     rotation[..., p, p] = c
     rotation[..., q, q] = c
     rotation[..., p, q] = t * c
@@ -116,8 +125,43 @@ def step_length(values: Tensor, direction: Tensor) -> Tensor:
     return (TO_BOUNDARY * to_zero.amin(-1, keepdim=True)).clamp(max=1.0)
 
 
-def nonnegative_minimum(C: Tensor, q: Tensor) -> Tensor:
-    """Return the x [..., K] ≥ 0 at which ½ xᵀ C x + qᵀ x is smallest, of definite cosines C.
+def nonnegative_minimum(C: Array, q: Array) -> Array:
+    """Return the x [..., K] ≥ 0 at which ½ xᵀ C x + qᵀ x is smallest, of definite cosines C."""
+    return nonnegative_minima(C, q[..., None, :])[..., 0, :]
+
+
+def nonnegative_minima(C: Array, q: Array) -> Array:
+    """Return the x ≥ 0 [..., R, K] of `nonnegative_minimum`, for R problems q of each C."""
+    if q.shape[-1] == 2:
+        return minima_of_two(C, q)
+    if not host.may_read(q):
+        return interior_minimum(C[..., None, :, :].expand(*q.shape, q.shape[-1]), q)
+    K = q.shape[-1]
+    matrices, right = C.reshape(-1, K, K), q.reshape(-1, *q.shape[-2:])
+    x, left = host.nonnegative_minima(np.asarray(matrices), np.asarray(right))
+    if left.any():
+        batch, problem = left.nonzero()
+        rest = torch.from_numpy(matrices[batch]), torch.from_numpy(right[batch, problem])
+        x[batch, problem] = interior_minimum(*rest).numpy()
+    x = x.reshape(q.shape)
+    return torch.from_numpy(x) if isinstance(q, Tensor) else x
+
+
+def minima_of_two(C: Array, q: Array) -> Array:
+    """Return what `nonnegative_minima` does for two tasks, in closed form: x [..., R, 2]."""
+    module = module_of(q)
+    d, o = C[..., 0, 0, None, None], C[..., 0, 1, None, None]
+    other = module.flip(q, (-1,))
+    alone = module.where(q < 0.0, -q / d, 0.0)  # with 0 for the other
+    enough = o * alone + other >= 0.0
+    both = (o * other - d * q) / ((d - o) * (d + o))
+    x = module.where(enough, alone, 0.0)
+    # Where each alone is enough, both are 0.
+    return module.where(enough.any(-1)[..., None], x, both)
+
+
+def interior_minimum(C: Tensor, q: Tensor) -> Tensor:
+    """Return what `nonnegative_minimum` does, in a fixed number of steps.
 
     Mehrotra's predictor-corrector method (Nocedal and Wright, Numerical Optimization, 16.6), and
     last the linear system of the entries that are not 0, to remove the method's own error.
@@ -150,14 +194,59 @@ def nonnegative_minimum(C: Tensor, q: Tensor) -> Tensor:
     return unit * torch.where(is_minimum, exact, torch.where(x > z, x, 0.0))
 
 
-def best_for_the_worst(C: Tensor, b: Tensor, a: Tensor, radius: float) -> Tensor:
+def best_for_the_worst(C: Array, b: Array, a: Array, radius: float) -> Array:
     """Return the y [..., K] ≥ 0 with norm `radius` whose smallest (C y + b)_i / a_i is largest.
 
-    C are definite cosines, a > 0, and the norm of y is √(yᵀ C y). For a lower bound τ of all
-    (C y + b)_i / a_i the y of least norm is piecewise linear in τ. It is followed from the τ at
-    which y = 0 is enough, until its norm is the radius (as in least angle regression: Efron et al.
-    2004): where a bound becomes tight its y_i starts to grow, where a y_i returns to 0 its bound is
-    dropped. That is exact, after about K to 2 K turns.
+    C are definite cosines, a > 0, and the norm of y is √(yᵀ C y).
+    """
+    K = b.shape[-1]
+    if K == 2:
+        return best_for_the_worst_of_two(C, b, a, radius)
+    if not host.may_read(b):
+        return path_to_the_best(C, b, a, radius)
+    problems = C.reshape(-1, K, K), b.reshape(-1, K), a.reshape(-1, K)
+    matrices, bounds, scales = (np.asarray(each) for each in problems)
+    y, left = host.best_for_the_worst(matrices, bounds, scales, radius)
+    if left.any():
+        matrices, bounds, scales = (torch.from_numpy(x[left]) for x in (matrices, bounds, scales))
+        y[left] = path_to_the_best(matrices, bounds, scales, radius).numpy()
+    y = y.reshape(b.shape)
+    return torch.from_numpy(y) if isinstance(b, Tensor) else y
+
+
+def best_for_the_worst_of_two(C: Array, b: Array, a: Array, radius: float) -> Array:
+    """Return what `best_for_the_worst` does for two tasks, in closed form: y [..., 2].
+
+    One of them alone, or both of the bounds are tight: then g = Σ y_i ĝ_i is known in the direction
+    h = a_2 ĝ_1 − a_1 ĝ_2, and goes as far as the radius allows in the direction across it.
+    """
+    module = module_of(b)
+    d, o = C[..., 0, 0, None], C[..., 0, 1, None]
+    other_a, other_b = module.flip(a, (-1,)), module.flip(b, (-1,))
+    alone = radius / module.sqrt(d)
+    enough = a * (o * alone + other_b) >= other_a * (d * alone + b)
+    away = a - other_a
+    h = (d - o) * (a * a).sum(-1)[..., None] + o * away * away  # ‖h‖²
+    difference = a * other_b - other_a * b
+    across = (d - o) * a + o * away
+    room = radius**2 - difference * difference / h
+    room = module.where(room > 0.0, room, 0.0)
+    both = difference * other_a / h
+    both = both + across * module.sqrt(room / ((d - o) * (d + o) * h))
+    both = module.where(both > 0.0, both, 0.0)
+    one = module.where(enough, alone, 0.0)
+    # Where each alone is enough, they are the same but for rounding.
+    one = one / module.where(enough.all(-1)[..., None], 2.0, 1.0)
+    return module.where(enough.any(-1)[..., None], one, both)
+
+
+def path_to_the_best(C: Tensor, b: Tensor, a: Tensor, radius: float) -> Tensor:
+    """Return what `best_for_the_worst` does, in a fixed number of turns.
+
+    For a lower bound τ of all (C y + b)_i / a_i the y of least norm is piecewise linear in τ. It is
+    followed from the τ at which y = 0 is enough, until its norm is the radius (as in least angle
+    regression: Efron et al. 2004): where a bound becomes tight its y_i starts to grow, where a y_i
+    returns to 0 its bound is dropped. That is exact, after about K to 2 K turns.
     """
     tasks = torch.arange(C.shape[-1], device=C.device)
     tau, first = (b / a).min(-1, keepdim=True)
@@ -184,4 +273,6 @@ def best_for_the_worst(C: Tensor, b: Tensor, a: Tensor, radius: float) -> Tensor
         done = done | last
         tau = torch.where(done, tau, turn)
         tight = torch.where(done, tight, tight ^ (tasks == index))
+        if host.may_read(done) and bool(done.all()):
+            break
     return y.clamp(min=0.0)

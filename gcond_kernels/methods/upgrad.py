@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from gcond_kernels.methods.host import Array, in_numpy
 from gcond_kernels.methods.method import Known, Method, State
-from gcond_kernels.methods.normalized import cosines, from_normalized, norms
-from gcond_kernels.methods.solvers import definite, identity, nonnegative_minimum
+from gcond_kernels.methods.normalized import cosines, from_normalized, norms, quotient
+from gcond_kernels.methods.solvers import definite, identity, nonnegative_minima
 
 
 @dataclass(frozen=True)
@@ -21,10 +20,9 @@ class UPGrad(Method):
     out, many v_i make the same gradient; of these v_i has the least norm, up to rounding.
     """
 
-    def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
+    @in_numpy
+    def weights(self, gramian: Array, state: State, known: Known) -> Array:
         """Return the mean of the v_i."""
         C, n = definite(cosines(gramian), known.rounding), norms(gramian)
-        x = nonnegative_minimum(C[..., None, :, :].expand(*C.shape[:-1], *C.shape[-2:]), C)
-        v = (x + identity(C)) * n[..., None]
-        count = (n > 0.0).to(n).sum(-1, keepdim=True).clamp(min=1.0)
-        return from_normalized(v.sum(-2), gramian) / count
+        v = (nonnegative_minima(C, C) + identity(C)) * n[..., None]
+        return from_normalized(quotient(v.sum(-2), (n > 0.0).sum(-1)[..., None]), gramian)

@@ -1,5 +1,6 @@
 """Flags that the host learns of late, as on a GPU, without one."""
 
+from gcond_kernels.methods import host
 from gcond_kernels.ops.host_flag import HostFlag
 
 
@@ -24,3 +25,8 @@ def late_flags(monkeypatch) -> list[Event]:
     monkeypatch.setattr(HostFlag, "_is_on_host", lambda _flag, _device: False)
     monkeypatch.setattr(HostFlag, "_start_copy", start_copy)
     return events
+
+
+def no_reads(monkeypatch) -> None:
+    """Lets methods compute as on a GPU, which the host does not read."""
+    monkeypatch.setattr(host, "may_read", lambda _: False)

@@ -27,7 +27,7 @@ from gcond_kernels.methods import (
 from gcond_kernels.methods.method import fresh_state
 from gcond_kernels.methods.solvers import FLOAT32_ROUNDING
 from tests.conftest import slow
-from tests.helpers.as_on_gpu import late_flags
+from tests.helpers.as_on_gpu import late_flags, no_reads
 from tests.helpers.gramians import (
     CPU,
     METHODS,
@@ -347,6 +347,7 @@ on_the_device = pytest.mark.parametrize(
 @pytest.mark.usefixtures("eigenvalues")
 def test_no_value_is_read_by_the_host(method, batch, monkeypatch):
     late_flags(monkeypatch)
+    no_reads(monkeypatch)
     S = random_gramian(4).expand(*batch, 4, 4).contiguous()
     state = fresh_state(method, 4, batch, CPU)
     resolve(method, S, state)
@@ -376,6 +377,7 @@ def test_weights_are_the_same_with_the_eigenvalues_of_a_gpu(monkeypatch, method,
         J = torch.randn(tasks, 1, generator=torch.Generator().manual_seed(tasks))
         S[2] = J @ J.mT
     w = weights(method, S)
+    no_reads(monkeypatch)
     for module in (solvers, aligned_mtl, imtl_g):
         monkeypatch.setattr(module, "eigh", solvers.jacobi)
     assert torch.allclose(weights(method, S), w, rtol=1e-5, atol=1e-6)
