@@ -28,7 +28,7 @@ class Function(Method):
         """Return what the function returns, for one Gramian after another."""
         K = gramian.shape[-1]
         one_by_one = []
-        for S in gramian.reshape(-1, K, K):
+        for S in gramian.clone().reshape(-1, K, K):
             with users_code(S.device):
                 weights = self.function(S)
             check_weights(f"method {self!r}", weights, (K,))

@@ -26,6 +26,8 @@ Mask = NDArray[np.bool_]
 TURNS_OF_ALL, TURNS_OF_ONE = 20, 40
 # Numbers in the systems that are solved together: they fit in a cache.
 SOLVED_AT_ONCE = 2**18
+# Numbers in systems that are all solved, without a choice of rows and columns.
+SMALL = 2**12
 # A slope above minus this, relative to x, is rounding.
 SLOPE = 1e-13
 
@@ -169,14 +171,21 @@ def wrong_bounds(
 def last_of(wrong: Mask) -> Mask:
     """Return a mask [..., K] of the last entry of each that is true."""
     index = wrong.shape[-1] - 1 - wrong[..., ::-1].argmax(-1)[..., None]
-    return wrong & (np.arange(wrong.shape[-1]) == index)
+    last: Mask = wrong & (np.arange(wrong.shape[-1]) == index)
+    return last
 
 
 def solve_among(C: Numbers, right: Numbers, free: Mask, left: Mask, x: Numbers) -> None:
     """Solve C x = right over the `free` entries [B, R, K], where `left` [B, R]; x is 0 elsewhere.
 
-    Only as many rows and columns are solved for as the problem with the most free entries has.
+    Of large systems as many rows and columns are solved for as the one with the most free entries
+    has; of small ones, where choosing costs more than solving, all.
     """
+    if free.size * free.shape[-1] <= SMALL:
+        both = free[..., :, None] & free[..., None, :]
+        matrix = np.where(both, C[:, None], np.eye(free.shape[-1]))
+        x[...] = np.linalg.solve(matrix, np.where(free, right, 0.0)[..., None])[..., 0]
+        return
     batch, problem = left.nonzero()
     most = int(free.sum(-1).max())
     at_once = max(1, SOLVED_AT_ONCE // max(1, most * most))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
@@ -213,9 +213,11 @@ class Method(ABC):
     def _weights_and_state(self, S: Tensor, state: State, known: Known) -> tuple[Tensor, State]:
         """Return the weights of finite Gramians, float64, and the state after them."""
         after = {name: value.clone() for name, value in state.items()}
-        own = type(self).weights.__module__.startswith("gcond_kernels.")
-        with nullcontext() if own else users_code(S.device):
+        if type(self).weights.__module__.startswith("gcond_kernels."):
             weights = self.weights(S, after, known)
+        else:
+            with users_code(S.device):
+                weights = self.weights(S.clone(), after, known)
         check_weights(f"{type(self).__name__}.weights", weights, S.shape[:-1])
         return weights.detach().to(S), after
 
@@ -253,8 +255,14 @@ class Method(ABC):
 
 def without_events(weights: Tensor, finite: Tensor) -> ops.Arbitration:
     """Return a decision that is nothing but weights [..., K]."""
-    none = weights.new_empty(0)
-    return ops.Arbitration(weights, none.view(0, 0), none.view(0, 5), finite)
+    return ops.Arbitration(weights, *nothing(weights.device), finite)
+
+
+@functools.cache
+def nothing(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the coefficients and events of a decision without any, which hold no memory."""
+    none = torch.empty(0, dtype=torch.float64, device=device)
+    return none.view(0, 0), none.view(0, 5)
 
 
 def forget_history(state: State, changed: Tensor) -> None:

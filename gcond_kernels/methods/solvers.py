@@ -132,8 +132,6 @@ def nonnegative_minimum(C: Array, q: Array) -> Array:
 
 def nonnegative_minima(C: Array, q: Array) -> Array:
     """Return the x ≥ 0 [..., R, K] of `nonnegative_minimum`, for R problems q of each C."""
-    if q.shape[-1] == 2:
-        return minima_of_two(C, q)
     if not host.may_read(q):
         return interior_minimum(C[..., None, :, :].expand(*q.shape, q.shape[-1]), q)
     K = q.shape[-1]
@@ -145,19 +143,6 @@ def nonnegative_minima(C: Array, q: Array) -> Array:
         x[batch, problem] = interior_minimum(*rest).numpy()
     x = x.reshape(q.shape)
     return torch.from_numpy(x) if isinstance(q, Tensor) else x
-
-
-def minima_of_two(C: Array, q: Array) -> Array:
-    """Return what `nonnegative_minima` does for two tasks, in closed form: x [..., R, 2]."""
-    module = module_of(q)
-    d, o = C[..., 0, 0, None, None], C[..., 0, 1, None, None]
-    other = module.flip(q, (-1,))
-    alone = module.where(q < 0.0, -q / d, 0.0)  # with 0 for the other
-    enough = o * alone + other >= 0.0
-    both = (o * other - d * q) / ((d - o) * (d + o))
-    x = module.where(enough, alone, 0.0)
-    # Where each alone is enough, both are 0.
-    return module.where(enough.any(-1)[..., None], x, both)
 
 
 def interior_minimum(C: Tensor, q: Tensor) -> Tensor:
@@ -208,8 +193,8 @@ def best_for_the_worst(C: Array, b: Array, a: Array, radius: float) -> Array:
     matrices, bounds, scales = (np.asarray(each) for each in problems)
     y, left = host.best_for_the_worst(matrices, bounds, scales, radius)
     if left.any():
-        matrices, bounds, scales = (torch.from_numpy(x[left]) for x in (matrices, bounds, scales))
-        y[left] = path_to_the_best(matrices, bounds, scales, radius).numpy()
+        C_left, b_left, a_left = (torch.from_numpy(x[left]) for x in (matrices, bounds, scales))
+        y[left] = path_to_the_best(C_left, b_left, a_left, radius).numpy()
     y = y.reshape(b.shape)
     return torch.from_numpy(y) if isinstance(b, Tensor) else y
 
