@@ -92,6 +92,7 @@ def mixed(bits: Any) -> Any:
     return bits ^ (bits >> np.uint64(31))
 
 
+@np.errstate(all="ignore")
 def nonnegative_minima(C: Numbers, q: Numbers) -> tuple[Numbers, Mask]:
     """Return what `solvers.nonnegative_minima` does, and which of them were not found [B, R].
 
@@ -111,9 +112,10 @@ def nonnegative_minima(C: Numbers, q: Numbers) -> tuple[Numbers, Mask]:
         if not left.any():
             break
         free ^= wrong if turn < TURNS_OF_ALL else last_of(wrong)
-    return x, left
+    return x, left | ~np.isfinite(x).all(-1)
 
 
+@np.errstate(all="ignore")
 def best_for_the_worst(C: Numbers, b: Numbers, a: Numbers, radius: float) -> tuple[Numbers, Mask]:
     """Return what `solvers.best_for_the_worst` does of [P, K], and which were not found [P].
 
@@ -184,7 +186,7 @@ def solve_among(C: Numbers, right: Numbers, free: Mask, left: Mask, x: Numbers) 
     if free.size * free.shape[-1] <= SMALL:
         both = free[..., :, None] & free[..., None, :]
         matrix = np.where(both, C[:, None], np.eye(free.shape[-1]))
-        x[...] = np.linalg.solve(matrix, np.where(free, right, 0.0)[..., None])[..., 0]
+        x[...] = solve(matrix, np.where(free, right, 0.0))
         return
     batch, problem = left.nonzero()
     most = int(free.sum(-1).max())
@@ -197,4 +199,13 @@ def solve_among(C: Numbers, right: Numbers, free: Mask, left: Mask, x: Numbers) 
         matrix = C[b[..., None], entries[:, :, None], entries[:, None, :]]
         matrix = np.where(kept[:, :, None] & kept[:, None, :], matrix, np.eye(most))
         x[b, r] = 0.0
-        x[b, r, entries] = np.linalg.solve(matrix, (right[b, r, entries] * kept)[..., None])[..., 0]
+        x[b, r, entries] = solve(matrix, right[b, r, entries] * kept)
+
+
+def solve(matrix: Numbers, right: Numbers) -> Numbers:
+    """Return the x [..., K] of matrix · x = right; NaN where one of the matrices is singular."""
+    try:
+        x = np.linalg.solve(matrix, right[..., None])[..., 0]
+    except np.linalg.LinAlgError:
+        x = np.full_like(right, np.nan)
+    return np.asarray(x, dtype=np.float64)

@@ -76,7 +76,7 @@ class Method(ABC):
     `method(S)` returns the weights of a Gramian S [K, K] of any floating type, from a fresh state.
     A float64 S is taken as exact, any other as sums in float32, as those of GCondFused are. A batch
     [..., K, K] is weighted entry by entry, but where one entry is not finite all weights are 0.
-    Nothing here synchronizes with the device of S. A task without a gradient (S_kk = 0; also where
+    Nothing here synchronizes with a GPU. A task without a gradient (S_kk = 0; also where
     squares leave float32, below some 1e-22) has the weight 0, and the others are weighted as if it
     were not there.
 

@@ -135,8 +135,8 @@ def nonnegative_minima(C: Array, q: Array) -> Array:
     if not host.may_read(q):
         return interior_minimum(C[..., None, :, :].expand(*q.shape, q.shape[-1]), q)
     K = q.shape[-1]
-    matrices, right = C.reshape(-1, K, K), q.reshape(-1, *q.shape[-2:])
-    x, left = host.nonnegative_minima(np.asarray(matrices), np.asarray(right))
+    matrices, right = np.asarray(C).reshape(-1, K, K), np.asarray(q).reshape(-1, *q.shape[-2:])
+    x, left = host.nonnegative_minima(matrices, right)
     if left.any():
         batch, problem = left.nonzero()
         rest = torch.from_numpy(matrices[batch]), torch.from_numpy(right[batch, problem])

@@ -359,7 +359,7 @@ def test_no_value_is_read_by_the_host(method, batch, monkeypatch):
 
 def test_reads_by_the_host_are_found():
     with HostReads() as reads:
-        resolve(GCond(), random_gramian(2), GCond().new_state(2, CPU))
+        resolve(UPGrad(), random_gramian(2), {})
     assert reads.found
     with Uploads() as uploads:
         torch.tensor([1.0])
