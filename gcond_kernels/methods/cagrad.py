@@ -25,8 +25,7 @@ class CAGrad(Method):
     B. Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021, arXiv
     2110.14048. With g0 the mean gradient: the g within c ‖g0‖ of g0 whose smallest g·ĝ_k is the
     largest. Its dual is u on the simplex that minimises g_u·g0 + c ‖g0‖ ‖g_u‖, g_u = Σ_k u_k ĝ_k,
-    and then g = g0 + c ‖g0‖ g_u / ‖g_u‖. Solved exactly, two tasks in closed
-    form.
+    and then g = g0 + c ‖g0‖ g_u / ‖g_u‖. Solved exactly.
 
     Args:
         c: radius of the ball around the mean gradient, relative to its norm, 0 or more.
