@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test test-all cuda lint info bench gpu-check clean
+.PHONY: help demo test test-all cuda lint info bench gpu-check sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make bench      what operations and a training step cost here, beside others: figures, pictures"
 	@echo "make bench WHAT=...  operations, training, cpu, quick, counts, host, weighting, overlap, experiments"
 	@echo "make gpu-check  tests, figures and sanitizers on an NVIDIA GPU; results in gpu_check_output/"
+	@echo "make sanitize   the CPU backend's tests under sanitizers of addresses, undefined behaviour, threads"
 	@echo "make clean      remove the environment and what was built"
 	@echo 'Options go in ARGS, for example: make demo ARGS="--images ~/photos"'
 
@@ -61,6 +62,10 @@ bench: $(VENV)/.dev
 
 gpu-check: $(VENV)/.dev
 	PYTHON=$(BIN)/python bench/gpu_check.sh gpu_check_output
+
+sanitize: $(VENV)/.dev
+	$(PIP) install --quiet pybind11 setuptools
+	PYTHON=$(BIN)/python tests/sanitize.sh $(ARGS)
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml $(KERNELS)
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[demo]"

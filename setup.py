@@ -286,7 +286,7 @@ class BuildModules(build_ext):
         find_compiler()
         ext.include_dirs = [import_pybind11().get_include()]
         # Python's own flags have -g, which would make the module ten times as large.
-        ext.extra_compile_args = CPU_COMPILER_FLAGS + ([] if self.debug else ["-g0"])
+        ext.extra_compile_args = [*CPU_COMPILER_FLAGS, "-O1" if self.debug else "-g0"]
         compile_sources = self.compiler.compile
 
         def compile_one(source: str, **options: Any) -> str:

@@ -188,6 +188,7 @@ def test_what_a_reader_looks_for_first_is_there():
         "LICENSE",
         "CHANGELOG.md",
         "csrc/README.md",
+        "csrc/cpu/README.md",
         "csrc/cuda/README.md",
         "triton_kernels/README.md",
     ):
