@@ -29,9 +29,12 @@ check() {
     rm -f gcond_kernels/_c*.so
     CXXFLAGS="$flags -fno-omit-frame-pointer" LDFLAGS="$flags" "$python" -W ignore setup.py --quiet \
         build_ext --debug --inplace
-    # Without random addresses, among which older sanitizers find no place for their own memory.
-    LD_PRELOAD="$("$CXX" -print-file-name="$library")" PYTHONPATH="$folder" setarch -R \
-        "$python" -m pytest -q -n 0 -p no:cacheprovider tests/ops \
+    # libstdc++ before torch loads it: the sanitizers look for its exceptions as they start. Without
+    # random addresses, among which older sanitizers find no place for their own memory.
+    local preload
+    preload=$("$CXX" -print-file-name="$library"):$("$CXX" -print-file-name=libstdc++.so.6)
+    LD_PRELOAD=$preload PYTHONPATH=$folder setarch -R \
+        "$python" -m pytest -q -n 0 -p no:cacheprovider --capture=sys tests/ops \
         -k 'cpu and not compiled and not contexts' "$@"
 }
 
