@@ -197,6 +197,17 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(threads, tasks):
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
+def test_accumulation_does_not_depend_on_the_number_of_threads(threads):
+    gradients = [torch.randn(size) for size in (300_000, 7, 100_000)]
+    layout = ops.Layout.of([0, 300_000, 300_007], [300_000, 7, 100_000])
+    results = []
+    for number in (1, 2, 3, 8):
+        threads(number)
+        results.append(torch.zeros(400_032))
+        ops.accumulate(results[-1], gradients, layout, scale=0.5, backend="cpu")
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.usefixtures("variant")
 def test_every_number_of_half_precision_is_read_exactly(dtype):
