@@ -45,7 +45,8 @@ class PCGrad(Method):
 
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """Return Σ_i c_i; the random counter is counted up."""
-        if host.may_read(gramian):
+        # Of many Gramians torch computes faster than NumPy.
+        if host.may_read(gramian) and (gramian.dim() == 2 or gramian.shape[-1] == 2):
             S, counter = gramian.numpy(), int(state["counter"])
             state["counter"] += 1
             return torch.from_numpy(weights_on_host(S, self.seed, counter))
