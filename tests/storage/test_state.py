@@ -307,7 +307,7 @@ def test_a_state_of_another_version_is_refused_and_nothing_changes():
         assert same(before, optimizer.state_dict())
 
 
-def named_optimizer(model, names, backend="python", split=None, **options) -> GCondFused:
+def named_optimizer(model, names, backend="auto", split=None, **options) -> GCondFused:
     """An optimizer over the named parameters in this order, in one group or cut into two."""
     parameters = dict(model.named_parameters())
     listed = [(name, parameters[name.removeprefix("module.")]) for name in names]
