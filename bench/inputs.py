@@ -162,6 +162,12 @@ class Storage:
             first = self.layout.offsets[tensor]
             yield chunk, self.outputs[tensor].view(-1)[chunk.start - first : chunk.stop - first]
 
+    def write_in_place(self) -> None:
+        """Let the outputs lie in the first accumulator, as those of the optimizer do."""
+        first = self.accumulators[0]
+        pairs = zip(*self.layout, strict=True)
+        self.outputs = [first[offset : offset + size] for offset, size in pairs]
+
     def packed(self) -> Tensor:
         """Return the gradients [K, N] without padding, as a copy."""
         return torch.cat([self.accumulators[:, chunk] for _, chunk in self.chunks()], dim=1)

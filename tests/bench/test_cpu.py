@@ -26,7 +26,7 @@ BESIDE = {
     ("step", "exact"): {"K backward passes"},
     ("step", "stochastic"): {"plain accumulation"},
     ("weighting", "UPGrad"): {"TorchJD UPGrad"},
-    ("weighting", "GCond"): {"reference"},
+    ("weighting", "GCond"): {None, "reference"},
 }
 
 
