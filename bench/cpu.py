@@ -1,15 +1,15 @@
 """The costs on a CPU: each operation, aggregation and training step beside what it is held to.
 
-"resolution" is `ops.resolve` of GCond with a bfloat16 history and without momentum, which must
-move 12K + 4 bytes per parameter: 4K + 2K to compare, 4K + 4 + 2K to combine; as in the optimizer,
-the result lies in the first accumulator. It stands beside a
-copy of as many bytes, half of them read and half written; the reference; and TorchJD's PCGrad,
-which is given the same gradients as a matrix and keeps no history. "accumulate" moves e + 4 bytes
-of gradients of e bytes in the first micro-batch, e + 8 in a later one. "aggregation" is
-`ops.gramian`, the method's weights and `ops.combine`, without history, beside TorchJD's aggregator
-of the same name. "step" is `backward` and `step` of GCondFused, beside a forward pass, K backward
-passes and a step of the same optimizer in exact mode, and beside plain accumulation of as many
-micro-batches in stochastic mode; one forward pass per micro-batch in all.
+"resolution" is what the optimizer calls: `ops.resolve` of GCond without its checks, with a bfloat16
+history and without momentum, and the result in the first accumulator. It must move 12K + 4 bytes
+per parameter, 4K + 2K to compare, 4K + 4 + 2K to combine, and stands beside a copy of as many
+bytes, half of them read and half written; the reference; and TorchJD's PCGrad, which is given the
+same gradients as a matrix and keeps no history. "accumulate" moves e + 4 bytes of gradients of e
+bytes in the first micro-batch, e + 8 in a later one. "aggregation" is `ops.gramian`, the method's
+weights and `ops.combine`, without history, beside TorchJD's aggregator of the same name. "step" is
+`backward` and `step` of GCondFused, beside a forward pass, K backward passes and a step of the same
+optimizer in exact mode, and beside plain accumulation of as many micro-batches in stochastic mode;
+one forward pass per micro-batch in all.
 
 All ways of a comparison take turns within a round, in one order and the other; "relative" is our
 time over the other's, round by round. Operations on a million parameters or more go over memory
@@ -49,6 +49,7 @@ from gcond_kernels import methods, ops
 
 CPU = torch.device("cpu")
 OURS, COPY, REFERENCE, THEIRS = "auto", "copy", "reference", "TorchJD"
+CHECKED = "ops.resolve"  # which checks its arguments
 PCGRAD = f"{THEIRS} PCGrad"
 ROUNDS, QUICK_ROUNDS = 15, 5
 SECONDS = 2.0
@@ -167,16 +168,23 @@ def measure_resolution(timing: Timing, case: Case) -> Iterator[Figure]:
         return
     pool = [Storage(case.tasks, case.layout, CPU, has_momentum=False) for _ in range(laps)]
     weights = pool[0].arbitrate(pool[0].products_in_float64(), "python").weights
-    ways = {OURS: OURS, REFERENCE: "python"}
-    for by, backend in ways.items():
-        pool[0].check_step(partial(pool[0].resolve, backend), weights, by)
+    # As the optimizer, which knows its own tensors.
+    fused = ops.backend_for(OURS, CPU).resolves_at_once(pool[0].gradients())
+    resolve = Storage.resolve_at_once if fused else Storage.resolve
+    ways: dict[str, Callable[[Storage], None]] = {
+        OURS: lambda storage: resolve(storage, OURS),
+        REFERENCE: lambda storage: storage.resolve("python"),
+    }
+    if case.model == SMALLEST:
+        ways[CHECKED] = lambda storage: storage.resolve(OURS)
+    for by, way in ways.items():
+        pool[0].check_step(partial(way, pool[0]), weights, by)
     failed: list[Figure] = []
     theirs = torchjd_aggregations(case, pool, failed, ["PCGrad"])
     for storage in pool:
         storage.write_in_place()
     competitors = {
-        by: Competitor([partial(storage.resolve, backend) for storage in pool])
-        for by, backend in ways.items()
+        by: Competitor([partial(way, storage) for storage in pool]) for by, way in ways.items()
     }
     aims = {PCGRAD: OF_THEIRS}
     if case.model == SMALLEST:

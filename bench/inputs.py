@@ -133,9 +133,9 @@ class Storage:
         short = self.gradients()._replace(accumulators=self.accumulators[:, :1])
         return bool(ops.backend_for("cuda", self.accumulators.device).resolves_at_once(short))
 
-    def resolve_at_once(self) -> None:
-        """Make a full resolution in one launch, whether `ops.resolve` would take that or not."""
-        ops.backend_for("cuda", self.accumulators.device).resolve(
+    def resolve_at_once(self, backend: str = "cuda") -> None:
+        """Make a full resolution in one call of the backend, without the checks of `ops`."""
+        ops.backend_for(backend, self.accumulators.device).resolve(
             self.gradients(), self.outputs, self.state, self.method, self.momentum, None
         )
 

@@ -16,7 +16,7 @@ from gcond_kernels import methods, ops
 ROOT = Path(__file__).parents[2]
 SMALL = "even 10 k"
 BESIDE = {
-    ("resolution", ""): {None, "reference", "TorchJD PCGrad"},
+    ("resolution", ""): {None, "reference", "ops.resolve", "TorchJD PCGrad"},
     **{
         ("accumulate", f"{dtype}, {turn}"): {"copy"}
         for dtype in ("float32", "bfloat16")
@@ -201,7 +201,11 @@ def test_torchjd_may_be_missing(monkeypatch):
     monkeypatch.setattr(others, "torchjd_missing", lambda: "not installed")
     figures = figures_of("resolution", "weighting")
     assert {f["skipped"] for f in figures if "skipped" in f} == {"not installed"}
-    assert {f.get("beside") for f in figures if "seconds" in f} == {None, "reference"}
+    assert {f.get("beside") for f in figures if "seconds" in f} == {
+        None,
+        "reference",
+        "ops.resolve",
+    }
 
 
 def test_what_does_not_fit_is_skipped(monkeypatch):
