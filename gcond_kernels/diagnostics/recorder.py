@@ -21,12 +21,15 @@ from gcond_kernels.diagnostics.records import (
     record_key,
     zone_of,
 )
-from gcond_kernels.diagnostics.report import Resolution
+from gcond_kernels.diagnostics.report import Resolution, stacked
 from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.ops.launch_tables import is_capturing, keep_if_captured
 from gcond_kernels.storage.names import without_wrappers
 
 BINS = 100  # cosines of layers are counted in this many intervals from -1 to 0
+
+# Steps on a CPU that are written together, once there are so many or something is read.
+TOGETHER = 32
 
 
 class _Buffers(NamedTuple):
@@ -75,8 +78,19 @@ class Recorder:
         self.thresholds = thresholds
         self._parameter_names: list[str] = []
         self._layer_names: list[str] = []
-        self._buffers: _Buffers | None = None  # made by the first `record`, on its device
+        self._made: _Buffers | None = None  # by the first `record`, on its device
+        self._waiting: list[Resolution] = []  # alike but for their values, still to be written
         self.capacity = capacity
+
+    def __getstate__(self) -> dict[str, object]:
+        self._write()
+        return self.__dict__
+
+    @property
+    def _buffers(self) -> _Buffers | None:
+        """What is kept, with all that was recorded."""
+        self._write()
+        return self._made
 
     @property
     def capacity(self) -> int:
@@ -87,46 +101,65 @@ class Recorder:
     @fixed_precision
     def capacity(self, capacity: int) -> None:
         check_count("capacity", capacity, 0)
+        buffers, held = self._buffers, self._held()
         self._capacity = int(capacity)
-        if self._buffers is None:
-            return
-        held = self._held()
-        held = held[max(len(held) - self.capacity, 0) :]
-        table = self._buffers.table.new_zeros((self.capacity, held.shape[1]))
-        table[: len(held)] = held
-        # A new count: a CUDA graph that was captured before goes on with the former one.
-        recorded = torch.full_like(self._buffers.recorded, len(held))
-        self._buffers = self._buffers._replace(table=table, recorded=recorded)
-
-    @fixed_precision
-    def record(self, resolution: Resolution) -> None:
-        """Write one resolution, in place of the oldest where the table is full."""
-        if self.capacity == 0:
-            return
-        buffers = self._buffers_for(resolution.gramian.device, list(resolution.parameter_names))
         if buffers is None:
             return
-        keep_if_captured(*buffers)
-        # The index is counted on the device: a CUDA graph repeats what the host did once.
-        index = buffers.recorded % self.capacity
-        buffers.table.index_copy_(0, index, _encoded(resolution)[None])
-        buffers.recorded.add_(1)
-        if self._layer_names:
-            _count_cosines(buffers, resolution.per_tensor, resolution.decision.finite)
+        held = held[max(len(held) - self.capacity, 0) :]
+        table = buffers.table.new_zeros((self.capacity, held.shape[1]))
+        table[: len(held)] = held
+        # A new count: a CUDA graph that was captured before goes on with the former one.
+        recorded = torch.full_like(buffers.recorded, len(held))
+        self._made = buffers._replace(table=table, recorded=recorded)
 
-    def _buffers_for(self, device: torch.device, parameter_names: list[str]) -> _Buffers | None:
-        """Return buffers on this device for these parameters; None where none can be made now."""
-        old = self._buffers
+    def record(self, resolution: Resolution) -> None:
+        """Keep one resolution, in place of the oldest where as many as `capacity` are kept.
+
+        On a CPU it is written later, with others: what it holds must not change any more.
+        """
+        device = resolution.counters.device
+        if self.capacity == 0 or not self._prepare(device, list(resolution.parameter_names)):
+            return
+        if self._waiting and not self._waiting[-1].is_like(resolution):
+            self._write()
+        self._waiting.append(resolution)
+        # A GPU's work is in the order of the steps, and in a graph that is captured.
+        if device.type != "cpu" or len(self._waiting) >= min(TOGETHER, self.capacity):
+            self._write()
+
+    @fixed_precision
+    def _write(self) -> None:
+        """Write the resolutions that wait."""
+        buffers, waiting = self._made, self._waiting
+        if not waiting or buffers is None:
+            return
+        self._waiting = []
+        keep_if_captured(*buffers)
+        several = stacked(waiting)
+        # The index is counted on the device: a CUDA graph repeats what the host did once.
+        index = buffers.recorded
+        if len(waiting) > 1:
+            index = index + torch.arange(len(waiting), device=index.device)
+        buffers.table.index_copy_(0, index % self.capacity, _encoded(several))
+        buffers.recorded.add_(len(waiting))
+        if self._layer_names:
+            _count_cosines(buffers, several.per_tensor, several.decision.finite)
+
+    @fixed_precision
+    def _prepare(self, device: torch.device, parameter_names: list[str]) -> bool:
+        """Make buffers on this device for these parameters; return whether there are some."""
+        old = self._made
         unchanged = self._parameter_names == parameter_names
         if old is not None and old.table.device == device and unchanged:
-            return old
+            return True
+        self._write()
         if is_capturing(device):
             # Memory is set to zero once; a graph would do it again in every replay.
             warnings.warn(
                 "steps of this CUDA graph are not recorded: take one step before the capture",
-                stacklevel=4,
+                stacklevel=5,
             )
-            return None
+            return False
         if old is None:
             table = self._new_table(self.capacity, device)
             recorded = torch.zeros(1, dtype=torch.int64, device=device)
@@ -140,8 +173,8 @@ class Recorder:
         new = counts.new_zeros((len(indices) - len(counts), BINS + 1))
         order = counts.new_tensor([index for layer in indices for index in layer])
         sizes = counts.new_tensor([len(layer) for layer in indices])
-        self._buffers = _Buffers(table, recorded, torch.cat([counts, new]), order, sizes)
-        return self._buffers
+        self._made = _Buffers(table, recorded, torch.cat([counts, new]), order, sizes)
+        return True
 
     def _new_table(self, capacity: int, device: torch.device) -> Tensor:
         K = len(self.tasks)
@@ -159,31 +192,30 @@ class Recorder:
         """
         if name in self.tasks:
             raise ValueError(f"the recorder has a task {name!r} already: give it another name")
-        K = len(self.tasks)
+        K, buffers = len(self.tasks), self._buffers
         self.tasks = (*self.tasks, name)
-        if self._buffers is None:
+        if buffers is None:
             return
         # NaN is read as None; in the Gramian 0 is, for a task without a gradient.
-        S, weights, dropped, squares, others = _fields(self._buffers.table, K)
+        S, weights, dropped, squares, others = _fields(buffers.table, K)
         S = torch.nn.functional.pad(S.view(-1, K, K), (0, 1, 0, 1)).flatten(1)
         zero = torch.zeros_like(weights[:, :1])
         unknown = zero + math.nan
         table = torch.cat([S, weights, unknown, dropped, zero, squares, unknown, others], dim=1)
-        recorded = self._buffers.recorded.clone()
-        self._buffers = self._buffers._replace(table=table, recorded=recorded)
+        self._made = buffers._replace(table=table, recorded=buffers.recorded.clone())
 
     def __len__(self) -> int:
         """Return how many steps are kept. On a GPU this synchronizes with the device."""
-        if self._buffers is None:
-            return 0
-        return min(int(self._buffers.recorded), len(self._buffers.table))
+        buffers = self._buffers
+        return 0 if buffers is None else min(int(buffers.recorded), len(buffers.table))
 
     def clear(self) -> None:
         """Drop all steps, and the counts of the layers."""
-        if self._buffers is not None:
+        self._waiting = []
+        if self._made is not None:
             # In place: a CUDA graph goes on writing to this memory.
-            self._buffers.recorded.zero_()
-            self._buffers.counts.zero_()
+            self._made.recorded.zero_()
+            self._made.counts.zero_()
 
     @fixed_precision
     def rows(self) -> list[Record]:
@@ -212,9 +244,10 @@ class Recorder:
 
     def _held(self) -> Tensor:
         """Return the records that are kept, oldest first: [n, width] float64 on the CPU."""
-        if self._buffers is None:
+        buffers = self._buffers
+        if buffers is None:
             return self._new_table(0, torch.device("cpu"))
-        table, recorded = self._buffers.table.cpu(), int(self._buffers.recorded)
+        table, recorded = buffers.table.cpu(), int(buffers.recorded)
         if recorded <= len(table):
             return table[:recorded]
         return table.roll(-(recorded % len(table)), 0)
@@ -269,9 +302,10 @@ class Recorder:
             raise ValueError(
                 f"threshold must be a multiple of 0.01 above -1 and up to 0, not {threshold!r}"
             )
-        if self._buffers is None:
+        buffers = self._buffers
+        if buffers is None:
             return []
-        counts = self._buffers.counts.cpu()
+        counts = buffers.counts.cpu()
         compared, below = counts.sum(1).tolist(), counts[:, :last].sum(1).tolist()
         records = [
             {"layer": name, "compared": seen, "conflicts": low, "share": low / seen}
@@ -305,38 +339,39 @@ def _fields(table: Tensor, tasks: int) -> tuple[Tensor, ...]:
     return torch.split(table, [tasks * tasks, tasks, tasks, tasks, 4], dim=1)
 
 
-def _encoded(resolution: Resolution) -> Tensor:
-    """Return a record as `_fields` splits it: [K² + 3 K + 4] float64."""
-    events, finite = resolution.decision.events, resolution.decision.finite
+def _encoded(several: Resolution) -> Tensor:
+    """Return records as `_fields` splits them, [n, K² + 3 K + 4] float64, of n resolutions."""
+    (events, finite), gramian = several.decision[2:], several.gramian
     # A method that resolves no conflicts has no events; of those per tensor none is the first.
-    has_first = events.dim() == 2 and len(events) > 0
-    winner = events[0, 3:4] if has_first else resolution.gramian.new_full((1,), math.nan)
+    has_first = events.dim() == 3 and events.shape[1] > 0
+    winner = events[:, 0, 3:4] if has_first else gramian.new_full((len(gramian), 1), math.nan)
     return torch.cat(
         [
-            resolution.gramian.flatten(),
-            resolution.weights,
-            resolution.nonfinite.to(torch.float64),
-            resolution.squares,
-            resolution.counters[:1].to(torch.float64),
-            finite.to(torch.float64).view(1),
-            (events[..., 0] >= 0.0).sum(dtype=torch.float64).view(1),
+            gramian.flatten(1),
+            several.weights,
+            several.nonfinite.to(torch.float64),
+            several.squares,
+            several.counters[:, :1].to(torch.float64),
+            finite.to(torch.float64)[:, None],
+            (events[..., 0] >= 0.0).flatten(1).sum(1, keepdim=True, dtype=torch.float64),
             winner,
-        ]
+        ],
+        dim=1,
     )
 
 
 def _count_cosines(buffers: _Buffers, per_tensor: Tensor, finite: Tensor) -> None:
-    """Count the cosine of every pair in every layer where `finite`, from Gramians [T, K, K]."""
-    K = per_tensor.shape[-1]
+    """Count the cosine of every pair in every layer, from Gramians [n, T, K, K], where `finite`."""
+    n, _, K, _ = per_tensor.shape
     i, j = torch.triu_indices(K, K, 1, device=per_tensor.device)
     # One tensor of a layer after another: an atomic addition would round in any order.
-    in_order = per_tensor.index_select(0, buffers.order)
-    G = torch.segment_reduce(in_order, "sum", lengths=buffers.sizes, unsafe=True)  # [L, K, K]
-    squares = G.diagonal(dim1=1, dim2=2)
-    present = (squares > 0.0) & finite
-    compared = present[:, i] & present[:, j]  # [L, pairs]
+    in_order = per_tensor.index_select(1, buffers.order).transpose(0, 1).contiguous()
+    G = torch.segment_reduce(in_order, "sum", lengths=buffers.sizes, unsafe=True)  # [L, n, K, K]
+    squares = G.diagonal(dim1=2, dim2=3)
+    present = (squares > 0.0) & finite[:, None]
+    compared = present[..., i] & present[..., j]  # [L, n, pairs]
     norms = squares.sqrt()
-    cosines = G[:, i, j] / torch.where(compared, norms[:, i] * norms[:, j], 1.0)
+    cosines = G[..., i, j] / torch.where(compared, norms[..., i] * norms[..., j], 1.0)
     bins = ((cosines + 1.0) * BINS).nan_to_num().floor().clamp(0, BINS - 1)
     bins = torch.where(cosines < 0.0, bins, BINS).long()
-    buffers.counts.scatter_add_(1, bins, compared.long())
+    buffers.counts.scatter_add_(1, bins.flatten(1), compared.long().flatten(1))

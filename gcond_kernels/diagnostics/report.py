@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -96,21 +96,52 @@ class Report:
 
 @dataclass(frozen=True)
 class Resolution:
-    """What a report and a record are made from; its tensors stay on the device until then."""
+    """What a report and a record are made from; its tensors stay on the device until then.
+
+    A step keeps what its operations returned, and what follows from that is computed when it is
+    read. Of several steps, stacked, every tensor has a leading dimension more.
+    """
 
     counters: Tensor  # [2 + K] int64: resolutions, skipped ones, those with each task not finite
     nonfinite: Tensor  # [K] bool
     counts: Sequence[int]  # K numbers of micro-batches
     parameter_names: Sequence[str]  # T
-    per_tensor: Tensor  # [T, K, K] float64
-    squares: Tensor  # [K] float64, squared norms over all parameters
-    gramian: Tensor  # [K, K] float64 over shared parameters
+    products: ops.Gramians
     decision: ops.Arbitration
-    weights: Tensor  # [K] float64, of shared parameters; the mean over them where each has its own
     shared: SharedParameters
     norm_ema: Tensor | None  # [K], or [T, K] with a state of each tensor
     winners: Tensor | None  # [W], or [T, W]
     thresholds: tuple[float, float, float]
+
+    @property
+    def per_tensor(self) -> Tensor:
+        """Inner products in each parameter, [T, K, K] float64."""
+        K = self.products.total.shape[-1]
+        return self.products.per_tensor[..., :K, :K]
+
+    @property
+    def squares(self) -> Tensor:
+        """Squared norms over all parameters, [K] float64."""
+        return self.products.total.diagonal(dim1=-2, dim2=-1)
+
+    @property
+    def gramian(self) -> Tensor:
+        """Inner products over shared parameters, [K, K] float64."""
+        return self.shared.shared_gramian(self.products, self.products.total.shape[-1])
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights of shared parameters, [K]; the mean over them where each has its own."""
+        return self.shared.mean_weights(self.decision, self.squares)
+
+    def is_like(self, other: Resolution) -> bool:
+        """Return whether the two can be stacked: they are alike but for their values."""
+        return self._form() == other._form()
+
+    def _form(self) -> tuple[object, ...]:
+        decision, shared = self.decision, self.shared
+        shapes = decision.weights.shape, decision.events.shape, self.products.per_tensor.shape
+        return *shapes, shared.by_tensor, shared.all_shared
 
     def report(self, tasks: Sequence[str]) -> Report:
         """Return the report. On a GPU this synchronizes with the device."""
@@ -179,3 +210,24 @@ class Resolution:
         G = self.per_tensor.cpu()
         w = self.shared.weights(self.decision.weights).cpu().expand(len(G), -1)
         return float(torch.einsum("ti,tij,tj->", w, G, w).clamp(min=0.0).sqrt())
+
+
+def stacked(resolutions: Sequence[Resolution]) -> Resolution:
+    """Return resolutions that are alike as one, each tensor with a leading dimension for them."""
+
+    def stack(tensors: Iterable[Tensor]) -> Tensor:
+        first, *others = tensors
+        return torch.stack([first, *others]) if others else first[None]
+
+    products = [r.products for r in resolutions]
+    flags = stack(r.shared.flags for r in resolutions)
+    return replace(
+        resolutions[-1],
+        counters=stack(r.counters for r in resolutions),
+        nonfinite=stack(r.nonfinite for r in resolutions),
+        products=ops.Gramians(
+            stack(p.total for p in products), None, stack(p.per_tensor for p in products), None
+        ),
+        decision=ops.Arbitration(*map(stack, zip(*[r.decision for r in resolutions], strict=True))),
+        shared=resolutions[-1].shared._replace(flags=flags),
+    )

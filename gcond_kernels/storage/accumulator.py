@@ -37,6 +37,8 @@ class GradientStorage:
         momentum: [N'] float32; None where not kept.
         momentum_steps: [T] int64, how often each tensor's momentum was updated.
         segments: T segments, in the order in which their parameters were first seen.
+        parameters: T parameters, those of the segments.
+        names: T names.
         places: parameter → index of its segment.
         counts: micro-batches of each task in this window.
         window_tasks: T sets of tasks, a bit for each, that were given a gradient for a tensor in
@@ -60,6 +62,8 @@ class GradientStorage:
         self.shards = shards
         self.has_dtensors = has_dtensors
         self.segments: list[Segment] = []
+        self.parameters: list[Tensor] = []
+        self.names: list[str] = []
         self.layout = Layout((), ())
         self.places: dict[Tensor, int] = {}
         self.window_tasks: list[int] = []
@@ -181,6 +185,8 @@ class GradientStorage:
         if self.momentum_steps is not None:
             self.momentum_steps = picked(self.momentum_steps, places, 0, device)
         self.segments, self._views = segments, None
+        self.parameters = [segment.parameter for segment in segments]
+        self.names = [segment.name for segment in segments]
         self.layout = Layout.of([s.offset for s in segments], [s.size for s in segments])
         self.places = {segment.parameter: t for t, segment in enumerate(segments)}
         return places

@@ -58,11 +58,12 @@ class SharedParameters(NamedTuple):
         """Return [K, K] over the shared tensors, from which cosines are reported."""
         if self.all_shared:
             return products.total
-        return self._summed(products.per_tensor[:, :tasks, :tasks], products.total)
+        return self._summed(products.per_tensor[..., :tasks, :tasks], products.total)
 
     def _summed(self, per_tensor: Tensor, total: Tensor) -> Tensor:
         # Of all tensors it is `total`, to the same bits.
-        return torch.where(self.flags.all(), total, summed(per_tensor, self.flags))
+        all_shared = self.flags.all(-1)[..., None, None]
+        return torch.where(all_shared, total, summed(per_tensor, self.flags))
 
     def weights(self, weights: Tensor) -> Tensor:
         """Return the weights for `combine`: [K], or [T, K] with 1 for what is a task's own."""
@@ -77,15 +78,15 @@ class SharedParameters(NamedTuple):
         """
         mean = decision.weights
         if self.by_tensor:
-            kept = torch.where(self.flags[:, None], mean, 0.0)
-            mean = kept.sum(0) / self.flags.sum().clamp(min=1)
+            kept = torch.where(self.flags[..., None], mean, 0.0)
+            mean = kept.sum(-2) / self.flags.sum(-1, keepdim=True).clamp(min=1)
         if self.all_shared:
             return mean
         # Where nothing is shared every gradient is written as it is.
-        own = (decision.finite & (squares > 0.0)).to(mean)
+        own = (decision.finite[..., None] & (squares > 0.0)).to(mean)
         if not self.by_tensor:
             own = torch.where(mean > 0.0, mean, own)
-        return torch.where(self.flags.any(), mean, own)
+        return torch.where(self.flags.any(-1, keepdim=True), mean, own)
 
 
 class Sharing:
@@ -187,8 +188,8 @@ class Sharing:
 
 
 def summed(per_tensor: Tensor, flags: Tensor) -> Tensor:
-    """Return the sum of matrices [T, K, K] over the tensors that [T] bool flags select."""
-    return torch.where(flags[:, None, None], per_tensor, 0.0).sum(0)
+    """Return the sum of matrices [..., T, K, K] over the tensors that [..., T] flags select."""
+    return torch.where(flags[..., None, None], per_tensor, 0.0).sum(-3)
 
 
 def shared_tensors(parameter_tasks: Tensor, alone: bool) -> Tensor:

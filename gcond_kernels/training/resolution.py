@@ -42,7 +42,7 @@ class Resolver:
     Attributes:
         method_state: the small tensors of the method.
         counters: [2 + K] int64: resolutions, those that were skipped, and of each task those in
-            which its gradient was not finite. On the device, so that replays of a CUDA graph count.
+            which its gradient was not finite. On the device.
         nonfinite: [K] bool: tasks whose gradient was not finite in the last resolution.
         losses: [K] float64: the sum of each task's losses in this window; None where not needed.
         last: the last resolution.
@@ -370,19 +370,19 @@ class Resolver:
         if self.options.on_nonfinite == "skip":
             self.nonfinite = nonfinite_tasks(products.total)
         skipped = (~decision.finite).view(1)
-        self.counters += torch.cat([torch.ones_like(skipped), skipped, self.nonfinite])
+        happened = torch.cat([torch.ones_like(skipped), skipped, self.nonfinite])
+        if self.device.type == "cpu":
+            self.counters = self.counters + happened  # the record of a step keeps its own
+        else:
+            self.counters += happened  # in place, so that replays of a CUDA graph count
         self.sharing.note()
-        K, squares = len(self.tasks), products.total.diagonal()
         self.last = Resolution(
             counters=self.counters,
             nonfinite=self.nonfinite,
             counts=list(counts),
-            parameter_names=[segment.name for segment in self.storage.segments],
-            per_tensor=products.per_tensor[:, :K, :K],
-            squares=squares,
-            gramian=shared.shared_gramian(products, K),
+            parameter_names=self.storage.names,
+            products=products,
             decision=decision,
-            weights=shared.mean_weights(decision, squares),
             shared=shared,
             norm_ema=self.method_state.get("norm_ema"),
             winners=self.method_state.get("winners"),

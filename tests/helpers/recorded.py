@@ -8,6 +8,8 @@ from gcond_kernels import GCond
 from gcond_kernels.diagnostics.recorder import Recorder
 from gcond_kernels.diagnostics.report import Resolution
 from gcond_kernels.methods.method import Comparison
+from gcond_kernels.ops import Gramians
+from gcond_kernels.storage.shared_parameters import SharedParameters
 
 THRESHOLDS = (-0.8, -0.5, 0.0)
 NAMES = ("first.weight", "first.bias", "last.weight")
@@ -22,12 +24,9 @@ def resolution_of(number, names, gramian, per_tensor, decision, nonfinite) -> Re
         nonfinite=nonfinite,
         counts=[1] * len(nonfinite),
         parameter_names=names,
-        per_tensor=per_tensor,
-        squares=gramian.diagonal(),
-        gramian=gramian,
+        products=Gramians(gramian, None, per_tensor, None),
         decision=decision,
-        weights=decision.weights,
-        shared=None,
+        shared=SharedParameters(False, torch.ones(len(per_tensor), dtype=torch.bool), True),
         norm_ema=None,
         winners=None,
         thresholds=THRESHOLDS,
