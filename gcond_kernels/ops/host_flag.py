@@ -31,7 +31,7 @@ class HostFlag:
         self._read_copy()
         if self._known or self._copied is not None:
             return False
-        if self._is_on_host(device):
+        if self.is_on_host(device):
             self._known = bool(flag)
         else:
             self._copied = self._start_copy(flag)
@@ -53,7 +53,8 @@ class HostFlag:
         if self._copied.query():  # type: ignore[no-untyped-call]
             self._known, self._copied = bool(self._host), None
 
-    def _is_on_host(self, device: torch.device) -> bool:
+    def is_on_host(self, device: torch.device) -> bool:
+        """Return whether the host reads a device's flags without waiting."""
         return device.type != "cuda"  # other devices have no events of one kind: read at once
 
     @fixed_precision  # the memory is kept

@@ -31,6 +31,7 @@ class SharedParameters(NamedTuple):
     flags: Tensor  # [T] bool, whether tasks share a tensor
     all_shared: bool  # whether the host knows that they share all of them
     selected: Tensor | None = None  # [T] bool, the shared tensors to compare; None where all
+    places: Tensor | None = None  # int64, of the shared ones, where the host knows: not all are
 
     def gramians(self, products: ops.Gramians, tasks: int) -> tuple[Tensor, Tensor | None]:
         """Return S and X for the method, [K, K] or [T, K, K].
@@ -46,6 +47,8 @@ class SharedParameters(NamedTuple):
             S, X = self.shared_gramian(products, tasks), cross
             if cross_per_tensor is not None and X is not None:
                 X = self._summed(cross_per_tensor, X)
+            if self.places is not None and math.isfinite(float(total.sum())):
+                return S, X
         return torch.where(total.isfinite().all(), S, math.nan).contiguous(), X
 
     def selected_gramian(self, products: ops.Gramians, tasks: int) -> Tensor | None:
@@ -61,6 +64,8 @@ class SharedParameters(NamedTuple):
         return self._summed(products.per_tensor[..., :tasks, :tasks], products.total)
 
     def _summed(self, per_tensor: Tensor, total: Tensor) -> Tensor:
+        if self.places is not None:
+            return per_tensor.index_select(0, self.places).sum(0)
         # Of all tensors it is `total`, to the same bits.
         all_shared = self.flags.all(-1)[..., None, None]
         return torch.where(all_shared, total, summed(per_tensor, self.flags))
@@ -102,6 +107,9 @@ class Sharing:
         self._known_tasks: list[int] = []  # of each tensor, a bit for each task that uses it
         self._rolled_back = HostFlag()
         self.selection_found = False
+        # What was found last, and by what, where the host reads it at once; None where unknown.
+        self._last: tuple[tuple[object, ...], Tensor, SharedParameters] | None = None
+        self._noted = False
 
     @property
     def all_shared(self) -> bool:
@@ -110,10 +118,14 @@ class Sharing:
 
     def note(self) -> None:
         """Let the host learn, when the device is there, whether tasks share every tensor."""
-        self._all_shared.note((self._storage.parameter_tasks.sum(1) > 1).all())
+        if not self._noted:
+            self._all_shared.note((self._storage.parameter_tasks.sum(1) > 1).all())
+        self._noted = self._last is not None
 
     def note_roll_back(self, rolled_back: Tensor) -> None:
         """Let the host learn whether `parameter_tasks` is as it was before this window, [] bool."""
+        if not self._all_shared.is_on_host(rolled_back.device) or bool(rolled_back):
+            self._last, self._noted = None, False
         if self._known_tasks:
             self._rolled_back.note(rolled_back)
 
@@ -125,7 +137,7 @@ class Sharing:
         by_tensor: bool,
         single: bool,
         selected: Sequence[str] | None,
-    ) -> tuple[SharedParameters, Tensor]:
+    ) -> tuple[SharedParameters, Tensor | None]:
         """Record which tasks have a gradient for which tensor, without synchronizing the device.
 
         Args:
@@ -136,13 +148,32 @@ class Sharing:
             selected: names of the parameters or modules to compare; None is all that are shared.
 
         Returns:
-            Which tensors are shared, and whether those are others than in the last window, [] bool.
+            Which tensors are shared, and whether those are others than in the last window, [] bool;
+            None where the host knows that they are not.
         """
         storage = self._storage
         alone = single and sum(count > 0 for count in counts) <= 1
+        asked = by_tensor, alone, selected
+        if self._last is not None and self._last[0] == asked and not self._finds_more(products):
+            return self._last[2]._replace(all_shared=self.all_shared), None
+        self._last, self._noted = None, False
         flags, changed = update_shared(storage.parameter_tasks, storage.was_shared, products, alone)
         chosen = None if selected is None else self._selected(flags, selected)
-        return SharedParameters(by_tensor, flags, self.all_shared, chosen), changed
+        shared = SharedParameters(by_tensor, flags, self.all_shared, chosen)
+        if self._all_shared.is_on_host(flags.device):
+            if not bool(flags.all()):
+                shared = shared._replace(places=flags.nonzero().view(-1))
+            if bool(products.total.isfinite().all()):
+                self._last = asked, storage.parameter_tasks, shared
+        return shared, changed
+
+    def _finds_more(self, products: ops.Gramians) -> bool:
+        """Return whether a task has a gradient for a tensor for which none was known."""
+        used = self._storage.parameter_tasks
+        if self._last is None or self._last[1] is not used:
+            return True
+        squares = products.per_tensor.diagonal(dim1=1, dim2=2)[:, : used.shape[1]]
+        return bool(((squares > 0.0) > used).any())
 
     def _selected(self, shared: Tensor, names: Sequence[str]) -> Tensor:
         found = [float(is_selected(s.name, names)) for s in self._storage.segments]

@@ -232,9 +232,9 @@ class Resolver:
         selected = shared.selected_gramian(products, K)
         comparison = Comparison(S, X, scale, selected, known, backend)
         decision = o.method.decide(comparison, self.method_state)
-        decision = self._checked(decision, gradients, products, shared)
-        self._undo_if_not_finite(before, decision.finite)
         weights = shared.weights(decision.weights)
+        decision, weights = self._checked(decision, weights, gradients, products)
+        self._undo_if_not_finite(before, decision.finite)
         if o.max_norm is not None:
             target = target._replace(rescale=Rescale(o.max_norm, products.per_tensor))
         decision = o.method.apply(gradients, target, weights, decision, self.method_state)
@@ -267,7 +267,7 @@ class Resolver:
             single=method.compares_single_task,
             selected=method.parameters,
         )
-        if not shared.by_tensor:
+        if changed is not None and not shared.by_tensor:
             forget_history(self.method_state, changed)
         return shared
 
@@ -317,17 +317,20 @@ class Resolver:
     def _checked(
         self,
         decision: ops.Arbitration,
+        weights: Tensor,
         gradients: TaskGradients,
         products: ops.Gramians,
-        shared: SharedParameters,
-    ) -> ops.Arbitration:
-        """Return the decision; where the result is not finite in its type, it is to skip."""
+    ) -> tuple[ops.Arbitration, Tensor]:
+        """Return decision and weights; where the result is not finite in its type, it is to skip."""
         o, K = self.options.current, len(self.tasks)
-        finite = decision.finite.all()  # one flag, or the same of each tensor
-        weights = shared.weights(decision.weights)
+        if decision.finite.dim():  # the same of each tensor
+            decision = decision._replace(finite=decision.finite.all())
+        halves = self._halves()
+        if o.method.bounded_weights and not halves:
+            return decision, weights
+        finite = decision.finite
         if not o.method.bounded_weights:
             finite = finite & overflow.norms_fit(products, weights)
-        halves = self._halves()
         clipped = o.max_norm is not None and o.max_norm <= overflow.LARGEST_HALF
         if halves and not clipped and o.update is None:
             sums, (offsets, sizes) = gradients.accumulators, gradients.layout
@@ -340,7 +343,8 @@ class Resolver:
             finite = finite & self.strategy.on_all_ranks(fit)
         kept = torch.where(finite, decision.weights, 0.0)
         events = torch.where(finite, decision.events, float("nan"))
-        return decision._replace(weights=kept, events=events, finite=finite)
+        weights = torch.where(finite, weights, 0.0)
+        return decision._replace(weights=kept, events=events, finite=finite), weights
 
     def _snapshot(self) -> list[tuple[Tensor, Tensor]]:
         """Return what a decision changes before it is known to fit, beside copies of it."""

@@ -22,7 +22,7 @@ def late_flags(monkeypatch) -> list[Event]:
         events.append(Event())
         return events[-1]
 
-    monkeypatch.setattr(HostFlag, "_is_on_host", lambda _flag, _device: False)
+    monkeypatch.setattr(HostFlag, "is_on_host", lambda _flag, _device: False)
     monkeypatch.setattr(HostFlag, "_start_copy", start_copy)
     return events
 
