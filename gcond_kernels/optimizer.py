@@ -365,7 +365,7 @@ class GCondFused(SavedOptimizer):
         step_if(window.finite, self.base)
         self._data_parallel.broadcast_buffers()
         # Who clipped them may have put others in their place.
-        self._assigned_gradients.remember([s.parameter.grad for s in self._storage.segments])
+        self._assigned_gradients.remember([p.grad for p in self._storage.parameters])
         self._start_window()
 
     def _call(self, closure: Callable[[], object]) -> None:

@@ -361,8 +361,8 @@ def _encoded(several: Resolution) -> Tensor:
 
 
 def _count_cosines(buffers: _Buffers, per_tensor: Tensor, finite: Tensor) -> None:
-    """Count the cosine of every pair in every layer, from Gramians [n, T, K, K], where `finite`."""
-    n, _, K, _ = per_tensor.shape
+    """Count every pair's cosine in every layer where `finite`, from Gramians [n, T, K, K]."""
+    K = per_tensor.shape[-1]
     i, j = torch.triu_indices(K, K, 1, device=per_tensor.device)
     # One tensor of a layer after another: an atomic addition would round in any order.
     in_order = per_tensor.index_select(1, buffers.order).transpose(0, 1).contiguous()

@@ -126,7 +126,7 @@ class GradientStorage:
         listed = [parameter for group in groups for parameter in group["params"]]
         ids = list(map(id, listed))
         thawed = any(map(attrgetter("requires_grad"), self._frozen))
-        converted = not any(self.counts) and self._shapes != shapes_of(self.segments)
+        converted = not any(self.counts) and self._shapes != shapes_of(self.parameters)
         if ids == self._listed and not thawed and not converted:
             return []
         named = dict(zip(listed, names(), strict=True))
@@ -141,7 +141,7 @@ class GradientStorage:
         places = self._lay_out([(p, named[p]) for p in (*old, *new)]) if changed else []
         self._listed = ids
         self._frozen = [p for p in listed if p not in self.places]
-        self._shapes = shapes_of(self.segments)
+        self._shapes = shapes_of(self.parameters)
         return places
 
     def append(self, parameters: Sequence[tuple[Tensor, str]]) -> None:
@@ -195,19 +195,28 @@ class GradientStorage:
         """Return the trainable elements of a parameter, bool in its shape; None without a mask."""
         return None if self.mask is None else read_mask(self.mask, segment)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one task's accumulator."""
+        return self.accumulators.nbytes // len(self.counts)
+
     def clear_gradients(self) -> None:
         """Set every `.grad` to None."""
-        for segment in self.segments:
-            segment.parameter.grad = None
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def name_with_gradient(self) -> str | None:
         """Return the name of the first parameter with a `.grad`; None where there is none."""
-        return next((s.name for s in self.segments if s.parameter.grad is not None), None)
+        for parameter, name in zip(self.parameters, self.names, strict=True):
+            if parameter.grad is not None:
+                return name
+        return None
 
     def gradient_dtypes(self) -> list[torch.dtype]:
         """Return the type of each parameter's `.grad`."""
-        parameters = [segment.parameter for segment in self.segments]
-        return [getattr(p, "grad_dtype", None) or p.dtype for p in parameters]
+        if not hasattr(Tensor, "grad_dtype"):
+            return [p.dtype for p in self.parameters]
+        return [p.grad_dtype or p.dtype for p in self.parameters]
 
     def new_gradients(self) -> list[Tensor | None]:
         """Return memory for each `.grad`; None where no task was given a gradient.
@@ -249,8 +258,8 @@ class GradientStorage:
         if self.has_dtensors:
             pairs = zip(self.segments, gradients, strict=True)
             assigned = [None if g is None else placed_like(s.parameter, g) for s, g in pairs]
-        for segment, gradient in zip(self.segments, assigned, strict=True):
-            segment.parameter.grad = gradient
+        for parameter, gradient in zip(self.parameters, assigned, strict=True):
+            parameter.grad = gradient
         return assigned
 
     def start_window(self) -> None:

@@ -22,7 +22,7 @@ class AssignedGradients:
         # those that have weak references.
         swaps = torch.__future__.get_swap_module_params_on_conversion()
         self._references = [
-            weakref.ref(gradient) if type(gradient) is Tensor and not swaps else gradient
+            gradient if swaps or type(gradient) is not Tensor else weakref.ref(gradient)
             for gradient in gradients
             if gradient is not None
         ]

@@ -49,7 +49,7 @@ class Collector:
         Where the pass fails a part of it may have been added: the window is lost.
         """
         storage = self.storage
-        several = storage.accumulators[0].nbytes > BUCKET_BYTES
+        several = storage.nbytes > BUCKET_BYTES
         if several and not storage.has_dtensors and (self.wrapper_known or not is_distributed()):
             self._add_hooks()
         else:
@@ -117,7 +117,7 @@ class BackwardPass:
         self.bucket: dict[int, None] = {}
         self.bytes = 0
         self.stream: torch.cuda.Stream | None = None
-        self.limit = max(BUCKET_BYTES, storage.accumulators[task].nbytes // MOST_BUCKETS)
+        self.limit = max(BUCKET_BYTES, storage.nbytes // MOST_BUCKETS)
 
     def gradient_ready(self, parameter: Tensor, gradient: Tensor) -> None:
         """Put a parameter whose gradient is ready into the bucket, and add the one before it."""
@@ -137,6 +137,9 @@ class BackwardPass:
     def finish(self) -> None:
         """Add the gradients that are left, and clear the segments of tensors without one."""
         segments = self.storage.segments
+        if not self.added and not self.bucket:  # there are no hooks
+            self._launch(range(len(segments)), self.overwrite)
+            return
         again = [t for t in sorted(self.added) if segments[t].parameter.grad is not None]
         for t in again:
             if t not in self.bucket:
@@ -157,10 +160,10 @@ class BackwardPass:
         if again:
             self._launch(again, False)
 
-    def _launch(self, places: list[int], overwrite: bool) -> None:
+    def _launch(self, places: Sequence[int], overwrite: bool) -> None:
         storage = self.storage
         segments, layout, device = storage.segments, storage.layout, storage.accumulators.device
-        if places != list(range(len(segments))):
+        if places != range(len(segments)):
             segments = [segments[t] for t in places]
             layout = Layout.of([s.offset for s in segments], [s.size for s in segments])
         read = local_gradient if storage.has_dtensors else attrgetter("grad")
@@ -174,9 +177,10 @@ class BackwardPass:
         self.backend.accumulate(
             storage.accumulators[self.task], gradients, layout, self.scale, overwrite
         )
+        tasks, parameters, bit = storage.window_tasks, storage.parameters, 1 << self.task
         for t in present:
-            storage.window_tasks[t] |= 1 << self.task
-            storage.segments[t].parameter.grad = None
+            tasks[t] |= bit
+            parameters[t].grad = None
 
 
 def is_distributed() -> bool:

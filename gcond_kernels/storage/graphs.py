@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -19,13 +18,13 @@ NEAR = 32
 
 
 class FreedGraph(torch.autograd.Function):
-    """Takes the place of a freed graph, and raises an error where it is passed back through."""
+    """Takes the place of freed graphs, and raises an error where it is passed back through."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, _anchor: Tensor) -> Tensor:
-        """Return the loss itself, with this as its graph."""
-        ctx.mark_dirty(loss)
-        return loss
+    def forward(ctx: Any, _anchor: Tensor, *losses: Tensor) -> tuple[Tensor, ...]:
+        """Return the losses themselves, with this as their graph."""
+        ctx.mark_dirty(*losses)
+        return losses
 
     @staticmethod
     def backward(_ctx: Any, *_gradients: Any) -> Any:
@@ -53,8 +52,8 @@ def free(losses: Iterable[Tensor]) -> None:
     # The value is as it was: where it was saved, detached, what was made of it stays valid.
     unchanged = _unsafe_preserve_version_counter(tuple(detached))
     with torch.inference_mode(False), torch.enable_grad(), unchanged:
-        for loss in detached:
-            FreedGraph.apply(loss, loss.new_zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
+        anchor = detached[0].new_zeros((), requires_grad=True)
+        FreedGraph.apply(anchor, *detached)  # type: ignore[no-untyped-call]
 
 
 class SharedFunctions:
@@ -68,10 +67,12 @@ class SharedFunctions:
     """
 
     def __init__(self, losses: Sequence[Tensor], checks: dict[str, int], everywhere: bool) -> None:
-        most = None if everywhere else NEAR
-        seen = Counter(chain.from_iterable([nodes_of(loss, most) for loss in losses]))
-        custom = torch.autograd.function.BackwardCFunction
-        shared = [n for n, count in seen.items() if count > 1 and isinstance(n, custom)]
+        most, seen = None if everywhere else NEAR, Counter[Any]()
+        for loss in losses[:-1]:
+            seen.update(custom_nodes_of(loss, most))
+        if seen:  # the last loss shares none otherwise
+            seen.update(custom_nodes_of(losses[-1], most))
+        shared = [node for node, count in seen.items() if count > 1]
         self._nodes = [n for n in shared if checks.get(type(n).__name__, 0) < ENOUGH_CHECKS]
         self._checks = checks
         self._sums = self._read()
@@ -85,8 +86,10 @@ class SharedFunctions:
 
     def check(self) -> None:
         """Raise a RuntimeError if a backward pass has overwritten what was saved."""
+        if not self._nodes:
+            return
         names = sorted({type(node).__name__ for node in self._nodes})
-        if self._nodes and not torch.equal(self._read(), self._sums):
+        if not torch.equal(self._read(), self._sums):
             functions = " or ".join([name.removesuffix("Backward") for name in names])
             raise RuntimeError(
                 f"a backward pass of {functions} overwrites what its forward pass has saved, so it "
@@ -96,13 +99,16 @@ class SharedFunctions:
         self._checks.update({name: self._checks.get(name, 0) + 1 for name in names})
 
 
-def nodes_of(loss: Tensor, most: int | None) -> set[Any]:
-    """Return at most so many nodes of a loss's graph, the nearest first; None is all."""
-    found: set[Any] = set()
-    queue = deque([loss.grad_fn])
-    while queue and (most is None or len(found) < most):
-        node = queue.popleft()
-        if node is not None and node not in found:
-            found.add(node)
-            queue.extend(map(itemgetter(0), node.next_functions))
-    return found
+def custom_nodes_of(loss: Tensor, most: int | None) -> list[Any]:
+    """Return the custom functions among the `most` nearest nodes of a loss's graph; None is all."""
+    nodes = [] if loss.grad_fn is None else [loss.grad_fn]
+    found: set[Any] = set(nodes)
+    for node in nodes:  # which grows
+        if most is not None and len(nodes) >= most:
+            break
+        for following, _ in node.next_functions:
+            if following is not None and following not in found:
+                found.add(following)
+                nodes.append(following)
+    custom = torch.autograd.function.BackwardCFunction
+    return [node for node in nodes[:most] if isinstance(node, custom)]

@@ -69,9 +69,9 @@ def align(elements: int) -> int:
     return -(-elements // ALIGNMENT) * ALIGNMENT
 
 
-def shapes_of(segments: Sequence[Segment]) -> list[tuple[torch.Size, tuple[int, ...]]]:
+def shapes_of(parameters: Sequence[Tensor]) -> list[tuple[torch.Size, tuple[int, ...]]]:
     """Return shape and strides that each parameter has now."""
-    return [(segment.parameter.shape, segment.parameter.stride()) for segment in segments]
+    return [(parameter.shape, parameter.stride()) for parameter in parameters]
 
 
 def moved(

@@ -93,7 +93,7 @@ class LossBackward:
         return loss
 
     def _back_propagate(self, task: int, loss: Tensor, window: Window, retain_graph: bool) -> None:
-        resolver, value = self._resolver, loss.detach()
+        resolver, value = self._resolver, loss
         # As a plain loop has it, for parameters that other optimizers hold.
         factor, unscale = representable(window.loss_factor(task), loss.dtype)
         if self._loss_scale is not None:
@@ -110,7 +110,7 @@ class LossBackward:
                 raise explained(error, self._data_parallel) from error
         if resolver.losses is not None:
             with fixed_precision():
-                resolver.losses[task] += value.to(resolver.losses).reshape(())
+                resolver.losses[task] += value.detach().to(resolver.losses).reshape(())
 
     def _check_reached(self) -> None:
         """Raise where the optimizer holds other parameters than those that the losses train."""

@@ -297,8 +297,7 @@ class Resolver:
                 "on_nonfinite='raise' synchronizes with the device in every step, which a CUDA "
                 "graph cannot: use 'skip' or 'drop_task'"
             )
-        names = [segment.name for segment in self.storage.segments]
-        where = describe(products.per_tensor, tuple(self.tasks), names)
+        where = describe(products.per_tensor, tuple(self.tasks), self.storage.names)
         if where is None and bool(self.nonfinite.any()):
             where = "a task on another rank"
         if where is not None:
@@ -321,7 +320,7 @@ class Resolver:
         gradients: TaskGradients,
         products: ops.Gramians,
     ) -> tuple[ops.Arbitration, Tensor]:
-        """Return decision and weights; where the result is not finite in its type, it is to skip."""
+        """Return decision and weights, to skip where the result is not finite in its type."""
         o, K = self.options.current, len(self.tasks)
         if decision.finite.dim():  # the same of each tensor
             decision = decision._replace(finite=decision.finite.all())

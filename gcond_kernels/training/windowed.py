@@ -323,17 +323,21 @@ class WindowedOptimizer(OptimizerWrapper):
 
         What `step` left is its own, whatever was added to it since; and zeros are nobody's.
         """
+        storage = self._storage
+        if storage.name_with_gradient() is None:
+            self._assigned_gradients.remember([])
+            return
         own = self._assigned_gradients.ids()
-        for segment in self._storage.segments:
-            gradient = segment.parameter.grad
+        for parameter, name in zip(storage.parameters, storage.names, strict=True):
+            gradient = parameter.grad
             if gradient is not None and id(gradient) not in own and not is_empty(gradient):
                 raise RuntimeError(
-                    f"{segment.name} has a .grad that this optimizer did not write (it comes from "
+                    f"{name} has a .grad that this optimizer did not write (it comes from "
                     "another backward pass or optimizer, or was replaced): give its loss a task of "
                     "its own, back-propagate it between the last backward() of a window and "
                     "step(), or drop it with zero_grad()"
                 )
-        self._storage.clear_gradients()
+        storage.clear_gradients()
         self._assigned_gradients.remember([])
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -103,8 +104,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         window has accumulated is dropped with `drop_window`.
         """
         # There are optimizers that take no arguments here, and decide by themselves.
-        takes = inspect.signature(self.base.zero_grad).parameters
-        self.base.zero_grad(*[set_to_none][: len(takes)])
+        self.base.zero_grad(*[set_to_none][: parameters_of(type(self.base).zero_grad) - 1])
         # Where zeros are left, what is added to them is somebody else's.
         self._assigned_gradients.remember([])
 
@@ -129,6 +129,12 @@ class OptimizerWrapper(torch.optim.Optimizer):
         # are those of the original.
         hooks = {k for k in self.__dict__ if k.startswith("_optimizer_") and k.endswith("_hooks")}
         return {k: v for k, v in self.__dict__.items() if k not in hooks.union(NOT_COPIED)}
+
+
+@functools.lru_cache(maxsize=64)
+def parameters_of(function: Callable[..., object]) -> int:
+    """Return how many parameters a function has."""
+    return len(inspect.signature(function).parameters)
 
 
 def check_base(base: object) -> None:
