@@ -93,19 +93,19 @@ class GCond(Settings, Method):
         state: State,
         max_norm: float | None,
     ) -> tuple[ops.Gramians, ops.Arbitration] | None:
-        """Compare, decide and write in one operation; return None for a subclass of its own."""
-        own = type(self)
+        """Compare, decide and write in one operation; return None where there is none.
+
+        A subclass may decide or write otherwise, and a backend may have no such operation.
+        """
+        own, d = type(self), destination
+        backend = ops.backend_for(d.backend, gradients.accumulators.device)
         if (own.decide, own.apply, own.weights) != (GCond.decide, GCond.apply, GCond.weights):
             return None
-        return ops.resolve(
-            gradients,
-            destination.outputs,
-            state=ArbitrationState(**state),
-            settings=self,
-            momentum=destination.momentum,
-            max_norm=max_norm,
-            backend=destination.backend,
-        )
+        if not backend.resolves_at_once(gradients):
+            return None
+        kept = ArbitrationState(**state)
+        # Without the checks of `ops.resolve`: the optimizer has made all of this.
+        return backend.resolve(gradients, d.outputs, kept, self, d.momentum, max_norm)
 
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """Return the weights where there is no history; `decide` does not ask it."""

@@ -240,16 +240,10 @@ class Method(ABC):
         state: State,
     ) -> ops.Arbitration:
         """Write the resolved gradient by weights [K] or [T, K]; return the decision to report."""
-        d = destination
-        ops.combine(
-            gradients,
-            d.outputs,
-            weights=weights,
-            finite=decision.finite,
-            momentum=d.momentum,
-            rescale=d.rescale,
-            backend=d.backend,
-        )
+        d, device = destination, gradients.accumulators.device
+        # Without the checks of `ops.combine`: the optimizer has made all of this.
+        combine = ops.backend_for(d.backend, device).combine
+        combine(gradients, d.outputs, weights, decision.finite, d.momentum, d.rescale)
         return decision
 
 

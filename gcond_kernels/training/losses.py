@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.distributed.data_parallel import DataParallel
-from gcond_kernels.ops import backend_for
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.options import plain_name
@@ -100,8 +99,7 @@ class LossBackward:
             unscale = self._loss_scale.inverse(resolver.device) * unscale
             loss = self._loss_scale.scaled(loss)
         gradient = None if factor == 1.0 else torch.full_like(loss, factor, requires_grad=False)
-        backend = backend_for(resolver.options.current.backend, resolver.device)
-        with self._collector.collect(task, unscale, backend):
+        with self._collector.collect(task, unscale, resolver.backend):
             try:
                 # Outside of autocast, as torch recommends for backward passes.
                 with fixed_precision():

@@ -66,9 +66,17 @@ class Resolver:
         self.method_state = self.fresh_state()
         self.losses = self._new_losses()
         self.last: Resolution | None = None
+        self._backend: ops.Backend | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "last": None}
+        return {**self.__dict__, "last": None, "_backend": None}
+
+    @property
+    def backend(self) -> ops.Backend:
+        """The backend, which is looked up once for an option that is assigned and a device."""
+        requested = self._backend or self.options.current.backend
+        self._backend = ops.backend_for(requested, self.device)
+        return self._backend
 
     # What is kept between windows.
 
@@ -91,7 +99,7 @@ class Resolver:
     def renew(self) -> None:
         """Let the assigned options take effect: make what they need, keep what they still need."""
         before, o = self.options.current, self.options.assigned
-        self.options.current = o
+        self.options.current, self._backend = o, None
         self.storage.configure(o.history, o.momentum > 0.0)
         state = self.fresh_state()
         if type(o.method) is type(before.method) and o.granularity == before.granularity:
@@ -148,8 +156,10 @@ class Resolver:
     def fit_state(self) -> None:
         """Make a state for each tensor, also for those that are new."""
         o, tensors = self.options.current, len(self.storage.segments)
+        if o.granularity == "model":
+            return
         own = [v for k, v in self.method_state.items() if k not in o.method.shared_state]
-        if o.granularity == "tensor" and own and len(own[0]) != tensors:
+        if own and len(own[0]) != tensors:
             self._arrange_state([*range(len(own[0])), *[-1] * tensors][:tensors])
 
     def describe(
@@ -185,8 +195,7 @@ class Resolver:
     def run(self, local: LocalGradients, counts: Sequence[int]) -> Outcome:
         """Resolve the window's conflicts, and write the gradients; raising changes nothing."""
         o = self.options.current
-        backend = ops.backend_for(o.backend, local.gradients.accumulators.device)
-        target = Destination(local.outputs, local.momentum, None, local.first, backend)
+        target = Destination(local.outputs, local.momentum, None, local.first, self.backend)
         fused = None
         if self._nothing_between(counts):
             fused = o.method.resolve(local.gradients, target, self.method_state, o.max_norm)
@@ -217,10 +226,10 @@ class Resolver:
         self, local: LocalGradients, target: Destination, counts: Sequence[int]
     ) -> tuple[ops.Gramians, ops.Arbitration, SharedParameters]:
         """Compare, decide and write, with what lies between."""
-        o, K, backend = self.options.current, len(self.tasks), target.backend
+        o, K, backend = self.options.current, len(self.tasks), self.backend
         squares = None if o.update is None else self.strategy.squared_norms(backend)  # [T]
         products, squares, losses = self.strategy.sum_over_ranks(
-            self._local_products(local, backend), squares, self.losses
+            self._local_products(local), squares, self.losses
         )
         products, scale = self._treat_nonfinite(products, local.gradients.scale)
         gradients = local.gradients._replace(scale=scale)
@@ -243,17 +252,16 @@ class Resolver:
             o.update.apply(local.outputs, norms, squares.sqrt(), decision.finite)
         return products, decision, shared
 
-    def _local_products(self, local: LocalGradients, backend: str | ops.Backend) -> ops.Gramians:
+    def _local_products(self, local: LocalGradients) -> ops.Gramians:
         """Return the inner products of what this process counts."""
         o, momentum = self.options.current, local.momentum
         # What needs the norm of the result needs its products with the momentum.
         if o.update is None and o.max_norm is None:
             momentum = None
-        products = ops.gramian(
+        products = self.backend.gramian(
             local.gradients._replace(layout=local.counted),
-            history_scale=self.method_state.get("history_scale"),
-            momentum=None if momentum is None else momentum.buffer,
-            backend=backend,
+            None if local.gradients.history is None else self.method_state["history_scale"],
+            None if momentum is None else momentum.buffer,
         )
         # What is not needed is not sent to other ranks.
         return products._replace(cross_per_tensor=None) if self._compares_all() else products
