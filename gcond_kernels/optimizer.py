@@ -357,7 +357,8 @@ class GCondFused(SavedOptimizer):
         self._forget_initialized()
         if closure is not None:
             self._call(closure)
-        self.resolve()
+        if not window.resolved:
+            self.resolve()
         assert window.finite is not None
         if self._loss_scale is not None and not window.scaler_updated:
             self._loss_scale.report(~window.finite | self._resolver.nonfinite.any())

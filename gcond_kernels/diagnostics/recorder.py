@@ -29,7 +29,7 @@ from gcond_kernels.storage.names import without_wrappers
 BINS = 100  # cosines of layers are counted in this many intervals from -1 to 0
 
 # Steps on a CPU that are written together, once there are so many or something is read.
-TOGETHER = 32
+TOGETHER = 64
 
 
 class _Buffers(NamedTuple):
@@ -76,7 +76,7 @@ class Recorder:
     ) -> None:
         self.tasks = tuple(tasks)
         self.thresholds = thresholds
-        self._parameter_names: list[str] = []
+        self._names: list[str] = []
         self._layer_names: list[str] = []
         self._made: _Buffers | None = None  # by the first `record`, on its device
         self._waiting: list[Resolution] = []  # alike but for their values, still to be written
@@ -117,9 +117,13 @@ class Recorder:
 
         On a CPU it is written later, with others: what it holds must not change any more.
         """
-        device = resolution.counters.device
-        if self.capacity == 0 or not self._prepare(device, list(resolution.parameter_names)):
+        device, made = resolution.counters.device, self._made
+        if self.capacity == 0:
             return
+        if made is None or made.table.device != device or self._names != resolution.names:
+            self._write()
+            if not self._prepare(device, list(resolution.names)):
+                return
         if self._waiting and not self._waiting[-1].is_like(resolution):
             self._write()
         self._waiting.append(resolution)
@@ -146,18 +150,14 @@ class Recorder:
             _count_cosines(buffers, several.per_tensor, several.decision.finite)
 
     @fixed_precision
-    def _prepare(self, device: torch.device, parameter_names: list[str]) -> bool:
-        """Make buffers on this device for these parameters; return whether there are some."""
+    def _prepare(self, device: torch.device, names: list[str]) -> bool:
+        """Make buffers on this device for these parameters; return whether that can be done."""
         old = self._made
-        unchanged = self._parameter_names == parameter_names
-        if old is not None and old.table.device == device and unchanged:
-            return True
-        self._write()
         if is_capturing(device):
             # Memory is set to zero once; a graph would do it again in every replay.
             warnings.warn(
                 "steps of this CUDA graph are not recorded: take one step before the capture",
-                stacklevel=5,
+                stacklevel=4,
             )
             return False
         if old is None:
@@ -166,8 +166,8 @@ class Recorder:
             counts = recorded.new_zeros((0, BINS + 1))
         else:
             table, recorded, counts = (value.to(device) for value in old[:3])
-        self._parameter_names = parameter_names
-        members = layers_of(parameter_names)
+        self._names = names
+        members = layers_of(names)
         self._layer_names += [name for name in members if name not in self._layer_names]
         indices = [members.get(name, []) for name in self._layer_names]  # a layer may be gone
         new = counts.new_zeros((len(indices) - len(counts), BINS + 1))

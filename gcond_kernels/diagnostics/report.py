@@ -105,7 +105,7 @@ class Resolution:
     counters: Tensor  # [2 + K] int64: resolutions, skipped ones, those with each task not finite
     nonfinite: Tensor  # [K] bool
     counts: Sequence[int]  # K numbers of micro-batches
-    parameter_names: Sequence[str]  # T
+    names: Sequence[str]  # T
     products: ops.Gramians
     decision: ops.Arbitration
     shared: SharedParameters
@@ -157,7 +157,7 @@ class Resolution:
 
         averages = of_model(self.norm_ema)
         per_tensor = map(pair_cosines, self.per_tensor.cpu())
-        tensor_cosines = zip(self.parameter_names, per_tensor, strict=True)
+        tensor_cosines = zip(self.names, per_tensor, strict=True)
         return Report(
             step=step,
             skipped=skipped,
@@ -184,7 +184,7 @@ class Resolution:
         """Return shared parameters' names and values [T, ...]; none where they have none each."""
         if not self.shared.by_tensor:
             return []
-        each = zip(self.parameter_names, values.tolist(), strict=True)
+        each = zip(self.names, values.tolist(), strict=True)
         return [*compress(each, self.shared.flags.tolist())]
 
     def _conflicts(self, tasks: Sequence[str]) -> list[Conflict]:

@@ -73,7 +73,7 @@ def check_tensor(
     device: torch.device,
 ) -> None:
     """Check shape, dtype, contiguity and device of a tensor."""
-    fits = list(tensor.shape) == list(shape) and tensor.dtype in dtypes
+    fits = tensor.shape == tuple(shape) and tensor.dtype in dtypes
     if not fits or not tensor.is_contiguous():
         raise ValueError(
             f"{name} must be {list(shape)} {_names(dtypes)}, contiguous, not {list(tensor.shape)} "

@@ -20,19 +20,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 class _Fixed:
     """Leaves the contexts that the caller has entered, and restores them; it is entered once."""
 
-    __slots__ = ("_autocast", "_leaves_inference", "_left")
+    __slots__ = ("_autocast", "_inference", "_leaves_inference", "_records")
 
     def __init__(self, leaves_inference: bool = True) -> None:
         self._leaves_inference = leaves_inference
-        self._left: list[torch.inference_mode | torch.no_grad] = []
+        self._inference: torch.inference_mode | None = None
 
     def __enter__(self) -> None:
         if self._leaves_inference and torch.is_inference_mode_enabled():
-            self._left.append(torch.inference_mode(False))
-            self._left[-1].__enter__()
-        if torch.is_grad_enabled():  # not before, for leaving inference mode turns gradients on
-            self._left.append(torch.no_grad())
-            self._left[-1].__enter__()
+            self._inference = torch.inference_mode(False)
+            self._inference.__enter__()
+        self._records = torch.is_grad_enabled()  # leaving inference mode turns gradients on
+        if self._records:
+            torch.set_grad_enabled(False)
         self._autocast = [kind for kind in _device_types() if torch.is_autocast_enabled(kind)]
         for kind in self._autocast:
             torch.set_autocast_enabled(kind, False)
@@ -40,8 +40,10 @@ class _Fixed:
     def __exit__(self, *error: object) -> None:
         for kind in self._autocast:
             torch.set_autocast_enabled(kind, True)
-        for context in reversed(self._left):
-            context.__exit__(None, None, None)
+        if self._records:
+            torch.set_grad_enabled(True)
+        if self._inference is not None:
+            self._inference.__exit__(None, None, None)
 
 
 @functools.cache

@@ -391,8 +391,9 @@ class Resolver:
             counters=self.counters,
             nonfinite=self.nonfinite,
             counts=list(counts),
-            parameter_names=self.storage.names,
-            products=products,
+            names=self.storage.names,
+            # Without what no report shows: a recorder keeps several.
+            products=products._replace(cross=None, cross_per_tensor=None),
             decision=decision,
             shared=shared,
             norm_ema=self.method_state.get("norm_ema"),

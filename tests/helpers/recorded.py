@@ -23,7 +23,7 @@ def resolution_of(number, names, gramian, per_tensor, decision, nonfinite) -> Re
         counters=torch.cat([number.view(1), zeros]),
         nonfinite=nonfinite,
         counts=[1] * len(nonfinite),
-        parameter_names=names,
+        names=list(names),
         products=Gramians(gramian, None, per_tensor, None),
         decision=decision,
         shared=SharedParameters(False, torch.ones(len(per_tensor), dtype=torch.bool), True),
