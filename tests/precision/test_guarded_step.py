@@ -8,6 +8,7 @@ from torch import nn
 
 from gcond_kernels import GCondFused, LionLars, ops
 from gcond_kernels.precision import guarded_step
+from tests.helpers.as_on_gpu import late_flags
 from tests.helpers.host_reads import HostReads
 from tests.helpers.models import TASKS, batches, flat_parameters, losses_of, model_of, same
 
@@ -106,8 +107,9 @@ def test_a_first_step_must_not_be_captured(monkeypatch):
 KERNELS = [b for b in ("triton", "cuda") if ops.unavailable(b, torch.device("cpu")) is None]
 
 
-def reads_of_a_run(backend, base_of, **options):
-    """Reads in two windows of backward and step, after one that allocates."""
+def reads_of_a_run(monkeypatch, backend, base_of, **options):
+    """Reads in two windows of backward and step, after one that allocates; flags as on a GPU."""
+    flags = late_flags(monkeypatch)
     model, x = model_of(), batches(6)
     base = base_of(model.parameters())
     options = {"accumulation_steps": 2, "momentum": 0.5, "backend": backend} | options
@@ -122,6 +124,9 @@ def reads_of_a_run(backend, base_of, **options):
                     optimizer.grad_scaler.update()
 
     windows(x[:2])
+    for flag in flags:
+        flag.done = True
+    assert optimizer._resolver.sharing.all_shared
     with HostReads() as reads:
         windows(x[2:])
     assert optimizer.report().step == 3
@@ -142,21 +147,23 @@ def reads_of_a_run(backend, base_of, **options):
     ],
     ids=lambda options: ",".join(options) or "defaults",  # no addresses: workers compare names
 )
-def test_backward_and_step_do_not_synchronize(backend, options):
+def test_backward_and_step_do_not_synchronize(backend, options, monkeypatch):
     # Triton's interpreter reads tensors through NumPy, which a GPU does not.
-    found = reads_of_a_run(backend, BASES["AdamW fused"], **options)
+    found = reads_of_a_run(monkeypatch, backend, BASES["AdamW fused"], **options)
     if backend == "triton":
         found = [name for name in found if name not in ("numpy", "cpu")]
     assert found == []
 
 
-def test_synchronizations_are_found():
-    reads = reads_of_a_run("python", BASES["AdamW fused"])
+def test_synchronizations_are_found(monkeypatch):
+    reads = reads_of_a_run(monkeypatch, "python", BASES["AdamW fused"])
     assert "tolist" in reads  # the reference arbitrates on the host
     for backend in KERNELS:
-        foreach = reads_of_a_run(backend, lambda p: torch.optim.SGD(p, lr=0.1))
+        foreach = reads_of_a_run(monkeypatch, backend, lambda p: torch.optim.SGD(p, lr=0.1))
         assert foreach.count("__bool__") == 2  # one a step: SGD has no flag
-        assert "tolist" in reads_of_a_run(backend, BASES["AdamW fused"], on_nonfinite="raise")
+        assert "tolist" in reads_of_a_run(
+            monkeypatch, backend, BASES["AdamW fused"], on_nonfinite="raise"
+        )
     with HostReads() as counted:
         value = torch.ones(3).sum()
         value.item(), bool(value > 0), torch.ones(2).tolist(), torch.ones(2).nonzero()
