@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -94,8 +94,7 @@ class Report:
         return min(self.cosines.values(), default=None)
 
 
-@dataclass(frozen=True)
-class Resolution:
+class Resolution(NamedTuple):
     """What a report and a record are made from; its tensors stay on the device until then.
 
     A step keeps what its operations returned, and what follows from that is computed when it is
@@ -221,8 +220,7 @@ def stacked(resolutions: Sequence[Resolution]) -> Resolution:
 
     products = [r.products for r in resolutions]
     flags = stack(r.shared.flags for r in resolutions)
-    return replace(
-        resolutions[-1],
+    return resolutions[-1]._replace(
         counters=stack(r.counters for r in resolutions),
         nonfinite=stack(r.nonfinite for r in resolutions),
         products=ops.Gramians(

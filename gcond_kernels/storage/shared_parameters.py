@@ -74,7 +74,7 @@ class SharedParameters(NamedTuple):
         """Return the weights for `combine`: [K], or [T, K] with 1 for what is a task's own."""
         if self.all_shared:
             return weights
-        return torch.where(self.flags[:, None], weights, 1.0)
+        return weights.expand(len(self.flags), -1).masked_fill(~self.flags[:, None], 1.0)
 
     def mean_weights(self, decision: ops.Arbitration, squares: Tensor) -> Tensor:
         """Return [K] weights for reports, from [K] squared norms of the gradients too.
@@ -121,6 +121,9 @@ class Sharing:
         if not self._noted:
             self._all_shared.note((self._storage.parameter_tasks.sum(1) > 1).all())
         self._noted = self._last is not None
+        if self._last is not None and self._last[2].all_shared != self.all_shared:
+            asked, used, shared = self._last
+            self._last = asked, used, shared._replace(all_shared=self.all_shared)
 
     def note_roll_back(self, rolled_back: Tensor) -> None:
         """Let the host learn whether `parameter_tasks` is as it was before this window, [] bool."""
@@ -155,12 +158,12 @@ class Sharing:
         alone = single and sum(count > 0 for count in counts) <= 1
         asked = by_tensor, alone, selected
         if self._last is not None and self._last[0] == asked and not self._finds_more(products):
-            return self._last[2]._replace(all_shared=self.all_shared), None
+            return self._last[2], None
         self._last, self._noted = None, False
         flags, changed = update_shared(storage.parameter_tasks, storage.was_shared, products, alone)
         chosen = None if selected is None else self._selected(flags, selected)
         shared = SharedParameters(by_tensor, flags, self.all_shared, chosen)
-        if self._all_shared.is_on_host(flags.device):
+        if flags.device.type == "cpu" and self._all_shared.is_on_host(flags.device):
             if not bool(flags.all()):
                 shared = shared._replace(places=flags.nonzero().view(-1))
             if bool(products.total.isfinite().all()):
@@ -172,8 +175,8 @@ class Sharing:
         used = self._storage.parameter_tasks
         if self._last is None or self._last[1] is not used:
             return True
-        squares = products.per_tensor.diagonal(dim1=1, dim2=2)[:, : used.shape[1]]
-        return bool(((squares > 0.0) > used).any())
+        squares = products.per_tensor.numpy().diagonal(0, 1, 2)[:, : used.shape[1]]
+        return bool(((squares > 0.0) > used.numpy()).any())
 
     def _selected(self, shared: Tensor, names: Sequence[str]) -> Tensor:
         found = [float(is_selected(s.name, names)) for s in self._storage.segments]

@@ -378,14 +378,7 @@ class Resolver:
     def note(self, outcome: Outcome, counts: Sequence[int]) -> Resolution:
         """Count a resolution, and return it for reports; all of it stays on the device."""
         products, decision, shared, _ = outcome
-        if self.options.on_nonfinite == "skip":
-            self.nonfinite = nonfinite_tasks(products.total)
-        skipped = (~decision.finite).view(1)
-        happened = torch.cat([torch.ones_like(skipped), skipped, self.nonfinite])
-        if self.device.type == "cpu":
-            self.counters = self.counters + happened  # the record of a step keeps its own
-        else:
-            self.counters += happened  # in place, so that replays of a CUDA graph count
+        self._count(products.total, decision.finite)
         self.sharing.note()
         self.last = Resolution(
             counters=self.counters,
@@ -401,6 +394,20 @@ class Resolver:
             thresholds=self.options.current.method.thresholds,
         )
         return self.last
+
+    def _count(self, total: Tensor, finite: Tensor) -> None:
+        """Count a resolution, whether it is skipped, and the tasks that are not finite in it."""
+        skip, on_cpu = self.options.on_nonfinite == "skip", self.device.type == "cpu"
+        if on_cpu:  # elsewhere in place, so that replays of a CUDA graph count
+            self.counters = self.counters.clone()  # the record of each step keeps its own
+        if on_cpu and skip and bool(finite):  # nothing else is to be counted
+            self.nonfinite = torch.zeros_like(self.nonfinite)
+            self.counters[0].add_(1)
+            return
+        if skip:
+            self.nonfinite = nonfinite_tasks(total)
+        skipped = (~finite).view(1)
+        self.counters += torch.cat([torch.ones_like(skipped), skipped, self.nonfinite])
 
 
 def carried_over(old: Tensor | None, new: Tensor) -> Tensor:
