@@ -22,13 +22,14 @@ from gcond_kernels.diagnostics.records import (
     zone_of,
 )
 from gcond_kernels.diagnostics.report import Resolution, stacked
+from gcond_kernels.ops import host_flag
 from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.ops.launch_tables import is_capturing, keep_if_captured
 from gcond_kernels.storage.names import without_wrappers
 
 BINS = 100  # cosines of layers are counted in this many intervals from -1 to 0
 
-# Steps on a CPU that are written together, once there are so many or something is read.
+# Steps on a CPU that are written together, when there are so many or something is read.
 TOGETHER = 64
 
 
@@ -128,7 +129,7 @@ class Recorder:
             self._write()
         self._waiting.append(resolution)
         # A GPU's work is in the order of the steps, and in a graph that is captured.
-        if device.type != "cpu" or len(self._waiting) >= min(TOGETHER, self.capacity):
+        if not host_flag.reads_at_once(device) or len(self._waiting) >= min(TOGETHER, self.capacity):
             self._write()
 
     @fixed_precision

@@ -9,6 +9,11 @@ from gcond_kernels.ops import launch_tables
 from gcond_kernels.ops.contexts import fixed_precision
 
 
+def reads_at_once(device: torch.device) -> bool:
+    """Return whether the host reads a device's flags when it needs them, and not later."""
+    return device.type != "cuda"  # others than the CPU have no events of one kind
+
+
 class HostFlag:
     """Whether a flag of the device has been True, as far as the host has learned."""
 
@@ -31,7 +36,7 @@ class HostFlag:
         self._read_copy()
         if self._known or self._copied is not None:
             return False
-        if self.is_on_host(device):
+        if reads_at_once(device):
             self._known = bool(flag)
         else:
             self._copied = self._start_copy(flag)
@@ -52,10 +57,6 @@ class HostFlag:
             return
         if self._copied.query():  # type: ignore[no-untyped-call]
             self._known, self._copied = bool(self._host), None
-
-    def is_on_host(self, device: torch.device) -> bool:
-        """Return whether the host reads a device's flags without waiting."""
-        return device.type != "cuda"  # other devices have no events of one kind: read at once
 
     @fixed_precision  # the memory is kept
     def _start_copy(self, flag: Tensor) -> torch.cuda.Event:

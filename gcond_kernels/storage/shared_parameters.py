@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
+from gcond_kernels.ops import host_flag
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.host_flag import HostFlag
 from gcond_kernels.storage.accumulator import GradientStorage
@@ -127,7 +128,7 @@ class Sharing:
 
     def note_roll_back(self, rolled_back: Tensor) -> None:
         """Let the host learn whether `parameter_tasks` is as it was before this window, [] bool."""
-        if not self._all_shared.is_on_host(rolled_back.device) or bool(rolled_back):
+        if not host_flag.reads_at_once(rolled_back.device) or bool(rolled_back):
             self._last, self._noted = None, False
         if self._known_tasks:
             self._rolled_back.note(rolled_back)
@@ -163,7 +164,7 @@ class Sharing:
         flags, changed = update_shared(storage.parameter_tasks, storage.was_shared, products, alone)
         chosen = None if selected is None else self._selected(flags, selected)
         shared = SharedParameters(by_tensor, flags, self.all_shared, chosen)
-        if flags.device.type == "cpu" and self._all_shared.is_on_host(flags.device):
+        if host_flag.reads_at_once(flags.device):
             if not bool(flags.all()):
                 shared = shared._replace(places=flags.nonzero().view(-1))
             if bool(products.total.isfinite().all()):
@@ -175,8 +176,8 @@ class Sharing:
         used = self._storage.parameter_tasks
         if self._last is None or self._last[1] is not used:
             return True
-        squares = products.per_tensor.numpy().diagonal(0, 1, 2)[:, : used.shape[1]]
-        return bool(((squares > 0.0) > used.numpy()).any())
+        squares = products.per_tensor.diagonal(dim1=1, dim2=2)[:, : used.shape[1]]
+        return bool(((squares > 0.0) > used).any())
 
     def _selected(self, shared: Tensor, names: Sequence[str]) -> Tensor:
         found = [float(is_selected(s.name, names)) for s in self._storage.segments]

@@ -13,6 +13,7 @@ from gcond_kernels.diagnostics.report import Resolution
 from gcond_kernels.distributed.strategy import LocalGradients, SingleProcess
 from gcond_kernels.lion_lars import averaged_norms
 from gcond_kernels.methods.method import Comparison, Destination, Known, forget_history, fresh_state
+from gcond_kernels.ops import host_flag
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.types import Rescale, TaskGradients
 from gcond_kernels.options import OptionsInUse, TaskWeights
@@ -397,10 +398,10 @@ class Resolver:
 
     def _count(self, total: Tensor, finite: Tensor) -> None:
         """Count a resolution, whether it is skipped, and the tasks that are not finite in it."""
-        skip, on_cpu = self.options.on_nonfinite == "skip", self.device.type == "cpu"
-        if on_cpu:  # elsewhere in place, so that replays of a CUDA graph count
+        skip, known = self.options.on_nonfinite == "skip", host_flag.reads_at_once(self.device)
+        if known:  # else in place, so that replays of a CUDA graph count
             self.counters = self.counters.clone()  # the record of each step keeps its own
-        if on_cpu and skip and bool(finite):  # nothing else is to be counted
+        if known and skip and bool(finite):  # nothing else is to be counted
             self.nonfinite = torch.zeros_like(self.nonfinite)
             self.counters[0].add_(1)
             return

@@ -1,6 +1,7 @@
 """Flags that the host learns of late, as on a GPU, without one."""
 
 from gcond_kernels.methods import host
+from gcond_kernels.ops import host_flag
 from gcond_kernels.ops.host_flag import HostFlag
 
 
@@ -22,7 +23,7 @@ def late_flags(monkeypatch) -> list[Event]:
         events.append(Event())
         return events[-1]
 
-    monkeypatch.setattr(HostFlag, "is_on_host", lambda _flag, _device: False)
+    monkeypatch.setattr(host_flag, "reads_at_once", lambda _device: False)
     monkeypatch.setattr(HostFlag, "_start_copy", start_copy)
     return events
 
