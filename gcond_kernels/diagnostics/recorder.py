@@ -129,7 +129,9 @@ class Recorder:
             self._write()
         self._waiting.append(resolution)
         # A GPU's work is in the order of the steps, and in a graph that is captured.
-        if not host_flag.reads_at_once(device) or len(self._waiting) >= min(TOGETHER, self.capacity):
+        if not host_flag.reads_at_once(device) or len(self._waiting) >= min(
+            TOGETHER, self.capacity
+        ):
             self._write()
 
     @fixed_precision

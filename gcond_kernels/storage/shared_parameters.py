@@ -75,7 +75,7 @@ class SharedParameters(NamedTuple):
         """Return the weights for `combine`: [K], or [T, K] with 1 for what is a task's own."""
         if self.all_shared:
             return weights
-        return weights.expand(len(self.flags), -1).masked_fill(~self.flags[:, None], 1.0)
+        return torch.where(self.flags[:, None], weights, 1.0)
 
     def mean_weights(self, decision: ops.Arbitration, squares: Tensor) -> Tensor:
         """Return [K] weights for reports, from [K] squared norms of the gradients too.
