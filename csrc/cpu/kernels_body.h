@@ -224,6 +224,9 @@ inline Scratch scratch_in(float* memory, const ProductCounts& counts) {
   return s;
 }
 
+// From the start of a block to that of the next one: segments begin at multiples of 32 elements.
+inline int next_after(int count) { return (count + 31) / 32 * 32; }
+
 // Points to `count` elements of a row: where they are, or copied as float32, masked and filled up
 // with zeros to sixteen.
 inline const float* row_at(const Scratch& s, int row, Dtype dtype, void* address,
@@ -234,7 +237,7 @@ inline const float* row_at(const Scratch& s, int row, Dtype dtype, void* address
   with_storage_type(dtype, address, [&](const auto* from) {
     for_lanes(count, [&](auto access, std::int64_t e) {
       Lanes lanes = access.read(from + e);
-      __builtin_prefetch(from + e + s.block, READ, SECOND_CACHE);
+      __builtin_prefetch(from + e + next_after(count), READ, SECOND_CACHE);
       if (mask_ptr != nullptr) {
         const int left = count - static_cast<int>(e);
         lanes = selected(lanes, bits_at(mask_ptr, offset + e, left < LANES ? left : LANES));
@@ -261,13 +264,13 @@ inline void add_block(const ProductsChunk& c, const Scratch& s, std::int64_t off
   // Each tile fetches its part of the next block's accumulators.
   const int across = (R + TILE - 1) / TILE, tiles = across * (across + 1) / 2 +
       (s.counts.history ? ((K + TILE - 1) / TILE) * ((K + TILE - 1) / TILE) : 0);
-  const bool more = g.accumulators.dtype == FLOAT32 && count == s.block;
+  const bool fetches = g.accumulators.dtype == FLOAT32;
   int done = 0;
   const auto tile = [&](int i, int rows, int j, int until, const float* const* others, bool cross) {
     Work work{padded, first, {s.rows[i], s.rows[i]}};
-    if (more)
+    if (fetches)
       for (int n = 0, row = done * K / tiles; n < 2 && row < (done + 1) * K / tiles; ++n, ++row)
-        work.ahead[n] = static_cast<const float*>(element_of(g.accumulators, row, offset + s.block));
+        work.ahead[n] = static_cast<const float*>(element_of(g.accumulators, row, offset + next_after(count)));
     ++done;
     const int a = rows - i < TILE ? rows - i : TILE, b = until - j < TILE ? until - j : TILE;
     float* sums[TILE];
@@ -299,8 +302,8 @@ struct Ahead {
   std::int64_t accumulator, history;
 };
 
-inline std::int64_t ahead_in(const Matrix& matrix, int task, int tasks) {
-  return task + 1 < tasks ? matrix.stride : SHORT_BLOCK - task * matrix.stride;
+inline std::int64_t ahead_in(const Matrix& matrix, int task, int tasks, int count) {
+  return task + 1 < tasks ? matrix.stride : next_after(count) - task * matrix.stride;
 }
 
 // Adds one task's accumulator, weighted, to the total, and stores it as the new history. What lies
@@ -349,7 +352,8 @@ inline void combine_blocks(const CombineChunk& c) {
     for (int k = 0; k < g.tasks; ++k) {
       const TaskUse& use = c.uses[k];
       if (!use.weighted && !use.stored) continue;
-      const Ahead ahead{ahead_in(g.accumulators, k, g.tasks), ahead_in(g.history, k, g.tasks)};
+      const Ahead ahead{ahead_in(g.accumulators, k, g.tasks, count),
+                        ahead_in(g.history, k, g.tasks, count)};
       const auto add = [&](const auto* accumulator_ptr) {
         with_storage_type(
             g.history.dtype, element_of(g.history, k, c.start + block), [&](auto* history_ptr) {

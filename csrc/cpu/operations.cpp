@@ -17,6 +17,9 @@ namespace {
 // Bytes that are worth a thread of their own.
 constexpr std::int64_t BYTES_PER_THREAD = 1 << 18;
 
+// Elements of a run of chunks.
+constexpr std::int64_t RUN = 2 * CHUNK;
+
 // What is more than this leaves the caches before it is read again: all that is written by combine;
 // and an accumulator, for between its micro-batches lie backward passes.
 constexpr std::int64_t CACHE_BYTES = 48 << 20, LARGE_ACCUMULATOR = 8 << 20;
@@ -36,6 +39,17 @@ const Kernels*& kernels() {
 
 int threads_for(std::int64_t bytes, int threads) {
   return static_cast<int>(std::min<std::int64_t>(threads, 1 + bytes / BYTES_PER_THREAD));
+}
+
+// Calls `task(number, chunk)` for all chunks, on several threads; the last run first if `backwards`.
+template <class Task>
+void for_chunks(const Plan& plan, int threads, bool backwards, const Task& task) {
+  const Chunks chunks = plan.chunks();
+  parallel(plan.runs(), threads, [&](int index) {
+    const int run = backwards ? plan.runs() - 1 - index : index;
+    for (std::int32_t number = plan.run_begin(run); number < plan.run_begin(run + 1); ++number)
+      task(number, chunk_at(chunks, number));
+  });
 }
 
 int size_of(Dtype dtype) { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
@@ -102,14 +116,22 @@ std::vector<double> output_factors(const CombineArguments& a, int tensors) {
 
 Plan::Plan(const std::vector<std::int64_t>& offsets, const std::vector<std::int64_t>& sizes) {
   first_.push_back(0);
+  runs_.push_back(0);
+  std::int64_t run = 0;
   for (std::size_t t = 0; t < sizes.size(); ++t) {
     segments_.push_back({offsets[t], sizes[t]});
     const auto chunks = static_cast<std::int32_t>((sizes[t] + CHUNK - 1) / CHUNK);
-    for (std::int32_t index = 0; index < chunks; ++index)
+    for (std::int32_t index = 0; index < chunks; ++index) {
       entries_.push_back({static_cast<std::int32_t>(t), index});
+      run += std::min<std::int64_t>(CHUNK, sizes[t] - std::int64_t{index} * CHUNK);
+      if (run < RUN) continue;
+      runs_.push_back(static_cast<std::int32_t>(entries_.size()));
+      run = 0;
+    }
     first_.push_back(static_cast<std::int32_t>(entries_.size()));
     elements_ += sizes[t];
   }
+  if (run > 0) runs_.push_back(static_cast<std::int32_t>(entries_.size()));
 }
 
 Chunks Plan::chunks() const {
@@ -136,12 +158,11 @@ void use_kernels(const char* name) {
 }
 
 void accumulate(const Plan& plan, const Accumulation& a, int threads) {
-  const Chunks chunks = plan.chunks();
   const Kernels& k = *kernels();
   const Dtype dtype = a.accumulator.dtype;
   const bool streaming = plan.elements() * size_of(dtype) > LARGE_ACCUMULATOR;
-  parallel(chunks.count, threads_for(plan.elements() * 12, threads), [&](int number) {
-    const Chunk chunk = chunk_at(chunks, number);
+  threads = threads_for(plan.elements() * 12, threads);
+  for_chunks(plan, threads, false, [&](int, const Chunk& chunk) {
     char* target_ptr = element_of(a.accumulator.data_ptr, dtype, chunk.start());
     const TensorPtr gradient = a.gradients[chunk.tensor];
     const Dtype gradient_dtype = dtype_of(gradient);
@@ -161,8 +182,7 @@ void gramian(const Plan& plan, const GramianArguments& a, int threads) {
   const std::size_t products = counts.total(), floats = k.scratch_size(counts);
   const std::unique_ptr<double[]> partials(new double[products * chunks.count]);
   threads = threads_for(plan.elements() * 4 * (counts.rows + K), threads);
-  parallel(chunks.count, threads, [&](int number) {
-    const Chunk chunk = chunk_at(chunks, number);
+  for_chunks(plan, threads, false, [&](int number, const Chunk& chunk) {
     k.multiply({&a.gradients, a.with_momentum ? a.momentum_ptr : nullptr, chunk.start(), chunk.count},
                scratch_of_thread(floats), &partials[products * number]);
   });
@@ -172,7 +192,8 @@ void gramian(const Plan& plan, const GramianArguments& a, int threads) {
     const std::int32_t* first = chunks.first_ptr + tensor;
     return first[0] == first[1] ? zeros.data() : &partials[products * first[0]];
   };
-  parallel(chunks.tensors, threads, [&](int tensor) {
+  const std::int64_t summed = static_cast<std::int64_t>(products * chunks.count * sizeof(double));
+  parallel(chunks.tensors, threads_for(summed, threads), [&](int tensor) {
     const std::int32_t* first = chunks.first_ptr + tensor;
     for (std::int32_t chunk = first[0] + 1; chunk < first[1]; ++chunk)
       for (std::size_t p = 0; p < products; ++p)
@@ -190,11 +211,11 @@ void gramian(const Plan& plan, const GramianArguments& a, int threads) {
 }
 
 void combine(const Plan& plan, const CombineArguments& a, int threads) {
-  const Chunks chunks = plan.chunks();
   const Kernels& k = *kernels();
-  const int K = a.gradients.tasks, vectors = a.stride == 0 ? 1 : chunks.tensors;
+  const int tensors = static_cast<int>(a.outputs.size());
+  const int K = a.gradients.tasks, vectors = a.stride == 0 ? 1 : tensors;
   const bool finite = *a.finite_ptr;
-  const std::vector<double> factors = output_factors(a, chunks.tensors);
+  const std::vector<double> factors = output_factors(a, tensors);
   std::vector<TaskUse> uses;
   for (int vector = 0; vector < vectors; ++vector)
     for (int task = 0; task < K; ++task)
@@ -202,9 +223,8 @@ void combine(const Plan& plan, const CombineArguments& a, int threads) {
   const Momentum momentum = finite ? a.momentum : Momentum{nullptr, nullptr, 0.0};
   const bool streaming = plan.elements() * (6 * K + 8) > CACHE_BYTES;
   threads = threads_for(plan.elements() * (6 * K + 8), threads);
-  parallel(chunks.count, threads, [&](int index) {
-    // Backwards: what gramian has read last is still in the cache.
-    const Chunk chunk = chunk_at(chunks, chunks.count - 1 - index);
+  // Backwards: what gramian has read last is still in the caches.
+  for_chunks(plan, threads, true, [&](int, const Chunk& chunk) {
     k.combine({&a.gradients, &uses[a.stride == 0 ? 0 : static_cast<std::size_t>(chunk.tensor) * K],
                momentum, a.outputs[chunk.tensor], chunk.first,
                static_cast<float>(factors[chunk.tensor]), chunk.start(), chunk.count, streaming});

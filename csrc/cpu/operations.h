@@ -20,10 +20,14 @@ class Plan {
   Chunks chunks() const;
   std::int64_t elements() const { return elements_; }
 
+  // Runs of neighbouring chunks, which a thread takes together: it reads on where it has stopped.
+  int runs() const { return static_cast<int>(runs_.size()) - 1; }
+  std::int32_t run_begin(int run) const { return runs_[run]; }
+
  private:
   std::vector<Segment> segments_;
   std::vector<ChunkEntry> entries_;
-  std::vector<std::int32_t> first_;
+  std::vector<std::int32_t> first_, runs_;
   std::int64_t elements_ = 0;
 };
 
