@@ -97,6 +97,22 @@ def test_recording_reads_nothing_from_the_device(tasks, names, max_iterations):
     assert [record["conflicts"] for record in kept.rows()] == [conflicts] * 3
 
 
+def test_steps_wait_to_be_written_together_but_not_for_long(monkeypatch):
+    monkeypatch.setattr(recorder, "TOGETHER", 4)
+    kept, waiting = Recorder("ab", THRESHOLDS, 100), []
+    for number in range(1, 12):
+        # Other methods, and other settings, have events of another shape.
+        add(kept, gradients_of(2, number), number, max_iterations=0 if number in (7, 8) else None)
+        waiting.append(len(kept._waiting))
+    assert waiting == [1, 2, 3, 0, 1, 2, 1, 2, 1, 2, 3]
+    alone = Recorder("ab", THRESHOLDS, 100)
+    for number in range(1, 12):
+        add(alone, gradients_of(2, number), number, max_iterations=0 if number in (7, 8) else None)
+        len(alone)  # writes it
+    assert kept.rows() == alone.rows()
+    assert kept.layers() == alone.layers()
+
+
 def test_a_replayed_graph_would_record_every_step():
     # The same host code again and again: all that differs lies in tensors.
     kept = Recorder("ab", THRESHOLDS, 4)
