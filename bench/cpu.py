@@ -5,8 +5,9 @@ history and without momentum, and the result in the first accumulator. It must m
 per parameter, 4K + 2K to compare, 4K + 4 + 2K to combine, and stands beside a copy of as many
 bytes, half of them read and half written; the reference; and TorchJD's PCGrad, which is given the
 same gradients as a matrix and keeps no history. "accumulate" moves e + 4 bytes of gradients of e
-bytes in the first micro-batch, e + 8 in a later one. "aggregation" is `ops.gramian`, the method's
-weights and `ops.combine`, without history, beside TorchJD's aggregator of the same name. "step" is
+bytes in the first micro-batch, e + 8 in a later one. "aggregation" is `gramian`, the method's
+weights and `combine`, as the optimizer calls them, without history, beside TorchJD's aggregator of
+the same name. "step" is
 `backward` and `step` of GCondFused, beside a forward pass, K backward passes and a step of the same
 optimizer in exact mode, and beside plain accumulation of as many micro-batches in stochastic mode;
 one forward pass per micro-batch in all.
@@ -233,14 +234,16 @@ def measure_aggregation(timing: Timing, case: Case) -> Iterator[Figure]:
     laps = timing.laps(case, Storage.bytes_of(case.tasks, case.layout))
     pool = [Storage(case.tasks, case.layout, CPU, has_momentum=False) for _ in range(laps)]
     weights = method(pool[0].products_in_float64().total)
-    pool[0].aggregate(method, OURS)
+    pool[0].aggregation(method, OURS)()
     if case.what == "PCGrad" and case.tasks > 2:  # it draws another order each time
         others.check_combination(pool[0].outputs, pool[0], OURS)
     else:  # a solver may magnify the rounding of the inner products
         pool[0].check_written(weights, OURS, others.TOLERANCE)
     failed: list[Figure] = []
     theirs = torchjd_aggregations(case, pool, failed, [case.what])
-    own = Competitor([partial(storage.aggregate, method, OURS) for storage in pool])
+    for storage in pool:
+        storage.write_in_place()
+    own = Competitor([storage.aggregation(method, OURS) for storage in pool])
     aims = dict.fromkeys(theirs, OF_THEIRS)
     yield from timing.compare(case, {OURS: own} | theirs, aims)
     yield from failed

@@ -14,6 +14,7 @@ from torch import Tensor
 from bench.clock import Run
 from gcond_kernels import GCond, ops
 from gcond_kernels.methods import Method
+from gcond_kernels.methods.method import Comparison, Destination, fresh_state
 from gcond_kernels.ops.mask import trainable
 from gcond_kernels.storage.layout import align
 
@@ -117,12 +118,20 @@ class Storage:
         kept = {"state": self.state, "settings": self.method, "momentum": self.momentum}
         ops.resolve(self.gradients(), self.outputs, **kept, backend=backend)
 
-    def aggregate(self, method: Method, backend: str) -> None:
-        """Write another method's weighted sum, with neither history nor momentum."""
+    def aggregation(self, method: Method, backend: str) -> Run:
+        """Return another method's step as the optimizer makes it, without history and momentum."""
+        device = self.accumulators.device
         gradients = self.gradients()._replace(history=None)
-        weights = method(ops.gramian(gradients, backend=backend).total)
-        written = {"weights": weights, "finite": self.finite}
-        ops.combine(gradients, self.outputs, **written, backend=backend)
+        chosen = ops.backend_for(backend, device)
+        target = Destination(self.outputs, backend=chosen)
+        state = fresh_state(method, len(self.accumulators), (), device)
+
+        def run() -> None:
+            gramian = chosen.gramian(gradients, None, None).total
+            decision = method.decide(Comparison(gramian, None, self.scale, backend=chosen), state)
+            method.apply(gradients, target, decision.weights, decision, state)
+
+        return run
 
     def resolve_apart(self, backend: str) -> None:
         """Make a full resolution by the three operations, one after the other."""

@@ -359,7 +359,7 @@ class Bench:
 
         def runs_of(storage: Storage) -> dict[str, Run]:
             return {
-                f"{backend}, {name}": partial(storage.aggregate, method, backend)
+                f"{backend}, {name}": storage.aggregation(method, backend)
                 for name, method in methods.items()
                 for backend in self.backends
             }

@@ -72,8 +72,14 @@ class Backend:
     ) -> Gramians:
         """Return its Gramians; of more than `MOST_TASKS` tasks those of the reference."""
         tasks = len(gradients.scale)
-        name = "python" if tasks > MOST_TASKS.get(self.name, tasks) else self.serves("gramian")
-        return cast(Gramians, self.module(name).gramian(gradients, history_scale, momentum))
+        many = tasks > MOST_TASKS.get(self.name, tasks)
+        gramian = self.module("python").gramian if many else self._gramian
+        return cast(Gramians, gramian(gradients, history_scale, momentum))
+
+    @functools.cached_property
+    def _gramian(self) -> Callable[..., Gramians]:
+        found: Callable[..., Gramians] = self.module(self.serves("gramian")).gramian
+        return found
 
     def resolves_at_once(self, gradients: TaskGradients) -> bool:
         """Return whether it has a `resolve` of its own that takes these gradients."""
