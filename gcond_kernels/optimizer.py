@@ -188,9 +188,10 @@ class GCondFused(SavedOptimizer):
             True when the window is full, `.grad` written and `step` due.
 
         Memory: losses may share a graph. What one loss alone has, its head or a forward pass of its
-        own, is freed after its backward pass, the rest after the last one; the loss is left without
-        a graph. Autograd keeps what is still referred to: delete outputs of heads and losses that
-        are views (indexed out of another tensor), or give the losses as functions.
+        own, is freed after the backward passes, what they share in the last one; all losses but the
+        last are left without a graph. Autograd keeps what is still referred to: delete outputs of
+        heads and losses that are views (indexed out of another tensor), or give the losses as
+        functions.
 
         A loss whose backward pass overwrites what it has saved (some fused cross entropies scale
         their gradient in place) can be passed back through once. Where two tasks share it, that

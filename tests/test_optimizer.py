@@ -440,10 +440,12 @@ def test_tensors_that_share_a_graph_beside_a_function(backend):
     optimizer = GCondFused(sgd(model), dict.fromkeys("abc", 1.0), backend=backend)
     shared = losses_of(model, x)
     optimizer.backward({"a": lambda: losses_of(model, x)["a"], "b": shared["a"], "c": shared["b"]})
-    for loss in shared.values():
+    # The last pass has freed its graph itself, and torch says so.
+    errors = {"a": r"was given to GCondFused\.backward", "b": "backward through the graph a second"}
+    for name, loss in shared.items():
         assert loss.item() > 0.0
         for again in (loss, loss + model[0].weight.sum()):
-            with pytest.raises(RuntimeError, match=r"was given to GCondFused\.backward"):
+            with pytest.raises(RuntimeError, match=errors[name]):
                 again.backward()
 
 

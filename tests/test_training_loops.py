@@ -1154,6 +1154,22 @@ def test_a_fused_loss_that_comes_later_is_refused_too(when):
         optimizer.backward({"a": 3 * ce, "b": 0.5 * ce + model(x).square().mean()})
 
 
+def test_a_fused_loss_is_refused_where_many_micro_batches_had_another_in_its_place():
+    torch.manual_seed(0)
+    model, x, target = nn.Linear(8, 4), torch.randn(8, 8), torch.randint(0, 4, (8,))
+    optimizer = GCondFused(sgd(model, 0.0), TASKS, method=Sum())
+
+    def losses(cross_entropy):
+        ce = cross_entropy(model(x), target)
+        return {"a": 3 * ce, "b": 0.5 * ce + model(x).square().mean()}
+
+    for _ in range(20):
+        optimizer.backward(losses(functional.cross_entropy))
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="of OverwritesWhatItSaved overwrites"), pytest.warns():
+        optimizer.backward(losses(OverwritesWhatItSaved.apply))
+
+
 def test_a_state_after_a_group_with_a_state_was_removed():
     model, x = Net(), inputs(2)
     groups = [{"params": model.body.parameters()}, {"params": model.heads.parameters()}]

@@ -77,14 +77,11 @@ class GCond(Settings, Method):
 
     def decide(self, comparison: Comparison, state: State) -> ops.Arbitration:
         """Return one weight per task, of one Gramian or a batch; see `ops.arbitrate`."""
-        return ops.arbitrate(
-            comparison.gramian,
-            comparison.cross,
-            comparison.scale,
-            state=ArbitrationState(**state),
-            settings=self,
-            backend=comparison.backend,
-        )
+        S, X, scale, _, _, backend = comparison
+        kept = ArbitrationState(**state)
+        if isinstance(backend, ops.Backend) and S.dim() == 2:
+            return backend.arbitrate(S, X, scale, kept, self)  # the optimizer has made all of this
+        return ops.arbitrate(S, X, scale, state=kept, settings=self, backend=backend)
 
     def resolve(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -15,6 +16,8 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 # loss is near, and the search costs time in every micro-batch.
 ENOUGH_CHECKS = 16
 NEAR = 32
+# Losses are taken to be computed as before where so many nodes are the same.
+PATH = 6
 
 
 class FreedGraph(torch.autograd.Function):
@@ -52,8 +55,13 @@ def free(losses: Iterable[Tensor]) -> None:
     # The value is as it was: where it was saved, detached, what was made of it stays valid.
     unchanged = _unsafe_preserve_version_counter(tuple(detached))
     with torch.inference_mode(False), torch.enable_grad(), unchanged:
-        anchor = detached[0].new_zeros((), requires_grad=True)
-        FreedGraph.apply(anchor, *detached)  # type: ignore[no-untyped-call]
+        FreedGraph.apply(_anchor(), *detached)  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _anchor() -> Tensor:
+    """Return a tensor that requires a gradient, so that what is made of it has a graph."""
+    return torch.zeros((), device="cpu", requires_grad=True)
 
 
 class SharedFunctions:
@@ -62,17 +70,17 @@ class SharedFunctions:
     The backward pass of some overwrites it: a fused cross entropy multiplies a saved gradient in
     place. The second loss would read what the first has left, which autograd does not detect.
 
-    `checks` counts by a function's name how often it was found to overwrite nothing; `everywhere`
-    searches whole graphs, and not near the losses alone.
+    `checks` counts by a function's name how often it was found to overwrite nothing, and by the
+    nodes next to the losses how often none was shared; `everywhere` searches whole graphs, and not
+    near the losses alone.
     """
 
     def __init__(self, losses: Sequence[Tensor], checks: dict[str, int], everywhere: bool) -> None:
-        most, seen = None if everywhere else NEAR, Counter[Any]()
-        for loss in losses[:-1]:
-            seen.update(custom_nodes_of(loss, most))
-        if seen:  # the last loss shares none otherwise
-            seen.update(custom_nodes_of(losses[-1], most))
-        shared = [node for node, count in seen.items() if count > 1]
+        path = " ".join(map(first_path, losses))
+        searched = not everywhere and checks.get(path, 0) >= ENOUGH_CHECKS
+        shared = [] if searched else shared_nodes(losses, None if everywhere else NEAR)
+        if not shared:
+            checks[path] = checks.get(path, 0) + 1
         self._nodes = [n for n in shared if checks.get(type(n).__name__, 0) < ENOUGH_CHECKS]
         self._checks = checks
         self._sums = self._read()
@@ -97,6 +105,27 @@ class SharedFunctions:
                 "functions, each with a forward pass of its own"
             )
         self._checks.update({name: self._checks.get(name, 0) + 1 for name in names})
+
+
+def first_path(loss: Tensor) -> str:
+    """Return the names of the nodes next to a loss, along the first input of each."""
+    names: list[str] = []
+    node = loss.grad_fn
+    while node is not None and len(names) < PATH:
+        names.append(type(node).__name__)
+        following = node.next_functions
+        node = following[0][0] if following else None
+    return " ".join(names)
+
+
+def shared_nodes(losses: Sequence[Tensor], most: int | None) -> list[Any]:
+    """Return the custom functions that losses share, among the `most` nearest nodes of each."""
+    seen = Counter[Any]()
+    for loss in losses[:-1]:
+        seen.update(custom_nodes_of(loss, most))
+    if seen:  # the last loss shares none otherwise
+        seen.update(custom_nodes_of(losses[-1], most))
+    return [node for node, count in seen.items() if count > 1]
 
 
 def custom_nodes_of(loss: Tensor, most: int | None) -> list[Any]:

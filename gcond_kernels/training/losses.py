@@ -62,6 +62,7 @@ class LossBackward:
         shared = None
         if len(tensors) > 1 and not tables.is_capturing(resolver.device):
             shared = graphs.SharedFunctions(tensors, self._looks, not self._reached)
+        to_free = tensors
         try:
             for number, task in enumerate(order, start=1):
                 loss, k = losses[task], names.index(task)
@@ -74,8 +75,9 @@ class LossBackward:
                 # Nothing will be added to it any more: the other ranks may have it.
                 if resolver.strategy.size > 1 and not window.comes_again(k):
                     resolver.strategy.mark_complete(k)
+            to_free = tensors[:-1]  # the backward pass of the last one has freed its own
         finally:
-            graphs.free(tensors)
+            graphs.free(to_free)
         self._check_reached()
 
     def _loss_of(self, task: str, function: Callable[[], Tensor]) -> Tensor:
