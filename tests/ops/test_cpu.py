@@ -283,14 +283,14 @@ def test_unknown_kernels_are_refused_by_name():
 
 def test_many_tasks_are_arbitrated():
     torch.manual_seed(0)
-    J = torch.randn(100, 40, dtype=torch.float64)
+    J = torch.randn(70, 40, dtype=torch.float64)
     S = J @ J.T
     found = {
         backend: ops.arbitrate(
             S,
             None,
-            torch.ones(100, dtype=torch.float64),
-            state=ops.ArbitrationState(**ops_state(100)),
+            torch.ones(70, dtype=torch.float64),
+            state=ops.ArbitrationState(**ops_state(70)),
             settings=settings(),
             backend=backend,
         )
