@@ -35,7 +35,8 @@ inline TaskGradients task_gradients(py::handle g) {
 
 inline Momentum momentum_of(py::handle m) {
   if (m.is_none()) return {nullptr, nullptr, 0.0};
-  return {field_ptr<float>(m, "buffer"), field_ptr<std::int64_t>(m, "steps"), field(m, "beta").cast<double>()};
+  return {field_ptr<float>(m, "buffer"), field_ptr<std::int64_t>(m, "steps"),
+          field(m, "beta").cast<double>()};
 }
 
 inline Settings settings_of(py::handle s, int max_iterations) {
@@ -60,14 +61,17 @@ inline Settings settings_of(py::handle s, int max_iterations) {
 }
 
 inline ArbitrationState state_of(py::handle s) {
-  return {field_ptr<double>(s, "norm_ema"), field_ptr<std::int64_t>(s, "winners"),
-          dimension(field(s, "winners"), 1), field_ptr<double>(s, "history_gramian"),
-          field_ptr<double>(s, "history_coefficients"), field_ptr<double>(s, "history_scale")};
+  return {field_ptr<double>(s, "norm_ema"),
+          field_ptr<std::int64_t>(s, "winners"),
+          dimension(field(s, "winners"), 1),
+          field_ptr<double>(s, "history_gramian"),
+          field_ptr<double>(s, "history_coefficients"),
+          field_ptr<double>(s, "history_scale")};
 }
 
 inline Arbitration arbitration_of(py::handle a) {
-  return {field_ptr<double>(a, "weights"), field_ptr<double>(a, "coefficients"), field_ptr<double>(a, "events"),
-          field_ptr<bool>(a, "finite")};
+  return {field_ptr<double>(a, "weights"), field_ptr<double>(a, "coefficients"),
+          field_ptr<double>(a, "events"), field_ptr<bool>(a, "finite")};
 }
 
 }  // namespace gcond

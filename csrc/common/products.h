@@ -1,5 +1,6 @@
-// The products that a Gramian and a cross-Gramian are made of, and their order: all pairs i ≤ j of the
-// tasks, and of the momentum as the last row, row by row; then of each task with each task's history.
+// The products that a Gramian and a cross-Gramian are made of, and their order: all pairs i ≤ j of
+// the tasks, and of the momentum as the last row, row by row; then of each task with each task's
+// history.
 #pragma once
 
 #include "types.h"

@@ -1,6 +1,6 @@
-// Reads tensors by DLPack's exchange of C functions, which torch offers since 2.10. It is a table of
-// functions with a fixed layout: this module needs no header and no library of torch, and one build
-// serves every version of it.
+// Reads tensors by DLPack's exchange of C functions, which torch offers since 2.10. It is a table
+// of functions with a fixed layout: this module needs no header and no library of torch, and one
+// build serves every version of it.
 #pragma once
 
 #include <pybind11/pybind11.h>

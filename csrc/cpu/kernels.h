@@ -1,5 +1,5 @@
-// What the vector code does: one chunk of one tensor at a time, on one thread. There is one table of
-// these functions for each kind of processor that it was compiled for.
+// What the vector code does: one chunk of one tensor at a time, on one thread. There is one table
+// of these functions for each kind of processor that it was compiled for.
 #pragma once
 
 #include "../common/products.h"

@@ -18,18 +18,16 @@ namespace cpu {
 namespace avx2 {
 
 constexpr int WIDTH = 8, TILE = 2;
-#include "lanes.h"
 #include "kernels_body.h"
+#include "lanes.h"
 
-bool runs_here() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
+bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 }  // namespace avx2
 
 extern const Kernels AVX2;
-const Kernels AVX2 = {"avx2", avx2::runs_here, avx2::accumulate, avx2::scratch_size,
-                        avx2::multiply, avx2::combine};
+const Kernels AVX2 = {"avx2",         avx2::runs_here, avx2::accumulate, avx2::scratch_size,
+                      avx2::multiply, avx2::combine};
 
 }  // namespace cpu
 }  // namespace gcond

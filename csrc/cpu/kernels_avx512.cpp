@@ -3,7 +3,8 @@
 
 #ifdef GCOND_X86
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 #endif
@@ -19,8 +20,8 @@ namespace cpu {
 namespace avx512 {
 
 constexpr int WIDTH = 16, TILE = 4;
-#include "lanes.h"
 #include "kernels_body.h"
+#include "lanes.h"
 
 bool runs_here() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -31,8 +32,9 @@ bool runs_here() {
 }  // namespace avx512
 
 extern const Kernels AVX512;
-const Kernels AVX512 = {"avx512", avx512::runs_here, avx512::accumulate, avx512::scratch_size,
-                        avx512::multiply, avx512::combine};
+const Kernels AVX512 = {"avx512",           avx512::runs_here,
+                        avx512::accumulate, avx512::scratch_size,
+                        avx512::multiply,   avx512::combine};
 
 }  // namespace cpu
 }  // namespace gcond

@@ -1,7 +1,7 @@
 // The vector code itself; part of every variant, after lanes.h.
 
-// Elements that are read before others: of many rows more, for the sums of a tile are loaded and stored
-// with every block. What was read fits in the first cache, all rows in the second.
+// Elements that are read before others: of many rows more, for the sums of a tile are loaded and
+// stored with every block. What was read fits in the first cache, all rows in the second.
 constexpr int SHORT_BLOCK = 256, BLOCK = 512, FEW_ROWS = 4;
 // Arguments of prefetching: the first cache is full of what is read now.
 constexpr int READ = 0, WRITE = 1, SECOND_CACHE = 2;
@@ -12,22 +12,34 @@ constexpr int POINTER_FLOATS = 2;  // the room of a pointer among floats
 // Reads and writes all lanes, or the first `count`.
 struct All {
   template <class T>
-  Lanes read(const T* from) const { return load(from); }
+  Lanes read(const T* from) const {
+    return load(from);
+  }
   template <class T>
-  void write(T* to, const Lanes& lanes) const { store(to, lanes); }
+  void write(T* to, const Lanes& lanes) const {
+    store(to, lanes);
+  }
   template <class T>
-  void write_past_caches(T* to, const Lanes& lanes) const { stream(to, lanes); }
+  void write_past_caches(T* to, const Lanes& lanes) const {
+    stream(to, lanes);
+  }
 };
 
 struct First {
   int count;
 
   template <class T>
-  Lanes read(const T* from) const { return load_part(from, count); }
+  Lanes read(const T* from) const {
+    return load_part(from, count);
+  }
   template <class T>
-  void write(T* to, const Lanes& lanes) const { store_part(to, lanes, count); }
+  void write(T* to, const Lanes& lanes) const {
+    store_part(to, lanes, count);
+  }
   template <class T>
-  void write_past_caches(T* to, const Lanes& lanes) const { write(to, lanes); }
+  void write_past_caches(T* to, const Lanes& lanes) const {
+    write(to, lanes);
+  }
 };
 
 // Writes past the caches what does not stay in them; memory that is aligned for it.
@@ -55,11 +67,20 @@ inline bool is_aligned(const void* address) {
 template <class Run>
 inline void with_type(Dtype dtype, void* address, Run run) {
   switch (dtype) {
-    case FLOAT32: run(static_cast<float*>(address)); break;
-    case BFLOAT16: run(static_cast<BFloat16*>(address)); break;
-    case FLOAT16: run(static_cast<Float16*>(address)); break;
-    case FLOAT64: run(static_cast<double*>(address)); break;
-    case NO_TENSOR: break;
+    case FLOAT32:
+      run(static_cast<float*>(address));
+      break;
+    case BFLOAT16:
+      run(static_cast<BFloat16*>(address));
+      break;
+    case FLOAT16:
+      run(static_cast<Float16*>(address));
+      break;
+    case FLOAT64:
+      run(static_cast<double*>(address));
+      break;
+    case NO_TENSOR:
+      break;
   }
 }
 
@@ -67,9 +88,15 @@ inline void with_type(Dtype dtype, void* address, Run run) {
 template <class Run>
 inline void with_storage_type(Dtype dtype, void* address, Run run) {
   switch (dtype) {
-    case BFLOAT16: run(static_cast<BFloat16*>(address)); break;
-    case FLOAT16: run(static_cast<Float16*>(address)); break;
-    default: run(static_cast<float*>(address)); break;
+    case BFLOAT16:
+      run(static_cast<BFloat16*>(address));
+      break;
+    case FLOAT16:
+      run(static_cast<Float16*>(address));
+      break;
+    default:
+      run(static_cast<float*>(address));
+      break;
   }
 }
 
@@ -78,7 +105,8 @@ inline int size_of(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
 // The element `offset` of a row of flat storage; null where there is none.
 inline void* element_of(const Matrix& matrix, int row, std::int64_t offset) {
   if (matrix.data_ptr == nullptr) return nullptr;
-  return static_cast<char*>(matrix.data_ptr) + (row * matrix.stride + offset) * size_of(matrix.dtype);
+  return static_cast<char*>(matrix.data_ptr) +
+         (row * matrix.stride + offset) * size_of(matrix.dtype);
 }
 
 // The bits of the mask for up to sixteen elements, which may lie in two words.
@@ -104,7 +132,8 @@ inline void set(const AccumulateChunk& c, A* target_ptr, const G* gradient_ptr) 
 
 template <class A, class G>
 inline void accumulate_as(const AccumulateChunk& c, A* target_ptr, const G* gradient_ptr) {
-  if (c.overwrite && c.streaming && is_aligned(target_ptr)) return set<true>(c, target_ptr, gradient_ptr);
+  if (c.overwrite && c.streaming && is_aligned(target_ptr))
+    return set<true>(c, target_ptr, gradient_ptr);
   if (c.overwrite) return set<false>(c, target_ptr, gradient_ptr);
   const Lanes scale = splat(c.scale);
   for_lanes(c.count, [&](auto access, std::int64_t e) {
@@ -126,8 +155,8 @@ void accumulate(const AccumulateChunk& c) {
 
 // What a tile does beside its rows.
 struct Work {
-  int count;   // of elements, a multiple of LANES
-  bool first;  // whether the sums start here
+  int count;              // of elements, a multiple of LANES
+  bool first;             // whether the sums start here
   const float* ahead[2];  // rows of the next block, to be fetched meanwhile
 };
 
@@ -262,15 +291,17 @@ inline void add_block(const ProductsChunk& c, const Scratch& s, std::int64_t off
     for (int k = 0; k < K; ++k) row(R + k, g.history.dtype, element_of(g.history, k, offset));
   const int padded = (count + LANES - 1) / LANES * LANES;
   // Each tile fetches its part of the next block's accumulators.
-  const int across = (R + TILE - 1) / TILE, tiles = across * (across + 1) / 2 +
-      (s.counts.history ? ((K + TILE - 1) / TILE) * ((K + TILE - 1) / TILE) : 0);
+  const int across = (R + TILE - 1) / TILE,
+            tiles = across * (across + 1) / 2 +
+                    (s.counts.history ? ((K + TILE - 1) / TILE) * ((K + TILE - 1) / TILE) : 0);
   const bool fetches = g.accumulators.dtype == FLOAT32;
   int done = 0;
   const auto tile = [&](int i, int rows, int j, int until, const float* const* others, bool cross) {
     Work work{padded, first, {s.rows[i], s.rows[i]}};
     if (fetches)
       for (int n = 0, row = done * K / tiles; n < 2 && row < (done + 1) * K / tiles; ++n, ++row)
-        work.ahead[n] = static_cast<const float*>(element_of(g.accumulators, row, offset + next_after(count)));
+        work.ahead[n] =
+            static_cast<const float*>(element_of(g.accumulators, row, offset + next_after(count)));
     ++done;
     const int a = rows - i < TILE ? rows - i : TILE, b = until - j < TILE ? until - j : TILE;
     float* sums[TILE];
@@ -296,8 +327,8 @@ void multiply(const ProductsChunk& c, float* scratch, double* products) {
 
 // combine
 
-// Elements from a task's block to the one that is read after it: the next task's, or the first one's
-// next.
+// Elements from a task's block to the one that is read after it: the next task's, or the first
+// one's next.
 struct Ahead {
   std::int64_t accumulator, history;
 };
@@ -325,7 +356,8 @@ inline void add_task(float* total, const TaskUse& use, const A* accumulator_ptr,
 
 // Writes momentum and output of a block.
 template <bool STREAMING, class O>
-inline void write_block(const CombineChunk& c, const float* total, O* output_ptr, int block, int count) {
+inline void write_block(const CombineChunk& c, const float* total, O* output_ptr, int block,
+                        int count) {
   const std::uint32_t* mask_ptr = c.gradients->mask_ptr;
   float* momentum_ptr = c.momentum.buffer_ptr;
   const Lanes beta = splat(static_cast<float>(c.momentum.beta)), factor = splat(c.factor);
@@ -335,7 +367,8 @@ inline void write_block(const CombineChunk& c, const float* total, O* output_ptr
     if (kept_ptr != nullptr) values = multiply_add(access.read(kept_ptr), beta, values);
     if (mask_ptr != nullptr) {
       const int left = count - static_cast<int>(e);
-      values = selected(values, bits_at(mask_ptr, c.start + block + e, left < LANES ? left : LANES));
+      values =
+          selected(values, bits_at(mask_ptr, c.start + block + e, left < LANES ? left : LANES));
     }
     if (kept_ptr != nullptr) access.write(kept_ptr, values);
     write<STREAMING>(access, output_ptr + e, multiply(values, factor));
@@ -369,7 +402,8 @@ inline void combine_blocks(const CombineChunk& c) {
     with_type(dtype_of(c.output), address_of(c.output), [&](auto* output_ptr) {
       auto* to = output_ptr + c.first + block;
       // In the place of an accumulator it is in the caches.
-      const bool elsewhere = static_cast<void*>(to) != element_of(g.accumulators, 0, c.start + block);
+      const bool elsewhere =
+          static_cast<void*>(to) != element_of(g.accumulators, 0, c.start + block);
       if (STREAMING && elsewhere && is_aligned(to))
         write_block<true>(c, total, to, block, count);
       else

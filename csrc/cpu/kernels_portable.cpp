@@ -15,16 +15,17 @@ namespace cpu {
 namespace portable {
 
 constexpr int WIDTH = 4, TILE = 2;
-#include "lanes.h"
 #include "kernels_body.h"
+#include "lanes.h"
 
 bool runs_here() { return true; }
 
 }  // namespace portable
 
 extern const Kernels PORTABLE;
-const Kernels PORTABLE = {"portable", portable::runs_here, portable::accumulate,
-                          portable::scratch_size, portable::multiply, portable::combine};
+const Kernels PORTABLE = {"portable",           portable::runs_here,
+                          portable::accumulate, portable::scratch_size,
+                          portable::multiply,   portable::combine};
 
 }  // namespace cpu
 }  // namespace gcond

@@ -1,5 +1,6 @@
-// Sixteen floats at a time, in as few registers as the processor has for them; part of every variant
-// of the kernels (see kernels_avx512.cpp), which defines WIDTH, the floats of a register, and FUSED.
+// Sixteen floats at a time, in as few registers as the processor has for them; part of every
+// variant of the kernels (see kernels_avx512.cpp), which defines WIDTH, the floats of a register,
+// and FUSED.
 //
 // Every variant sums in the same sixteen lanes, so that all with a fused multiplication give the
 // same bits. Included inside the namespace of the variant; no header may be included here.
@@ -66,7 +67,8 @@ inline F float_of(Float16, U bits) {
   const U special = (magnitude << 13) | 0x7f800000u;
   const F small = __builtin_convertvector((I)magnitude, F) * 0x1p-24f;
   const U is_small = (U)(magnitude < words(0x0400)), is_special = (U)(magnitude >= words(0x7c00));
-  const U value = (is_small & (U)small) | (~is_small & ((is_special & special) | (~is_special & normal)));
+  const U value =
+      (is_small & (U)small) | (~is_small & ((is_special & special) | (~is_special & normal)));
   return (F)(value | sign);
 }
 
@@ -91,7 +93,7 @@ inline U bits_of(Float16, F value) {
 }
 
 inline Lanes load(const float* from) {
-  return each([&](int r) { return (F)*reinterpret_cast<const FMemory*>(from + r * WIDTH); });
+  return each([&](int r) { return (F) * reinterpret_cast<const FMemory*>(from + r * WIDTH); });
 }
 
 inline void store(float* to, const Lanes& lanes) {
@@ -184,8 +186,12 @@ inline void store_half_part(T* to, const Lanes& lanes, int count) {
 
 inline Lanes load_part(const BFloat16* from, int count) { return load_half_part(from, count); }
 inline Lanes load_part(const Float16* from, int count) { return load_half_part(from, count); }
-inline void store_part(BFloat16* to, const Lanes& lanes, int count) { store_half_part(to, lanes, count); }
-inline void store_part(Float16* to, const Lanes& lanes, int count) { store_half_part(to, lanes, count); }
+inline void store_part(BFloat16* to, const Lanes& lanes, int count) {
+  store_half_part(to, lanes, count);
+}
+inline void store_part(Float16* to, const Lanes& lanes, int count) {
+  store_half_part(to, lanes, count);
+}
 #endif
 
 // Zero where the bit of a lane is not set: selected, not multiplied, for there may be a NaN.

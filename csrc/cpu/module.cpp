@@ -22,9 +22,13 @@ void accumulate_(const Plan& plan, py::handle accumulator, py::handle gradients,
 
 GramianArguments gramian_arguments(py::handle gradients, py::handle momentum,
                                    const double* history_scale_ptr, py::handle gramians) {
-  return {task_gradients(gradients), ptr<const float>(momentum), !momentum.is_none(), history_scale_ptr,
-          {field_ptr<double>(gramians, "total"), field_ptr<double>(gramians, "cross"),
-           field_ptr<double>(gramians, "per_tensor"), field_ptr<double>(gramians, "cross_per_tensor")}};
+  return {
+      task_gradients(gradients),
+      ptr<const float>(momentum),
+      !momentum.is_none(),
+      history_scale_ptr,
+      {field_ptr<double>(gramians, "total"), field_ptr<double>(gramians, "cross"),
+       field_ptr<double>(gramians, "per_tensor"), field_ptr<double>(gramians, "cross_per_tensor")}};
 }
 
 void gramian_(const Plan& plan, py::handle gradients, py::handle momentum, py::handle history_scale,
@@ -72,19 +76,20 @@ void resolve_(const Plan& plan, py::handle gradients, py::handle outputs, py::ha
               py::handle max_norm, py::handle state_, py::handle settings, py::handle results,
               int threads) {
   const bool clipped = !max_norm.is_none();
-  const py::object gramians = field(results, "gramians"), arbitration = field(results, "arbitration");
+  const py::object gramians = field(results, "gramians"),
+                   arbitration = field(results, "arbitration");
   const ArbitrationState state = state_of(state_);
   const bool with_momentum = clipped && !momentum.is_none();
-  const GramianArguments g = gramian_arguments(
-      gradients, with_momentum ? field(momentum, "buffer") : py::none(), state.history_scale_ptr, gramians);
-  const ArbitrateArguments a{
-      g.gradients.tasks,
-      g.results.total_ptr,
-      g.results.cross_ptr,
-      g.gradients.scale_ptr,
-      state,
-      settings_of(settings, dimension(field(arbitration, "events"), 2)),
-      arbitration_of(arbitration)};
+  const GramianArguments g =
+      gramian_arguments(gradients, with_momentum ? field(momentum, "buffer") : py::none(),
+                        state.history_scale_ptr, gramians);
+  const ArbitrateArguments a{g.gradients.tasks,
+                             g.results.total_ptr,
+                             g.results.cross_ptr,
+                             g.gradients.scale_ptr,
+                             state,
+                             settings_of(settings, dimension(field(arbitration, "events"), 2)),
+                             arbitration_of(arbitration)};
   const CombineArguments c{g.gradients,
                            tensor_ptrs(outputs),
                            momentum_of(momentum),

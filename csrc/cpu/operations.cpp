@@ -41,7 +41,8 @@ int threads_for(std::int64_t bytes, int threads) {
   return static_cast<int>(std::min<std::int64_t>(threads, 1 + bytes / BYTES_PER_THREAD));
 }
 
-// Calls `task(number, chunk)` for all chunks, on several threads; the last run first if `backwards`.
+// Calls `task(number, chunk)` for all chunks, on several threads; the last run first if
+// `backwards`.
 template <class Task>
 void for_chunks(const Plan& plan, int threads, bool backwards, const Task& task) {
   const Chunks chunks = plan.chunks();
@@ -82,8 +83,8 @@ std::vector<double> product_scales(const GramianArguments& a, const ProductCount
 }
 
 // Stores the sums of one tensor, or of all, as a Gramian [rows, rows] and a cross-Gramian [K, K].
-void store_products(const ProductCounts& counts, const std::vector<double>& scales, const double* sums,
-                    int rows, double* gramian_ptr, double* cross_ptr) {
+void store_products(const ProductCounts& counts, const std::vector<double>& scales,
+                    const double* sums, int rows, double* gramian_ptr, double* cross_ptr) {
   const double* scale = scales.data();
   for (int i = 0; i < counts.rows; ++i)
     for (int j = i; j < counts.rows; ++j, ++sums, ++scale)
@@ -98,8 +99,8 @@ std::vector<double> output_factors(const CombineArguments& a, int tensors) {
   std::vector<double> factors(tensors, 1.0), squares(tensors);
   const bool finite = *a.finite_ptr;
   if (a.momentum.steps_ptr != nullptr || a.per_tensor_ptr != nullptr) {
-    const FactorArguments f{a.gradients.tasks, tensors, a.momentum, a.per_tensor_ptr,
-                            factors.data(), squares.data()};
+    const FactorArguments f{a.gradients.tasks, tensors,        a.momentum,
+                            a.per_tensor_ptr,  factors.data(), squares.data()};
     for (int t = 0; t < tensors; ++t) {
       const bool written = finite && dtype_of(a.outputs[t]) != NO_TENSOR;
       find_factor(f, a.weights_ptr + t * a.stride, t, written);
@@ -135,8 +136,12 @@ Plan::Plan(const std::vector<std::int64_t>& offsets, const std::vector<std::int6
 }
 
 Chunks Plan::chunks() const {
-  return {segments_.data(), entries_.data(), first_.data(), static_cast<int>(segments_.size()),
-          static_cast<int>(entries_.size()), CHUNK};
+  return {segments_.data(),
+          entries_.data(),
+          first_.data(),
+          static_cast<int>(segments_.size()),
+          static_cast<int>(entries_.size()),
+          CHUNK};
 }
 
 const char* kernels_in_use() { return kernels()->name; }
@@ -167,8 +172,9 @@ void accumulate(const Plan& plan, const Accumulation& a, int threads) {
     const TensorPtr gradient = a.gradients[chunk.tensor];
     const Dtype gradient_dtype = dtype_of(gradient);
     if (gradient_dtype != NO_TENSOR)
-      k.accumulate({target_ptr, dtype, element_of(address_of(gradient), gradient_dtype, chunk.first),
-                    gradient_dtype, chunk.count, a.scale, a.overwrite, streaming});
+      k.accumulate({target_ptr, dtype,
+                    element_of(address_of(gradient), gradient_dtype, chunk.first), gradient_dtype,
+                    chunk.count, a.scale, a.overwrite, streaming});
     else if (a.overwrite)
       std::memset(target_ptr, 0, static_cast<std::size_t>(chunk.count) * size_of(dtype));
   });
@@ -183,8 +189,9 @@ void gramian(const Plan& plan, const GramianArguments& a, int threads) {
   const std::unique_ptr<double[]> partials(new double[products * chunks.count]);
   threads = threads_for(plan.elements() * 4 * (counts.rows + K), threads);
   for_chunks(plan, threads, false, [&](int number, const Chunk& chunk) {
-    k.multiply({&a.gradients, a.with_momentum ? a.momentum_ptr : nullptr, chunk.start(), chunk.count},
-               scratch_of_thread(floats), &partials[products * number]);
+    k.multiply(
+        {&a.gradients, a.with_momentum ? a.momentum_ptr : nullptr, chunk.start(), chunk.count},
+        scratch_of_thread(floats), &partials[products * number]);
   });
   // The sums of each tensor, in the place of its first chunk's.
   const std::vector<double> zeros(products), scales = product_scales(a, counts);
@@ -219,7 +226,8 @@ void combine(const Plan& plan, const CombineArguments& a, int threads) {
   std::vector<TaskUse> uses;
   for (int vector = 0; vector < vectors; ++vector)
     for (int task = 0; task < K; ++task)
-      uses.push_back(use_of(a.gradients, a.momentum.beta, a.weights_ptr + vector * a.stride, finite, task));
+      uses.push_back(
+          use_of(a.gradients, a.momentum.beta, a.weights_ptr + vector * a.stride, finite, task));
   const Momentum momentum = finite ? a.momentum : Momentum{nullptr, nullptr, 0.0};
   const bool streaming = plan.elements() * (6 * K + 8) > CACHE_BYTES;
   threads = threads_for(plan.elements() * (6 * K + 8), threads);

@@ -1,7 +1,7 @@
 // The operations on a CPU: all chunks of all tensors, on several threads.
 //
-// Which thread takes which chunk is not fixed; the order of every sum is. So the bits do not depend on
-// the number of threads.
+// Which thread takes which chunk is not fixed; the order of every sum is. So the bits do not depend
+// on the number of threads.
 #pragma once
 
 #include <vector>
@@ -56,7 +56,7 @@ struct GramianPtrs {
 
 struct GramianArguments {
   TaskGradients gradients;
-  const float* momentum_ptr;        // [N']; read where there is a momentum
+  const float* momentum_ptr;  // [N']; read where there is a momentum
   bool with_momentum;
   const double* history_scale_ptr;  // [K]; read where there is a history
   GramianPtrs results;

@@ -12,10 +12,11 @@ namespace cpu {
 namespace {
 
 // The function by which code of GCC starts the threads of OpenMP.
-using GompParallel = void (*)(void (*task)(void*), void* argument, unsigned threads, unsigned flags);
+using GompParallel = void (*)(void (*task)(void*), void* argument, unsigned threads,
+                              unsigned flags);
 
-// Torch's own threads, where it uses OpenMP: others beside them would compete for the processors, for
-// both wait in loops.
+// Torch's own threads, where it uses OpenMP: others beside them would compete for the processors,
+// for both wait in loops.
 GompParallel torch_threads() {
 #if !defined(GCOND_OWN_THREADS) && defined(__unix__)
   static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
