@@ -18,8 +18,9 @@ namespace cpu {
 namespace avx2 {
 
 constexpr int WIDTH = 8, TILE = 2;
-#include "kernels_body.h"
 #include "lanes.h"
+// After what it uses.
+#include "kernels_body.h"
 
 bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 

@@ -20,8 +20,9 @@ namespace cpu {
 namespace avx512 {
 
 constexpr int WIDTH = 16, TILE = 4;
-#include "kernels_body.h"
 #include "lanes.h"
+// After what it uses.
+#include "kernels_body.h"
 
 bool runs_here() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

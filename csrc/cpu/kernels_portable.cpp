@@ -15,8 +15,9 @@ namespace cpu {
 namespace portable {
 
 constexpr int WIDTH = 4, TILE = 2;
-#include "kernels_body.h"
 #include "lanes.h"
+// After what it uses.
+#include "kernels_body.h"
 
 bool runs_here() { return true; }
 
