@@ -227,5 +227,5 @@ def stacked(resolutions: Sequence[Resolution]) -> Resolution:
             stack(p.total for p in products), None, stack(p.per_tensor for p in products), None
         ),
         decision=ops.Arbitration(*map(stack, zip(*[r.decision for r in resolutions], strict=True))),
-        shared=resolutions[-1].shared._replace(flags=flags, places=None),
+        shared=resolutions[-1].shared._replace(flags=flags, factors=None),
     )

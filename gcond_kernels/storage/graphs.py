@@ -83,7 +83,7 @@ class SharedFunctions:
             checks[path] = checks.get(path, 0) + 1
         self._nodes = [n for n in shared if checks.get(type(n).__name__, 0) < ENOUGH_CHECKS]
         self._checks = checks
-        self._sums = self._read()
+        self._sums = self._read() if self._nodes else None
 
     def _read(self) -> Tensor:
         """Return a sum of each saved tensor, all of them in one tensor."""
@@ -94,7 +94,7 @@ class SharedFunctions:
 
     def check(self) -> None:
         """Raise a RuntimeError if a backward pass has overwritten what was saved."""
-        if not self._nodes:
+        if self._sums is None:
             return
         names = sorted({type(node).__name__ for node in self._nodes})
         if not torch.equal(self._read(), self._sums):

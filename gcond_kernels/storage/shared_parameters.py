@@ -18,6 +18,27 @@ from gcond_kernels.storage.accumulator import GradientStorage
 from gcond_kernels.storage.names import without_wrappers
 
 
+class Factors(NamedTuple):
+    """The numbers by which shared tensors are selected on a CPU, each [T, 1] float64.
+
+    One product of finite numbers takes a fraction of the time of `torch.where` and a sum.
+    """
+
+    shared: Tensor  # 1 for a shared tensor, else 0
+    own: Tensor  # 0 for a shared tensor, else 1
+
+    @classmethod
+    def of(cls, flags: Tensor) -> Factors:
+        """Return the factors of [T] flags, whether tasks share a tensor."""
+        shared = flags.to(torch.float64)[:, None]
+        return cls(shared, 1.0 - shared)
+
+    def summed(self, per_tensor: Tensor, tasks: int) -> Tensor:
+        """Return the sum of finite matrices [T, ≥ K, ≥ K] over the shared tensors, [K, K]."""
+        matrices = per_tensor.numpy()[:, :tasks, :tasks].reshape(len(self.shared), -1)
+        return torch.from_numpy(self.shared.numpy().T.dot(matrices).reshape(tasks, tasks))
+
+
 class SharedParameters(NamedTuple):
     """The tensors that one resolution compares.
 
@@ -32,7 +53,7 @@ class SharedParameters(NamedTuple):
     flags: Tensor  # [T] bool, whether tasks share a tensor
     all_shared: bool  # whether the host knows that they share all of them
     selected: Tensor | None = None  # [T] bool, the shared tensors to compare; None where all
-    places: Tensor | None = None  # int64, of the shared ones, where the host knows: not all are
+    factors: Factors | None = None  # where the host knows that some are shared alone: on a CPU
 
     def gramians(self, products: ops.Gramians, tasks: int) -> tuple[Tensor, Tensor | None]:
         """Return S and X for the method, [K, K] or [T, K, K].
@@ -44,12 +65,13 @@ class SharedParameters(NamedTuple):
             return total, cross
         if self.by_tensor:
             S, X = per_tensor[:, :tasks, :tasks], cross_per_tensor
+        elif self.factors is not None and math.isfinite(total.sum().item()):
+            X = cross if cross_per_tensor is None else self.factors.summed(cross_per_tensor, tasks)
+            return self.factors.summed(per_tensor, tasks), X
         else:
             S, X = self.shared_gramian(products, tasks), cross
             if cross_per_tensor is not None and X is not None:
                 X = self._summed(cross_per_tensor, X)
-            if self.places is not None and math.isfinite(float(total.sum())):
-                return S, X
         return torch.where(total.isfinite().all(), S, math.nan).contiguous(), X
 
     def selected_gramian(self, products: ops.Gramians, tasks: int) -> Tensor | None:
@@ -65,8 +87,6 @@ class SharedParameters(NamedTuple):
         return self._summed(products.per_tensor[..., :tasks, :tasks], products.total)
 
     def _summed(self, per_tensor: Tensor, total: Tensor) -> Tensor:
-        if self.places is not None:
-            return per_tensor.index_select(0, self.places).sum(0)
         # Of all tensors it is `total`, to the same bits.
         all_shared = self.flags.all(-1)[..., None, None]
         return torch.where(all_shared, total, summed(per_tensor, self.flags))
@@ -75,6 +95,8 @@ class SharedParameters(NamedTuple):
         """Return the weights for `combine`: [K], or [T, K] with 1 for what is a task's own."""
         if self.all_shared:
             return weights
+        if self.factors is not None:
+            return torch.addcmul(self.factors.own, self.factors.shared, weights)
         return torch.where(self.flags[:, None], weights, 1.0)
 
     def mean_weights(self, decision: ops.Arbitration, squares: Tensor) -> Tensor:
@@ -165,8 +187,8 @@ class Sharing:
         chosen = None if selected is None else self._selected(flags, selected)
         shared = SharedParameters(by_tensor, flags, self.all_shared, chosen)
         if host_flag.reads_at_once(flags.device):
-            if not bool(flags.all()):
-                shared = shared._replace(places=flags.nonzero().view(-1))
+            if flags.device.type == "cpu" and not bool(flags.all()):
+                shared = shared._replace(factors=Factors.of(flags))
             if bool(products.total.isfinite().all()):
                 self._last = asked, storage.parameter_tasks, shared
         return shared, changed
@@ -177,6 +199,8 @@ class Sharing:
         if self._last is None or self._last[1] is not used:
             return True
         squares = products.per_tensor.diagonal(dim1=1, dim2=2)[:, : used.shape[1]]
+        if used.device.type == "cpu":  # NumPy takes a fraction of torch's time
+            return bool(((squares.numpy() > 0.0) > used.numpy()).any())
         return bool(((squares > 0.0) > used).any())
 
     def _selected(self, shared: Tensor, names: Sequence[str]) -> Tensor:

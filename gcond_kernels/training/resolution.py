@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -399,16 +400,23 @@ class Resolver:
     def _count(self, total: Tensor, finite: Tensor) -> None:
         """Count a resolution, whether it is skipped, and the tasks that are not finite in it."""
         skip, known = self.options.on_nonfinite == "skip", host_flag.reads_at_once(self.device)
+        if known and skip and bool(finite):  # nothing else is to be counted
+            self.nonfinite, one_more = _one_step(len(self.nonfinite), self.device)
+            self.counters = self.counters + one_more
+            return
         if known:  # else in place, so that replays of a CUDA graph count
             self.counters = self.counters.clone()  # the record of each step keeps its own
-        if known and skip and bool(finite):  # nothing else is to be counted
-            self.nonfinite = torch.zeros_like(self.nonfinite)
-            self.counters[0].add_(1)
-            return
         if skip:
             self.nonfinite = nonfinite_tasks(total)
         skipped = (~finite).view(1)
         self.counters += torch.cat([torch.ones_like(skipped), skipped, self.nonfinite])
+
+
+@functools.lru_cache(maxsize=64)
+def _one_step(tasks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return flags and counts of a step in which nothing happened; neither is ever changed."""
+    counts = torch.tensor([1, *[0] * (1 + tasks)], dtype=torch.int64, device=device)
+    return torch.zeros(tasks, dtype=torch.bool, device=device), counts
 
 
 def carried_over(old: Tensor | None, new: Tensor) -> Tensor:
