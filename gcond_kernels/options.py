@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
 from enum import Enum
 from numbers import Integral, Real
@@ -145,6 +145,10 @@ class TaskWeights(MutableMapping[str, float]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
+
+    def values(self) -> ValuesView[float]:
+        """Return the weights, in the order of the tasks."""
+        return self._weights.values()
 
     def __len__(self) -> int:
         return len(self._weights)

@@ -117,6 +117,15 @@ class SharedParameters(NamedTuple):
         return torch.where(self.flags.any(-1, keepdim=True), mean, own)
 
 
+class _Found(NamedTuple):
+    """What was found last, and from what."""
+
+    asked: tuple[object, ...]
+    used: Tensor  # [T, K] bool, `parameter_tasks` themselves
+    shared: SharedParameters
+    unknown: Tensor  # [T R²] float64, 1 for a square that was 0 so far, of a task in a tensor
+
+
 class Sharing:
     """Finds out which tensors tasks share, window after window."""
 
@@ -130,8 +139,7 @@ class Sharing:
         self._known_tasks: list[int] = []  # of each tensor, a bit for each task that uses it
         self._rolled_back = HostFlag()
         self.selection_found = False
-        # What was found last, and by what, where the host reads it at once; None where unknown.
-        self._last: tuple[tuple[object, ...], Tensor, SharedParameters] | None = None
+        self._last: _Found | None = None  # where the host reads it at once; None where unknown
         self._noted = False
 
     @property
@@ -144,9 +152,9 @@ class Sharing:
         if not self._noted:
             self._all_shared.note((self._storage.parameter_tasks.sum(1) > 1).all())
         self._noted = self._last is not None
-        if self._last is not None and self._last[2].all_shared != self.all_shared:
-            asked, used, shared = self._last
-            self._last = asked, used, shared._replace(all_shared=self.all_shared)
+        if self._last is not None and self._last.shared.all_shared != self.all_shared:
+            shared = self._last.shared._replace(all_shared=self.all_shared)
+            self._last = self._last._replace(shared=shared)
 
     def note_roll_back(self, rolled_back: Tensor) -> None:
         """Let the host learn whether `parameter_tasks` is as it was before this window, [] bool."""
@@ -179,9 +187,10 @@ class Sharing:
         """
         storage = self._storage
         alone = single and sum(count > 0 for count in counts) <= 1
-        asked = by_tensor, alone, selected
-        if self._last is not None and self._last[0] == asked and not self._finds_more(products):
-            return self._last[2], None
+        asked = by_tensor, alone, selected, products.per_tensor.shape
+        last = self._last
+        if last is not None and last.asked == asked and not self._finds_more(last, products):
+            return last.shared, None
         self._last, self._noted = None, False
         flags, changed = update_shared(storage.parameter_tasks, storage.was_shared, products, alone)
         chosen = None if selected is None else self._selected(flags, selected)
@@ -190,18 +199,18 @@ class Sharing:
             if flags.device.type == "cpu" and not bool(flags.all()):
                 shared = shared._replace(factors=Factors.of(flags))
             if bool(products.total.isfinite().all()):
-                self._last = asked, storage.parameter_tasks, shared
+                used = storage.parameter_tasks
+                unknown = torch.zeros_like(products.per_tensor)
+                unknown.diagonal(dim1=1, dim2=2)[:, : used.shape[1]] = ~used
+                self._last = _Found(asked, used, shared, unknown.flatten())
         return shared, changed
 
-    def _finds_more(self, products: ops.Gramians) -> bool:
+    def _finds_more(self, last: _Found, products: ops.Gramians) -> bool:
         """Return whether a task has a gradient for a tensor for which none was known."""
-        used = self._storage.parameter_tasks
-        if self._last is None or self._last[1] is not used:
+        if last.used is not self._storage.parameter_tasks:
             return True
-        squares = products.per_tensor.diagonal(dim1=1, dim2=2)[:, : used.shape[1]]
-        if used.device.type == "cpu":  # NumPy takes a fraction of torch's time
-            return bool(((squares.numpy() > 0.0) > used.numpy()).any())
-        return bool(((squares > 0.0) > used).any())
+        # It is NaN where a product is not finite, and then True.
+        return torch.dot(last.unknown, products.per_tensor.flatten()).item() != 0.0
 
     def _selected(self, shared: Tensor, names: Sequence[str]) -> Tensor:
         found = [float(is_selected(s.name, names)) for s in self._storage.segments]
