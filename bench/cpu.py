@@ -163,8 +163,9 @@ def measure_resolution(timing: Timing, case: Case) -> Iterator[Figure]:
     """Time ops.resolve of one case beside all others."""
     size = Storage.bytes_of(case.tasks, case.layout)
     laps, budget = timing.laps(case, size), case.layout.parameters * (12 * case.tasks + 4)
-    # And the result that TorchJD allocates.
-    if lacking := lacking_memory(size * laps + 4 * case.layout.length, budget * laps, CPU):
+    # And the copy of the accumulators, and the result that TorchJD allocates.
+    more = 4 * case.layout.length * (case.tasks * laps + 1)
+    if lacking := lacking_memory(size * laps + more, budget * laps, CPU):
         yield case.figure(OURS, section="cpu", skipped=lacking)
         return
     pool = [Storage(case.tasks, case.layout, CPU, has_momentum=False) for _ in range(laps)]

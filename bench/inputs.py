@@ -172,7 +172,11 @@ class Storage:
             yield chunk, self.outputs[tensor].view(-1)[chunk.start - first : chunk.stop - first]
 
     def write_in_place(self) -> None:
-        """Let the outputs lie in the first accumulator, as those of the optimizer do."""
+        """Let the outputs lie in the first accumulator, as those of the optimizer do.
+
+        The accumulators are copied before: others go on with gradients that are not overwritten.
+        """
+        self.accumulators = self.accumulators.clone()
         first = self.accumulators[0]
         pairs = zip(*self.layout, strict=True)
         self.outputs = [first[offset : offset + size] for offset, size in pairs]

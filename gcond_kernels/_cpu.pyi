@@ -18,6 +18,8 @@ from gcond_kernels.ops.types import (
     TaskGradients,
 )
 
+INTERFACE: int
+
 class Plan:
     """How segments are divided into chunks."""
 

@@ -56,7 +56,8 @@ def _operation_lines(device: torch.device) -> list[str]:
         backend = ops.backend_for("auto", device)
     except RuntimeError as error:
         return [f"  {error}"]
-    lines = [f"  {operation:<12} {backend.serves(operation)}" for operation in ops.OPERATIONS]
+    names = (*ops.OPERATIONS, "multi_tensor_dot")  # the norms and cosines of lists
+    lines = [f"  {operation:<16} {backend.serves(operation)}" for operation in names]
     reasons = {name: ops.unavailable(name, device) for name in ops.BACKENDS}
     return lines + [f"  not {name}: {reason}" for name, reason in reasons.items() if reason]
 

@@ -91,7 +91,7 @@ class GCondFused(SavedOptimizer):
             process_group)`; None finds it out. `optimizer.module = model` may be assigned later.
         accumulator_dtype: torch.float32, or torch.bfloat16 for half the memory; bfloat16 loses
             small gradients beside large sums.
-        backend: "auto", "python", "triton" or "cuda"; see `gcond_kernels.ops.backend_for`.
+        backend: "auto", "cpu", "cuda", "triton" or "python"; see `gcond_kernels.ops.backend_for`.
 
     Attributes:
         recorder: the latest 1,000 steps; `recorder.capacity` changes their number. See `Recorder`.
@@ -317,7 +317,11 @@ class GCondFused(SavedOptimizer):
             raise
         self._assigned_gradients.remember(storage.assign_gradients(outcome.gradients))
         window.resolved, window.finite = True, outcome.decision.finite
-        self.recorder.record(resolver.note(outcome, counts))
+        noted = resolver.note(outcome, counts)
+        try:
+            self.recorder.record(noted)
+        except Exception as error:  # for want of memory, say: the step itself is complete
+            warnings.warn(f"optimizer.recorder has lost its latest steps: {error!r}", stacklevel=2)
 
     def _resolve_nothing(self, had_losses: bool) -> None:
         """End a window in which no parameter was given a gradient."""

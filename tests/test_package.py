@@ -139,7 +139,7 @@ def test_info_names_backend_and_reasons(capsys):
     assert torch.__version__ in printed
     cpu = torch.device("cpu")
     for operation in ops.OPERATIONS:
-        assert f"{operation:<12} {ops.backend_for('auto', cpu).serves(operation)}" in printed
+        assert f"{operation:<16} {ops.backend_for('auto', cpu).serves(operation)}" in printed
     for backend in ("cuda", "triton", "cpu"):
         if ops.unavailable(backend, cpu):
             assert f"not {backend}: " in printed

@@ -15,5 +15,9 @@ from gcond_kernels.cpu._resolve import resolve, resolves_at_once
 
 __all__ = ["accumulate", "arbitrate", "combine", "gramian", "resolve", "resolves_at_once"]
 
+# An editable installation keeps its module when the sources change.
+if getattr(_cpu, "INTERFACE", 0) != 1:
+    raise ImportError("it was compiled from other sources: pip install again compiles these")
+
 # The C functions by which torch's tensors are read.
 _cpu.use_exchange(torch.Tensor.__dlpack_c_exchange_api__)

@@ -111,6 +111,8 @@ void resolve_(const Plan& plan, py::handle gradients, py::handle outputs, py::ha
 PYBIND11_MODULE(_cpu, module) {
   using namespace gcond::cpu;
   module.doc() = "The kernels in C++ for CPUs.";
+  // Compared by csrc/cpu/__init__.py; another number with every change of the functions below.
+  module.attr("INTERFACE") = 1;
   pybind11::class_<Plan>(module, "Plan")
       .def(pybind11::init<const std::vector<std::int64_t>&, const std::vector<std::int64_t>&>());
   module.def("use_exchange", &gcond::use_exchange);

@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <cstddef>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -34,7 +36,11 @@ void run_on_threads(int threads, void (*task)(void*), void* argument) {
     return;
   }
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(task, argument);
+  others.reserve(static_cast<std::size_t>(threads));
+  try {
+    for (int i = 1; i < threads; ++i) others.emplace_back(task, argument);
+  } catch (const std::system_error&) {  // those that have started do the work
+  }
   task(argument);
   for (std::thread& other : others) other.join();
 }

@@ -29,8 +29,10 @@ from gcond_kernels.storage.names import without_wrappers
 
 BINS = 100  # cosines of layers are counted in this many intervals from -1 to 0
 
-# Steps on a CPU that are written together, when there are so many or something is read.
+# Steps on a CPU that are written together, when there are so many, or so many bytes of them, or
+# something is read.
 TOGETHER = 64
+BYTES_TOGETHER = 1 << 20
 
 
 class _Buffers(NamedTuple):
@@ -128,10 +130,9 @@ class Recorder:
         if self._waiting and not self._waiting[-1].is_like(resolution):
             self._write()
         self._waiting.append(resolution)
+        most = min(TOGETHER, self.capacity, 1 + BYTES_TOGETHER // resolution.nbytes)
         # A GPU's work is in the order of the steps, and in a graph that is captured.
-        if not host_flag.reads_at_once(device) or len(self._waiting) >= min(
-            TOGETHER, self.capacity
-        ):
+        if not host_flag.reads_at_once(device) or len(self._waiting) >= most:
             self._write()
 
     @fixed_precision

@@ -133,13 +133,18 @@ class Resolution(NamedTuple):
         """Weights of shared parameters, [K]; the mean over them where each has its own."""
         return self.shared.mean_weights(self.decision, self.squares)
 
+    @property
+    def nbytes(self) -> int:
+        """The memory of what the operations returned."""
+        return sum(tensor.nbytes for tensor in (self.products.per_tensor, *self.decision))
+
     def is_like(self, other: Resolution) -> bool:
         """Return whether the two can be stacked: they are alike but for their values."""
         return self._form() == other._form()
 
     def _form(self) -> tuple[object, ...]:
         decision, shared = self.decision, self.shared
-        shapes = decision.weights.shape, decision.events.shape, self.products.per_tensor.shape
+        shapes = [tensor.shape for tensor in (*decision, self.products.per_tensor)]
         return *shapes, shared.by_tensor, shared.all_shared
 
     def report(self, tasks: Sequence[str]) -> Report:

@@ -11,4 +11,7 @@ def why_cpu_is_not_built() -> str:
     reason = "pip install . builds it with a C++ compiler, unless GCOND_BUILD_CPU=0 is set"
     if _REASON.is_file():
         reason = _REASON.read_text(encoding="utf-8").strip()
-    return f"its C++ extension is not built: {reason}"
+    return (
+        f"its C++ extension is not built: {reason} (and then pip install --force-reinstall "
+        "--no-cache-dir --no-deps: pip keeps the wheel that it has made)"
+    )

@@ -16,8 +16,6 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 # loss is near, and the search costs time in every micro-batch.
 ENOUGH_CHECKS = 16
 NEAR = 32
-# Losses are taken to be computed as before where so many nodes are the same.
-PATH = 6
 
 
 class FreedGraph(torch.autograd.Function):
@@ -70,17 +68,12 @@ class SharedFunctions:
     The backward pass of some overwrites it: a fused cross entropy multiplies a saved gradient in
     place. The second loss would read what the first has left, which autograd does not detect.
 
-    `checks` counts by a function's name how often it was found to overwrite nothing, and by the
-    nodes next to the losses how often none was shared; `everywhere` searches whole graphs, and not
-    near the losses alone.
+    `checks` counts by a function's name how often it was found to overwrite nothing; `everywhere`
+    searches whole graphs, and not near the losses alone.
     """
 
     def __init__(self, losses: Sequence[Tensor], checks: dict[str, int], everywhere: bool) -> None:
-        path = " ".join(map(first_path, losses))
-        searched = not everywhere and checks.get(path, 0) >= ENOUGH_CHECKS
-        shared = [] if searched else shared_nodes(losses, None if everywhere else NEAR)
-        if not shared:
-            checks[path] = checks.get(path, 0) + 1
+        shared = shared_nodes(losses, None if everywhere else NEAR)
         self._nodes = [n for n in shared if checks.get(type(n).__name__, 0) < ENOUGH_CHECKS]
         self._checks = checks
         self._sums = self._read() if self._nodes else None
@@ -105,17 +98,6 @@ class SharedFunctions:
                 "functions, each with a forward pass of its own"
             )
         self._checks.update({name: self._checks.get(name, 0) + 1 for name in names})
-
-
-def first_path(loss: Tensor) -> str:
-    """Return the names of the nodes next to a loss, along the first input of each."""
-    names: list[str] = []
-    node = loss.grad_fn
-    while node is not None and len(names) < PATH:
-        names.append(type(node).__name__)
-        following = node.next_functions
-        node = following[0][0] if following else None
-    return " ".join(names)
 
 
 def shared_nodes(losses: Sequence[Tensor], most: int | None) -> list[Any]:

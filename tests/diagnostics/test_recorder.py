@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gcond_kernels import GCondFused
+from gcond_kernels import MGDA, GCond, GCondFused
 from gcond_kernels.diagnostics import recorder
 from gcond_kernels.diagnostics.recorder import Recorder
 from gcond_kernels.diagnostics.records import record_key, zone_of
@@ -111,6 +111,53 @@ def test_steps_wait_to_be_written_together_but_not_for_long(monkeypatch):
         len(alone)  # writes it
     assert kept.rows() == alone.rows()
     assert kept.layers() == alone.layers()
+
+
+def test_waiting_steps_are_bounded_in_bytes(monkeypatch):
+    step = resolved(gradients_of(3, 1), number=1)
+    monkeypatch.setattr(recorder, "BYTES_TOGETHER", 2 * step.nbytes)
+    kept, waiting = Recorder("abc", THRESHOLDS, 100), []
+    for number in range(1, 8):
+        add(kept, gradients_of(3, number), number)
+        waiting.append(len(kept._waiting))
+    assert waiting == [1, 2, 0, 1, 2, 0, 1]
+
+
+def test_decisions_of_other_shapes_are_written_apart():
+    parameter = nn.Parameter(torch.tensor([1.0, -1.0]))
+    optimizer = GCondFused(
+        torch.optim.SGD([parameter], lr=0.1), TASKS, method=GCond(max_iterations=0)
+    )
+    for number in range(6):
+        if number == 3:  # without events too, but with other coefficients
+            optimizer.method = MGDA()
+        train_one(optimizer, parameter)
+    assert steps_of(optimizer.recorder) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_step_that_cannot_be_recorded_is_complete(monkeypatch):
+    parameter = nn.Parameter(torch.tensor([1.0, -1.0]))
+    optimizer = GCondFused(torch.optim.SGD([parameter], lr=0.1), TASKS)
+
+    def fails(_resolution):
+        raise MemoryError("no memory for the records")
+
+    monkeypatch.setattr(optimizer.recorder, "record", fails)
+    before = parameter.detach().clone()
+    with pytest.warns(UserWarning, match="recorder has lost its latest steps: MemoryError"):
+        train_one(optimizer, parameter)
+    assert not torch.equal(parameter.detach(), before)
+    assert optimizer.report().step == 1
+
+
+TASKS = {"a": 1.0, "b": 1.0}
+
+
+def train_one(optimizer, parameter):
+    assert optimizer.backward(
+        {"a": parameter.square().sum(), "b": (parameter - 2.0).square().sum()}
+    )
+    optimizer.step()
 
 
 def test_a_replayed_graph_would_record_every_step():
