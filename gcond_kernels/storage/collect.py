@@ -22,6 +22,8 @@ from gcond_kernels.storage.layout import Segment
 # Bytes of gradients that are added and freed together: beyond some tens of megabytes a launch
 # moves memory at full speed, and more would only be kept for longer.
 BUCKET_BYTES = 32 << 20
+# On a CPU fewer: memory that is freed soon is used again, and fresh pages cost as much as adding.
+BUCKET_BYTES_ON_CPU = 8 << 20
 # Larger buckets rather than more of them: each is a set of addresses to remember.
 MOST_BUCKETS = 128
 
@@ -117,7 +119,9 @@ class BackwardPass:
         self.bucket: dict[int, None] = {}
         self.bytes = 0
         self.stream: torch.cuda.Stream | None = None
-        self.limit = max(BUCKET_BYTES, storage.nbytes // MOST_BUCKETS)
+        on_cpu = storage.accumulators.device.type == "cpu"
+        bucket = min(BUCKET_BYTES, BUCKET_BYTES_ON_CPU) if on_cpu else BUCKET_BYTES
+        self.limit = max(bucket, storage.nbytes // MOST_BUCKETS)
 
     def gradient_ready(self, parameter: Tensor, gradient: Tensor) -> None:
         """Put a parameter whose gradient is ready into the bucket, and add the one before it."""
