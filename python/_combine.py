@@ -58,7 +58,8 @@ def write(
     """Write a chunk of the resolved gradient g: the momentum m ← β m + (1-β) g, times `factor`."""
     if momentum is not None:
         buffer, beta = momentum.buffer[flat], momentum.beta
-        resolved = buffer.mul_(beta).add_(resolved, alpha=1.0 - beta)
+        # No product fused into the sum: the kernels of graddrop round alike.
+        resolved = buffer.mul_(beta).add_(resolved * (1.0 - beta))
     if mask is not None:
         resolved.masked_fill_(~trainable(mask, flat.start, flat.stop), 0.0)
     target.copy_(resolved * factor)
