@@ -74,4 +74,19 @@ inline Arbitration arbitration_of(py::handle a) {
           field_ptr<double>(a, "events"), field_ptr<bool>(a, "finite")};
 }
 
+// What arbitration needs; the Gramians need not be filled yet.
+inline ArbitrateArguments arbitrate_arguments(int tasks, const double* gramian_ptr,
+                                              const double* cross_ptr, const double* scale_ptr,
+                                              py::handle state, py::handle settings,
+                                              py::handle arbitration) {
+  const int max_iterations = dimension(field(arbitration, "events"), 2);
+  return {tasks,
+          gramian_ptr,
+          cross_ptr,
+          scale_ptr,
+          state_of(state),
+          settings_of(settings, max_iterations),
+          arbitration_of(arbitration)};
+}
+
 }  // namespace gcond

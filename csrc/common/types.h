@@ -26,12 +26,20 @@ HD void* address_of(TensorPtr tensor) {
   return reinterpret_cast<void*>(tensor & ((TensorPtr(1) << DTYPE_SHIFT) - 1));
 }
 
+HD int size_of(Dtype dtype) { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
+
 // Float32 or two-byte flat storage, [rows, stride]; the pointer is null where there is none.
 struct Matrix {
   void* data_ptr;
   Dtype dtype;
   std::int64_t stride;  // in elements
 };
+
+// The element `offset` of a row; null where there is no storage.
+HD void* element_of(const Matrix& matrix, std::int64_t row, std::int64_t offset) {
+  if (matrix.data_ptr == nullptr) return nullptr;
+  return static_cast<char*>(matrix.data_ptr) + (row * matrix.stride + offset) * size_of(matrix.dtype);
+}
 
 // The accumulated gradients of K tasks; see gcond_kernels/ops/types.py.
 struct TaskGradients {

@@ -26,9 +26,7 @@ bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 }  // namespace avx2
 
-extern const Kernels AVX2;
-const Kernels AVX2 = {"avx2",         avx2::runs_here, avx2::accumulate, avx2::scratch_size,
-                      avx2::multiply, avx2::combine};
+const Kernels AVX2 = avx2::table("avx2", avx2::runs_here);
 
 }  // namespace cpu
 }  // namespace gcond

@@ -32,10 +32,7 @@ bool runs_here() {
 
 }  // namespace avx512
 
-extern const Kernels AVX512;
-const Kernels AVX512 = {"avx512",           avx512::runs_here,
-                        avx512::accumulate, avx512::scratch_size,
-                        avx512::multiply,   avx512::combine};
+const Kernels AVX512 = avx512::table("avx512", avx512::runs_here);
 
 }  // namespace cpu
 }  // namespace gcond

@@ -84,31 +84,6 @@ inline void with_type(Dtype dtype, void* address, Run run) {
   }
 }
 
-// The type of accumulators and history: not float64.
-template <class Run>
-inline void with_storage_type(Dtype dtype, void* address, Run run) {
-  switch (dtype) {
-    case BFLOAT16:
-      run(static_cast<BFloat16*>(address));
-      break;
-    case FLOAT16:
-      run(static_cast<Float16*>(address));
-      break;
-    default:
-      run(static_cast<float*>(address));
-      break;
-  }
-}
-
-inline int size_of(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
-
-// The element `offset` of a row of flat storage; null where there is none.
-inline void* element_of(const Matrix& matrix, int row, std::int64_t offset) {
-  if (matrix.data_ptr == nullptr) return nullptr;
-  return static_cast<char*>(matrix.data_ptr) +
-         (row * matrix.stride + offset) * size_of(matrix.dtype);
-}
-
 // The bits of the mask for up to sixteen elements, which may lie in two words.
 inline std::uint32_t bits_at(const std::uint32_t* mask_ptr, std::int64_t offset, int count) {
   std::uint32_t bits = trainable_bits(mask_ptr, offset);
@@ -263,7 +238,7 @@ inline const float* row_at(const Scratch& s, int row, Dtype dtype, void* address
   if (dtype == FLOAT32 && mask_ptr == nullptr && count % LANES == 0)
     return static_cast<const float*>(address);
   float* to = s.staged_row(row);
-  with_storage_type(dtype, address, [&](const auto* from) {
+  with_type(dtype, address, [&](const auto* from) {
     for_lanes(count, [&](auto access, std::int64_t e) {
       Lanes lanes = access.read(from + e);
       __builtin_prefetch(from + e + next_after(count), READ, SECOND_CACHE);
@@ -388,7 +363,7 @@ inline void combine_blocks(const CombineChunk& c) {
       const Ahead ahead{ahead_in(g.accumulators, k, g.tasks, count),
                         ahead_in(g.history, k, g.tasks, count)};
       const auto add = [&](const auto* accumulator_ptr) {
-        with_storage_type(
+        with_type(
             g.history.dtype, element_of(g.history, k, c.start + block), [&](auto* history_ptr) {
               add_task<STREAMING>(total, use, accumulator_ptr, history_ptr, ahead, count);
             });
@@ -420,4 +395,9 @@ void combine(const CombineChunk& c) {
   } else {
     combine_blocks<false>(c);
   }
+}
+
+// The functions above; the name is that of the variant.
+constexpr Kernels table(const char* name, bool (*runs_here)()) {
+  return {name, runs_here, accumulate, scratch_size, multiply, combine};
 }

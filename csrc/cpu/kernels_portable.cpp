@@ -23,10 +23,7 @@ bool runs_here() { return true; }
 
 }  // namespace portable
 
-extern const Kernels PORTABLE;
-const Kernels PORTABLE = {"portable",           portable::runs_here,
-                          portable::accumulate, portable::scratch_size,
-                          portable::multiply,   portable::combine};
+const Kernels PORTABLE = portable::table("portable", portable::runs_here);
 
 }  // namespace cpu
 }  // namespace gcond

@@ -42,14 +42,9 @@ void gramian_(const Plan& plan, py::handle gradients, py::handle momentum, py::h
 void arbitrate_(py::handle gramian, py::handle cross, py::handle scale, py::handle state,
                 py::handle settings, py::handle arbitration) {
   const dlpack::Tensor tensor = read(gramian);
-  const ArbitrateArguments arguments{
-      dimension(gramian, 1),
-      ptr<const double>(gramian),
-      ptr<const double>(cross),
-      ptr<const double>(scale),
-      state_of(state),
-      settings_of(settings, dimension(field(arbitration, "events"), 2)),
-      arbitration_of(arbitration)};
+  const ArbitrateArguments arguments = arbitrate_arguments(
+      dimension(gramian, 1), ptr<const double>(gramian), ptr<const double>(cross),
+      ptr<const double>(scale), state, settings, arbitration);
   const int batch = tensor.ndim == 3 ? static_cast<int>(tensor.shape[0]) : 1;
   const Released released;
   arbitrate(arguments, batch);
@@ -73,23 +68,18 @@ void combine_(const Plan& plan, py::handle gradients, py::handle outputs, py::ha
 }
 
 void resolve_(const Plan& plan, py::handle gradients, py::handle outputs, py::handle momentum,
-              py::handle max_norm, py::handle state_, py::handle settings, py::handle results,
+              py::handle max_norm, py::handle state, py::handle settings, py::handle results,
               int threads) {
   const bool clipped = !max_norm.is_none();
   const py::object gramians = field(results, "gramians"),
                    arbitration = field(results, "arbitration");
-  const ArbitrationState state = state_of(state_);
   const bool with_momentum = clipped && !momentum.is_none();
   const GramianArguments g =
       gramian_arguments(gradients, with_momentum ? field(momentum, "buffer") : py::none(),
-                        state.history_scale_ptr, gramians);
-  const ArbitrateArguments a{g.gradients.tasks,
-                             g.results.total_ptr,
-                             g.results.cross_ptr,
-                             g.gradients.scale_ptr,
-                             state,
-                             settings_of(settings, dimension(field(arbitration, "events"), 2)),
-                             arbitration_of(arbitration)};
+                        field_ptr<const double>(state, "history_scale"), gramians);
+  const ArbitrateArguments a =
+      arbitrate_arguments(g.gradients.tasks, g.results.total_ptr, g.results.cross_ptr,
+                          g.gradients.scale_ptr, state, settings, arbitration);
   const CombineArguments c{g.gradients,
                            tensor_ptrs(outputs),
                            momentum_of(momentum),

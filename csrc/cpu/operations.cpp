@@ -53,12 +53,6 @@ void for_chunks(const Plan& plan, int threads, bool backwards, const Task& task)
   });
 }
 
-int size_of(Dtype dtype) { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
-
-char* element_of(void* base, Dtype dtype, std::int64_t offset) {
-  return static_cast<char*>(base) + offset * size_of(dtype);
-}
-
 // Memory of a thread that stays from one call to the next, at a cache line.
 float* scratch_of_thread(std::size_t floats) {
   constexpr std::size_t LINE = 64 / sizeof(float);
@@ -168,13 +162,13 @@ void accumulate(const Plan& plan, const Accumulation& a, int threads) {
   const bool streaming = plan.elements() * size_of(dtype) > LARGE_ACCUMULATOR;
   threads = threads_for(plan.elements() * 12, threads);
   for_chunks(plan, threads, false, [&](int, const Chunk& chunk) {
-    char* target_ptr = element_of(a.accumulator.data_ptr, dtype, chunk.start());
+    void* target_ptr = element_of(a.accumulator, 0, chunk.start());
     const TensorPtr gradient = a.gradients[chunk.tensor];
     const Dtype gradient_dtype = dtype_of(gradient);
     if (gradient_dtype != NO_TENSOR)
       k.accumulate({target_ptr, dtype,
-                    element_of(address_of(gradient), gradient_dtype, chunk.first), gradient_dtype,
-                    chunk.count, a.scale, a.overwrite, streaming});
+                    element_of({address_of(gradient), gradient_dtype, 0}, 0, chunk.first),
+                    gradient_dtype, chunk.count, a.scale, a.overwrite, streaming});
     else if (a.overwrite)
       std::memset(target_ptr, 0, static_cast<std::size_t>(chunk.count) * size_of(dtype));
   });

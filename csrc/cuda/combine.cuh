@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/factors.h"
+#include "../common/task_use.h"
 #include "launch.cuh"
 
 namespace gcond {
@@ -32,21 +33,6 @@ struct Resolution {
   double clip_factor;
 };
 
-// What is done with the accumulator of one task.
-struct TaskUse {
-  bool weighted, stored;
-  float weight;
-};
-
-HD TaskUse use_of(const CombineArguments& c, const Resolution& resolution, int task) {
-  const double scale = c.gradients.scale_ptr[task];
-  const float weight =
-      static_cast<float>(resolution.weights_ptr[task] * scale * (1.0 - c.momentum.beta));
-  // Where a gradient was not finite nothing is read: zeros are written, momentum and history kept.
-  return {resolution.finite && weight != 0.0f,
-          resolution.finite && scale != 0.0 && c.gradients.history.data_ptr != nullptr, weight};
-}
-
 // Vectors of one task's accumulator, in flight, and what is done with them.
 template <int U, int V>
 struct TaskVectors {
@@ -60,7 +46,7 @@ HD TaskVectors<U, V> load_task(const CombineArguments& c, const Resolution& reso
                                std::int64_t start, const Vectors<U, V>& vectors) {
   TaskVectors<U, V> loaded{};
   if (task >= c.gradients.tasks) return loaded;
-  loaded.use = use_of(c, resolution, task);
+  loaded.use = use_of(c.gradients, c.momentum.beta, resolution.weights_ptr, resolution.finite, task);
   if (!loaded.use.weighted && !loaded.use.stored) return loaded;
   const Matrix& accumulators = c.gradients.accumulators;
 #pragma unroll

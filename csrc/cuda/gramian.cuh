@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/block.h"
+#include "../common/products.h"
 #include "launch.cuh"
 
 namespace gcond {
@@ -22,8 +23,6 @@ struct GramianArguments {
   double* per_tensor_ptr;           // [T, R, R]
   double* cross_per_tensor_ptr;     // [T, K, K], or null without history
 };
-
-HD constexpr int pairs_of(int rows) { return rows * (rows + 1) / 2; }
 
 // Products of K tasks, in this order: all pairs of the tasks and the momentum, row by row; then of
 // each task with each task's history. Without momentum or history theirs are not stored.
@@ -183,9 +182,6 @@ HD int product_count(const GramianArguments& a) {
   const int K = a.gradients.tasks;
   return pairs_of(K + 1) + (a.cross_ptr != nullptr ? K * K : 0);
 }
-
-// A task that takes no part (scale 0) may hold anything, NaN included: select, do not multiply.
-HD double weighted(double sum, double weight) { return weight != 0.0 ? sum * weight : 0.0; }
 
 // Stores a sum in a Gramian [rows, rows], or in a cross-Gramian [K, K].
 HD void store_product(const GramianArguments& a, double* gramian_ptr, int rows, double* cross_ptr,

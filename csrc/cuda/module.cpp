@@ -78,10 +78,9 @@ void arbitrate_(const StreamPair& stream, py::handle gramian, py::handle cross, 
                 py::handle state, py::handle settings, py::handle arbitration) {
   const dlpack::Tensor tensor = read(gramian);
   arbitrate(stream_of(stream),
-            {dimension(gramian, 1), ptr<const double>(gramian), ptr<const double>(cross),
-             ptr<const double>(scale), state_of(state),
-             settings_of(settings, dimension(field(arbitration, "events"), 2)),
-             arbitration_of(arbitration)},
+            arbitrate_arguments(dimension(gramian, 1), ptr<const double>(gramian),
+                                ptr<const double>(cross), ptr<const double>(scale), state, settings,
+                                arbitration),
             tensor.ndim == 3 ? static_cast<int>(tensor.shape[0]) : 1);
 }
 
@@ -111,21 +110,20 @@ void combine_(const StreamPair& stream, const Chunks& chunks, py::handle gradien
 
 void resolve_(const StreamPair& stream, const Chunks& chunks, py::handle task_gradients_,
               const TensorList& outputs, py::handle momentum_, py::handle max_norm,
-              py::handle state_, py::handle settings, py::handle results) {
+              py::handle state, py::handle settings, py::handle results) {
   const bool needs_norms = !max_norm.is_none();
   const TaskGradients gradients = task_gradients(task_gradients_);
   const Momentum momentum = momentum_of(momentum_);
-  const ArbitrationState state = state_of(state_);
-  const py::object arbitration = field(results, "arbitration");
   ResolveArguments r;
   const bool with_momentum = needs_norms && !momentum_.is_none();
   r.gramian = gramian_arguments(chunks, gradients,
                                 with_momentum ? field(momentum_, "buffer") : py::none(),
-                                state.history_scale_ptr, field(results, "partials"),
+                                field_ptr<const double>(state, "history_scale"),
+                                field(results, "partials"),
                                 field(results, "gramians"));
-  r.arbitrate = {gradients.tasks, r.gramian.total_ptr, r.gramian.cross_ptr, gradients.scale_ptr,
-                 state, settings_of(settings, dimension(field(arbitration, "events"), 2)),
-                 arbitration_of(arbitration)};
+  r.arbitrate = arbitrate_arguments(gradients.tasks, r.gramian.total_ptr, r.gramian.cross_ptr,
+                                    gradients.scale_ptr, state, settings,
+                                    field(results, "arbitration"));
   r.factors = {gradients.tasks, chunks.tensors, momentum,
                needs_norms ? r.gramian.per_tensor_ptr : nullptr, field_ptr<double>(results, "factors"),
                field_ptr<double>(results, "squares")};
