@@ -202,14 +202,13 @@ def _cpu_unavailable(device: torch.device) -> str | None:
         return f"its code runs on CPU tensors, not on {device.type}"
     if not _is_installed("gcond_kernels._cpu"):
         return why_cpu_is_not_built()
-    return _cpu_problem()
+    return _import_problem("cpu")
 
 
-@functools.cache
-def _cpu_problem() -> str | None:
-    """Return why the extension, which is there, cannot be imported; None where it can."""
+def _import_problem(backend: str) -> str | None:
+    """Return why an extension, which is there, cannot be imported; None where it can."""
     try:
-        importlib.import_module("gcond_kernels.cpu")
+        importlib.import_module(MODULES[backend])
     except (ImportError, AttributeError, RuntimeError) as error:
         return f"its extension is there, but cannot be imported: {error}"
     return None
@@ -221,12 +220,9 @@ _cuda_works_on: set[torch.device] = set()
 
 def _cuda_problem(device: torch.device) -> str | None:
     """Return why the extension, which is there, fails: another system or torch, driver or GPU."""
-    try:
-        importlib.import_module("gcond_kernels.cuda")
-    except (ImportError, AttributeError, RuntimeError) as error:
-        return f"its extension is there, but cannot be imported: {error}"
-    if device.type == "cpu":
-        return None
+    problem = _import_problem("cuda")
+    if problem or device.type == "cpu":
+        return problem
     from gcond_kernels import _cuda
 
     with torch.cuda.device(device):

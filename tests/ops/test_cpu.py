@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from gcond_kernels import ops
+from gcond_kernels import GCond, ops
 from gcond_kernels.ops.mask import trainable
 from gcond_kernels.ops.types import Gramians
+from tests.helpers.flat import random_mask, unwritten
 
 CPU = torch.device("cpu")
 _cpu = pytest.importorskip("gcond_kernels._cpu", reason="backend 'cpu' is not built")
@@ -50,15 +51,12 @@ def case(tasks, sizes, *, gap=3, masked=False, history=torch.bfloat16, dtype=tor
         end += size + gap
     length = -(-end // 32) * 32
     layout = ops.Layout.of(offsets, sizes)
-    accumulators = torch.full((tasks, length), math.nan, dtype=dtype)
-    before = None if history is None else torch.full((tasks, length), math.nan, dtype=history)
+    accumulators = unwritten(tasks, length, dtype=dtype)
+    before = unwritten(tasks, length, dtype=history)
     for offset, size in zip(offsets, sizes, strict=True):
         accumulators[:, offset : offset + size] = torch.randn(tasks, size)
-        if before is not None:
-            before[:, offset : offset + size] = torch.randn(tasks, size)
-    mask = None
-    if masked:
-        mask = torch.randint(-(2**31), 2**31, (length // 32,), dtype=torch.int64).to(torch.int32)
+        before[:, offset : offset + size] = torch.randn(tasks, size)
+    mask = random_mask(length, tasks)[1] if masked else None
     scale = torch.rand(tasks, dtype=torch.float64) + 0.5
     return ops.TaskGradients(accumulators, layout, scale, before, mask)
 
@@ -67,11 +65,11 @@ def resolve(gradients, backend, momentum=False, max_norm=None):
     """A resolution of a copy; all that it returned and wrote, in one list."""
     g = gradients._replace(
         accumulators=gradients.accumulators.clone(),
-        history=None if gradients.history is None else gradients.history.clone(),
+        history=gradients.history.clone(),
     )
     tasks, sizes = len(g.scale), g.layout.sizes
     state = ops.ArbitrationState(**ops_state(tasks))
-    outputs = [torch.full((size,), math.nan) for size in sizes]
+    outputs = [unwritten(size) for size in sizes]
     kept = None
     if momentum:
         kept = ops.Momentum(
@@ -83,24 +81,18 @@ def resolve(gradients, backend, momentum=False, max_norm=None):
         g,
         outputs,
         state=state,
-        settings=settings(),
+        settings=GCond(),
         momentum=kept,
         max_norm=max_norm,
         backend=backend,
     )
-    history = [] if g.history is None else [segment(g.history, g.layout)]
+    history = [segment(g.history, g.layout)]
     buffer = [] if kept is None else [segment(kept.buffer[None], g.layout), kept.steps]
     return [*present(found), *decision, *outputs, *history, *buffer, *state]
 
 
-def settings():
-    from gcond_kernels import GCond
-
-    return GCond()
-
-
 def ops_state(tasks):
-    state = settings().new_state(tasks, CPU)
+    state = GCond().new_state(tasks, CPU)
     state["history_scale"] = torch.ones(tasks, dtype=torch.float64)
     state["history_gramian"] = 10.0 * torch.eye(tasks, dtype=torch.float64)
     return state
@@ -169,7 +161,7 @@ def combined(gradients, backend):
     weights = torch.randn(len(g.layout.sizes), len(g.scale), dtype=torch.float64)
     buffer = torch.ones(g.accumulators.shape[1])
     momentum = ops.Momentum(buffer, torch.zeros(len(g.layout.sizes), dtype=torch.int64), 0.9)
-    outputs = [torch.full((size,), math.nan) for size in g.layout.sizes]
+    outputs = [unwritten(size) for size in g.layout.sizes]
     ops.combine(
         g, outputs, weights=weights, finite=torch.tensor(True), momentum=momentum, backend=backend
     )
@@ -291,7 +283,7 @@ def test_many_tasks_are_arbitrated():
             None,
             torch.ones(70, dtype=torch.float64),
             state=ops.ArbitrationState(**ops_state(70)),
-            settings=settings(),
+            settings=GCond(),
             backend=backend,
         )
         for backend in ("cpu", "python")
