@@ -136,6 +136,7 @@ def wrong(combine):
     return lambda given, outputs, weights, *others: combine(given, outputs, 1.01 * weights, *others)
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_not_timed(monkeypatch):
     backend = ops.backend_for(OURS, cpu.CPU)
     monkeypatch.setattr(backend, "combine", wrong(backend.combine))
@@ -165,6 +166,7 @@ def test_weights_that_are_wrong_are_not_timed(monkeypatch, method):
     assert failed == [method]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_wrong_is_not_timed(monkeypatch):
     def resolves(*given, mode, method=None):
         return right(*given, mode=mode, method=method and methods.PCGrad())
@@ -195,6 +197,7 @@ def test_linear_losses_have_their_coefficients_as_gradients():
     torch.testing.assert_close(torch.cat(gradients), coefficients.mean(0))
 
 
+@pytest.mark.slow
 def test_torchjd_may_be_missing(monkeypatch):
     monkeypatch.setattr(others, "torchjd_missing", lambda: "not installed")
     figures = figures_of("resolution", "weighting")
@@ -211,6 +214,7 @@ def test_what_does_not_fit_is_skipped(monkeypatch):
     assert all("of memory" in f["skipped"] for f in figures_of("resolution"))
 
 
+@pytest.mark.slow
 def test_the_command_prints_aims_and_loads_and_records_them(tmp_path, capsys):
     threads = torch.get_num_threads()
     output = tmp_path / "cpu.json"

@@ -91,7 +91,8 @@ def where(folder):
     return state["position"], window["position"]
 
 
-@pytest.mark.parametrize("mode", [slow("exact"), "stochastic"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["exact", "stochastic"])
 def test_killed_twenty_times_it_ends_with_the_bits_of_a_run_left_alone(mode, tmp_path):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     alone.mkdir()
