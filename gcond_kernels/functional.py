@@ -10,12 +10,12 @@ from torch import Tensor
 
 from gcond_kernels import ops
 from gcond_kernels.methods import Method
+from gcond_kernels.methods.function import method_of
 from gcond_kernels.methods.method import Comparison, Destination, forget_history, fresh_state
 from gcond_kernels.ops import launch_tables
 from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.ops.norms import multi_tensor_dot
 from gcond_kernels.ops.types import Layout, TaskGradients
-from gcond_kernels.options import method_of
 from gcond_kernels.storage.collect import in_memory_order
 from gcond_kernels.storage.dtensor import is_dtensor
 from gcond_kernels.storage.layout import Segment, check_parameter, segments_of

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.lion_lars import LionLars
-from gcond_kernels.methods import GCond, Method
-from gcond_kernels.methods.function import Function
+from gcond_kernels.methods import Method
+from gcond_kernels.methods.function import method_of
 from gcond_kernels.storage.shared_parameters import is_selected
 
 
@@ -175,22 +175,6 @@ def checked_weight(task: object, weight: Any) -> float:
     if not 0.0 <= _number(plain) < math.inf:
         raise ValueError(f"tasks: the loss weight of {task!r} must be 0 or more, not {weight!r}")
     return float(plain)
-
-
-def method_of(method: object) -> Method:
-    """Return the method that was asked for; a function of the user's own as one."""
-    if method is None:
-        return GCond()
-    if isinstance(method, Method):
-        return method
-    if isinstance(method, type) and issubclass(method, Method):
-        raise TypeError(f"method must be {method.__name__}(...), not the class itself")
-    if callable(method) and not isinstance(method, type):
-        return Function(method)
-    raise TypeError(
-        "method must be one of gcond_kernels.methods, such as GCond() or PCGrad(), or a function "
-        f"from a Gramian [K, K] to weights [K], not {method!r}"
-    )
 
 
 def _number(value: object) -> float:

@@ -13,6 +13,7 @@ from gcond_kernels.methods.imtl_g import IMTLG
 from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.mgda import MGDA
 from gcond_kernels.methods.nash_mtl import NashMTL
+from gcond_kernels.methods.non_conflicting import NonConflicting
 from gcond_kernels.methods.pcgrad import PCGrad
 from gcond_kernels.methods.sum import Sum
 from gcond_kernels.methods.upgrad import UPGrad
@@ -29,6 +30,7 @@ __all__ = [
     "Known",
     "Method",
     "NashMTL",
+    "NonConflicting",
     "PCGrad",
     "State",
     "Sum",

@@ -1,4 +1,4 @@
-"""A function from a Gramian to weights, as a method."""
+"""What a user may give as a method: one, or a function from a Gramian to weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.methods.checks import check_weights
+from gcond_kernels.methods.gcond import GCond
 from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.ops.contexts import users_code
 
@@ -34,3 +35,23 @@ class Function(Method):
             check_weights(f"method {self!r}", weights, (K,))
             one_by_one.append(weights.detach().to(S))
         return torch.stack(one_by_one).view(gramian.shape[:-1])
+
+
+def method_of(method: object) -> Method:
+    """Return the method that was given, of a function one that calls it; None is `GCond()`.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if method is None:
+        return GCond()
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, type) and issubclass(method, Method):
+        raise TypeError(f"method must be {method.__name__}(...), not the class itself")
+    if callable(method) and not isinstance(method, type):
+        return Function(method)
+    raise TypeError(
+        "method must be one of gcond_kernels.methods, such as GCond() or PCGrad(), or a function "
+        f"from a Gramian [K, K] to weights [K], not {method!r}"
+    )

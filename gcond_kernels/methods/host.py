@@ -38,15 +38,16 @@ def module_of(array: Array) -> Any:
 
 
 def in_numpy(weights: Callable[..., Array]) -> Callable[..., Tensor]:
-    """Return a method's `weights` that is given a NumPy array where the Gramian lies on a CPU."""
+    """Return a method's `weights` that is given NumPy arrays where the Gramian lies on a CPU."""
 
     @functools.wraps(weights)
-    def run(method: object, gramian: Tensor, *others: object) -> Tensor:
-        if not may_read(gramian):
-            found: Tensor = weights(method, gramian, *others)
+    def run(method: object, *given: object) -> Tensor:
+        if not may_read(given[0]):
+            found: Tensor = weights(method, *given)
             return found
+        arrays = [each.numpy() if isinstance(each, Tensor) else each for each in given]
         with np.errstate(all="ignore"):
-            return torch.from_numpy(weights(method, gramian.numpy(), *others))
+            return torch.from_numpy(weights(method, *arrays))
 
     return run
 

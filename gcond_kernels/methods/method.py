@@ -6,6 +6,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
@@ -117,6 +118,22 @@ class Method(ABC):
     def needs_history(self) -> bool:
         """Whether it compares with the last step's gradients: 2 bytes per parameter and task."""
         return False
+
+    @property
+    def state_type(self) -> type[Method]:
+        """The class whose state it keeps: among methods of one such class a state goes on."""
+        return type(self)
+
+    def with_thresholds(self, thresholds: tuple[float, float, float]) -> Method:
+        """Return the method with other thresholds.
+
+        Raises:
+            AttributeError: the method goes by none.
+        """
+        if not is_dataclass(self) or "thresholds" not in {field.name for field in fields(self)}:
+            raise AttributeError(f"{type(self).__name__} has no thresholds to be assigned")
+        changed: Method = replace(self, thresholds=thresholds)
+        return changed
 
     def new_state(self, tasks: int, device: torch.device) -> State:
         """Return the state before the first step: small tensors on the device."""

@@ -44,8 +44,10 @@ def product(matrix: Array, vector: Array) -> Array:
     return (matrix @ vector[..., None])[..., 0]
 
 
-def solve(matrix: Tensor, right: Tensor) -> Tensor:
+def solve(matrix: Array, right: Array) -> Array:
     """Return the x [..., K] of matrix · x = right; not finite where the matrix is singular."""
+    if not isinstance(matrix, Tensor):
+        return host.solve(matrix, right)
     x: Tensor = torch.linalg.solve_ex(matrix, right[..., None])[0]
     return x[..., 0]
 
@@ -53,7 +55,8 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
 def solve_among(matrix: Tensor, right: Tensor, active: Tensor) -> Tensor:
     """Return the x [..., K] of matrix · x = right over `active` entries, and 0 elsewhere."""
     both = active[..., :, None] & active[..., None, :]
-    return solve(torch.where(both, matrix, identity(matrix)), torch.where(active, right, 0.0))
+    x: Tensor = solve(torch.where(both, matrix, identity(matrix)), torch.where(active, right, 0.0))
+    return x
 
 
 def definite(C: Array, rounding: float) -> Array:

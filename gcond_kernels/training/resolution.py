@@ -104,7 +104,8 @@ class Resolver:
         self.options.current, self._backend = o, None
         self.storage.configure(o.history, o.momentum > 0.0)
         state = self.fresh_state()
-        if type(o.method) is type(before.method) and o.granularity == before.granularity:
+        same = o.method.state_type is before.method.state_type
+        if same and o.granularity == before.granularity:
             old = self.method_state
             state = {name: carried_over(old.get(name), new) for name, new in state.items()}
         self.method_state = state

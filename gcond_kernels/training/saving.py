@@ -50,7 +50,7 @@ class SavedOptimizer(WindowedOptimizer):
         common = {
             "version": VERSION,
             "tasks": list(self._weights),
-            "method_name": type(o.method).__name__,
+            "method_name": o.method.state_type.__name__,
             "granularity": o.granularity,
             "method": to_json({k: v for k, v in state.items() if k not in by_tensor}),
             "counters": resolver.counters.tolist(),
@@ -143,7 +143,7 @@ class SavedOptimizer(WindowedOptimizer):
             raise ValueError(
                 f"the state has tasks {common['tasks']}, this optimizer {list(self._weights)}"
             )
-        here = {"method_name": type(o.method).__name__, "granularity": o.granularity}
+        here = {"method_name": o.method.state_type.__name__, "granularity": o.granularity}
         for what, own in here.items():
             if common[what] != own:
                 raise ValueError(f"the state has {what} {common[what]!r}, this optimizer {own!r}")

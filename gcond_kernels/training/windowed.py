@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -175,10 +174,7 @@ class WindowedOptimizer(OptimizerWrapper):
 
     @thresholds.setter
     def thresholds(self, thresholds: tuple[float, float, float]) -> None:
-        method = self.method
-        if not is_dataclass(method) or "thresholds" not in {f.name for f in fields(method)}:
-            raise AttributeError(f"{type(method).__name__} has no thresholds to be assigned")
-        self.method = replace(method, thresholds=thresholds)  # type: ignore[type-var]
+        self.method = self.method.with_thresholds(thresholds)
 
     def _assign(self, name: str, value: object) -> None:
         """Check an option; it takes effect from the next window on."""

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from gcond_kernels import LionLars, TrainingState
 from gcond_kernels.distributed.mesh import counted_range
 from gcond_kernels.distributed.process_group import ProcessGroup
-from gcond_kernels.methods import CAGrad, GCond, GradDrop, GradNorm, PCGrad
+from gcond_kernels.methods import CAGrad, GCond, GradDrop, GradNorm, NonConflicting, PCGrad
 from gcond_kernels.storage.dtensor import local_shard
 from tests.conftest import slow
 from tests.helpers import distributed_training as t
@@ -89,6 +89,7 @@ METHODS = {
     "PCGrad": {**HEADED, "method": PCGrad(seed=3)},
     "CAGrad": {**HEADED, "method": CAGrad()},
     "GradNorm": {**HEADED, "method": GradNorm(lr=0.05)},
+    "NonConflicting": {**HEADED, "method": NonConflicting(GCond())},
     "of the user": {**HEADED, "method": t.by_norm},
     "by tensor": {**HEADED, "granularity": "tensor"},
 }

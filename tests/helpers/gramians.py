@@ -13,6 +13,7 @@ from gcond_kernels.methods import (
     GradNorm,
     GradVac,
     NashMTL,
+    NonConflicting,
     PCGrad,
     Sum,
     UPGrad,
@@ -22,13 +23,15 @@ from gcond_kernels.methods.solvers import FLOAT32_ROUNDING, FLOAT64_ROUNDING
 
 CPU = torch.device("cpu")
 
-SOLVED = [UPGrad(), MGDA(), CAGrad(), IMTLG(), NashMTL(), AlignedMTL()]
-RANDOM = [PCGrad(), GradVac()]
+SOLVED = [UPGrad(), MGDA(), CAGrad(), IMTLG(), NashMTL(), AlignedMTL(), NonConflicting(Sum())]
+RANDOM = [PCGrad(), GradVac(), NonConflicting(GradVac())]
 METHODS = [Sum(), *SOLVED, *RANDOM, GradNorm(), GCond()]
 
 
 def name_of(value) -> str:
     """What a test with a method as its parameter is called."""
+    if isinstance(value, NonConflicting):
+        return f"NonConflicting-{name_of(value.method)}"
     return type(value).__name__ if hasattr(value, "weights") else ""
 
 

@@ -21,6 +21,7 @@ from gcond_kernels.methods import (
     CAGrad,
     GradVac,
     NashMTL,
+    NonConflicting,
     PCGrad,
     Sum,
     UPGrad,
@@ -247,6 +248,23 @@ def test_upgrad_of_dependent_float64_gradients():
         v = QuadprogProjector(norm_eps=1e-30, reg_eps=1e-10)(torch.eye(6).double(), C).mean(0)
         assert size_of(C, w - v) <= 1e-6
         assert w.abs().amax() <= 1.1 * v.abs().amax()
+
+
+# ---- NonConflicting: of the plain sum it is K times TorchJD's DualProj.
+
+
+@every_case
+@pytest.mark.parametrize("decades", [0.0, 6.0])
+@pytest.mark.parametrize("tasks", TASKS)
+def test_non_conflicting_sum(family, rounding, decades, tasks):
+    projector = QuadprogProjector(norm_eps=1e-30, reg_eps=1e-15)
+    for seed, scale in enumerate(SCALES):
+        S, C, n = drawn(family, rounding, decades, tasks, seed, scale)
+        y = weigh(NonConflicting(Sum()), S, rounding) * n
+        assert close(y, projector(n, C), 1e-6)
+        if decades == 0.0:
+            theirs = jd.DualProjWeighting(projector=projector)(with_lengths(C, n))
+            assert close(y / n, tasks * theirs, 1e-6)
 
 
 # ---- MGDA.

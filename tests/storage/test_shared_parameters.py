@@ -20,6 +20,7 @@ from gcond_kernels import (
     GradVac,
     LionLars,
     NashMTL,
+    NonConflicting,
     PCGrad,
     Sum,
     UPGrad,
@@ -43,6 +44,7 @@ WITH_WEIGHTS = [
     AlignedMTL(),
     IMTLG(),
     NashMTL(),
+    NonConflicting(PCGrad(seed=3)),
     GCond(),
 ]
 ALL = [*WITH_WEIGHTS, GradDrop(seed=5)]
@@ -726,7 +728,7 @@ def written_for(method, rows: torch.Tensor) -> torch.Tensor:
     return p.grad.double()
 
 
-DEPENDENT = [CAGrad(), MGDA(), UPGrad(), AlignedMTL(), IMTLG()]
+DEPENDENT = [CAGrad(), MGDA(), UPGrad(), AlignedMTL(), IMTLG(), NonConflicting(Sum())]
 
 
 @pytest.mark.parametrize("method", DEPENDENT, ids=repr)

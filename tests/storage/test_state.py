@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gcond_kernels import GCond, GCondFused, neuron_mask
-from gcond_kernels.methods import GradDrop, GradNorm, GradVac, PCGrad
+from gcond_kernels.methods import GradDrop, GradNorm, GradVac, NonConflicting, PCGrad
 from tests.helpers.models import (
     TASKS,
     batches,
@@ -24,6 +24,7 @@ METHODS = {
     "PCGrad": {"method": PCGrad(seed=1)},
     "GradNorm": {"method": GradNorm(lr=0.05)},
     "GradDrop": {"method": GradDrop(leak=0.1)},
+    "NonConflicting": {"method": NonConflicting(GCond())},
     "by tensor": {"granularity": "tensor"},
     "GradVac by tensor": {"granularity": "tensor", "method": GradVac(beta=0.3)},
     "GradNorm by tensor": {"granularity": "tensor", "method": GradNorm(lr=0.05)},
