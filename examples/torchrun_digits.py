@@ -65,8 +65,8 @@ def train(given: argparse.Namespace, scene: Digits, device: torch.device) -> Non
     for _ in track(range(int(steps), given.steps), "training", disable=dist.get_rank() > 0):
         for _ in range(scene.accumulation_steps):
             batch = scene.micro_batch(generator).to(device)
-            output = model(batch.inputs)
-            losses = {t: scene.losses(t, output, batch.targets).mean() for t in scene.tasks}
+            losses = scene.losses(model, batch, scene.tasks)
+            losses = {task: values.mean() for task, values in losses.items()}
             if optimizer.backward(losses):
                 optimizer.step()
         steps += 1
@@ -86,7 +86,7 @@ def show(scene: Digits, model: torch.nn.Module, optimizer: GCondFused, validatio
     if dist.get_rank() > 0:
         return
     for task, label in scene.score_labels.items():
-        score = scene.scores(task, output, validation.targets).mean().item()
+        score = scene.score(task, output, validation.targets).mean().item()
         print(f"{label}: {100 * score:.1f} %")
     print(f"cosine in the last step: {report.min_cosine:+.3f}; weights: {report.weights}")
     for what, index in (("decision", 0), ("winners", 1), ("model", 2)):

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .scenes import Batch, Scene
+from .scenes import Batch, Supervised
 
 CANVAS = 12
 SIDE = 8
@@ -18,7 +18,7 @@ MICRO_BATCH = 32
 VALIDATION_PAIRS = 1000
 
 
-class Digits(Scene):
+class Digits(Supervised):
     """Name the digit at the upper left and the one at the lower right."""
 
     name = "digits"
@@ -58,12 +58,12 @@ class Digits(Scene):
         """Return random pairs of training digits, randomly shifted."""
         return self._pairs(self.training_digits, MICRO_BATCH, generator)
 
-    def losses(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of the task's digit."""
         head = list(self.tasks).index(task)
         return cross_entropy(output[:, head], targets[:, head], reduction="none")
 
-    def scores(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
+    def score(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
         """Return 1 where the task's digit is named correctly, else 0."""
         head = list(self.tasks).index(task)
         return (output[:, head].argmax(1) == targets[:, head]).float()

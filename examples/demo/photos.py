@@ -19,7 +19,7 @@ from skimage.util import img_as_float32
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pixel_shuffle, pixel_unshuffle
 
-from .scenes import Batch, InputError, Scene
+from .scenes import Batch, InputError, Supervised
 
 Item = TypeVar("Item")
 
@@ -57,7 +57,7 @@ BUNDLED = (
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
-class Photos(Scene):
+class Photos(Supervised):
     """Reconstruct a 64×64 crop of which 75 % of the 4×4 patches are hidden.
 
     The images are [3, H, 320] uint8 with H ≥ 64; the losses are over the whole crop, hidden or not.
@@ -106,7 +106,7 @@ class Photos(Scene):
             crops.append(crop.flip(2) if below(2) else crop)
         return self._batch(torch.stack(crops), patch_masks(MICRO_BATCH, generator))
 
-    def losses(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
         """Return L1 in z-normalised space, or 1 − SSIM in [0, 1]."""
         if task == "L1":
             return (output - targets).abs().mean((1, 2, 3))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +27,22 @@ class Batch(NamedTuple):
 
 
 class Scene(ABC):
-    """A multi-task problem: data, model and one loss per task."""
+    """A multi-task problem: data, model, one loss per task, and scores of a trained model."""
 
     name: str  # start of the file names
     title: str  # what is learned, for titles of pictures and tables
     tasks: ClassVar[dict[str, float]]  # task → loss weight λ
     loss_labels: ClassVar[dict[str, str]]  # task → what its loss is called, with its unit
-    # Task → what its validation score is called; ASCII, for the terminal.
+    # Score → what it is called; ASCII, for the terminal.
     score_labels: ClassVar[dict[str, str]]
-    score_in_percent: bool  # the score is an accuracy; otherwise it is the loss
+    score_in_percent: bool  # the scores are accuracies; otherwise a lower score is better
     accumulation_steps: int  # micro-batches per optimizer step
     steps: int  # default number of optimizer steps
     learning_rate: float  # its peak
     step_cost: float  # rough milliseconds of a step of plain sum, for the remaining time shown
+    evaluations: int = 8  # of the model during a training, at even distances
     validation: Batch  # what no training micro-batch shows
-    validation_note: str  # what that is, in words
+    validation_note: str  # what the scores are measured on, in words
 
     @abstractmethod
     def new_model(self) -> nn.Module:
@@ -50,9 +53,57 @@ class Scene(ABC):
         """Return the next training micro-batch, on the CPU."""
 
     @abstractmethod
-    def losses(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, model: nn.Module, batch: Batch, tasks: Iterable[str]) -> dict[str, Tensor]:
+        """Return task → [B] its loss of every sample of a batch, for some of the tasks."""
+
+    @abstractmethod
+    def evaluate(
+        self, model: nn.Module, device: torch.device
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return task → losses and score → values on validation data, whose means are reported.
+
+        A score that is no mean over samples has a single value.
+        """
+
+
+class Supervised(Scene):
+    """A scene whose losses and scores follow from outputs of the model and targets."""
+
+    @abstractmethod
+    def loss(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
         """Return [B] the task's loss of every sample."""
 
-    def scores(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
-        """Return [B] what validation reports of every sample; the loss unless overridden."""
-        return self.losses(task, output, targets)
+    def score(self, task: str, output: Tensor, targets: Tensor) -> Tensor:
+        """Return [B] the task's score of every sample; the loss unless overridden."""
+        return self.loss(task, output, targets)
+
+    def losses(self, model: nn.Module, batch: Batch, tasks: Iterable[str]) -> dict[str, Tensor]:
+        """Return task → [B] its loss of every sample, from one forward pass."""
+        output = model(batch.inputs)
+        return {task: self.loss(task, output, batch.targets) for task in tasks}
+
+    def evaluate(
+        self, model: nn.Module, device: torch.device
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return losses and scores of every validation sample, both by task."""
+        batch = self.validation.to(device)
+        output = model(batch.inputs)
+        losses = {task: self.loss(task, output, batch.targets) for task in self.tasks}
+        return losses, {task: self.score(task, output, batch.targets) for task in self.tasks}
+
+
+AnyScene = TypeVar("AnyScene", bound=Scene)
+
+
+def reweighted(scene: AnyScene, factors: Mapping[str, float]) -> AnyScene:
+    """Return a copy of a scene with the loss weights of these tasks multiplied by their factors.
+
+    Raises:
+        KeyError: the scene has no such task.
+    """
+    unknown = set(factors) - set(scene.tasks)
+    if unknown:
+        raise KeyError(f"{scene.name} has no task {', '.join(sorted(unknown))}")
+    changed = copy.copy(scene)
+    changed.tasks = {task: weight * factors.get(task, 1.0) for task, weight in scene.tasks.items()}
+    return changed

@@ -97,8 +97,8 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def scores(scene: Scene, evaluation: Evaluation) -> list[str]:
-    """Return the mean validation score of every task, as the table shows it."""
-    values = [float(evaluation.scores[task].mean()) for task in scene.tasks]
+    """Return the validation scores, as the table shows them."""
+    values = [float(evaluation.scores[score].mean()) for score in scene.score_labels]
     return [f"{100.0 * v:.1f} %" if scene.score_in_percent else f"{v:.4f}" for v in values]
 
 
@@ -275,10 +275,10 @@ def run_results(run: Run) -> dict[str, Any]:
 
 
 def means(evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Return the mean loss and score of every task."""
+    """Return the mean loss of every task and the mean of every score."""
     return {
         "losses": {task: float(values.mean()) for task, values in evaluation.losses.items()},
-        "scores": {task: float(values.mean()) for task, values in evaluation.scores.items()},
+        "scores": {score: float(values.mean()) for score, values in evaluation.scores.items()},
     }
 
 

@@ -18,7 +18,6 @@ from .methods import Method
 from .scenes import Batch, Scene
 
 WARMUP_STEPS = 20
-EVALUATIONS = 8
 
 
 class Step(NamedTuple):
@@ -32,11 +31,11 @@ class Step(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Validation after a number of steps: task → values of every sample, on the CPU."""
+    """Validation after a number of steps, on the CPU; means are what is reported."""
 
     step: int
-    losses: dict[str, Tensor]
-    scores: dict[str, Tensor]
+    losses: dict[str, Tensor]  # task → values of every sample
+    scores: dict[str, Tensor]  # score → values
 
 
 @dataclass
@@ -86,7 +85,7 @@ def train(
     if optimizer is None:
         optimizer = new_optimizer(run, backend)
     scheduler = LambdaLR(optimizer, lambda step: warmup_then_cosine(step, run.steps))
-    interval = math.ceil(run.steps / EVALUATIONS)
+    interval = math.ceil(run.steps / scene.evaluations)
     evaluate(run)
     for number in range(1, run.steps + 1):
         started = time.perf_counter()
@@ -155,9 +154,9 @@ def gcond_window(run: Run, optimizer: GCondFused, batches: Sequence[Batch]) -> S
 
 
 def task_losses(run: Run, batch: Batch, tasks: Iterable[str]) -> dict[str, Tensor]:
-    """Return the mean loss of each of the tasks, from one shared forward pass."""
-    output = run.model(batch.inputs)
-    return {task: run.scene.losses(task, output, batch.targets).mean() for task in tasks}
+    """Return the mean loss of each of the tasks."""
+    losses = run.scene.losses(run.model, batch, tasks)
+    return {task: values.mean() for task, values in losses.items()}
 
 
 def note(seen: dict[str, list[Tensor]], losses: dict[str, Tensor]) -> None:
@@ -180,11 +179,10 @@ def warmup_then_cosine(step: int, steps: int) -> float:
 @torch.no_grad()
 def evaluate(run: Run) -> None:
     """Add an evaluation of the model as it is now."""
-    scene = run.scene
-    batch = scene.validation.to(device_of(run))
-    output = run.model(batch.inputs)
-    losses = {task: scene.losses(task, output, batch.targets).cpu() for task in scene.tasks}
-    scores = {task: scene.scores(task, output, batch.targets).cpu() for task in scene.tasks}
+    losses, scores = (
+        {name: values.detach().cpu() for name, values in found.items()}
+        for found in run.scene.evaluate(run.model, device_of(run))
+    )
     run.evaluations.append(Evaluation(len(run.history), losses, scores))
 
 

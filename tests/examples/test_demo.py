@@ -21,6 +21,7 @@ from examples.demo.__main__ import main
 from examples.demo.digits import Digits
 from examples.demo.methods import DEFAULT, KEYS, METHODS, methods_of
 from examples.demo.photos import CROP, SPLIT, WIDTH, Photos
+from examples.demo.scenes import Batch
 from gcond_kernels import GCondFused
 from tests.conftest import slow
 
@@ -219,8 +220,8 @@ def test_plain_sum_is_ordinary_gradient_accumulation(scene):
     batches = [scene.micro_batch(generator) for _ in range(scene.accumulation_steps)]
     inputs = torch.cat([batch.inputs for batch in batches])
     targets = torch.cat([batch.targets for batch in batches])
-    output = run.model(inputs)
-    total = sum(w * scene.losses(task, output, targets).mean() for task, w in scene.tasks.items())
+    losses = scene.losses(run.model, Batch(inputs, targets), scene.tasks)
+    total = sum(weight * losses[task].mean() for task, weight in scene.tasks.items())
     parameters = list(run.model.parameters())
     expected = torch.autograd.grad(total, parameters)
 
