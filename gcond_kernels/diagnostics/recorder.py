@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,13 @@ from gcond_kernels.diagnostics.records import (
     Record,
     check_count,
     incidence_of,
+    known,
     mean_incidence,
+    norms_of,
     pair_cosines,
+    ratio_of,
     record_key,
+    rises,
     zone_of,
 )
 from gcond_kernels.diagnostics.report import Resolution, stacked
@@ -39,8 +43,8 @@ class _Buffers(NamedTuple):
     """Hold what a recorder keeps on the device.
 
     Attributes:
-        table: [capacity, K² + 3 K + 4] float64, a record each: Gramian, weights, dropped, squares;
-            number, finite, conflicts, winner. The latest is at (recorded - 1) % capacity.
+        table: [capacity, K² + 5 K + 4] float64, a record each, as `_fields` splits it. The latest
+            is at (recorded - 1) % capacity.
         recorded: [1] int64, how many records were written.
         counts: [L, BINS + 1] int64, for each layer the pairs with a cosine in each interval from
             -1 to 0, and those of 0 or more.
@@ -182,7 +186,7 @@ class Recorder:
 
     def _new_table(self, capacity: int, device: torch.device) -> Tensor:
         K = len(self.tasks)
-        width = K * K + 3 * K + 4
+        width = K * K + 5 * K + 4
         return torch.zeros((capacity, width), dtype=torch.float64, device=device)
 
     @fixed_precision
@@ -201,11 +205,11 @@ class Recorder:
         if buffers is None:
             return
         # NaN is read as None; in the Gramian 0 is, for a task without a gradient.
-        S, weights, dropped, squares, others = _fields(buffers.table, K)
+        S, dropped, *per_task, others = _fields(buffers.table, K)
         S = torch.nn.functional.pad(S.view(-1, K, K), (0, 1, 0, 1)).flatten(1)
-        zero = torch.zeros_like(weights[:, :1])
-        unknown = zero + math.nan
-        table = torch.cat([S, weights, unknown, dropped, zero, squares, unknown, others], dim=1)
+        unknown = torch.full_like(dropped[:, :1], math.nan)
+        added = [part for values in per_task for part in (values, unknown)]
+        table = torch.cat([S, dropped, torch.zeros_like(unknown), *added, others], dim=1)
         self._made = buffers._replace(table=table, recorded=buffers.recorded.clone())
 
     def __len__(self) -> int:
@@ -235,13 +239,20 @@ class Recorder:
         - incidence: the share of pairs with a cosine below 0;
         - conflicts: how many GCond resolved;
         - winner: of the first of those, or None (and with granularity="tensor" always);
-        - cosine/a/b for every pair of tasks; norm/a, weight/a and dropped/a for every task. In
-          these keys a slash within a task's name is written "%2F" (and "%2" as "%252").
+        - norm_ratio: the largest norm over shared parameters divided by the smallest;
+        - cosine/a/b for every pair of tasks;
+        - norm/a for every task: of its gradient; shared_norm/a: of the part that tasks share;
+        - weight/a: of its gradient in the result; descent/a: the cosine of the result with it;
+          rising/a: whether the result raises the task's loss to first order;
+        - loss/a: the mean of its losses in the window, without the loss weight;
+        - dropped/a: whether it was left out, as its gradient was not finite.
 
-        A cosine is None where a task of the pair has no gradient or the step was skipped, zone,
-        min_cosine and incidence where that is so of all pairs; a norm where the gradient was not
-        finite; a weight where the method has none. In steps before `add_task` the cosines, the norm
-        and the weight of that task are None, and it was not dropped.
+        In these keys a slash within a task's name is written "%2F" (and "%2" as "%252").
+
+        A value is None where there is none: a cosine, and what follows from cosines, where a task
+        has no gradient or the step was skipped; a norm that is not finite; a weight and what
+        follows from it where the method has none; a loss without a micro-batch, or not finite; of
+        a task that `add_task` added, all of these before that. `Report` says more of each.
         """
         fields = _fields(self._held(), len(self.tasks))
         return [self._decoded(*values) for values in zip(*fields, strict=True)]
@@ -257,11 +268,13 @@ class Recorder:
         return table.roll(-(recorded % len(table)), 0)
 
     def _decoded(
-        self, gramian: Tensor, weights: Tensor, dropped: Tensor, squares: Tensor, others: Tensor
+        self, gramian: Tensor, dropped: Tensor, squares: Tensor, *values: Tensor
     ) -> Record:
         tasks = self.tasks
-        number, finite, conflicts, winner = others.tolist()
-        cosines = pair_cosines(gramian.view(len(tasks), -1)) if finite else {}
+        weights, descent, losses = map(known, values[:3])
+        number, finite, conflicts, winner = values[3].tolist()
+        S = gramian.view(len(tasks), -1)
+        cosines, shared_norms = pair_cosines(S) if finite else {}, norms_of(S)
         smallest = min(cosines.values(), default=None)
         record: Record = {
             "step": int(number),
@@ -271,14 +284,25 @@ class Recorder:
             "incidence": incidence_of(cosines.values()),
             "conflicts": int(conflicts),
             "winner": tasks[int(winner)] if winner >= 0 else None,
+            "norm_ratio": ratio_of(shared_norms) if finite else None,
         }
         for i, j in combinations(range(len(tasks)), 2):
             record[record_key("cosine", tasks[i], tasks[j])] = cosines.get((i, j))
-        flags = dropped.bool()
-        norms = squares.sqrt().masked_fill(flags | ~squares.isfinite(), math.nan)
-        for quantity, values in (("norm", norms), ("weight", weights), ("dropped", flags)):
-            for task, value in zip(tasks, values.tolist(), strict=True):
-                record[record_key(quantity, task)] = None if math.isnan(value) else value
+        norms = known(squares.sqrt().masked_fill(dropped.bool(), math.nan))
+        per_task: dict[str, list[Any]] = {
+            "norm": norms,
+            "shared_norm": [
+                s if n is not None else n for s, n in zip(shared_norms, norms, strict=True)
+            ],
+            "weight": weights,
+            "descent": descent,
+            "rising": [*map(rises, descent)],
+            "loss": losses,
+            "dropped": dropped.bool().tolist(),
+        }
+        for quantity, of_tasks in per_task.items():
+            for task, value in zip(tasks, of_tasks, strict=True):
+                record[record_key(quantity, task)] = value
         return record
 
     @fixed_precision
@@ -339,12 +363,16 @@ def layers_of(names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _fields(table: Tensor, tasks: int) -> tuple[Tensor, ...]:
-    """Return Gramians, weights, dropped, squares and the other four of records [n, width]."""
-    return torch.split(table, [tasks * tasks, tasks, tasks, tasks, 4], dim=1)
+    """Return what records [n, width] hold.
+
+    Gramian, dropped, squared norms, weights, descent, losses, and four numbers: step, finite,
+    conflicts, winner.
+    """
+    return torch.split(table, [tasks * tasks, *[tasks] * 5, 4], dim=1)
 
 
 def _encoded(several: Resolution) -> Tensor:
-    """Return records as `_fields` splits them, [n, K² + 3 K + 4] float64, of n resolutions."""
+    """Return records as `_fields` splits them, [n, K² + 5 K + 4] float64, of n resolutions."""
     (events, finite), gramian = several.decision[2:], several.gramian
     # A method that resolves no conflicts has no events; of those per tensor none is the first.
     has_first = events.dim() == 3 and events.shape[1] > 0
@@ -352,9 +380,11 @@ def _encoded(several: Resolution) -> Tensor:
     return torch.cat(
         [
             gramian.flatten(1),
-            several.weights,
             several.nonfinite.to(torch.float64),
             several.squares,
+            several.weights,
+            several.descent,
+            several.losses,
             several.counters[:, :1].to(torch.float64),
             finite.to(torch.float64)[:, None],
             (events[..., 0] >= 0.0).flatten(1).sum(1, keepdim=True, dtype=torch.float64),

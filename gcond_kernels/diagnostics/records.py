@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Collection, Sequence
 from itertools import combinations
@@ -16,6 +17,10 @@ Record: TypeAlias = "dict[str, Any]"
 ZONES = ("mild", "moderate", "critical")
 ALL_ZONES = ("none", *ZONES)
 
+# A cosine of the result with a task's gradient below this is a loss that rises. What a method
+# has made 0 is within the rounding of float32 Gramians.
+RISING = -1e-6
+
 
 def pair_cosines(gramian: Tensor) -> dict[tuple[int, int], float]:
     """Return the cosine of each pair of tasks whose norms are above zero and finite.
@@ -28,6 +33,27 @@ def pair_cosines(gramian: Tensor) -> dict[tuple[int, int], float]:
     usable = ((norms > 0.0) & norms.isfinite()).tolist()
     pairs = combinations(range(len(usable)), 2)
     return {(i, j): cosines[i][j] for i, j in pairs if usable[i] and usable[j]}
+
+
+def norms_of(gramian: Tensor) -> list[float | None]:
+    """Return the norm of each task's gradient, from [K, K] float64; None where not finite."""
+    return known(gramian.diagonal().clamp(min=0.0).sqrt())
+
+
+def ratio_of(norms: Collection[float | None]) -> float | None:
+    """Return the largest of the norms above zero divided by the smallest; None without two."""
+    found = [norm for norm in norms if norm]
+    return max(found) / min(found) if len(found) > 1 else None
+
+
+def known(values: Tensor) -> list[float | None]:
+    """Return the numbers of a vector; None for what is NaN or infinite."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def rises(cosine: float | None) -> bool | None:
+    """Return whether a loss rises to first order, by the cosine of the result with its gradient."""
+    return None if cosine is None else cosine < RISING
 
 
 def zone_of(cosine: float, thresholds: tuple[float, float, float]) -> str:

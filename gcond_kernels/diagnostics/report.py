@@ -12,8 +12,17 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
-from gcond_kernels.diagnostics.records import ZONES, incidence_of, pair_cosines, zone_of
-from gcond_kernels.storage.shared_parameters import SharedParameters
+from gcond_kernels.diagnostics.records import (
+    ZONES,
+    incidence_of,
+    known,
+    norms_of,
+    pair_cosines,
+    ratio_of,
+    rises,
+    zone_of,
+)
+from gcond_kernels.storage.shared_parameters import SharedParameters, summed
 
 
 class Conflict(NamedTuple):
@@ -50,7 +59,11 @@ class Report:
         nonfinite_steps: task → in how many resolutions its gradient was not finite so far.
         micro_batches: task → micro-batches that it had in the window, of all ranks where
             accumulators are summed over ranks.
+        losses: task → mean of its losses in the window, without the loss weight, of all ranks; None
+            without a micro-batch, and where that is not finite.
         norms: task → norm of its accumulated gradient (loss weight and mean included).
+        norm_ratio: the largest such norm over shared parameters, divided by the smallest; None
+            without gradients of two tasks.
         norm_ema: task → moving average of that norm over shared parameters; of GCond with
             granularity="model".
         cosines: pair of tasks → cosine of their accumulated gradients over shared parameters; pairs
@@ -63,6 +76,11 @@ class Report:
             1 is unchanged. With granularity="tensor" the mean over those parameters. NaN with
             GradDrop, which has none.
         tensor_weights: with granularity="tensor": parameter → task → weight, of shared parameters.
+        descent: task → cosine of the resolved gradient, before momentum and clipping, with the
+            task's own, over all parameters: a small step along it lowers the task's loss where it
+            is positive. None where the task has no gradient, where the result is zero or the step
+            is skipped, and with GradDrop.
+        rising: the tasks whose loss rises to first order: with a cosine below -1e-6.
         gradient_norm: norm of the resolved gradient, before momentum and clipping; NaN with
             GradDrop, which does not compute it.
         winners: the last winners of conflicts, oldest first; of GCond with granularity="model".
@@ -76,7 +94,9 @@ class Report:
     nonfinite_tasks: list[str]
     nonfinite_steps: dict[str, int]
     micro_batches: dict[str, int]
+    losses: dict[str, float | None]
     norms: dict[str, float]
+    norm_ratio: float | None
     norm_ema: dict[str, float]
     cosines: dict[tuple[str, str], float]
     incidence: float | None
@@ -84,6 +104,8 @@ class Report:
     conflicts: list[Conflict]
     weights: dict[str, float]
     tensor_weights: dict[str, dict[str, float]]
+    descent: dict[str, float | None]
+    rising: list[str]
     gradient_norm: float
     winners: list[str]
     tensor_cosines: dict[str, float]
@@ -108,6 +130,7 @@ class Resolution(NamedTuple):
     products: ops.Gramians
     decision: ops.Arbitration
     shared: SharedParameters
+    losses: Tensor  # [K] float64, NaN of a task without a micro-batch
     norm_ema: Tensor | None  # [K], or [T, K] with a state of each tensor
     winners: Tensor | None  # [W], or [T, W]
     thresholds: tuple[float, float, float]
@@ -134,6 +157,31 @@ class Resolution(NamedTuple):
         return self.shared.mean_weights(self.decision, self.squares)
 
     @property
+    def result_products(self) -> tuple[Tensor, Tensor]:
+        """Products of the resolved gradient d with each task's, ĝ_k · d [K], and with itself, [].
+
+        In each tensor t d is Σ_k w_tk ĝ_tk: ĝ_k · d = Σ_t (S_t w_t)_k, and ‖d‖² = Σ_t w_tᵀ S_t w_t.
+        """
+        w, shared = self.decision.weights, self.shared
+        if shared.by_tensor:
+            w = torch.where(shared.flags[..., None], w, 1.0)
+            products = torch.einsum("...tij,...tj->...ti", self.per_tensor, w)
+            return products.sum(-2), (products * w).sum((-2, -1))
+        products = torch.einsum("...ij,...j->...i", self.gramian, w)
+        square = (products * w).sum(-1)
+        if shared.all_shared:
+            return products, square
+        own = summed(self.per_tensor, ~shared.flags).sum(-1)  # written as they are
+        return products + own, square + own.sum(-1)
+
+    @property
+    def descent(self) -> Tensor:
+        """Cosines of the resolved gradient with each task's, [K]; NaN where there is none."""
+        products, square = self.result_products
+        cosines = products / (self.squares.sqrt() * square.clamp(min=0.0).sqrt()[..., None])
+        return torch.where(self.decision.finite[..., None], cosines, math.nan).clamp(-1.0, 1.0)
+
+    @property
     def nbytes(self) -> int:
         """The memory of what the operations returned."""
         return sum(tensor.nbytes for tensor in (self.products.per_tensor, *self.decision))
@@ -149,7 +197,8 @@ class Resolution(NamedTuple):
 
     def report(self, tasks: Sequence[str]) -> Report:
         """Return the report. On a GPU this synchronizes with the device."""
-        cosines = pair_cosines(self.gramian.cpu())
+        gramian = self.gramian.cpu()
+        cosines, descent = pair_cosines(gramian), known(self.descent)
         skipped = not bool(self.decision.finite)
         step, skipped_steps, *nonfinite_steps = self.counters.tolist()
 
@@ -169,7 +218,9 @@ class Resolution(NamedTuple):
             nonfinite_tasks=[*compress(tasks, self.nonfinite.tolist())],
             nonfinite_steps=per_task(nonfinite_steps),
             micro_batches=per_task(self.counts),
+            losses=per_task(known(self.losses)),
             norms=per_task(self.squares.sqrt().tolist()),
+            norm_ratio=ratio_of(norms_of(gramian)),
             norm_ema=per_task(averages) if averages else {},
             cosines={(tasks[i], tasks[j]): cosine for (i, j), cosine in cosines.items()},
             incidence=incidence_of(cosines.values()),
@@ -179,6 +230,8 @@ class Resolution(NamedTuple):
             tensor_weights={
                 name: per_task(weights) for name, weights in self._of_shared(self.decision.weights)
             },
+            descent=per_task(descent),
+            rising=[*compress(tasks, map(rises, descent))],
             gradient_norm=math.nan if skipped else self._gradient_norm(),
             winners=[tasks[index] for index in of_model(self.winners) if index >= 0],
             tensor_cosines={name: min(pairs.values()) for name, pairs in tensor_cosines if pairs},
@@ -210,10 +263,7 @@ class Resolution(NamedTuple):
         ]
 
     def _gradient_norm(self) -> float:
-        """Return the root of the sum of wᵀ G w over the tensors."""
-        G = self.per_tensor.cpu()
-        w = self.shared.weights(self.decision.weights).cpu().expand(len(G), -1)
-        return float(torch.einsum("ti,tij,tj->", w, G, w).clamp(min=0.0).sqrt())
+        return float(self.result_products[1].clamp(min=0.0).sqrt())
 
 
 def stacked(resolutions: Sequence[Resolution]) -> Resolution:
@@ -233,4 +283,5 @@ def stacked(resolutions: Sequence[Resolution]) -> Resolution:
         ),
         decision=ops.Arbitration(*map(stack, zip(*[r.decision for r in resolutions], strict=True))),
         shared=resolutions[-1].shared._replace(flags=flags, factors=None),
+        losses=stack(r.losses for r in resolutions),
     )

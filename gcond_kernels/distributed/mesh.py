@@ -135,8 +135,8 @@ class MeshStrategy(SingleProcess):
         return Layout.of(offsets, [b - a for a, b in ranges])
 
     def sum_over_ranks(
-        self, products: Gramians, squared_norms: Tensor | None, losses: Tensor | None
-    ) -> tuple[Gramians, Tensor | None, Tensor | None]:
+        self, products: Gramians, squared_norms: Tensor | None, losses: Tensor
+    ) -> tuple[Gramians, Tensor | None, Tensor]:
         """Return inner products, squared norms and losses, summed in one all-reduce."""
         parts = [*products, squared_norms, losses]
         present = [part for part in parts if part is not None]

@@ -113,8 +113,8 @@ class SingleProcess:
         return ops.multi_tensor_norm(parts, per_tensor=True, backend=backend).square()
 
     def sum_over_ranks(
-        self, products: Gramians, squared_norms: Tensor | None, losses: Tensor | None
-    ) -> tuple[Gramians, Tensor | None, Tensor | None]:
+        self, products: Gramians, squared_norms: Tensor | None, losses: Tensor
+    ) -> tuple[Gramians, Tensor | None, Tensor]:
         """Return inner products, squared norms of parameters and losses, over all ranks."""
         return products, squared_norms, losses
 

@@ -43,6 +43,15 @@ def local_gradient(parameter: Any) -> Tensor | None:
     return gradient  # type: ignore[no-any-return]
 
 
+def full_value(tensor: Any) -> Tensor:
+    """Return the whole of a tensor, without autograd.
+
+    Of one that is still to be summed over its mesh this is a collective of all its ranks.
+    """
+    value: Tensor = tensor.detach()
+    return value.full_tensor() if is_dtensor(value) else value  # type: ignore[attr-defined]
+
+
 def placed_like(parameter: Any, local: Tensor) -> Tensor:
     """Return a local tensor as this process's shard of a tensor placed as the parameter is."""
     if not is_dtensor(parameter):

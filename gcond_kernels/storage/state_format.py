@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gcond_kernels.storage.names import without_wrappers
 
-VERSION = 5
+VERSION = 6
 KEY = "gcond"
 BASE = "base"
 

@@ -35,6 +35,7 @@ class Outcome(NamedTuple):
     products: ops.Gramians  # of all ranks
     decision: ops.Arbitration
     shared: SharedParameters
+    losses: Tensor  # [K] float64, means of all ranks; NaN of a task without a micro-batch
     gradients: list[Tensor | None]  # T, local; None where there is none
 
 
@@ -46,7 +47,7 @@ class Resolver:
         counters: [2 + K] int64: resolutions, those that were skipped, and of each task those in
             which its gradient was not finite. On the device.
         nonfinite: [K] bool: tasks whose gradient was not finite in the last resolution.
-        losses: [K] float64: the sum of each task's losses in this window; None where not needed.
+        losses: [K] float64: the sum of each task's losses in this window, without the loss weight.
         last: the last resolution.
     """
 
@@ -66,7 +67,7 @@ class Resolver:
         self.counters = torch.zeros(2 + len(tasks), dtype=torch.int64, device=device)
         self.nonfinite = torch.zeros(len(tasks), dtype=torch.bool, device=device)
         self.method_state = self.fresh_state()
-        self.losses = self._new_losses()
+        self.losses = torch.zeros(len(tasks), dtype=torch.float64, device=device)
         self.last: Resolution | None = None
         self._backend: ops.Backend | None = None
 
@@ -93,11 +94,6 @@ class Resolver:
         batch = (len(self.storage.segments),) if o.granularity == "tensor" else ()
         return fresh_state(o.method, len(self.tasks), batch, self.device)
 
-    def _new_losses(self) -> Tensor | None:
-        if not self.options.assigned.method.needs_losses:
-            return None
-        return torch.zeros(len(self.tasks), dtype=torch.float64, device=self.device)
-
     def renew(self) -> None:
         """Let the assigned options take effect: make what they need, keep what they still need."""
         before, o = self.options.current, self.options.assigned
@@ -109,14 +105,13 @@ class Resolver:
             old = self.method_state
             state = {name: carried_over(old.get(name), new) for name, new in state.items()}
         self.method_state = state
-        if self.losses is None or len(self.losses) < len(self.tasks) or not o.method.needs_losses:
-            self.losses = self._new_losses()
         self.sharing.selection_found = False
 
     def add_task(self) -> None:
         """Count for one task more, the last one."""
         self.nonfinite = torch.cat([self.nonfinite, torch.zeros_like(self.nonfinite[:1])])
         self.counters = torch.cat([self.counters, torch.zeros_like(self.counters[:1])])
+        self.losses = torch.cat([self.losses, torch.zeros_like(self.losses[:1])])
         self.last = None
 
     def follow_layout(self, places: Sequence[int]) -> None:
@@ -132,15 +127,13 @@ class Resolver:
         self.counters = self.counters.to(device)
         self.nonfinite = self.nonfinite.to(device)
         self.method_state = {name: value.to(device) for name, value in self.method_state.items()}
-        if self.losses is not None:
-            self.losses = self.losses.to(device)
+        self.losses = self.losses.to(device)
 
-    def restore(self, counters: Sequence[int], losses: Sequence[float] | None) -> None:
+    def restore(self, counters: Sequence[int], losses: Sequence[float]) -> None:
         """Take over the counters, and the sums of the losses, of a state that is loaded."""
         self.counters = torch.tensor(counters, dtype=torch.int64, device="cpu").to(self.device)
-        if self.losses is not None and losses is not None:
-            sums = torch.tensor(losses, dtype=torch.float64, device="cpu")
-            self.losses = sums.to(self.device)
+        sums = torch.tensor(losses, dtype=torch.float64, device="cpu")
+        self.losses = sums.to(self.device)
         self.last = None
         self.sharing.forget()
 
@@ -203,11 +196,12 @@ class Resolver:
         if self._nothing_between(counts):
             fused = o.method.resolve(local.gradients, target, self.method_state, o.max_norm)
         if fused is None:
-            products, decision, shared = self._run_in_turn(local, target, counts)
+            products, decision, shared, losses = self._run_in_turn(local, target, counts)
         else:
             products, decision = fused
             shared = self._shared_parameters(products, counts)
-        return Outcome(products, decision, shared, self.strategy.gather(local))
+            losses = self._mean_losses(self.losses, counts)
+        return Outcome(products, decision, shared, losses, self.strategy.gather(local))
 
     def _nothing_between(self, counts: Sequence[int]) -> bool:
         """Return whether nothing is to be done between the operations of a resolution."""
@@ -227,20 +221,21 @@ class Resolver:
 
     def _run_in_turn(
         self, local: LocalGradients, target: Destination, counts: Sequence[int]
-    ) -> tuple[ops.Gramians, ops.Arbitration, SharedParameters]:
+    ) -> tuple[ops.Gramians, ops.Arbitration, SharedParameters, Tensor]:
         """Compare, decide and write, with what lies between."""
         o, K, backend = self.options.current, len(self.tasks), self.backend
         squares = None if o.update is None else self.strategy.squared_norms(backend)  # [T]
-        products, squares, losses = self.strategy.sum_over_ranks(
+        products, squares, sums = self.strategy.sum_over_ranks(
             self._local_products(local), squares, self.losses
         )
+        losses = self._mean_losses(sums, counts)
         products, scale = self._treat_nonfinite(products, local.gradients.scale)
         gradients = local.gradients._replace(scale=scale)
         before = self._snapshot()
         shared = self._shared_parameters(products, counts)
         self.sharing.clear_absent(local.outputs, counts, products.total)
         S, X = shared.gramians(products, K)
-        known = Known(losses=self._mean_losses(losses, counts), tasks=tuple(self.tasks))
+        known = Known(losses=losses if o.method.needs_losses else None, tasks=tuple(self.tasks))
         selected = shared.selected_gramian(products, K)
         comparison = Comparison(S, X, scale, selected, known, backend)
         decision = o.method.decide(comparison, self.method_state)
@@ -253,7 +248,7 @@ class Resolver:
         if o.update is not None and squares is not None:
             norms = averaged_norms(products.per_tensor, weights, target.momentum)
             o.update.apply(local.outputs, norms, squares.sqrt(), decision.finite)
-        return products, decision, shared
+        return products, decision, shared, losses
 
     def _local_products(self, local: LocalGradients) -> ops.Gramians:
         """Return the inner products of what this process counts."""
@@ -282,10 +277,8 @@ class Resolver:
             forget_history(self.method_state, changed)
         return shared
 
-    def _mean_losses(self, sums: Tensor | None, counts: Sequence[int]) -> Tensor | None:
+    def _mean_losses(self, sums: Tensor, counts: Sequence[int]) -> Tensor:
         """Return the mean loss of each task, [K]; NaN of a task without a micro-batch."""
-        if sums is None:
-            return None
         holders = self.strategy.losses_per_micro_batch
         shares = tuple(1.0 / (count * holders) if count else float("nan") for count in counts)
         share = tables.settings_tensor(shares, sums.device)
@@ -380,7 +373,7 @@ class Resolver:
 
     def note(self, outcome: Outcome, counts: Sequence[int]) -> Resolution:
         """Count a resolution, and return it for reports; all of it stays on the device."""
-        products, decision, shared, _ = outcome
+        products, decision, shared, losses, _ = outcome
         self._count(products.total, decision.finite)
         self.sharing.note()
         self.last = Resolution(
@@ -392,6 +385,7 @@ class Resolver:
             products=products._replace(cross=None, cross_per_tensor=None),
             decision=decision,
             shared=shared,
+            losses=losses,
             norm_ema=self.method_state.get("norm_ema"),
             winners=self.method_state.get("winners"),
             thresholds=self.options.current.method.thresholds,

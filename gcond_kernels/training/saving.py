@@ -46,7 +46,6 @@ class SavedOptimizer(WindowedOptimizer):
             if o.granularity == "tensor" and name not in o.method.shared_state
         }
         kept = {"history": history, "momentum": momentum, "mask": storage.mask}
-        losses = resolver.losses
         common = {
             "version": VERSION,
             "tasks": list(self._weights),
@@ -61,7 +60,7 @@ class SavedOptimizer(WindowedOptimizer):
                 "accumulation_steps": o.accumulation_steps,
                 "position": window.position,
                 "counts": list(storage.counts),
-                "losses": None if losses is None else losses.tolist(),
+                "losses": resolver.losses.tolist(),
                 "weights": list(window.weights or self._weights.values()),
                 "planned": list(window.planned or [0] * len(self._weights)),
             },

@@ -204,8 +204,7 @@ class WindowedOptimizer(OptimizerWrapper):
     def _start_window(self) -> None:
         self._rank_strategy.end_window()
         self._storage.start_window()
-        if self._resolver.losses is not None:
-            self._resolver.losses.zero_()
+        self._resolver.losses.zero_()
         self._window.reset()
         if self._options.current is not self._options.assigned:
             self._renew()
@@ -250,6 +249,7 @@ class WindowedOptimizer(OptimizerWrapper):
             sent = [names[k] for k in range(started) if storage.counts[k]]
             for k in range(started, len(names)):
                 storage.drop_task(k)
+            self._resolver.losses[started:].zero_()
             window.position = len(window.schedule)
             result = (
                 f" after the gradients of {sent} were sent to the other ranks: those stay, what "

@@ -56,7 +56,7 @@ def test_bytes_on_the_wire(ranks, size):
 
 
 def test_inner_products_with_the_history_travel_by_tensor_only_where_needed(ranks2):
-    """S, X and S of each tensor, in float64; X of each tensor too where not all are shared."""
+    """S, X, losses and S of each tensor, in float64; X of each too where not all are shared."""
     K = len(t.TASKS)
     for net in (t.Net, t.Headed):
         T = len(list(t.new_model(net=net).parameters())) - 1  # without the one that is not used
@@ -64,7 +64,7 @@ def test_inner_products_with_the_history_travel_by_tensor_only_where_needed(rank
             sent, _, _ = ranks2(traffic_of, "shard", granularity, None, net)[0]
             each = 1 if (net, granularity) == (t.Net, "model") else 2
             # Of two ranks each sends as much as it has.
-            assert sum(sent["all_reduce"]) == 8 * K**2 * (2 + each * T)
+            assert sum(sent["all_reduce"]) == 8 * K**2 * (2 + each * T) + 8 * K
 
 
 def test_the_result_travels_in_the_type_of_the_gradients(ranks2):

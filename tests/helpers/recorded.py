@@ -27,6 +27,7 @@ def resolution_of(number, names, gramian, per_tensor, decision, nonfinite) -> Re
         products=Gramians(gramian, None, per_tensor, None),
         decision=decision,
         shared=SharedParameters(False, torch.ones(len(per_tensor), dtype=torch.bool), True),
+        losses=torch.full((len(nonfinite),), math.nan, dtype=torch.float64),
         norm_ema=None,
         winners=None,
         thresholds=THRESHOLDS,
