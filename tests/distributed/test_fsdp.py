@@ -79,3 +79,18 @@ def without_all_reduce():
 
 def test_all_reduce_may_be_left_out_where_there_is_none(ranks2):
     t.assert_close(t.of_all(ranks2(without_all_reduce)), t.train_alone(2, {}, 2)[0])
+
+
+def loss_that_is_a_dtensor():
+    """Each rank has the sum of its own part: the loss is their sum."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = torch.nn.Parameter(distribute_tensor(torch.arange(4.0), mesh, [Shard(0)]))
+    optimizer = t.GCondFused(torch.optim.SGD([p], lr=0.1), {"a": 0.5, "b": 1.0})
+    optimizer.backward({"a": p.square().sum(), "b": p.full_tensor().sum()})
+    return optimizer.report().losses
+
+
+def test_the_value_of_a_loss_that_is_a_dtensor_is_that_of_all_ranks(ranks2):
+    assert ranks2(loss_that_is_a_dtensor) == [{"a": 14.0, "b": 6.0}] * 2

@@ -116,6 +116,9 @@ def assert_same_decisions(decisions, others):
     for ours, theirs in zip(decisions, others, strict=True):
         assert ours.weights == pytest.approx(theirs.weights, rel=1e-3, abs=1e-3)
         assert ours.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-3)
+        assert ours.norm_ratio == pytest.approx(theirs.norm_ratio, rel=1e-3)
+        assert ours.descent == pytest.approx(theirs.descent, rel=1e-2, abs=1e-2)
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-3)
         assert ours.tensor_weights.keys() == theirs.tensor_weights.keys()  # shared tensors
         for name, weights in ours.tensor_weights.items():
             assert weights == pytest.approx(theirs.tensor_weights[name], rel=1e-2, abs=1e-2), name

@@ -134,10 +134,11 @@ def fail():
 def failing_last_task(strategy, fails, steps):
     """The last task of the last micro-batch fails on rank 1 when the others are sent."""
     model, optimizer = t.new_training(strategy, steps)
-    messages = []
+    messages, values = [], []
     for step in range(2):
         for position, number in enumerate(t.numbers_of(step, count=steps)):
             losses = t.loss_functions(model, number)
+            values.append(losses["c"]().item())
             if fails and (step, position, dist.get_rank()) == (1, steps - 1, 1):
                 losses["c"] = fail
             try:
@@ -150,24 +151,29 @@ def failing_last_task(strategy, fails, steps):
                     optimizer.backward(t.losses_of(model, number))
                 messages.append(str(full.value))
         optimizer.step()
-    return t.parameters_of(model), optimizer.report().micro_batches, messages
+    report = optimizer.report()
+    mean = sum(values[-steps:]) / steps
+    return t.parameters_of(model), (report.micro_batches, report.losses["c"]), mean, messages
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("strategy", t.STRATEGIES)
 def test_task_that_fails_when_others_are_sent(ranks2, strategy, steps):
     results = ranks2(failing_last_task, strategy, True, steps)
-    parameters, micro_batches = t.of_all(results)
+    parameters, (micro_batches, loss) = t.of_all(results)
+    means = [mean for _, _, mean, _ in results]
+    assert loss == pytest.approx(means[0])  # of the rank whose gradient counts
     # A shard goes where an accumulator was that must have arrived, for which a host does not wait.
     sent = ["a"] if strategy == "shard" else ["a", "b"]
     assert micro_batches == {task: (2 if task in sent else 1) * steps for task in t.TASKS}
-    assert results[0][2] == []
-    error, warning, again = results[1][2]
+    assert results[0][3] == []
+    error, warning, again = results[1][3]
     assert error == "no such luck"
     assert f"the gradients of {sent} were sent to the other ranks: those stay" in warning
     assert "on its way to the other ranks: call step() before backward()" in again
-    without, micro_batches = t.of_all(ranks2(failing_last_task, strategy, False, steps))
+    without, (micro_batches, loss) = t.of_all(ranks2(failing_last_task, strategy, False, steps))
     assert micro_batches == {"a": 2 * steps, "b": 2 * steps, "c": 2 * steps}
+    assert loss == pytest.approx(sum(means) / 2)
     assert not t.equal(parameters, without)
 
 

@@ -249,7 +249,10 @@ def parameters_of(model):
     return {name.removeprefix("module."): full(p) for name, p in model.named_parameters()}
 
 
-OF_REPORT = ("weights", "conflicts", "winners", "norm_ema", "gradient_norm", "micro_batches")
+OF_REPORT = (
+    *("weights", "conflicts", "winners", "norm_ema", "gradient_norm", "micro_batches"),
+    *("descent", "norm_ratio", "losses"),
+)
 Decision = namedtuple("Decision", [*OF_REPORT, "tensor_weights", "state"])
 
 
