@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from gcond_kernels import GCond, GCondFused
-from tests.conftest import slow
 from tests.helpers import distributed_training as t
 from tests.helpers.models import same
 
