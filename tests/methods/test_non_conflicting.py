@@ -227,9 +227,10 @@ def test_what_is_not_finite_is_as_the_inner_method_has_it():
 def test_the_optimizer_finds_what_the_inner_method_needs(inner):
     method = NonConflicting(inner)
     names = ("needs_losses", "needs_history", "history_dtype", "shared_state", "parameters")
-    names += ("thresholds", "bounded_weights", "adds_magnitudes", "compares_single_task")
+    names += ("thresholds", "adds_magnitudes", "compares_single_task")
     for name in names:
         assert getattr(method, name) == getattr(inner, name), name
+    assert not method.bounded_weights  # where gradients cancel out, weights may be large
     assert repr(method) == f"NonConflicting(method={inner!r})"
     again = pickle.loads(pickle.dumps(method))
     assert again == copy.deepcopy(method) == method
