@@ -21,6 +21,8 @@ METHODS = (
     *(methods.Sum(), methods.GCond(), methods.PCGrad(), methods.GradVac(), methods.GradNorm()),
     *(methods.CAGrad(), methods.MGDA(), methods.UPGrad(), methods.AlignedMTL()),
     *(methods.IMTLG(), methods.NashMTL()),
+    *(methods.DWA(), methods.FAMO(), methods.STCH(), methods.RLW()),
+    methods.UncertaintyWeighting(),
 )
 ROUNDS = 7
 

@@ -8,8 +8,12 @@ from gcond_kernels.distributed.options import Distributed
 from gcond_kernels.functional import gramian, resolve_gradients
 from gcond_kernels.lion_lars import LionLars
 from gcond_kernels.methods import (
+    DWA,
+    FAMO,
     IMTLG,
     MGDA,
+    RLW,
+    STCH,
     AlignedMTL,
     CAGrad,
     GCond,
@@ -20,6 +24,7 @@ from gcond_kernels.methods import (
     NonConflicting,
     PCGrad,
     Sum,
+    UncertaintyWeighting,
     UPGrad,
 )
 from gcond_kernels.optimizer import GCondFused
@@ -29,8 +34,12 @@ from gcond_kernels.recipes.sparse import neuron_mask
 
 __version__ = "0.1.0"
 __all__ = [
+    "DWA",
+    "FAMO",
     "IMTLG",
     "MGDA",
+    "RLW",
+    "STCH",
     "AlignedMTL",
     "CAGrad",
     "Distributed",
@@ -48,6 +57,7 @@ __all__ = [
     "Sum",
     "TrainingState",
     "UPGrad",
+    "UncertaintyWeighting",
     "conflict_table",
     "frozen_batchnorm",
     "gramian",

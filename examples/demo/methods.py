@@ -41,6 +41,11 @@ METHODS = (
     Method("alignedmtl", "AlignedMTL", "exact", 1.6, methods.AlignedMTL()),
     Method("imtlg", "IMTLG", "exact", 1.6, methods.IMTLG()),
     Method("nashmtl", "NashMTL", "exact", 1.7, methods.NashMTL()),
+    Method("dwa", "DWA", "exact", 1.6, methods.DWA()),
+    Method("famo", "FAMO", "exact", 1.6, methods.FAMO()),
+    Method("stch", "STCH", "exact", 1.6, methods.STCH()),
+    Method("rlw", "RLW", "exact", 1.6, methods.RLW()),
+    Method("uncertainty", "Uncertainty", "exact", 1.6, methods.UncertaintyWeighting()),
     Method("graddrop", "GradDrop", "exact", 1.7, methods.GradDrop()),
 )
 KEYS = tuple(method.key for method in METHODS)

@@ -5,6 +5,8 @@ import dataclasses
 from gcond_kernels.methods.aligned_mtl import AlignedMTL
 from gcond_kernels.methods.cagrad import CAGrad
 from gcond_kernels.methods.checks import refuse_assignment
+from gcond_kernels.methods.dwa import DWA
+from gcond_kernels.methods.famo import FAMO
 from gcond_kernels.methods.gcond import GCond
 from gcond_kernels.methods.graddrop import GradDrop
 from gcond_kernels.methods.gradnorm import GradNorm
@@ -15,12 +17,19 @@ from gcond_kernels.methods.mgda import MGDA
 from gcond_kernels.methods.nash_mtl import NashMTL
 from gcond_kernels.methods.non_conflicting import NonConflicting
 from gcond_kernels.methods.pcgrad import PCGrad
+from gcond_kernels.methods.rlw import RLW
+from gcond_kernels.methods.stch import STCH
 from gcond_kernels.methods.sum import Sum
+from gcond_kernels.methods.uncertainty import UncertaintyWeighting
 from gcond_kernels.methods.upgrad import UPGrad
 
 __all__ = [
+    "DWA",
+    "FAMO",
     "IMTLG",
     "MGDA",
+    "RLW",
+    "STCH",
     "AlignedMTL",
     "CAGrad",
     "GCond",
@@ -35,6 +44,7 @@ __all__ = [
     "State",
     "Sum",
     "UPGrad",
+    "UncertaintyWeighting",
 ]
 
 for _method in map(globals().get, __all__):

@@ -51,6 +51,21 @@ def check_number(method: object, option: str, high: float = math.inf) -> None:
     check_option(method, option, f"a number {bounds}", holds)
 
 
+def check_positive(method: object, option: str) -> None:
+    """Check that an option is a finite number above 0."""
+    value = getattr(method, option)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    holds = is_number and 0.0 < value < math.inf
+    check_option(method, option, "a number above 0", holds)
+
+
+def check_count(method: object, option: str) -> None:
+    """Check that an option is a whole number above 0."""
+    value = getattr(method, option)
+    holds = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    check_option(method, option, "a whole number above 0", holds)
+
+
 def check_seed(method: Any) -> None:
     """Check that the seed of a method is an integer of 64 bits."""
     seed = method.seed

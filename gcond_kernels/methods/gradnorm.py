@@ -9,13 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gcond_kernels.methods.adam import direction_of_adam
 from gcond_kernels.methods.checks import check_number, check_option
 from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.normalized import norms
 from gcond_kernels.methods.positive_losses import PositiveLosses
-
-# Of Adam, which trains the weights.
-BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
 
 
 @dataclass(frozen=True)
@@ -112,15 +110,9 @@ class GradNorm(Method):
 
     def train(self, state: State, slope: Tensor, takes_part: Tensor) -> None:
         """Make a step of Adam, and scale the weights of tasks that take part so that Σ w = K."""
-        state["updates"] += 1
-        t = state["updates"].double()
-        average, square = state["average"], state["square_average"]
-        average.mul_(BETA_1).add_((1.0 - BETA_1) * slope)
-        square.mul_(BETA_2).add_((1.0 - BETA_2) * slope**2)
-        corrected = average / (1.0 - BETA_1**t)
-        root = (square / (1.0 - BETA_2**t)).sqrt()
         w = state["task_weights"]
-        trained = (w - self.lr * corrected / (root + EPS)).clamp(min=0.0)
+        every = torch.ones((), dtype=torch.bool, device=w.device)
+        trained = (w - self.lr * direction_of_adam(state, slope, every)).clamp(min=0.0)
         others = torch.where(takes_part, 0.0, w).sum(-1, keepdim=True)
         total = torch.where(takes_part, trained, 0.0).sum(-1, keepdim=True)
         # Where all of them fell to 0 there is nothing to scale: they stay.

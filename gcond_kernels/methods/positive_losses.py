@@ -48,7 +48,7 @@ class PositiveLosses:
             if not math.isnan(loss)
         ]
         raise ValueError(
-            f"{type(method).__name__} divides by losses, which must be positive, but "
+            f"{type(method).__name__} takes losses that are positive, but "
             f"{' and '.join(wrong)}. That step changed nothing. Add a constant to the loss that "
             "keeps it above 0, take exp() of it, or choose another method"
         )

@@ -5,8 +5,12 @@ import pytest
 import torch
 
 from gcond_kernels.methods import (
+    DWA,
+    FAMO,
     IMTLG,
     MGDA,
+    RLW,
+    STCH,
     AlignedMTL,
     CAGrad,
     GCond,
@@ -16,6 +20,7 @@ from gcond_kernels.methods import (
     NonConflicting,
     PCGrad,
     Sum,
+    UncertaintyWeighting,
     UPGrad,
 )
 from gcond_kernels.methods.method import Comparison, Known, fresh_state
@@ -25,7 +30,10 @@ CPU = torch.device("cpu")
 
 SOLVED = [UPGrad(), MGDA(), CAGrad(), IMTLG(), NashMTL(), AlignedMTL(), NonConflicting(Sum())]
 RANDOM = [PCGrad(), GradVac(), NonConflicting(GradVac())]
-METHODS = [Sum(), *SOLVED, *RANDOM, GradNorm(), GCond()]
+# Weights that are the same for all Gramians of a batch, by the losses or at random.
+LOSSES = [DWA(), FAMO(), STCH(), UncertaintyWeighting()]
+OF_ALL_TENSORS = [*LOSSES, RLW()]
+METHODS = [Sum(), *SOLVED, *RANDOM, GradNorm(), *OF_ALL_TENSORS, GCond()]
 
 
 def name_of(value) -> str:

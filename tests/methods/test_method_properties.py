@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gcond_kernels.methods import (
+    DWA,
+    FAMO,
     IMTLG,
     MGDA,
+    STCH,
     AlignedMTL,
     CAGrad,
     GCond,
@@ -19,6 +22,7 @@ from gcond_kernels.methods import (
     NashMTL,
     PCGrad,
     Sum,
+    UncertaintyWeighting,
     UPGrad,
     aligned_mtl,
     imtl_g,
@@ -31,6 +35,7 @@ from tests.helpers.as_on_gpu import late_flags, no_reads
 from tests.helpers.gramians import (
     CPU,
     METHODS,
+    OF_ALL_TENSORS,
     RANDOM,
     SOLVED,
     every_method,
@@ -129,6 +134,10 @@ def test_weights_are_finite_with_norms_far_apart(method):
         (PCGrad(), 3.0),
         (GradVac(), 3.0),
         (GradNorm(), 3.0),
+        (DWA(), 3.0),
+        (FAMO(), 1.0),
+        (STCH(), 3.0),  # of losses of 1
+        (UncertaintyWeighting(), 1.5 * math.exp(0.5)),
         (GCond(), 3.0),
     ],
     ids=name_of,
@@ -234,7 +243,8 @@ def test_graddrop_has_no_weights():
 def test_a_batch_has_the_weights_of_its_gramians(method):
     tasks = 2 if method in RANDOM else 4  # the orders of two are all the same
     S = torch.stack([random_gramian(tasks, seed) for seed in range(6)])
-    S[0, 1, :] = S[0, :, 1] = 0.0
+    if method not in OF_ALL_TENSORS:
+        S[0, 1, :] = S[0, :, 1] = 0.0
     one_by_one = torch.stack([weights(method, S[b]) for b in range(6)])
     for shape in ((6,), (2, 3), (1, 2, 3)):
         at_once = weights(method, S.view(*shape, tasks, tasks))
@@ -411,6 +421,13 @@ def test_shapes_alone_are_enough(method, tasks):
         *((CAGrad, "rescale", value) for value in (3, -1, 1.0, True, "1", None)),
         *((GradNorm, "alpha", value) for value in (-1.0, math.inf, math.nan, None)),
         *((GradNorm, "lr", value) for value in (-1e-3, math.inf, "1e-3")),
+        *((DWA, "temperature", value) for value in (0.0, math.inf, "2")),
+        *((DWA, "steps_per_epoch", value) for value in (0, 1.5, True)),
+        *((FAMO, "lr", value) for value in (-1e-3, None)),
+        *((FAMO, "gamma", value) for value in (-1e-3, math.nan)),
+        *((STCH, "mu", value) for value in (0.0, True)),
+        (STCH, "warmup_steps", 0),
+        (UncertaintyWeighting, "lr", -1.0),
         *((GradNorm, "parameters", value) for value in ("head", 5, [1, 2], (None,))),
     ],
 )

@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from gcond_kernels import (
+    DWA,
+    FAMO,
     IMTLG,
     MGDA,
+    RLW,
+    STCH,
     AlignedMTL,
     CAGrad,
     GCond,
@@ -19,6 +23,7 @@ from gcond_kernels import (
     NonConflicting,
     PCGrad,
     Sum,
+    UncertaintyWeighting,
     UPGrad,
     ops,
 )
@@ -385,6 +390,7 @@ METHODS = [
     PCGrad(seed=2),
     GradVac(beta=0.3),
     GradNorm(lr=0.1),
+    *(DWA(steps_per_epoch=1), FAMO(), STCH(warmup_steps=1), UncertaintyWeighting(), RLW()),
     CAGrad(),
     MGDA(),
     UPGrad(),

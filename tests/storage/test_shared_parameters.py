@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from gcond_kernels import (
+    FAMO,
     IMTLG,
     MGDA,
+    RLW,
     AlignedMTL,
     CAGrad,
     GCond,
@@ -45,6 +47,8 @@ WITH_WEIGHTS = [
     IMTLG(),
     NashMTL(),
     NonConflicting(PCGrad(seed=3)),
+    FAMO(),  # of the weightings by losses, which differ in the weights alone
+    RLW(),
     GCond(),
 ]
 ALL = [*WITH_WEIGHTS, GradDrop(seed=5)]

@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 from gcond_kernels import GCond, GCondFused, neuron_mask
-from gcond_kernels.methods import GradDrop, GradNorm, GradVac, NonConflicting, PCGrad
+from gcond_kernels.methods import (
+    DWA,
+    FAMO,
+    STCH,
+    GradDrop,
+    GradNorm,
+    GradVac,
+    NonConflicting,
+    PCGrad,
+    UncertaintyWeighting,
+)
 from tests.helpers.models import (
     TASKS,
     batches,
@@ -27,6 +37,10 @@ METHODS = {
     "NonConflicting": {"method": NonConflicting(GCond())},
     "by tensor": {"granularity": "tensor"},
     "GradVac by tensor": {"granularity": "tensor", "method": GradVac(beta=0.3)},
+    "DWA": {"method": DWA(steps_per_epoch=1)},
+    "STCH": {"method": STCH(mu=0.5, warmup_steps=2)},
+    "UncertaintyWeighting": {"method": UncertaintyWeighting(lr=0.05)},
+    "FAMO by tensor": {"granularity": "tensor", "method": FAMO(lr=0.1)},
     "GradNorm by tensor": {"granularity": "tensor", "method": GradNorm(lr=0.05)},
 }
 
