@@ -51,6 +51,11 @@ METHOD_STYLES: dict[str, dict[str, Any]] = {
     "alignedmtl": {"color": BROWN, "linestyle": "-", "linewidth": 1.6, "marker": "*"},
     "imtlg": {"color": ORANGE, "linestyle": "--", "linewidth": 1.6, "marker": "p"},
     "nashmtl": {"color": BROWN, "linestyle": "-.", "linewidth": 1.6, "marker": "X"},
+    "dwa": {"color": SKY, "linestyle": "--", "linewidth": 1.6, "marker": "1"},
+    "famo": {"color": VERMILION, "linestyle": "--", "linewidth": 1.6, "marker": "2"},
+    "stch": {"color": BLACK, "linestyle": "--", "linewidth": 1.6, "marker": "3"},
+    "rlw": {"color": SKY, "linestyle": "-.", "linewidth": 1.6, "marker": "4"},
+    "uncertainty": {"color": VERMILION, "linestyle": "-.", "linewidth": 1.6, "marker": "+"},
     "graddrop": {"color": DARK, "linestyle": "-.", "linewidth": 1.6, "marker": "d"},
 }
 MARKER_SIZES = {"o": 13.0, "s": 9.0, "^": 6.0}  # for lines that lie on each other
