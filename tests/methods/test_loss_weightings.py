@@ -338,7 +338,7 @@ def test_a_step_of_the_optimizer_is_one_of_the_objective(granularity):
         if t < 2:
             objective = sum(tasks[k] * mean[k].log() for k in tasks)
             for k in tasks:
-                warm[k].append(float(mean[k]))
+                warm[k].append(float(mean[k].detach()))
         else:
             n = {k: statistics.fmean(warm[k]) for k in tasks}
             z = torch.stack([(mean[k] / n[k]).log() for k in tasks]).div(0.3)
