@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -29,20 +30,27 @@ BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
 GREY = "#999999"
 ZONE_COLORS = {"none": "#FFFFFF", "mild": "#FFF4D6", "moderate": "#FFE0A3", "critical": "#FFC46B"}
+COLORS = (BLUE, VERMILION, GREEN, PURPLE, SKY, BLACK)
 # Pairs differ in their markers too, not in colour alone.
-PAIR_STYLES = tuple(zip((BLUE, VERMILION, GREEN, PURPLE, SKY, BLACK), "o^svDX", strict=True))
+PAIR_STYLES = tuple(zip(COLORS, "o^svDX", strict=True))
+TASK_STYLES = tuple((color, line) for line in ("-", "--") for color in COLORS)
 
 DPI = 110
 LAYERS = 20
 SMALLEST, LARGEST = 8.0, 11.0  # points of a layer's name; a longer name loses its middle
-WINNERS = 12
+MOST_MARKED = 12  # tasks with a strip of their own; of more those with most marks
+LONGEST_LABEL = 16  # characters of a task's name in the legend of norms
 FEW_STEPS = 60  # up to this many are joined by lines, more get a running median
 LEAST_HEIGHT = 0.09  # of a zone, in cosine, for its name to fit
 NOTHING_TO_DRAW = "there is nothing to draw before {}: train some steps first (capacity above 0)"
 
 
 def plot_conflicts(recorder: Recorder, path: str | os.PathLike[str]) -> Path:
-    """Draw the cosines over the steps, the winners, and the layers that conflict most.
+    """Draw what conflicts there were, in which steps, and in which layers.
+
+    From above: the cosines of the pairs over the zones; for each task the steps in which it won,
+    and those that went against it (raised its loss to first order); the norms of the tasks'
+    gradients, whose ratio is their balance; the layers that conflict most.
 
     On a GPU this synchronizes with the device. ::
 
@@ -122,15 +130,18 @@ def _draw_conflicts(figure: Figure, recorder: Recorder) -> None:
     layers = sorted(recorder.layers(), key=lambda layer: -layer["share"])
     marks = _marks(records, tasks)
     strip = 0.55 + 0.24 * len(marks)
-    heights = (5.7 + strip, _height(layers, LAYERS))
+    heights = (8.5 + strip, _height(layers, LAYERS))
     figure.set_size_inches(13, sum(heights))
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
-    top, middle = upper.subplots(2, 1, sharex=True, height_ratios=(4.6, strip))
+    top, middle, norms = upper.subplots(3, 1, sharex=True, height_ratios=(4.6, strip, 2.4))
     _draw_cosines(top, recorder, records)
     _draw_marks(middle, records, marks)
     if len(tasks) > 1:
-        often = f" (the {WINNERS} that won most often)" if len(tasks) > WINNERS else ""
-        middle.set_title(f"Who won the first conflict of a step{often}", fontsize=12)
+        often = f" (the {MOST_MARKED} with most)" if len(tasks) > MOST_MARKED else ""
+        won = any(record["winner"] is not None for record in records)
+        title = "Who won the first conflict of a step, and against" if won else "Against"
+        middle.set_title(f"{title} whom the step went{often}", fontsize=12)
+    _draw_norms(norms, records, tasks)
     handles, labels = top.get_legend_handles_labels()
     if handles:
         upper.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=11)
@@ -224,8 +235,7 @@ def _draw_series(
     axes: Axes, records: Sequence[Record], key: str, label: str, color_and_marker: tuple[str, str]
 ) -> None:
     """Draw one value of the records: points joined by lines, or with their running median."""
-    known = [(record["step"], record[key]) for record in records if record[key] is not None]
-    steps, cosines = [step for step, _ in known], [cosine for _, cosine in known]
+    steps, cosines = _known(records, key)
     color, marker = color_and_marker
     style: dict[str, Any] = {"color": color, "marker": marker, "zorder": 2.5}
     if len(records) <= FEW_STEPS:
@@ -236,15 +246,25 @@ def _draw_series(
         "markeredgewidth": 0.0,
     }
     axes.plot(steps, cosines, linestyle="", alpha=0.4, **points, **style)
-    half = _half_window(records)
-    medians = [
-        statistics.median(cosines[max(0, index - half) : index + half + 1])
-        for index in range(len(cosines))
-    ]
+    medians = _running_median(cosines, _half_window(records))
     # White below it: the line would be lost among points of its own colour.
     axes.plot(steps, medians, color="white", linewidth=4.5, zorder=3.0)
     axes.plot(steps, medians, color=color, linewidth=2.2, zorder=3.5)
     axes.plot([], [], linewidth=2.2, markersize=6, label=label, **style)  # for the legend alone
+
+
+def _known(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
+    """Return the steps of which the records know a value, and their values."""
+    known = [(record["step"], record[key]) for record in records if record[key] is not None]
+    return [step for step, _ in known], [value for _, value in known]
+
+
+def _running_median(values: Sequence[float], half: int) -> list[float]:
+    """Return the median around each value, of up to `half` more on each side."""
+    return [
+        statistics.median(values[max(0, index - half) : index + half + 1])
+        for index in range(len(values))
+    ]
 
 
 def _half_window(records: Sequence[Record]) -> int:
@@ -259,17 +279,32 @@ def _plain(name: str) -> str:
 
 def _marks(records: Sequence[Record], tasks: Sequence[str]) -> list[tuple[str, list[int], str]]:
     """Return what is marked below the cosines: a name, the steps and a colour each."""
-    won = {task: [r["step"] for r in records if r["winner"] == task] for task in tasks}
-    often = sorted(tasks, key=lambda task: -len(won[task]))[:WINNERS]
-    marks = [(f"{_plain(task)} won", won[task], BLUE) for task in tasks if task in often]
-    for task in tasks:
-        key = record_key("dropped", task)
-        left_out = [r["step"] for r in records if r[key] and not r["skipped"]]
-        if left_out:
-            marks.append((f"{_plain(task)} left out", left_out, VERMILION))
-    if skipped := [r["step"] for r in records if r["skipped"]]:
+    several = tasks if len(tasks) > 1 else ()
+    won = {task: [r["step"] for r in records if r["winner"] == task] for task in several}
+    against = {task: _steps_where(records, record_key("rising", task)) for task in several}
+    # Only GCond has winners, and of GradDrop it is not known against whom it goes.
+    marks = _marks_of("{} won", won, BLUE) if any(won.values()) else []
+    if any(record[record_key("rising", task)] is not None for record in records for task in tasks):
+        marks += _marks_of("went against {}", against, VERMILION)
+    taken = [record for record in records if not record["skipped"]]
+    left_out = {task: _steps_where(taken, record_key("dropped", task)) for task in tasks}
+    marks += _marks_of("{} left out", {t: steps for t, steps in left_out.items() if steps}, PURPLE)
+    if skipped := _steps_where(records, "skipped"):
         marks.append(("skipped", skipped, BLACK))
     return marks
+
+
+def _marks_of(
+    name: str, steps: dict[str, list[int]], color: str
+) -> list[tuple[str, list[int], str]]:
+    """Return a mark for each task, or for those with most steps where there are too many."""
+    most = sorted(steps, key=lambda task: -len(steps[task]))[:MOST_MARKED]
+    return [(name.format(_plain(task)), steps[task], color) for task in steps if task in most]
+
+
+def _steps_where(records: Sequence[Record], key: str) -> list[int]:
+    """Return the steps in which a value of the records is true."""
+    return [record["step"] for record in records if record[key]]
 
 
 def _draw_marks(
@@ -283,12 +318,51 @@ def _draw_marks(
         )
     axes.set_yticks(range(len(marks)), [f"{name} ({len(steps)}×)" for name, steps, _ in marks])
     axes.set_ylim(len(marks) - 0.4, -0.6)
-    axes.set_xlabel("optimizer step", fontsize=12)
     axes.grid(axis="y", alpha=0.3)
+
+
+def _draw_norms(axes: Axes, records: Sequence[Record], tasks: Sequence[str]) -> None:
+    """Draw the norm of each task's gradient, or the range of all where there are too many."""
+    keys = [record_key("shared_norm", task) for task in tasks]
+    if len(tasks) <= len(TASK_STYLES):
+        for task, key, style in zip(tasks, keys, TASK_STYLES, strict=False):
+            label = f"of {_plain(shortened(task, LONGEST_LABEL))}"  # "_a" would be left out
+            _draw_norm(axes, *_known(records, key), label, style)
+    else:
+        found = [(r["step"], [r[key] for key in keys if r[key]]) for r in records]
+        found = [(step, norms) for step, norms in found if norms]
+        low, high = ([end(norms) for _, norms in found] for end in (min, max))
+        axes.fill_between([step for step, _ in found], low, high, color=GREY, label="of all tasks")
+    ratios = [record["norm_ratio"] for record in records if record["norm_ratio"] is not None]
+    title = "Norm of each task's gradient, over shared parameters"
+    if ratios:
+        title += f" (largest by smallest: {statistics.median(ratios):.3g}, median)"
+    axes.set_title(title, fontsize=12)
+    axes.set_yscale("log")
+    axes.set_ylabel("norm", fontsize=12)
+    axes.grid(axis="y", alpha=0.3)
+    columns = 1 if len(tasks) <= len(COLORS) else 2
+    axes.legend(loc="center right", fontsize=10 if columns == 1 else 8, ncols=columns)
+    axes.set_xlabel("optimizer step", fontsize=12)
     first, last = min(r["step"] for r in records), max(r["step"] for r in records)
     length = max(last - first, 1)
-    axes.set_xlim(first - 0.02 * length, last + 0.24 * length)  # space for the names of the zones
+    # Space for the names of the zones, and of the tasks.
+    axes.set_xlim(first - 0.02 * length, last + 0.24 * length)
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+
+
+def _draw_norm(
+    axes: Axes, steps: list[int], norms: list[float], label: str, style: tuple[str, str]
+) -> None:
+    """Draw one task's norm: a line, and of many steps its running median."""
+    color, line = style
+    marker = "." if len(norms) <= FEW_STEPS else ""
+    # A task without a gradient has no place on a logarithmic axis.
+    norms = [norm if norm > 0.0 else math.nan for norm in norms]
+    if len(norms) > FEW_STEPS:
+        axes.plot(steps, norms, color=color, linewidth=0.7, alpha=0.35)
+        norms = _running_median(norms, max(4, len(norms) // 40))
+    axes.plot(steps, norms, color=color, linestyle=line, linewidth=2.0, marker=marker, label=label)
 
 
 def _draw_bars(

@@ -1,9 +1,11 @@
 """The pictures of conflicts."""
 
+import math
 import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 
@@ -40,7 +42,7 @@ def test_a_picture_of_any_run(tmp_path, steps, tasks, options):
     assert path == tmp_path / "conflicts.png"
     height, width = imread(path).shape[:2]
     assert width == 1430
-    assert 700 < height < 2500
+    assert 1000 < height < 2600
 
 
 def test_a_picture_with_slashes_in_names_and_of_a_task_that_was_added(tmp_path):
@@ -73,11 +75,11 @@ def tick_names(axes) -> list[str]:
 
 
 def test_few_pairs_are_drawn_each_and_many_by_their_range():
-    top, _, _ = axes_of(filled(5, tasks=3))
+    top, *_ = axes_of(filled(5, tasks=3))
     pairs = [("task0", "task1"), ("task0", "task2"), ("task1", "task2")]
     assert labels_of(top) == [f"cosine of {a} and {b}" for a, b in pairs]
     kept = filled(5, tasks=8)
-    top, _, _ = axes_of(kept)
+    top, *_ = axes_of(kept)
     assert labels_of(top) == ["all pairs", "smallest of all pairs"]
     assert "28 pairs are too many" in top.get_title()
     drawn = next(line for line in top.lines if line.get_label() == "smallest of all pairs")
@@ -89,16 +91,50 @@ def test_winners_dropped_tasks_and_skipped_steps_are_marked():
     add(kept, two_tasks(-0.9), 1)
     add(kept, two_tasks(-0.9), 2, dropped=(0,), skipped=True)
     add(kept, two_tasks(-0.9), 3, dropped=(1,))
-    top, strip, _ = axes_of(kept)
-    assert tick_names(strip) == ["a won (1×)", "b won (0×)", "b left out (1×)", "skipped (1×)"]
+    top, strip, *_ = axes_of(kept)
+    assert tick_names(strip) == [
+        *("a won (1×)", "b won (0×)", "went against a (0×)", "went against b (1×)"),
+        *("b left out (1×)", "skipped (1×)"),
+    ]
     marked = [[float(x) for x in marks.get_positions()] for marks in strip.collections]
-    assert marked == [[1.0], [], [3.0], [2.0]]
+    assert marked == [[1.0], [], [], [1.0], [3.0], [2.0]]
+    assert (
+        strip.get_title() == "Who won the first conflict of a step, and against whom the step went"
+    )
     (line,) = [line for line in top.lines if line.get_label() == "skipped step"]
     assert list(line.get_xdata()) == [2, 2]
 
 
+def test_without_winners_it_is_drawn_against_whom_steps_went():
+    kept = Recorder([f"task{task}" for task in range(14)], THRESHOLDS, 10)
+    for number in range(1, 4):
+        add(kept, gradients_of(14, number), number, max_iterations=0)  # the plain sum
+    _, strip, *_ = axes_of(kept)
+    counts = {task: sum(row[f"rising/{task}"] for row in kept.rows()) for task in kept.tasks}
+    most = sorted(counts, key=lambda task: -counts[task])[:12]
+    names = [f"went against {task} ({n}×)" for task, n in counts.items() if task in most]
+    assert tick_names(strip) == names
+    assert strip.get_title() == "Against whom the step went (the 12 with most)"
+
+
+def test_norms_are_drawn_over_the_steps_on_a_logarithmic_axis():
+    kept = Recorder("abc", THRESHOLDS, 10)
+    for number in range(1, 6):
+        gradients = [torch.tensor([[3.0], [0.5], [0.0]]).double() * number]
+        add(kept, gradients, number)
+    *_, norms, _ = axes_of(kept)
+    assert norms.get_yscale() == "log"
+    assert norms.get_title().endswith("(largest by smallest: 6, median)")
+    drawn = {line.get_label(): list(line.get_ydata()) for line in norms.lines}
+    assert drawn["of a"] == pytest.approx([3.0, 6.0, 9.0, 12.0, 15.0])
+    assert drawn["of b"] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.5])
+    assert all(math.isnan(norm) for norm in drawn["of c"])
+    *_, norms, _ = axes_of(filled(5, tasks=13))
+    assert [text.get_text() for text in norms.get_legend().get_texts()] == ["of all tasks"]
+
+
 def test_zones_are_named_by_the_thresholds_there_is_room_for():
-    top, _, _ = axes_of(with_cosines([0.5], (-0.75, -0.72, -0.2)))
+    top, *_ = axes_of(with_cosines([0.5], (-0.75, -0.72, -0.2)))
     assert [text.get_text().strip() for text in top.texts] == [
         "no conflict",
         "mild (below −0.2)",
@@ -110,9 +146,12 @@ def test_names_are_drawn_as_they_are_and_fit():
     names = ("_first$_$", "module." * 26 + "weight", *(f"layer{number}" for number in range(28)))
     kept = Recorder(["_a$x$", "_b"], THRESHOLDS, 10)
     add(kept, gradients_of(2, 0, 30), names=names)
-    top, strip, bars = axes_of(kept)
+    top, strip, norms, bars = axes_of(kept)
     assert labels_of(top) == [r"cosine of _a\$x\$ and _b"]
-    assert tick_names(strip)[0].startswith(r"_a\$x\$ won")
+    assert any(name.startswith(r"went against _a\$x\$") for name in tick_names(strip))
+    assert [text.get_text() for text in norms.get_legend().get_texts()] == [
+        *(r"of _a\$x\$", "of _b")
+    ]
     worst = sorted(kept.layers(), key=lambda layer: -layer["share"])[: plots.LAYERS]
     texts = [text.get_text().replace(r"\$", "$") for text in bars.texts]
     assert texts[1::2] == [layer["layer"] for layer in worst]
