@@ -1,11 +1,12 @@
-"""Advice in words: whether the recorded conflicts are worth resolving."""
+"""Advice in words: conflict or imbalance, what the result did to each task, what to try first."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gcond_kernels.diagnostics.records import (
     ALL_ZONES,
@@ -18,7 +19,8 @@ from gcond_kernels.diagnostics.records import (
 if TYPE_CHECKING:
     from gcond_kernels.diagnostics.recorder import Recorder
 
-# The verdict's bounds are rules of thumb, not results of experiments.
+# The verdict's bounds are rules of thumb; those with a scene were chosen so that what is said of
+# it is among what helped there (bench/experiments/README.md).
 # With 20 steps a share is known to about 20 points; the same holds for the comparisons of a layer.
 ENOUGH_STEPS = 20
 # Where fewer steps have a conflict, the other 95 % are the plain sum to the last bit.
@@ -26,19 +28,139 @@ RARE_SHARE = 0.05
 # A projection at this cosine takes 5 % of a gradient's norm away: less than the gradients of
 # two micro-batches usually differ by.
 WEAK_COSINE = -0.05
-# Moderate and critical conflicts in one step of ten are a part of training, not a mishap.
+# What happens in one step of ten, a conflict that is moderate or critical or a step against a
+# task, is a part of training, not a mishap.
 NOTABLE_SHARE = 0.1
+# Cosines of the result with the tasks' gradients are apart, in the median step: on Kovasznay's
+# flow by 0.36 with equal weights (error 0.12), by 0.27 with the boundary x 10 (0.04).
+UNEQUAL = 0.3
+# From this ratio of norms on a power of ten is nearer to it than 1. Weights in finer steps change
+# less than another seed does; more than 100 is no first try.
+IMBALANCED = math.sqrt(10.0)
+SMALLEST_FACTOR, LARGEST_FACTOR = 10, 100
 LAYERS_NAMED = 3
 LABELS = {"none": "no conflict"}
 COMPARE = (
-    "Whether the model gets better by it, only validation scores tell: compare with the plain sum."
+    "Whether the model gets better by it, only validation scores tell: compare with the plain sum, "
+    "both\nwith several seeds, for another seed alone may change more than the method does."
 )
 
 
-def advise(recorder: Recorder) -> str:
-    """Return whether there is a conflict worth resolving, in words and with the figures.
+class Figures(NamedTuple):
+    """Hold what the verdict is made from, of the steps that compared tasks.
 
-    On a GPU this synchronizes with the device.
+    Attributes:
+        steps: their number.
+        zones: zone → share of the steps.
+        strong: the share that is moderate or critical, and not weak.
+        median: the median cosine of the steps in conflict; None without one.
+        against: task → share of the steps that raised its loss to first order; empty where it is
+            not known, as with GradDrop.
+        descent: task → median cosine of the result with its gradient; empty where against is.
+        norms: task → median norm of its gradient over shared parameters.
+        ratio: median of the largest norm divided by the smallest.
+    """
+
+    steps: int
+    zones: Mapping[str, float]
+    strong: float
+    median: float | None
+    against: Mapping[str, float]
+    descent: Mapping[str, float]
+    norms: Mapping[str, float]
+    ratio: float
+
+
+class Verdict(NamedTuple):
+    """Hold a verdict.
+
+    Attributes:
+        found: "nothing", "imbalance", "conflict", or "imbalance and conflict".
+        raised: the tasks whose loss weight is to be raised first; none where the weights are fine.
+        factor: by how much.
+        balance: whether a method that balances tasks may be tried.
+        protect: whether NonConflicting may be.
+    """
+
+    found: str
+    raised: tuple[str, ...] = ()
+    factor: int = 1
+    balance: bool = False
+    protect: bool = False
+
+
+def verdict_on(figures: Figures) -> Verdict:
+    """Return what the figures support, and no more."""
+    against = max(figures.against.values(), default=0.0) >= NOTABLE_SHARE
+    raised, factor = served_least(figures), factor_of(figures.ratio)
+    if figures.strong >= NOTABLE_SHARE:
+        found = "imbalance and conflict" if raised else "conflict"
+        return Verdict(found, raised, factor, balance=against, protect=against)
+    if raised and figures.ratio >= IMBALANCED:
+        return Verdict("imbalance", raised, factor, balance=True)
+    return Verdict("nothing")
+
+
+def served_least(figures: Figures) -> tuple[str, ...]:
+    """Return the tasks that the result follows by far less than another; none where all alike.
+
+    Where it is not known what the result does, those of small gradients.
+    """
+    if figures.descent:
+        best = max(figures.descent.values())
+        return tuple(t for t, cosine in figures.descent.items() if best - cosine >= UNEQUAL)
+    largest = max(figures.norms.values(), default=0.0)
+    return tuple(t for t, norm in figures.norms.items() if largest >= IMBALANCED * norm)
+
+
+def factor_of(ratio: float) -> int:
+    """Return the power of ten by which a loss weight is to be raised first."""
+    nearest: int = 10 ** round(math.log10(max(ratio, 1.0)))
+    return min(max(nearest, SMALLEST_FACTOR), LARGEST_FACTOR)
+
+
+def figures_of(compared: Sequence[Record], tasks: Sequence[str]) -> Figures:
+    """Return the figures of records, at least one, of steps that compared tasks."""
+    zones = [record["zone"] for record in compared]
+    cosines = [record["min_cosine"] for record in compared]
+    strong = [
+        zone in ("moderate", "critical") and cosine <= WEAK_COSINE
+        for zone, cosine in zip(zones, cosines, strict=True)
+    ]
+    below = [cosine for zone, cosine in zip(zones, cosines, strict=True) if zone != "none"]
+    rising = _known(compared, "rising", tasks)
+    return Figures(
+        steps=len(compared),
+        zones={zone: zones.count(zone) / len(zones) for zone in ALL_ZONES},
+        strong=statistics.fmean(strong),
+        median=statistics.median(below) if below else None,
+        against={task: statistics.fmean(values) for task, values in rising.items()},
+        descent=_medians(_known(compared, "descent", tasks)),
+        norms=_medians(_known(compared, "shared_norm", tasks)),
+        ratio=statistics.median(record["norm_ratio"] for record in compared),
+    )
+
+
+def _known(
+    records: Sequence[Record], quantity: str, tasks: Iterable[str]
+) -> dict[str, list[float]]:
+    """Return task → a quantity's values in all records that know it; not where none does."""
+    found = {
+        task: [v for record in records if (v := record[record_key(quantity, task)]) is not None]
+        for task in tasks
+    }
+    return {task: values for task, values in found.items() if values}
+
+
+def _medians(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {task: statistics.median(of_task) for task, of_task in values.items()}
+
+
+def advise(recorder: Recorder) -> str:
+    """Return what to try first, in words and with the figures that it follows from.
+
+    Where tasks conflict, or are served unequally, it names loss weights and methods to try; where
+    they do not, that the plain sum is as good. On a GPU this synchronizes with the device.
     """
     if recorder.capacity == 0:
         return "Nothing is recorded: the recorder's capacity is 0."
@@ -46,33 +168,31 @@ def advise(recorder: Recorder) -> str:
     if not records:
         return "Nothing is recorded yet: train some steps, then ask again."
     compared = [record for record in records if record["zone"] is not None]
+    figures = figures_of(compared, tasks) if compared else None
     first, last = records[0]["step"], records[-1]["step"]
     which = f"{first} to {last}" if len(records) > 1 else f"step {last}"
     paragraphs = (
         f"Looked at {_steps(len(records))} ({which}).",
-        _zones(compared),
+        _zones(figures, mean_incidence(compared)) if figures else "",
         _worst_pair(compared, tasks, recorder.thresholds[2]),
         _worst_layers(recorder.layers()),
+        _what_was_done(figures) if figures else "",
         _left_out(records, tasks),
-        "Verdict: " + _verdict(compared, len(tasks)),
+        "Verdict: " + _verdict(figures, tasks),
     )
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
-def _zones(compared: Sequence[Record]) -> str:
+def _zones(figures: Figures, incidence: float | None) -> str:
     """Return the share of steps in each zone, and the mean incidence."""
-    incidence = mean_incidence(compared)
-    if incidence is None:
-        return ""
-    zones = [record["zone"] for record in compared]
-    shares = {zone: percent(zones.count(zone), len(zones)) for zone in ALL_ZONES}
+    shares = {zone: percent(share) for zone, share in figures.zones.items()}
     lines = [f"  {LABELS.get(zone, zone):<12}{share:>8}" for zone, share in shares.items()]
     return "\n".join(
         [
             "Steps by the zone of their smallest cosine:",
             *lines,
             "\nIncidence of conflict (pairs of tasks with a cosine below 0, mean over the steps): "
-            f"{percent(incidence)}.",
+            f"{percent(incidence or 0.0)}.",
         ]
     )
 
@@ -107,6 +227,20 @@ def _worst_layers(layers: Sequence[Record]) -> str:
     return "\n".join([title, *lines]) if lines else ""
 
 
+def _what_was_done(figures: Figures) -> str:
+    """Return how the result lies to each task's gradient, and how far apart their norms are."""
+    lines = [
+        f"The result went against {task} in {percent(share)} of the steps "
+        f"(median cosine {figures.descent[task]:+.2f})."
+        for task, share in figures.against.items()
+    ]
+    balance = (
+        f"The largest gradient is {figures.ratio:.3g} times as long as the smallest (median, over "
+        "shared parameters)."
+    )
+    return "\n".join([*lines, balance])
+
+
 def _left_out(records: Sequence[Record], tasks: Sequence[str]) -> str:
     """Return how many steps were skipped, and how many left a task out."""
     counts = {"Skipped, as a gradient": sum(record["skipped"] for record in records)}
@@ -124,35 +258,69 @@ def _steps(count: int) -> str:
     return f"{count} step{'' if count == 1 else 's'}"
 
 
-def _verdict(compared: Sequence[Record], tasks: int) -> str:
-    """Return what the figures support, and no more."""
-    if tasks == 1:
+def _verdict(figures: Figures | None, tasks: Sequence[str]) -> str:
+    """Return the verdict in words."""
+    if len(tasks) == 1:
         return "one task alone has nothing to conflict with."
-    if not compared:
+    if figures is None:
         return "none. No step had finite gradients of two tasks to compare."
-    if len(compared) < ENOUGH_STEPS:
+    if figures.steps < ENOUGH_STEPS:
         return f"too early to say. Ask again after {ENOUGH_STEPS} steps or more that compare tasks."
-    below = [record["min_cosine"] for record in compared if record["zone"] != "none"]
-    strong = sum(
-        record["zone"] in ("moderate", "critical") and record["min_cosine"] <= WEAK_COSINE
-        for record in compared
-    )
-    if strong >= NOTABLE_SHARE * len(compared):
-        return (
-            "this conflict is worth resolving: it is moderate or critical in "
-            f"{percent(strong, len(compared))} of the steps.\n{COMPARE}"
+    verdict = verdict_on(figures)
+    if verdict.found == "nothing":
+        return _nothing(figures, len(tasks))
+    said = []
+    if "conflict" in verdict.found:
+        said.append(
+            f"the tasks conflict: moderate or critical in {percent(figures.strong)} of the steps."
         )
-    plain_sum = (
-        "The result is close to the plain sum.\n"
-        "Tuning the loss weights, or the plain sum as it is, will likely do as well.\n"
-        f"That saves the memory for the gradients of {tasks} tasks, and in exact mode "
+    if "imbalance" in verdict.found:
+        served = f"the result serves {_listed(verdict.raised)} less than the others."
+        said.append(served if not said else f"And {served}")
+    trials = _trials(verdict)
+    if not trials:
+        return f"{said[0]} But the result goes against no task often, and serves all.\n{COMPARE}"
+    numbered = [f"  {number}. {trial}" for number, trial in enumerate(trials, start=1)]
+    how = "To be tried, one at a time and in this order:" if len(trials) > 1 else "To be tried:"
+    return "\n".join([*said, how, *numbered, COMPARE])
+
+
+def _trials(verdict: Verdict) -> list[str]:
+    """Return what to try, first things first."""
+    trials = []
+    if verdict.raised:
+        code = "; ".join(
+            f"optimizer.tasks[{task!r}] *= {verdict.factor}" for task in verdict.raised
+        )
+        trials.append(f"a larger loss weight for {_listed(verdict.raised)}: {code}")
+    if verdict.balance:
+        trials.append("a method that balances the tasks itself: method=NashMTL()")
+    if verdict.protect:
+        trials.append(
+            "weights with which no task's loss rises to first order: "
+            "method=NonConflicting(GCond()), or around another method"
+        )
+    return trials
+
+
+def _listed(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _nothing(figures: Figures, tasks: int) -> str:
+    """Return that conflicts are not what matters here."""
+    share = 1.0 - figures.zones["none"]
+    if figures.median is None or share < RARE_SHARE:
+        found = "the tasks hardly ever conflict."
+    elif figures.median > WEAK_COSINE:
+        found = f"the conflicts are weak, with a median cosine of {figures.median:+.3f}."
+    elif 2.0 * figures.strong > share:
+        return f"the conflicts are few, but not mild: those are where it matters.\n{COMPARE}"
+    else:
+        found = "the conflicts are mostly mild, and resolving them changes little at a time."
+    return (
+        f"{found}\nThe plain sum, with loss weights that suit you, will likely do as well.\n"
+        f"It saves the memory for the gradients of {tasks} tasks, and in exact mode "
         f"{tasks - 1} of {tasks} backward passes."
     )
-    if len(below) < RARE_SHARE * len(compared):
-        return f"the tasks hardly ever conflict.\n{plain_sum}"
-    median = statistics.median(below)
-    if median > WEAK_COSINE:
-        return f"the conflicts are weak, with a median cosine of {median:+.3f}.\n{plain_sum}"
-    if 2 * strong > len(below):
-        return f"the conflicts are few, but not mild: those are where it matters.\n{COMPARE}"
-    return f"the conflicts are mostly mild, and resolving them changes little at a time.\n{COMPARE}"

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gcond_kernels.diagnostics.advice import ENOUGH_STEPS
+from gcond_kernels import GCondFused, Sum
+from gcond_kernels.diagnostics.advice import ENOUGH_STEPS, Figures, Verdict, verdict_on
 from gcond_kernels.diagnostics.recorder import Recorder
 from tests.helpers.recorded import THRESHOLDS, add, gradients_of, two_tasks, with_cosines
 
@@ -20,17 +21,118 @@ def test_advice_needs_enough_steps():
         ([0.5] * 50 + [-0.03] * 50, "the conflicts are weak, with a median cosine of -0.030"),
         ([0.5] * 50 + [-0.3] * 50, "mostly mild"),
         ([0.5] * 90 + [-0.3] * 1 + [-0.9] * 9, "few, but not mild"),
-        ([0.5] * 90 + [-0.6] * 10, "worth resolving: it is moderate or critical in 10.0 %"),
-        ([-0.03] * 80 + [-0.9] * 20, "worth resolving: it is moderate or critical in 20.0 %"),
+        ([0.5] * 90 + [-0.6] * 10, "the tasks conflict: moderate or critical in 10.0 %"),
+        ([-0.03] * 80 + [-0.9] * 20, "the tasks conflict: moderate or critical in 20.0 %"),
     ],
 )
 def test_the_verdict_follows_the_numbers(cosines, verdict):
     said = with_cosines(cosines).advise()
     assert verdict in said
-    plain = "hardly" in verdict or "weak" in verdict
-    assert ("The result is close to the plain sum." in said) == plain
+    plain = any(word in verdict for word in ("hardly", "weak", "mild"))  # and not "few"
+    plain &= "few" not in verdict
+    assert (
+        "The plain sum, with loss weights that suit you, will likely do as well." in said
+    ) == plain
     assert ("compare with the plain sum" in said) != plain
     assert ("1 of 2 backward passes" in said) == plain
+
+
+def figures(**changed) -> Figures:
+    """Those of two tasks that conflict in every other step and are served the same."""
+    plain = Figures(
+        steps=100,
+        zones={"none": 0.5, "mild": 0.0, "moderate": 0.4, "critical": 0.1},
+        strong=0.5,
+        median=-0.6,
+        against={"a": 0.0, "b": 0.0},
+        descent={"a": 0.6, "b": 0.5},
+        norms={"a": 1.0, "b": 1.0},
+        ratio=1.5,
+    )
+    return plain._replace(**changed)
+
+
+CALM = {"zones": {"none": 1.0, "mild": 0.0, "moderate": 0.0, "critical": 0.0}, "strong": 0.0}
+UNKNOWN = {"against": {}, "descent": {}}
+THREE = {"a": 0.1, "b": 0.9, "c": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({}, Verdict("conflict", (), 10)),
+        ({"against": {"a": 0.05, "b": 0.1}}, Verdict("conflict", (), 10, True, True)),
+        ({"descent": {"a": 0.9, "b": 0.6}}, Verdict("imbalance and conflict", ("b",), 10)),
+        ({"descent": {"a": 0.9, "b": 0.61}}, Verdict("conflict", (), 10)),
+        ({"descent": THREE}, Verdict("imbalance and conflict", ("a", "c"), 10)),
+        ({"descent": THREE, "ratio": 40.0}, Verdict("imbalance and conflict", ("a", "c"), 100)),
+        # Without a conflict.
+        (CALM, Verdict("nothing")),
+        ({**CALM, "descent": {"a": 0.9, "b": 0.1}}, Verdict("nothing")),  # and as long
+        ({**CALM, "ratio": 20.0}, Verdict("nothing")),  # the method has balanced them
+        (
+            {**CALM, "descent": {"a": 0.9, "b": 0.1}, "ratio": 4.0},
+            Verdict("imbalance", ("b",), 10, True),
+        ),
+        (
+            {**CALM, "descent": {"a": 0.9, "b": 0.1}, "ratio": 1e5},
+            Verdict("imbalance", ("b",), 100, True),
+        ),
+        # Of GradDrop, with which it is not known what the result does.
+        (UNKNOWN, Verdict("conflict", (), 10)),
+        (
+            {**UNKNOWN, **CALM, "norms": {"a": 8.0, "b": 1.0}, "ratio": 8.0},
+            Verdict("imbalance", ("b",), 10, True),
+        ),
+    ],
+)
+def test_the_verdict_is_a_function_of_few_figures(changed, verdict):
+    assert verdict_on(figures(**changed)) == verdict
+
+
+def test_the_advice_says_whom_steps_went_against_and_what_to_try():
+    """Of two gradients the plain sum follows the one that is 3 times as long."""
+    kept = Recorder("ab", THRESHOLDS, 100)
+    for number in range(1, 41):
+        torn = two_tasks(-0.6 if number % 2 else 0.2)
+        add(kept, [torn[0] * torch.tensor([[3.0], [1.0]])], number, max_iterations=0)
+    said = kept.advise()
+    # b · (3a + b) is 1 - 1.8, or 1 + 0.6; divided by ‖3a + b‖ = √(10 - 3.6), or √(10 + 1.2).
+    cosine = (-0.8 / 6.4**0.5 + 1.6 / 11.2**0.5) / 2
+    assert (
+        f"The result went against b in 50.0 % of the steps (median cosine {cosine:+.2f})." in said
+    )
+    assert "The result went against a in 0.0 % of the steps" in said
+    assert "The largest gradient is 3 times as long as the smallest" in said
+    verdict = said.partition("Verdict: ")[2].splitlines()
+    assert verdict[:2] == [
+        "the tasks conflict: moderate or critical in 50.0 % of the steps.",
+        "And the result serves b less than the others.",
+    ]
+    assert verdict[3].endswith("for b: optimizer.tasks['b'] *= 10")
+    assert verdict[4].endswith("method=NashMTL()")
+    assert "NonConflicting" in verdict[5]
+
+
+def test_the_code_in_the_advice_does_what_it_says():
+    optimizer = trained_apart()
+    said = optimizer.advise()
+    (line,) = [line for line in said.splitlines() if "optimizer.tasks" in line]
+    before = dict(optimizer.tasks)
+    exec(line.partition(": ")[2], {"optimizer": optimizer})
+    factors = {task: weight / before[task] for task, weight in optimizer.tasks.items()}
+    assert factors == {"it's a": 1.0, "b": 10.0}
+
+
+def trained_apart() -> GCondFused:
+    """A task whose gradient is short and opposed to the other's, by the plain sum."""
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    base = torch.optim.SGD([parameter], lr=1e-4)
+    optimizer = GCondFused(base, {"it's a": 1.0, "b": 1.0}, method=Sum())
+    for _ in range(30):
+        optimizer.backward({"it's a": 3.0 * parameter.sum(), "b": -parameter[0]})
+        optimizer.step()
+    return optimizer
 
 
 def test_advice_reports_the_figures():

@@ -639,7 +639,7 @@ def test_the_optimizer_records_what_was_not_finite(on_nonfinite):
 
 def test_the_optimizer_advises():
     optimizer = trained(25)
-    assert "Verdict: this conflict is worth resolving" in optimizer.advise()
+    assert "Verdict: the tasks conflict" in optimizer.advise()
     assert optimizer.advise() == optimizer.recorder.advise()
     assert "micro-batches" in trained(3, mode="stochastic", accumulation_steps=2).advise()
     assert "capacity" in trained(3, capacity=0).advise()
