@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from gcond_kernels import GCondFused, Sum
-from gcond_kernels.diagnostics.advice import ENOUGH_STEPS, Figures, Verdict, verdict_on
+from examples.demo.digits import Digits
+from examples.demo.physics import RESIDUAL, Burgers, Kovasznay
+from gcond_kernels import GCond, GCondFused, Sum
+from gcond_kernels.diagnostics.advice import (
+    ENOUGH_STEPS,
+    Figures,
+    Verdict,
+    figures_of,
+    verdict_on,
+)
 from gcond_kernels.diagnostics.recorder import Recorder
 from tests.helpers.recorded import THRESHOLDS, add, gradients_of, two_tasks, with_cosines
 
@@ -60,29 +68,29 @@ THREE = {"a": 0.1, "b": 0.9, "c": 0.2}
 @pytest.mark.parametrize(
     ("changed", "verdict"),
     [
-        ({}, Verdict("conflict", (), 10)),
-        ({"against": {"a": 0.05, "b": 0.1}}, Verdict("conflict", (), 10, True, True)),
-        ({"descent": {"a": 0.9, "b": 0.6}}, Verdict("imbalance and conflict", ("b",), 10)),
-        ({"descent": {"a": 0.9, "b": 0.61}}, Verdict("conflict", (), 10)),
-        ({"descent": THREE}, Verdict("imbalance and conflict", ("a", "c"), 10)),
-        ({"descent": THREE, "ratio": 40.0}, Verdict("imbalance and conflict", ("a", "c"), 100)),
+        ({}, Verdict("conflict")),
+        ({"against": {"a": 0.0, "b": 0.05}}, Verdict("conflict", (), True, True)),
+        ({"against": {"a": 0.04, "b": 0.0}}, Verdict("conflict")),
+        ({"descent": {"a": 0.9, "b": 0.65}}, Verdict("imbalance and conflict", ("b",), True)),
+        ({"descent": {"a": 0.9, "b": 0.66}}, Verdict("conflict")),
+        ({"descent": THREE}, Verdict("imbalance and conflict", ("a", "c"), True)),
+        (
+            {"descent": THREE, "ratio": 40.0},
+            Verdict("imbalance and conflict", ("a", "c"), True),
+        ),
         # Without a conflict.
         (CALM, Verdict("nothing")),
         ({**CALM, "descent": {"a": 0.9, "b": 0.1}}, Verdict("nothing")),  # and as long
         ({**CALM, "ratio": 20.0}, Verdict("nothing")),  # the method has balanced them
         (
             {**CALM, "descent": {"a": 0.9, "b": 0.1}, "ratio": 4.0},
-            Verdict("imbalance", ("b",), 10, True),
-        ),
-        (
-            {**CALM, "descent": {"a": 0.9, "b": 0.1}, "ratio": 1e5},
-            Verdict("imbalance", ("b",), 100, True),
+            Verdict("imbalance", ("b",), True),
         ),
         # Of GradDrop, with which it is not known what the result does.
-        (UNKNOWN, Verdict("conflict", (), 10)),
+        (UNKNOWN, Verdict("conflict")),
         (
             {**UNKNOWN, **CALM, "norms": {"a": 8.0, "b": 1.0}, "ratio": 8.0},
-            Verdict("imbalance", ("b",), 10, True),
+            Verdict("imbalance", ("b",), True),
         ),
     ],
 )
@@ -99,9 +107,7 @@ def test_the_advice_says_whom_steps_went_against_and_what_to_try():
     said = kept.advise()
     # b · (3a + b) is 1 - 1.8, or 1 + 0.6; divided by ‖3a + b‖ = √(10 - 3.6), or √(10 + 1.2).
     cosine = (-0.8 / 6.4**0.5 + 1.6 / 11.2**0.5) / 2
-    assert (
-        f"The result went against b in 50.0 % of the steps (median cosine {cosine:+.2f})." in said
-    )
+    assert f"The result went against b in 50.0 % of the steps (mean cosine {cosine:+.2f})." in said
     assert "The result went against a in 0.0 % of the steps" in said
     assert "The largest gradient is 3 times as long as the smallest" in said
     verdict = said.partition("Verdict: ")[2].splitlines()
@@ -109,9 +115,9 @@ def test_the_advice_says_whom_steps_went_against_and_what_to_try():
         "the tasks conflict: moderate or critical in 50.0 % of the steps.",
         "And the result serves b less than the others.",
     ]
-    assert verdict[3].endswith("for b: optimizer.tasks['b'] *= 10")
+    assert verdict[3].endswith("of b: optimizer.tasks['b'] *= 10")
     assert verdict[4].endswith("method=NashMTL()")
-    assert "NonConflicting" in verdict[5]
+    assert verdict[5].endswith("to first order: method=UPGrad(),")
 
 
 def test_the_code_in_the_advice_does_what_it_says():
@@ -129,7 +135,7 @@ def trained_apart() -> GCondFused:
     parameter = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
     base = torch.optim.SGD([parameter], lr=1e-4)
     optimizer = GCondFused(base, {"it's a": 1.0, "b": 1.0}, method=Sum())
-    for _ in range(30):
+    for _ in range(ENOUGH_STEPS):
         optimizer.backward({"it's a": 3.0 * parameter.sum(), "b": -parameter[0]})
         optimizer.step()
     return optimizer
@@ -200,3 +206,35 @@ def test_advice_without_a_comparison():
     for number in range(1, 31):
         add(kept, gradients_of(2, number), number, dropped=(0, 1), skipped=True)
     assert "Verdict: none." in kept.advise()
+
+
+# On scenes where it was measured what helps (bench/experiments/README.md).
+
+
+@pytest.mark.parametrize(
+    ("scene", "method", "steps"), [(Kovasznay, Sum(), 60), (Burgers, GCond(), 30)]
+)
+def test_what_is_advised_where_tasks_conflict_is_among_what_helped(scene, method, steps):
+    """NashMTL and UPGrad, and a larger weight of the known values, not of the residual."""
+    verdict = verdict_on(figures_of(rows_of(scene(), method, steps), tuple(scene.tasks)))
+    assert "conflict" in verdict.found
+    assert RESIDUAL not in verdict.raised
+    assert (verdict.balance and verdict.protect) or verdict.raised
+
+
+def test_what_is_advised_where_tasks_hardly_conflict_is_no_method_that_resolves():
+    scene = Digits()
+    verdict = verdict_on(figures_of(rows_of(scene, GCond(), ENOUGH_STEPS), tuple(scene.tasks)))
+    assert verdict == Verdict("nothing")
+
+
+def rows_of(scene, method, steps):
+    torch.manual_seed(0)
+    model, generator = scene.new_model(), torch.Generator().manual_seed(0)
+    base = torch.optim.AdamW(model.parameters(), lr=scene.learning_rate)
+    optimizer = GCondFused(base, scene.tasks, method=method)
+    for _ in range(steps):
+        losses = scene.losses(model, scene.micro_batch(generator), scene.tasks)
+        optimizer.backward({task: values.mean() for task, values in losses.items()})
+        optimizer.step()
+    return optimizer.recorder.rows()
