@@ -20,9 +20,10 @@ from gcond_kernels import methods
 METHODS = (
     *(methods.Sum(), methods.GCond(), methods.PCGrad(), methods.GradVac(), methods.GradNorm()),
     *(methods.CAGrad(), methods.MGDA(), methods.UPGrad(), methods.AlignedMTL()),
-    *(methods.IMTLG(), methods.NashMTL()),
     *(methods.DWA(), methods.FAMO(), methods.STCH(), methods.RLW()),
     methods.UncertaintyWeighting(),
+    *(methods.IMTLG(), methods.ConFIG(), methods.NashMTL(), methods.FairGrad()),
+    *(methods.NormBalancing(), methods.ExcessMTL(), methods.NonConflicting(methods.Sum())),
 )
 ROUNDS = 7
 

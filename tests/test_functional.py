@@ -11,7 +11,7 @@ from gcond_kernels import GCond, GCondFused, gramian, resolve_gradients
 METHODS = [
     *(method() for method in (gk.Sum, gk.PCGrad, gk.GradVac, gk.CAGrad, gk.MGDA, gk.UPGrad)),
     *(method() for method in (gk.AlignedMTL, gk.IMTLG, gk.NashMTL, GCond, GCond.published)),
-    gk.NonConflicting(GCond()),
+    *(gk.ConFIG(), gk.FairGrad(), gk.NormBalancing(), gk.ExcessMTL(), gk.NonConflicting(GCond())),
     gk.GradDrop(leak=0.1),
     lambda S: S.diagonal().rsqrt(),
 ]

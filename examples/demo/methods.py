@@ -23,7 +23,7 @@ class Method(NamedTuple):
     @property
     def names_winners(self) -> bool:
         """Whether it names the winner of a conflict; others weight the tasks and name none."""
-        return isinstance(self.resolver, GCond)
+        return self.resolver is not None and self.resolver.state_type is GCond
 
 
 PLAIN = Method("plain", "plain sum", None, 1.0)
@@ -46,6 +46,17 @@ METHODS = (
     Method("stch", "STCH", "exact", 1.6, methods.STCH()),
     Method("rlw", "RLW", "exact", 1.6, methods.RLW()),
     Method("uncertainty", "Uncertainty", "exact", 1.6, methods.UncertaintyWeighting()),
+    Method("config", "ConFIG", "exact", 1.6, methods.ConFIG()),
+    Method("fairgrad", "FairGrad", "exact", 1.8, methods.FairGrad()),
+    Method("normbalancing", "NormBalancing", "exact", 1.6, methods.NormBalancing()),
+    Method("excessmtl", "ExcessMTL", "exact", 1.6, methods.ExcessMTL()),
+    Method(
+        "nonconflicting",
+        "NonConflicting(GCond)",
+        "exact",
+        1.7,
+        methods.NonConflicting(GCond()),
+    ),
     Method("graddrop", "GradDrop", "exact", 1.7, methods.GradDrop()),
 )
 KEYS = tuple(method.key for method in METHODS)

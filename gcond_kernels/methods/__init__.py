@@ -5,7 +5,10 @@ import dataclasses
 from gcond_kernels.methods.aligned_mtl import AlignedMTL
 from gcond_kernels.methods.cagrad import CAGrad
 from gcond_kernels.methods.checks import refuse_assignment
+from gcond_kernels.methods.config import ConFIG
 from gcond_kernels.methods.dwa import DWA
+from gcond_kernels.methods.excess_mtl import ExcessMTL
+from gcond_kernels.methods.fairgrad import FairGrad
 from gcond_kernels.methods.famo import FAMO
 from gcond_kernels.methods.gcond import GCond
 from gcond_kernels.methods.graddrop import GradDrop
@@ -16,6 +19,7 @@ from gcond_kernels.methods.method import Known, Method, State
 from gcond_kernels.methods.mgda import MGDA
 from gcond_kernels.methods.nash_mtl import NashMTL
 from gcond_kernels.methods.non_conflicting import NonConflicting
+from gcond_kernels.methods.norm_balancing import NormBalancing
 from gcond_kernels.methods.pcgrad import PCGrad
 from gcond_kernels.methods.rlw import RLW
 from gcond_kernels.methods.stch import STCH
@@ -32,6 +36,9 @@ __all__ = [
     "STCH",
     "AlignedMTL",
     "CAGrad",
+    "ConFIG",
+    "ExcessMTL",
+    "FairGrad",
     "GCond",
     "GradDrop",
     "GradNorm",
@@ -40,6 +47,7 @@ __all__ = [
     "Method",
     "NashMTL",
     "NonConflicting",
+    "NormBalancing",
     "PCGrad",
     "State",
     "Sum",

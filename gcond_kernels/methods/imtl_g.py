@@ -24,13 +24,24 @@ class IMTLG(Method):
     @in_numpy
     def weights(self, gramian: Array, state: State, known: Known) -> Array:
         """Return β / ‖ĝ‖, divided by its sum."""
-        where, n = module_of(gramian).where, norms(gramian)
-        values, vectors = eigh(cosines(gramian))
-        counted = values > known.rounding
-        inverse = where(counted, 1.0 / where(counted, values, 1.0), 0.0)
-        beta = product(vectors, inverse * product(vectors.swapaxes(-1, -2), quotient(n, n)))
+        where, (beta, _) = module_of(gramian).where, equal_projections(gramian, known.rounding)
         weights = from_normalized(beta, gramian)
         total, size = weights.sum(-1)[..., None], abs(weights).sum(-1)[..., None]
-        # Where the normalized gradients cancel out, β is 0 but for rounding.
-        defined = (abs(total) > 1e-12 * size) & (abs(beta) > 1e-9).any(-1)[..., None]
+        defined = abs(total) > 1e-12 * size
         return where(defined, weights / where(defined, total, 1.0), 0.0)
+
+
+def equal_projections(gramian: Array, rounding: float) -> tuple[Array, Array]:
+    """Return β [..., K] of C β = 1, for the cosines C, and C β.
+
+    Of all β with the least error the one of least norm; 0 for a task without a gradient, and for
+    all where normalized gradients cancel out.
+    """
+    where, n = module_of(gramian).where, norms(gramian)
+    values, vectors = eigh(cosines(gramian))
+    counted = values > rounding
+    ones = where(counted, product(vectors.swapaxes(-1, -2), quotient(n, n)), 0.0)
+    beta = product(vectors, ones / where(counted, values, 1.0))
+    # Where they cancel out, β is 0 but for rounding.
+    defined = (abs(beta) > 1e-9).any(-1)[..., None]
+    return where(defined, beta, 0.0), where(defined, product(vectors, ones), 0.0)

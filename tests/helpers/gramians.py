@@ -13,11 +13,15 @@ from gcond_kernels.methods import (
     STCH,
     AlignedMTL,
     CAGrad,
+    ConFIG,
+    ExcessMTL,
+    FairGrad,
     GCond,
     GradNorm,
     GradVac,
     NashMTL,
     NonConflicting,
+    NormBalancing,
     PCGrad,
     Sum,
     UncertaintyWeighting,
@@ -28,12 +32,16 @@ from gcond_kernels.methods.solvers import FLOAT32_ROUNDING, FLOAT64_ROUNDING
 
 CPU = torch.device("cpu")
 
-SOLVED = [UPGrad(), MGDA(), CAGrad(), IMTLG(), NashMTL(), AlignedMTL(), NonConflicting(Sum())]
+SOLVED = [
+    *(UPGrad(), MGDA(), CAGrad(), IMTLG(), ConFIG(), NashMTL(), FairGrad(), AlignedMTL()),
+    NonConflicting(Sum()),
+]
 RANDOM = [PCGrad(), GradVac(), NonConflicting(GradVac())]
 # Weights that are the same for all Gramians of a batch, by the losses or at random.
 LOSSES = [DWA(), FAMO(), STCH(), UncertaintyWeighting()]
 OF_ALL_TENSORS = [*LOSSES, RLW()]
-METHODS = [Sum(), *SOLVED, *RANDOM, GradNorm(), *OF_ALL_TENSORS, GCond()]
+KEPT = [GradNorm(), NormBalancing(), ExcessMTL()]  # from step to step
+METHODS = [Sum(), *SOLVED, *RANDOM, *KEPT, *OF_ALL_TENSORS, GCond()]
 
 
 def name_of(value) -> str:

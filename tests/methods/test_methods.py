@@ -11,6 +11,7 @@ given then, and their weights are the same. Of all other gradients it is the Gra
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,9 +20,13 @@ from gcond_kernels.methods import (
     MGDA,
     AlignedMTL,
     CAGrad,
+    ConFIG,
+    ExcessMTL,
+    FairGrad,
     GradVac,
     NashMTL,
     NonConflicting,
+    NormBalancing,
     PCGrad,
     Sum,
     UPGrad,
@@ -183,6 +188,55 @@ def test_imtl_g_has_no_weights_where_they_sum_to_zero():
     assert torch.allclose(C @ float64([2.0, 2.0, -1.0]), float64([1.0, 1.0, 1.0]))
     S = with_lengths(C, float64([1.0, 1.0, 0.25]))  # 2 / 1 + 2 / 1 - 1 / 0.25
     assert IMTLG()(S).tolist() == jd.IMTLGWeighting()(S).tolist() == [0.0, 0.0, 0.0]
+
+
+# ---- ConFIG: as a vector, which is what others return.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tasks", TASKS)
+def test_config(family, tasks):
+    for seed, (scale, decades) in enumerate(zip(SCALES, (0.0, 1.0, 3.0), strict=True)):
+        J = scale * norms_apart(gradients(family, tasks, seed), decades, seed)
+        w = ConFIG()(gramian(J))
+        if not w.any():  # two that are opposite, to the bit: theirs is noise, of the rounding of J
+            assert family == "deficient"
+            assert tasks == 2
+            continue
+        # A pseudo-inverse of the gradients, to rounding times their condition; ours squares it,
+        # and 1 + cos is some 5e-7.
+        assert close(w @ J, jd.ConFIG()(J), 1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tasks", [2, 3, 5, 10])
+def test_config_of_its_authors(family, tasks):
+    theirs = pytest.importorskip("conflictfree.grad_operator", reason="pip install conflictfree")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # of the ones that they solve for
+    try:
+        for seed in range(3):
+            J = norms_apart(gradients(family, tasks, seed), 1.0, seed)
+            w = ConFIG()(gramian(J))
+            if not w.any():
+                continue
+            # The least squares of LAPACK, of the gradients themselves.
+            assert close(w @ J, theirs.ConFIG_update(J), 1e-9)
+            if tasks == 2 and family != "deficient":  # which divides by what is across
+                assert close(w @ J, theirs.ConFIG_update_double(*J), 1e-7)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 7])
+def test_config_has_one_cosine_to_all_and_the_norm_of_their_projections(tasks):
+    for seed, family in itertools.product(range(5), FAMILIES[:-1]):
+        J = norms_apart(gradients(family, tasks, seed), 3.0, seed)
+        g = ConFIG()(gramian(J)) @ J
+        along = J @ g / J.norm(dim=-1) / g.norm()
+        assert along.amin() > 0.0
+        assert torch.allclose(along, along.mean().expand(tasks), rtol=1e-7)
+        assert torch.allclose(g.norm(), (J @ g / g.norm()).sum(), rtol=1e-9)
 
 
 @every_case
@@ -422,6 +476,138 @@ def test_nash_mtl_of_several_pairs_nearly_anti_parallel(tasks):
         n = J.norm(dim=-1)
         y = w * n / S.norm() ** 0.5
         assert (y * (unit_gramian(J) @ y) - 1.0).abs().amax() <= 1e-8
+
+
+# ---- FairGrad.
+
+
+@every_case
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("tasks", TASKS)
+def test_fairgrad_solves_its_equation(family, rounding, alpha, tasks):
+    """S w = ‖S‖ w^(−1/α), w > 0; relative to the terms, which cancel out in conflict."""
+    for seed, (scale, decades) in enumerate(zip(SCALES, (0.0, 1.0, 3.0), strict=True)):
+        S, C, n = drawn(family, rounding, decades, tasks, seed, scale)
+        w = weigh(FairGrad(alpha), S, rounding)
+        assert (w > 0.0).all()
+        y, right = w * n, S.norm() * w ** (-1.0 / alpha) / n
+        terms = C.abs() @ y
+        # Above α = 1 by the inverse of C: rounding times a condition of 1e6.
+        assert ((C @ y - right).abs() <= 1e-8 * terms).all()
+
+
+@pytest.mark.parametrize("family", ["random", "conflicting", "anti-parallel"])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("tasks", [2, 3, 6, slow(10)])
+def test_fairgrad_is_theirs_where_that_converges(family, alpha, tasks):
+    pytest.importorskip("scipy")
+    solved = 0
+    for seed in range(4):
+        S = gramian(gradients(family, tasks, seed))
+        S = S / S.norm()
+        w, theirs = FairGrad(alpha)(S), jd.FairGradWeighting(alpha=alpha)(S)
+        left = (S @ theirs * theirs ** (1.0 / alpha) - 1.0).abs().amax()
+        if left < 1e-6:  # a general least-squares solver, which stops where its steps are small
+            solved += 1
+            assert close(w, theirs, 1e-4)
+    assert solved > 0 or family == "anti-parallel"
+
+
+@pytest.mark.parametrize("tasks", [2, 4, 8])
+def test_fairgrad_of_1_is_nash_mtl_and_of_little_the_sum(tasks):
+    S = gramian(norms_apart(gradients("conflicting", tasks, 1), 2.0, 1))
+    assert torch.allclose(FairGrad(1.0)(S), NashMTL()(S), rtol=1e-9)
+    near = gramian(gradients("random", tasks, 1))
+    off = [(FairGrad(alpha)(near) - 1.0).abs().amax() for alpha in (0.1, 0.2, 1.0)]
+    assert 4.0 * off[0] < 2.5 * off[1] < off[2]
+
+
+# ---- Methods that keep weights: their recurrences, written out again.
+
+
+def steps_of(method, J):
+    """The weights in every step of gradients J [steps, K, N], and the state."""
+    state = method.new_state(J.shape[1], J.device)
+    found = [resolve(method, gramian(one), state).weights for one in J]
+    return torch.stack(found), state
+
+
+def changing(tasks, size, steps=12):
+    generator = torch.Generator().manual_seed(tasks)
+    norms = 10.0 ** torch.randn(steps, tasks, 1, generator=generator, dtype=torch.float64)
+    return norms * torch.randn(steps, tasks, size, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.0])
+@pytest.mark.parametrize("tasks", [2, 3, 6])
+def test_norm_balancing(beta, tasks):
+    J, average = changing(tasks, 5), np.ones(tasks)
+    found, _ = steps_of(NormBalancing(beta), J)
+    for one, w in zip(J.numpy(), found, strict=True):
+        n = np.linalg.norm(one, axis=-1)
+        average = beta * average + (1.0 - beta) * n.sum() / n
+        assert np.allclose(w.numpy(), average, rtol=1e-12)
+        if beta == 0.0:
+            assert np.allclose(w.numpy() * n, n.sum())
+
+
+def test_a_gradient_that_nearly_vanishes_does_not_rule_the_average_of_norms():
+    J = torch.ones(2, 2, 3, dtype=torch.float64)
+    J[0, 1] *= 1e-15
+    found, _ = steps_of(NormBalancing(), J)
+    # Σ ‖ĝ‖ / (1e-5 · mean) = 2e5, which counts for 0.1.
+    assert torch.allclose(found[0], float64([0.9 + 0.1, 0.9 + 2e4]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 6])
+def test_excess_mtl_of_one_parameter_is_that_of_its_paper(tasks):
+    """By elements, and the sum over one element: LibMTL's recurrence, and TorchJD."""
+    J, step = changing(tasks, 1), 0.3
+    found, _ = steps_of(ExcessMTL(step), J)
+    theirs = jd.ExcessMTL(robust_step_size=step).weighting
+    theirs(J[0])
+    theirs._weights.fill_(1.0 / tasks)  # its first step weights by risks that are not relative
+    squares, w = np.zeros((tasks, 1)), np.ones(tasks)
+    for place, one in enumerate(J.numpy()):
+        squares += one**2
+        risk = (one**2 / np.sqrt(squares + 1e-7)).sum(-1)
+        if place == 0:
+            first = risk
+        else:
+            w = w * np.exp(step * risk / first)
+            w = w / w.sum() * tasks
+            # They add 1e-7 to sums of squares, of which the least here is some 1e-4.
+            assert np.allclose(theirs(J[place]).numpy() * tasks, w, rtol=1e-3)
+        assert np.allclose(found[place].numpy(), w, rtol=1e-3)
+
+
+def test_excess_mtl_of_several_parameters_is_not():
+    """Their estimate is by elements, and no function of the Gramian."""
+    J = changing(3, 20)
+    found, _ = steps_of(ExcessMTL(0.3), J)
+    squares, w = np.zeros((3, 20)), np.ones(3)
+    first = np.linalg.norm(J[0], ord=1, axis=-1)
+    for one in J.numpy():
+        squares += one**2
+        risk = (one**2 / np.sqrt(squares)).sum(-1)
+        w = w * np.exp(0.3 * risk / first)
+        w = w / w.sum() * 3
+    assert not np.allclose(found[-1].numpy(), w, rtol=0.01)
+
+
+def test_a_task_without_a_gradient_keeps_what_it_has():
+    for method in (ExcessMTL(0.3), NormBalancing()):
+        J = changing(3, 4)
+        alone, _ = steps_of(method, J[:, :2])
+        J[1:, 2] = 0.0
+        found, state = steps_of(method, J)
+        assert (found[1:, 2] == 0.0).all()
+        kept = (
+            state["task_weights"][2] if "task_weights" in state else state["log_weights"].exp()[2]
+        )
+        assert torch.allclose(kept, found[0, 2], rtol=1e-12)
+        if isinstance(method, ExcessMTL):  # its first step weights all alike
+            assert torch.allclose(found[:, :2], alone, rtol=1e-9)
 
 
 # ---- PCGrad and GradVac, order by order.

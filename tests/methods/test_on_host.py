@@ -101,9 +101,10 @@ def test_best_of_two_leaves_no_gap(cosine, decades, radius, first, second):
 def test_the_bargain_of_two_is_that_of_newtons_method(cosine, rounding):
     S, C = pair(cosine, 0.0), cosines_of(cosine, rounding)
     w = resolve(NashMTL(), S, {}, rounding=rounding).weights / S.norm() ** 0.5
+    ones = torch.ones_like(w)
     # 1 + c to 1e-16, of 1e-12 at least.
     rtol = 1e-9 if rounding == FLOAT32_ROUNDING else 1e-3
-    assert torch.allclose(w, bargain(C, rounding), rtol=rtol)
+    assert torch.allclose(w, bargain(C, ones, 1.0, rounding, ones), rtol=rtol)
 
 
 # ---- Solvers that stop when they have converged.

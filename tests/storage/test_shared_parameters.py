@@ -15,6 +15,9 @@ from gcond_kernels import (
     RLW,
     AlignedMTL,
     CAGrad,
+    ConFIG,
+    ExcessMTL,
+    FairGrad,
     GCond,
     GCondFused,
     GradDrop,
@@ -23,6 +26,7 @@ from gcond_kernels import (
     LionLars,
     NashMTL,
     NonConflicting,
+    NormBalancing,
     PCGrad,
     Sum,
     UPGrad,
@@ -49,6 +53,10 @@ WITH_WEIGHTS = [
     NonConflicting(PCGrad(seed=3)),
     FAMO(),  # of the weightings by losses, which differ in the weights alone
     RLW(),
+    ConFIG(),
+    FairGrad(),
+    NormBalancing(),
+    ExcessMTL(step_size=0.1),
     GCond(),
 ]
 ALL = [*WITH_WEIGHTS, GradDrop(seed=5)]
@@ -732,7 +740,7 @@ def written_for(method, rows: torch.Tensor) -> torch.Tensor:
     return p.grad.double()
 
 
-DEPENDENT = [CAGrad(), MGDA(), UPGrad(), AlignedMTL(), IMTLG(), NonConflicting(Sum())]
+DEPENDENT = [CAGrad(), MGDA(), UPGrad(), AlignedMTL(), IMTLG(), ConFIG(), NonConflicting(Sum())]
 
 
 @pytest.mark.parametrize("method", DEPENDENT, ids=repr)
@@ -757,7 +765,7 @@ def test_rounding_of_dependent_gradients_decides_nothing(method, kind):
         assert (found - expected).norm() <= 2e-3 * size
 
 
-@pytest.mark.parametrize("method", [*DEPENDENT, NashMTL()], ids=repr)
+@pytest.mark.parametrize("method", [*DEPENDENT, NashMTL(), FairGrad()], ids=repr)
 def test_gradients_that_cancel_out_make_no_noise(method):
     """Large weights would leave the rounding of the sum, and nothing else."""
     generator = torch.Generator().manual_seed(1)

@@ -11,10 +11,12 @@ from gcond_kernels.methods import (
     DWA,
     FAMO,
     STCH,
+    ExcessMTL,
     GradDrop,
     GradNorm,
     GradVac,
     NonConflicting,
+    NormBalancing,
     PCGrad,
     UncertaintyWeighting,
 )
@@ -34,6 +36,7 @@ METHODS = {
     "PCGrad": {"method": PCGrad(seed=1)},
     "GradNorm": {"method": GradNorm(lr=0.05)},
     "GradDrop": {"method": GradDrop(leak=0.1)},
+    "NormBalancing": {"method": NormBalancing()},
     "NonConflicting": {"method": NonConflicting(GCond())},
     "by tensor": {"granularity": "tensor"},
     "GradVac by tensor": {"granularity": "tensor", "method": GradVac(beta=0.3)},
@@ -41,6 +44,7 @@ METHODS = {
     "STCH": {"method": STCH(mu=0.5, warmup_steps=2)},
     "UncertaintyWeighting": {"method": UncertaintyWeighting(lr=0.05)},
     "FAMO by tensor": {"granularity": "tensor", "method": FAMO(lr=0.1)},
+    "ExcessMTL by tensor": {"granularity": "tensor", "method": ExcessMTL(step_size=0.3)},
     "GradNorm by tensor": {"granularity": "tensor", "method": GradNorm(lr=0.05)},
 }
 
