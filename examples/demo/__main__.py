@@ -7,16 +7,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .methods import ALL, DEFAULT, KEYS
+from .methods import ALL, BOUNDARY_X10, KEYS
 
 INSTALL = 'pip install "gcond-kernels[demo]"'
+SCENES = ("kovasznay", "burgers", "digits", "photos")
+DEFAULT = ("kovasznay", "digits", "photos")
 
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; needs none of the demo's own libraries."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo",
-        description="Train two real multi-task models; tables and pictures.",
+        description="Train multi-task models by one method after another; tables and pictures.",
     )
     parser.add_argument(
         "--images",
@@ -27,17 +29,19 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--scene",
-        choices=("photos", "digits", "both"),
-        default="both",
-        help="what to train (default: both; with --images only photos)",
+        nargs="+",
+        choices=SCENES,
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"what to train: {', '.join(SCENES)} (default: {' '.join(DEFAULT)}; with --images "
+        "only photos)",
     )
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=DEFAULT,
         metavar="NAME",
-        help=f"what to compare: {', '.join(KEYS)}, or {ALL}; plain, the sum by ordinary "
-        f"accumulation, always is (default: {' '.join(DEFAULT)})",
+        help=f"what to compare: {', '.join(KEYS)}, {BOUNDARY_X10.key}, or {ALL} but the last; "
+        "plain, the sum by ordinary accumulation, always is (default: some for each scene)",
     )
     parser.add_argument(
         "--steps",

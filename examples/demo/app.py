@@ -20,6 +20,7 @@ from gcond_kernels import ops
 from .digits import Digits
 from .methods import methods_of
 from .photos import Photos, bundled_files, files_in, read_images
+from .physics import Burgers, Kovasznay
 from .pictures import write_pictures
 from .scenes import InputError, Scene
 from .summary import results, sentences, table
@@ -52,11 +53,12 @@ def run(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> None:
     """Check the options before anything is read or written; replace names by what they mean."""
     if options.images is not None:
-        if options.scene == "digits":
-            raise InputError("--images goes with the photos scene, not with --scene digits")
-        options.scene = "photos"
+        if "photos" not in options.scene:
+            names = " ".join(options.scene)
+            raise InputError(f"--images goes with the photos scene, not with --scene {names}")
+        options.scene = ["photos"]
     try:
-        options.methods = methods_of(options.methods)
+        options.methods = options.methods and methods_of(options.methods)
     except ValueError as error:
         raise InputError(f"--methods: {error}") from None
     if options.steps is not None and options.steps < 1:
@@ -87,19 +89,22 @@ def find_device(name: str | None) -> torch.device:
 
 def load(options: argparse.Namespace, console: Console) -> list[Scene]:
     """Return the scenes with their data."""
-    scenes: list[Scene] = []
-    if options.scene != "digits":
-        files = bundled_files() if options.images is None else files_in(options.images)
-        images, unreadable = read_images(files)
-        if not images:
-            raise InputError(f"--images {options.images}: there is no readable image in it")
-        if unreadable:
-            names = ", ".join(path.name for path in unreadable)
-            console.print(f"Left out, because they could not be read: {names}", soft_wrap=True)
-        scenes.append(Photos(images))
-    if options.scene != "photos":
-        scenes.append(Digits())
-    return scenes
+    others = {scene.name: scene for scene in (Kovasznay, Burgers, Digits)}
+    return [
+        others[name]() if name in others else load_photos(options.images, console)
+        for name in dict.fromkeys(options.scene)
+    ]
+
+
+def load_photos(folder: Path | None, console: Console) -> Photos:
+    """Return the photos scene, with the images in a folder or those of scikit-image."""
+    images, unreadable = read_images(bundled_files() if folder is None else files_in(folder))
+    if not images:
+        raise InputError(f"--images {folder}: there is no readable image in it")
+    if unreadable:
+        names = ", ".join(path.name for path in unreadable)
+        console.print(f"Left out, because they could not be read: {names}", soft_wrap=True)
+    return Photos(images)
 
 
 def make_folder(output: Path) -> None:
@@ -131,11 +136,14 @@ def train_all(
     scenes: Sequence[Scene], options: argparse.Namespace, runs: list[Run], console: Console
 ) -> None:
     """Train every method on every scene; `runs` has also the one that is interrupted."""
-    planned = [
-        new_run(scene, method, options.steps or scene.steps, options.seed, options.device)
-        for scene in scenes
-        for method in options.methods
-    ]
+    planned = []
+    for scene in scenes:
+        for method in options.methods or methods_of(scene.methods):
+            if not scene.fits(method):
+                console.print(f"{scene.name}: {method.name} is left out, it does not fit the tasks")
+                continue
+            steps = options.steps or scene.steps
+            planned.append(new_run(scene, method, steps, options.seed, options.device))
     # Rough milliseconds of one step, so that the bar moves evenly through all runs.
     costs = [round(run.scene.step_cost * run.method.step_cost) for run in planned]
     total = sum(run.steps * cost for run, cost in zip(planned, costs, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from gcond_kernels import methods
@@ -19,6 +19,8 @@ class Method(NamedTuple):
     mode: Literal["exact", "stochastic"] | None  # of GCondFused; None is the plain sum, without it
     step_cost: float  # rough time of a step, plain sum is 1
     resolver: methods.Method | None = None  # of GCondFused, with its class's default options
+    # Task → factor of its loss weight.
+    factors: Mapping[str, float] = {}  # never changed
 
     @property
     def names_winners(self) -> bool:
@@ -50,15 +52,11 @@ METHODS = (
     Method("fairgrad", "FairGrad", "exact", 1.8, methods.FairGrad()),
     Method("normbalancing", "NormBalancing", "exact", 1.6, methods.NormBalancing()),
     Method("excessmtl", "ExcessMTL", "exact", 1.6, methods.ExcessMTL()),
-    Method(
-        "nonconflicting",
-        "NonConflicting(GCond)",
-        "exact",
-        1.7,
-        methods.NonConflicting(GCond()),
-    ),
+    Method("nonconflicting", "NonConflicting", "exact", 1.7, methods.NonConflicting(GCond())),
     Method("graddrop", "GradDrop", "exact", 1.7, methods.GradDrop()),
 )
+# What often helps more than any method, where one task's loss is too small beside another's.
+BOUNDARY_X10 = Method("boundary-x10", "boundary x 10", None, 1.0, factors={"boundary": 10.0})
 KEYS = tuple(method.key for method in METHODS)
 DEFAULT = ("plain", "gcond", "gcond-stochastic")
 
@@ -69,12 +67,12 @@ def methods_of(names: Sequence[str]) -> tuple[Method, ...]:
     Raises:
         ValueError: there is no such method; the message lists those that there are.
     """
-    by_key = {method.key: method for method in METHODS}
+    by_key = {method.key: method for method in (*METHODS, BOUNDARY_X10)}
     chosen = {PLAIN.key: PLAIN}
     for name in names:
         key = name.lower()
         if key != ALL and key not in by_key:
-            raise ValueError(f"there is no method {name!r}; known: {', '.join(KEYS)}, {ALL}")
+            raise ValueError(f"there is no method {name!r}; known: {', '.join(by_key)}, {ALL}")
         for one in KEYS if key == ALL else (key,):
             chosen[one] = by_key[one]
     return tuple(chosen.values())

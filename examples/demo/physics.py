@@ -38,6 +38,8 @@ class Physics(Scene):
     score_in_percent = False
     accumulation_steps = 1
     evaluations = 40
+    methods = ("plain", "boundary-x10", "sum", "gcond", "nonconflicting", "pcgrad")
+    data = "points of their own"
     counts: ClassVar[dict[str, int]]  # task → its points in a batch
     coordinates: tuple[str, str]
     fields: tuple[str, ...]
@@ -57,7 +59,8 @@ class Physics(Scene):
         points = torch.cartesian_prod(*axes)
         self.points, self.field = points.float(), self.exact(points).float()
         self.validation_note = (
-            f"a grid of {self.grid[0]} x {self.grid[1]} points, where {', '.join(self.fields)} "
+            "losses at points that stay the same, the error on a grid of "
+            f"{self.grid[0]} x {self.grid[1]}, where {', '.join(self.fields)} "
             f"{'is' if len(self.fields) == 1 else 'are'} compared with the exact solution"
         )
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from torch import Tensor
 
@@ -29,7 +30,8 @@ from gcond_kernels.diagnostics.plots import (
 
 from .digits import Digits
 from .photos import Photos
-from .summary import cosines, percent_in_conflict, scores
+from .physics import Physics
+from .summary import against, cosines, percent_in_conflict, scores
 from .training import Run, device_of
 
 Draw: TypeAlias = "Callable[[Sequence[Run]], Figure]"
@@ -56,11 +58,21 @@ METHOD_STYLES: dict[str, dict[str, Any]] = {
     "stch": {"color": BLACK, "linestyle": "--", "linewidth": 1.6, "marker": "3"},
     "rlw": {"color": SKY, "linestyle": "-.", "linewidth": 1.6, "marker": "4"},
     "uncertainty": {"color": VERMILION, "linestyle": "-.", "linewidth": 1.6, "marker": "+"},
+    "config": {"color": BLUE, "linestyle": "-.", "linewidth": 1.6, "marker": "$C$"},
+    "fairgrad": {"color": GREEN, "linestyle": "-.", "linewidth": 1.6, "marker": "$F$"},
+    "normbalancing": {"color": PURPLE, "linestyle": "-.", "linewidth": 1.6, "marker": "$N$"},
+    "excessmtl": {"color": BROWN, "linestyle": "--", "linewidth": 1.6, "marker": "$E$"},
+    "nonconflicting": {"color": DARK, "linestyle": "--", "linewidth": 1.6, "marker": "H"},
+    "boundary-x10": {"color": ORANGE, "linestyle": "-.", "linewidth": 2.4, "marker": "8"},
     "graddrop": {"color": DARK, "linestyle": "-.", "linewidth": 1.6, "marker": "d"},
 }
 MARKER_SIZES = {"o": 13.0, "s": 9.0, "^": 6.0}  # for lines that lie on each other
 MARKER_SIZE = 7.0
-TASK_STYLES = ({"color": BLUE, "marker": "o"}, {"color": VERMILION, "marker": "^"})
+TASK_STYLES = (
+    {"color": BLUE, "marker": "o"},
+    {"color": VERMILION, "marker": "^"},
+    {"color": GREEN, "marker": "v"},
+)
 RIGHT, WRONG = BLACK, VERMILION
 SMOOTHING = 0.9
 EXAMPLES, FEWER_EXAMPLES = 6, 3
@@ -69,6 +81,7 @@ PANEL, LINE = 2.24, 0.27  # inches: the side of an example, and the height of a 
 FEW = 4  # so many methods have a row each where there are pictures of all of them
 COLUMNS = 3 + FEW  # of reconstructions, before they are wrapped
 PANELS = 3  # in a row, of small multiples
+MARKERS = 9  # on a line, at most
 
 
 def write_pictures(runs: Sequence[Run], output: Path) -> list[Path]:
@@ -79,6 +92,8 @@ def write_pictures(runs: Sequence[Run], output: Path) -> list[Path]:
         draws["reconstructions"] = reconstructions_picture
     if isinstance(scene, Digits):
         draws["examples"] = examples_picture
+    if isinstance(scene, Physics):
+        draws |= {"error": error_picture, "field": field_picture}
     written = []
     for kind, draw in draws.items():
         path = output / f"{scene.name}_{kind}.png"
@@ -104,10 +119,9 @@ def losses_picture(runs: Sequence[Run]) -> Figure:
         axes.set_xlabel("optimizer step", fontsize=12)
         axes.set_ylabel(scene.loss_labels[task], fontsize=12)
         axes.grid(alpha=0.3)
-    handles = [
-        Line2D([], [], label=run.method.name, markerfacecolor="white", **method_style(run))
-        for run in runs
-    ]
+        if isinstance(scene, Physics):
+            axes.set_yscale("log")
+    handles = method_handles(runs)
     if many:  # inside, they would cover the lines
         figure.legend(handles=handles, loc="outside right center", fontsize=12, handlelength=3.5)
     else:
@@ -120,6 +134,14 @@ def losses_picture(runs: Sequence[Run]) -> Figure:
         fontsize=11,
     )
     return figure
+
+
+def method_handles(runs: Sequence[Run]) -> list[Line2D]:
+    """Return the entries of a legend of methods."""
+    return [
+        Line2D([], [], label=run.method.name, markerfacecolor="white", **method_style(run))
+        for run in runs
+    ]
 
 
 def set_title(figure: Figure, runs: Sequence[Run], title: str) -> None:
@@ -140,7 +162,8 @@ def plot_losses(axes: Axes, run: Run, task: str) -> None:
     axes.plot(range(1, len(smoothed) + 1), smoothed, **style | {"marker": ""})
     steps = [evaluation.step for evaluation in run.evaluations]
     validated = [float(evaluation.losses[task].mean()) for evaluation in run.evaluations]
-    axes.plot(steps, validated, **style | {"linestyle": ""}, markerfacecolor="none")
+    style |= {"linestyle": "", "markerfacecolor": "none"}
+    axes.plot(steps, validated, markevery=math.ceil(len(steps) / MARKERS), **style)
 
 
 def method_style(run: Run) -> dict[str, Any]:
@@ -185,9 +208,9 @@ def cosine_rows(runs: Sequence[Run]) -> Figure:
         scatter_steps(left, run, size=6.0)
         # Room for the names of the zones.
         left.set_xlim(0, 1.18 * run.steps)
-        data = "of the same data" if run.method.mode == "exact" else "of different micro-batches"
+        data = run.scene.data if run.method.mode == "exact" else "different micro-batches"
         left.set_title(
-            f"{run.method.name} (gradients {data}): "
+            f"{run.method.name} (gradients of {data}): "
             f"conflict in {percent_in_conflict(run):.0f} % of {len(cosines(run))} steps",
             fontsize=13,
         )
@@ -251,6 +274,90 @@ def point_styles(tasks: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
         "won by None": ("conflict without a winner", {"color": BLACK, "marker": "s"}),
         "conflict": ("conflict (the method names no winner)", {"color": DARK, "marker": "x"}),
     }
+
+
+def error_picture(runs: Sequence[Run]) -> Figure:
+    """Draw the error over the steps, and how often each method's result went against a task."""
+    scene = runs[0].scene
+    compared = [run for run in runs if against(run)]
+    figure = Figure(figsize=(15, 5.8), layout="constrained")
+    set_title(figure, runs, f"{scene.title}: {' and '.join(scene.tasks)}, one seed")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for run in runs:
+        steps = [evaluation.step for evaluation in run.evaluations]
+        errors = [float(evaluation.scores["error"]) for evaluation in run.evaluations]
+        left.plot(
+            steps,
+            errors,
+            markevery=math.ceil(len(steps) / MARKERS),
+            markerfacecolor="white",
+            **method_style(run),
+        )
+    left.set_yscale("log")
+    left.set_title("error of the field against the exact solution", fontsize=13)
+    left.set_xlabel("optimizer step", fontsize=12)
+    left.set_ylabel(scene.score_labels["error"], fontsize=12)
+    left.grid(alpha=0.3, which="both")
+    left.legend(handles=method_handles(runs), fontsize=12, handlelength=3.5)
+    draw_against(right, compared)
+    return figure
+
+
+def draw_against(axes: Axes, runs: Sequence[Run]) -> None:
+    """Draw a bar for each method and task: the steps that went against the task."""
+    tasks = list(runs[0].scene.tasks) if runs else []
+    height = 0.8 / max(1, len(tasks))
+    for place, task in enumerate(tasks):
+        shares = [100.0 * (against(run) or {})[task] for run in runs]
+        rows = [row + (place - (len(tasks) - 1) / 2.0) * height for row in range(len(runs))]
+        color = TASK_STYLES[place]["color"]
+        bars = axes.barh(rows, shares, 0.9 * height, color=color, label=f"against {task}")
+        axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=11)
+    axes.set_yticks(range(len(runs)), [run.method.name for run in runs], fontsize=12)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)  # for the numbers
+    axes.set_title("steps whose result raises a task's loss (to first order)", fontsize=13)
+    axes.set_xlabel("% of the steps", fontsize=12)
+    axes.legend(fontsize=12, loc="lower right")
+
+
+@torch.no_grad()
+def field_picture(runs: Sequence[Run]) -> Figure:
+    """Draw the first field of each method beside the exact one, and below how far it is off."""
+    scene = runs[0].scene
+    assert isinstance(scene, Physics)
+    exact = scene.field[:, 0]
+    found = [run.model(scene.points.to(device_of(run))).cpu()[:, 0] for run in runs]
+    off = [one - exact for one in found]
+    largest = max(float(one.abs().max()) for one in off) or 1.0
+    figure = Figure(figsize=(2.9 * (len(runs) + 1) + 1.0, 6.6), layout="constrained")
+    name, across, up = scene.fields[0], *scene.coordinates
+    set_title(figure, runs, f"{scene.title}: {name} above, its difference from the exact one below")
+    panels = figure.subplots(2, len(runs) + 1, squeeze=False, sharex=True, sharey=True)
+    titles = [f"{run.method.name}\n{score_line(run, -1)}" for run in runs]
+    limits = {"vmin": float(exact.min()), "vmax": float(exact.max()), "cmap": "viridis"}
+    for axes, title, values in zip(panels[0], ["exact", *titles], [exact, *found], strict=True):
+        shown = draw_field(axes, scene, values, limits)
+        axes.set_title(title, fontsize=12)
+    figure.colorbar(shown, ax=list(panels[0]), label=name)
+    panels[1, 0].set_axis_off()
+    limits = {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"}
+    for axes, values in zip(panels[1, 1:], off, strict=True):
+        shown = draw_field(axes, scene, values, limits)
+        axes.set_xlabel(across, fontsize=12)
+    figure.colorbar(shown, ax=list(panels[1]), label=f"difference in {name}")
+    for axes in (panels[0, 0], panels[1, 1]):
+        axes.set_ylabel(up, fontsize=12)
+    panels[1, 1].tick_params(labelleft=True)  # there is nothing left of it
+    return figure
+
+
+def draw_field(axes: Axes, scene: Physics, values: Tensor, limits: dict[str, Any]) -> AxesImage:
+    """Draw values [N] on the grid as an image."""
+    extent = (scene.low[0], scene.high[0], scene.low[1], scene.high[1])
+    return axes.imshow(
+        values.view(scene.grid).T.numpy(), origin="lower", extent=extent, aspect="auto", **limits
+    )
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from typing import ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .methods import DEFAULT, Method
+
 
 class InputError(Exception):
     """Something the user gave cannot be used; the message names it."""
@@ -41,8 +43,15 @@ class Scene(ABC):
     learning_rate: float  # its peak
     step_cost: float  # rough milliseconds of a step of plain sum, for the remaining time shown
     evaluations: int = 8  # of the model during a training, at even distances
+    methods: tuple[str, ...] = DEFAULT  # keys of those that are compared by default
+    data: str = "the same data"  # that its tasks have in a step, in words
     validation: Batch  # what no training micro-batch shows
     validation_note: str  # what the scores are measured on, in words
+
+    def fits(self, method: Method) -> bool:
+        """Return whether a method can train this scene."""
+        enough = method.mode != "stochastic" or self.accumulation_steps >= len(self.tasks)
+        return enough and set(method.factors) <= set(self.tasks)
 
     @abstractmethod
     def new_model(self) -> nn.Module:

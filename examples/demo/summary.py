@@ -16,7 +16,7 @@ from torch import Tensor
 import gcond_kernels
 from gcond_kernels.diagnostics.records import ALL_ZONES
 
-from .scenes import Scene
+from .scenes import Scene, Supervised
 from .training import Evaluation, Run
 
 RARE, FREQUENT = 10.0, 30.0  # % of steps with a conflict
@@ -27,14 +27,14 @@ OPTIONS_SENTENCES = (
     "mean, but all share a learning rate: AdamW, the optimizer of all of them, makes the same "
     "steps whatever constant factor the gradients have."
 )
-METHODS_SENTENCE = (
-    f"Methods: {OPTIONS_SENTENCES} Zones are those of GCond's default thresholds; incidence is "
-    "the share of task pairs with a cosine below 0, mean over the steps."
-)
+METHODS_SENTENCE = f"Methods: {OPTIONS_SENTENCES} Zones are those of GCond's default thresholds."
 SUM_SENTENCE = (
     "Sum makes the gradients of the plain sum but for rounding, which training amplifies: "
     "what lies between the two is chance."
 )
+
+ANOTHER_SEED = "What another seed would change"
+ONE_SEED = "one seed proves nothing about which method is better."
 
 
 def cosines(run: Run) -> list[float]:
@@ -52,6 +52,23 @@ def incidence(run: Run) -> float | None:
     """Return the mean over the steps of the share of pairs of tasks with a cosine below 0."""
     shares = [step.incidence for step in run.history if step.incidence is not None]
     return statistics.fmean(shares) if shares else None
+
+
+def against(run: Run) -> dict[str, float] | None:
+    """Return task → share of the steps whose gradient raises its loss, to first order.
+
+    None without any comparison, as in plain sum.
+    """
+    compared = [step.rising for step in run.history if step.rising is not None]
+    if not compared:
+        return None
+    return {task: sum(task in one for one in compared) / len(compared) for task in run.scene.tasks}
+
+
+def against_any(run: Run) -> float:
+    """Return the share of the compared steps whose gradient raises some task's loss."""
+    compared = [step.rising for step in run.history if step.rising is not None]
+    return sum(map(bool, compared)) / len(compared)
 
 
 def difference(a: Tensor, b: Tensor) -> tuple[float, float]:
@@ -77,21 +94,21 @@ def table(runs: Sequence[Run]) -> Table:
         "back-\nward\npasses",
         "time\n(s)",
         "% of steps:\nnone/mild/\nmod./crit.",
-        "inci-\ndence",
         "median\ncosine",
+        "a loss\nrises",
     ):
         made.add_column(header, justify="right")
     made.add_row("untrained", *scores(scene, runs[0].evaluations[0]), "0", "", "", "", "")
     for run in runs:
-        shares, below = zone_shares(run), incidence(run)
+        shares = zone_shares(run)
         made.add_row(
             run.method.name + ("" if run.complete else f"\n({run.progress})"),
             *scores(scene, run.evaluations[-1]),
             str(run.backward_passes),
             f"{run.seconds:.1f}",
             "/".join(f"{100.0 * share:.0f}" for share in shares.values()) if shares else "-",
-            "-" if below is None else f"{100.0 * below:.0f} %",
             f"{statistics.median(cosines(run)):+.2f}" if shares else "-",
+            f"{100.0 * against_any(run):.0f} %" if against(run) else "-",
         )
     return made
 
@@ -111,6 +128,7 @@ def sentences(runs: Sequence[Run]) -> list[str]:
         said.append(SUM_SENTENCE)
     if any(zone_shares(run) for run in runs):
         said.append(conflict_sentence([run for run in runs if zone_shares(run)]))
+        said.append(against_sentence([run for run in runs if against(run)]))
     complete = [run for run in runs if run.complete]
     if len(complete) > 1:
         said += difference_sentences(complete)
@@ -140,10 +158,10 @@ def conflict_sentence(runs: Sequence[Run]) -> str:
 def conflicts_seen(run: Run) -> str:
     """Return how often the gradients disagreed in one run."""
     # The cosine of gradients of different data is closer to 0 for that alone.
-    data = "same data" if run.method.mode == "exact" else "different data"
+    data = run.scene.data if run.method.mode == "exact" else "different data"
     return (
         f"{percent_in_conflict(run):.0f} % of the steps of {run.method.name} "
-        f"({data} for the two tasks, median cosine {statistics.median(cosines(run)):+.2f})"
+        f"(the tasks had {data}, median cosine {statistics.median(cosines(run)):+.2f})"
     )
 
 
@@ -157,6 +175,18 @@ def range_of_conflicts(runs: Sequence[Run]) -> str:
     return f"{ends} of the steps, with median cosines of {min(medians):+.2f} to {max(medians):+.2f}"
 
 
+def against_sentence(runs: Sequence[Run]) -> str:
+    """Return in how many steps the result went against a task."""
+    said = []
+    for run in runs:
+        tasks = ", ".join(f"{task} {100.0 * s:.0f} %" for task, s in (against(run) or {}).items())
+        said.append(f"{100.0 * against_any(run):.0f} % of {run.method.name} ({tasks})")
+    return (
+        "Against a task, raising its loss to first order, went the resolved gradient in these "
+        f"steps: {'; '.join(said)}. What AdamW makes of it is not counted."
+    )
+
+
 def percent_in_conflict(run: Run) -> float:
     """Return the share of the compared steps in a zone of conflict, in %."""
     zones = [step.zone for step in run.history if step.zone is not None]
@@ -165,7 +195,9 @@ def percent_in_conflict(run: Run) -> float:
 
 def difference_sentences(runs: Sequence[Run]) -> list[str]:
     """Return how far the methods are from the first one at the end, and what that means."""
-    if len(runs[0].scene.validation.inputs) < 2:
+    if not isinstance(runs[0].scene, Supervised):
+        return [ratio_sentence(runs[0], runs[1:])]
+    if samples(runs[0]) < 2:
         return ["Difference: a single validation sample cannot tell the methods apart."]
     others = runs[1:]
     if len(others) > FEW:
@@ -173,9 +205,8 @@ def difference_sentences(runs: Sequence[Run]) -> list[str]:
     else:
         said = [difference_sentence(runs[0], run) for run in others]
     said.append(
-        "+/- is twice the standard error over the validation samples. What another seed would "
-        "change comes on top and is not measured here: one seed proves nothing about which method "
-        "is better."
+        "+/- is twice the standard error over the validation samples. "
+        f"{ANOTHER_SEED} comes on top and is not measured here: {ONE_SEED}"
     )
     if any(run.method.mode == "stochastic" for run in runs):
         said.append(
@@ -183,6 +214,24 @@ def difference_sentences(runs: Sequence[Run]) -> list[str]:
             "data than with the other methods."
         )
     return said
+
+
+def ratio_sentence(first: Run, others: Sequence[Run]) -> str:
+    """Return how the scores of others compare with those of the first, which are no means."""
+    said = []
+    for score, label in first.scene.score_labels.items():
+        least = float(first.evaluations[-1].scores[score])
+        ratios = ", ".join(
+            f"{run.method.name} {float(run.evaluations[-1].scores[score]) / least:.2f}"
+            for run in others
+        )
+        said.append(f"{label}, as a multiple of the {least:.4f} of {first.method.name}: {ratios}")
+    return f"Difference: {'; '.join(said)}. {ANOTHER_SEED} is not measured here: {ONE_SEED}"
+
+
+def samples(run: Run) -> int:
+    """Return how many samples the scores of a run are means over."""
+    return max(map(len, run.evaluations[0].scores.values()))
 
 
 def gaps(first: Run, other: Run) -> list[tuple[str, str, bool]]:
@@ -235,7 +284,7 @@ def results(runs: Sequence[Run], settings: dict[str, Any], interrupted: bool) ->
         scenes[name] = {
             **about_scene(first.scene),
             "steps": first.steps,
-            "validation_samples": len(first.scene.validation.inputs),
+            "validation_samples": samples(first),
             "untrained": means(first.evaluations[0]),
             "methods": {run.method.name: run_results(run) for run in of_scene},
             "sentences": sentences(of_scene),
@@ -261,6 +310,7 @@ def run_results(run: Run) -> dict[str, Any]:
     values = cosines(run)
     return {
         "mode": run.method.mode,
+        "loss_weights": run.scene.tasks,
         "resolver": None if run.method.resolver is None else repr(run.method.resolver),
         "steps": len(run.history),
         "backward_passes": run.backward_passes,
@@ -268,6 +318,7 @@ def run_results(run: Run) -> dict[str, Any]:
         "validation": means(run.evaluations[-1]),
         "zone_shares": zone_shares(run),
         "incidence": incidence(run),
+        "against": against(run),
         "median_cosine": statistics.median(values) if values else None,
         "history": [step._asdict() for step in run.history],
         "evaluations": [{"step": e.step, **means(e)} for e in run.evaluations],

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from gcond_kernels import GCondFused
 
 from .methods import Method
-from .scenes import Batch, Scene
+from .scenes import Batch, Scene, reweighted
 
 WARMUP_STEPS = 20
 
@@ -28,6 +28,7 @@ class Step(NamedTuple):
     zone: str | None = None  # "none", "mild", "moderate" or "critical"
     winner: str | None = None  # of the first conflict, of methods that name one
     incidence: float | None = None  # share of the pairs of tasks with a cosine below 0
+    rising: list[str] | None = None  # tasks whose loss the gradient raises to first order
 
 
 class Evaluation(NamedTuple):
@@ -68,7 +69,7 @@ def new_run(scene: Scene, method: Method, steps: int, seed: int, device: torch.d
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = scene.new_model()
-    return Run(scene, method, steps, model.to(device))
+    return Run(reweighted(scene, method.factors), method, steps, model.to(device))
 
 
 def train(
@@ -150,7 +151,9 @@ def gcond_window(run: Run, optimizer: GCondFused, batches: Sequence[Batch]) -> S
     if report.min_cosine is None:
         return Step(means(seen))
     winner = report.conflicts[0].winner if report.conflicts else None
-    return Step(means(seen), report.min_cosine, report.zone, winner, report.incidence)
+    return Step(
+        means(seen), report.min_cosine, report.zone, winner, report.incidence, report.rising
+    )
 
 
 def task_losses(run: Run, batch: Batch, tasks: Iterable[str]) -> dict[str, Tensor]:

@@ -494,4 +494,4 @@ def test_every_result_has_a_command_that_makes_it():
     for name, command in rows:
         for what in re.findall(r"python -m bench (\w+)", command):
             assert what in known, name
-        assert re.search(r"python -m (bench|examples\.demo)|README\.md", command), name
+        assert re.search(r"python -m (bench|examples\.(demo|toy))|README\.md", command), name

@@ -19,8 +19,9 @@ import gcond_kernels.methods
 from examples.demo import app, digits, photos, pictures, summary, training
 from examples.demo.__main__ import main
 from examples.demo.digits import Digits
-from examples.demo.methods import DEFAULT, KEYS, METHODS, methods_of
+from examples.demo.methods import BOUNDARY_X10, DEFAULT, KEYS, METHODS, methods_of
 from examples.demo.photos import CROP, SPLIT, WIDTH, Photos
+from examples.demo.physics import Kovasznay
 from examples.demo.scenes import Batch
 from gcond_kernels import GCondFused
 from tests.conftest import slow
@@ -51,6 +52,11 @@ def photos_scene() -> Photos:
 @pytest.fixture(scope="module")
 def digits_scene() -> Digits:
     return Digits()
+
+
+@pytest.fixture(scope="module")
+def kovasznay_scene() -> Kovasznay:
+    return Kovasznay()
 
 
 @pytest.fixture(params=["photos", "digits"])
@@ -182,10 +188,10 @@ def test_methods_come_in_the_order_asked_for_behind_the_plain_sum(names, expecte
 def test_every_method_of_the_package_can_be_compared():
     resolvers = {type(method.resolver).__name__ for method in METHODS if method.resolver}
     assert resolvers == set(gcond_kernels.methods.__all__) - {"Known", "Method", "State"}
-    assert set(pictures.METHOD_STYLES) == {method.key for method in METHODS}
+    assert set(pictures.METHOD_STYLES) == {*KEYS, BOUNDARY_X10.key}
     # Without looking at colours alone.
     looks = [(s["color"], s["linestyle"], s["marker"]) for s in pictures.METHOD_STYLES.values()]
-    assert len(set(looks)) == len({marker for _, _, marker in looks}) == len(METHODS)
+    assert len(set(looks)) == len({marker for _, _, marker in looks}) == 1 + len(METHODS)
 
 
 # The training.
@@ -285,6 +291,19 @@ def test_the_verdict_on_the_conflict_follows_the_cosines(digits_scene, cosines, 
     assert verdict in summary.conflict_sentence([run])
 
 
+def test_steps_against_a_task_are_counted(kovasznay_scene):
+    run = training.new_run(kovasznay_scene, EXACT, 4, 0, CPU)
+    assert summary.against(run) is None
+    for rising in ([], ["boundary"], ["residual", "boundary"], ["boundary"]):
+        run.history.append(training.Step({}, 0.0, "none", None, 0.0, rising))
+    assert summary.against(run) == {"residual": 0.25, "boundary": 0.75}
+    said = summary.against_sentence([run])
+    assert "75 % of GCond exact (residual 25 %, boundary 75 %)" in said
+    figure = pictures.error_picture([run])
+    bars = {c.get_label(): [b.get_width() for b in c] for c in figure.axes[1].containers}
+    assert bars == {"against residual": [25.0], "against boundary": [75.0]}
+
+
 @pytest.mark.parametrize("others", [3, 4])
 def test_many_methods_are_summarized_in_one_sentence(digits_scene, others):
     runs = [training.new_run(digits_scene, method, 1, 0, CPU) for method in METHODS[: 1 + others]]
@@ -295,7 +314,7 @@ def test_many_methods_are_summarized_in_one_sentence(digits_scene, others):
         run.evaluations = [training.Evaluation(1, {}, scores)]
         run.history = [training.Step({})]
         if run.method.mode:
-            run.history = [training.Step({}, -0.1 * number, "mild", None, 1.0)]
+            run.history = [training.Step({}, -0.1 * number, "mild", None, 1.0, [])]
     said = summary.sentences(runs)
     differences = [sentence for sentence in said if sentence.startswith("Difference")]
     conflict = next(sentence for sentence in said if sentence.startswith("Conflict"))
@@ -313,15 +332,16 @@ def widest_table(scene) -> str:
     runs = [training.new_run(scene, method, 300, 0, CPU) for method in METHODS]
     for run in runs:
         ones = torch.ones(2)
-        evaluation = training.Evaluation(300, {}, dict.fromkeys(scene.tasks, ones))
+        evaluation = training.Evaluation(300, {}, dict.fromkeys(scene.score_labels, ones))
         run.evaluations, run.seconds, run.backward_passes = [evaluation], 999.9, 99999
         for zone in summary.ALL_ZONES if run.method.mode else ():
-            run.history += [training.Step({}, -1.0, zone, None, 1.0)] * 75
+            run.history += [training.Step({}, -1.0, zone, None, 1.0, [*scene.tasks])] * 75
     file = io.StringIO()
     Console(file=file, width=80).print(summary.table(runs))
     return file.getvalue()
 
 
+@pytest.mark.parametrize("scene", ["photos", "digits", "kovasznay"], indirect=True)
 def test_the_table_fits_80_columns(scene):
     lines = widest_table(scene).splitlines()
     assert max(map(len, lines)) <= 80
@@ -330,7 +350,8 @@ def test_the_table_fits_80_columns(scene):
         row = rows[method.name]
         assert "999.9" in row
         assert "99999" in row
-        assert ("25/25/25/25" in row) == ("100 %" in row) == (method.mode is not None)
+        assert ("25/25/25/25" in row) == (method.mode is not None)
+        assert row.endswith("100 % " if method.mode else "- ")
 
 
 def test_what_is_not_a_number_becomes_null():
@@ -361,6 +382,36 @@ def test_the_demo_writes_pictures_table_and_results(name, tmp_path, capsys):
     assert len(printed.splitlines()) < 60  # no flood where there is no terminal
 
 
+@pytest.mark.parametrize("name", ["kovasznay", slow("burgers")])
+def test_the_flows_are_compared_with_their_exact_solutions(name, tmp_path, capsys):
+    options = ("--scene", name, "--steps", 2, "--output", tmp_path, "--device", "cpu")
+    assert demo(*options) == 0
+    kinds = ("losses", "cosine", "error", "field")
+    written = {f"{name}_{kind}.png" for kind in kinds} | {"results.json"}
+    assert {path.name for path in tmp_path.iterdir()} == written
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    methods = results["scenes"][name]["methods"]
+    chosen = ["plain sum", "boundary x 10", "Sum", "GCond exact", "NonConflicting", "PCGrad"]
+    assert list(methods) == chosen
+    assert methods["boundary x 10"]["loss_weights"]["boundary"] == 10.0
+    assert methods["Sum"]["loss_weights"]["boundary"] == 1.0
+    assert set(methods["NonConflicting"]["against"].values()) == {0.0}
+    assert methods["plain sum"]["against"] is None
+    for method in methods.values():
+        assert [set(one["scores"]) for one in method["evaluations"]] == [{"error"}] * 3
+    printed = capsys.readouterr().out
+    assert "as a multiple of the" in printed
+    assert "0 % of NonConflicting" in " ".join(printed.split())
+
+
+def test_methods_that_do_not_fit_a_scene_are_left_out(digits_scene, kovasznay_scene):
+    assert digits_scene.fits(STOCHASTIC)
+    assert not digits_scene.fits(BOUNDARY_X10)  # there is no such task
+    assert not kovasznay_scene.fits(STOCHASTIC)  # one micro-batch for two tasks
+    assert kovasznay_scene.fits(BOUNDARY_X10)
+    assert all(kovasznay_scene.fits(method) for method in methods_of(kovasznay_scene.methods))
+
+
 @pytest.mark.parametrize("name", [slow("photos"), slow("digits")])
 def test_other_methods_are_compared(name, tmp_path, capsys):
     options = ("--scene", name, "--steps", 2, "--output", tmp_path, "--device", "cpu")
@@ -376,7 +427,7 @@ def test_other_methods_are_compared(name, tmp_path, capsys):
         assert method["incidence"] == pytest.approx(sum(below) / 2)
         assert all(step["winner"] is None for step in method["history"])
     printed = capsys.readouterr().out
-    assert "inci-" in printed
+    assert "rises" in printed
     assert "AdamW" in printed
 
 
