@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from gcond_kernels import MGDA, GCond, GCondFused, GradDrop, PCGrad, Sum, neuron_mask
+from gcond_kernels.training.losses import add_loss
+from tests.helpers.as_on_gpu import no_reads
+from tests.helpers.host_reads import HostReads
 from tests.helpers.models import through_a_file
 
 TASKS = {"a": 1.0, "b": 0.5, "c": 20.0}
@@ -271,3 +274,27 @@ def test_a_loss_that_is_not_finite_is_none_and_a_new_task_has_one():
     optimizer.backward(losses)
     assert reported(optimizer) == [pytest.approx(loss.item()) for loss in losses.values()]
     assert optimizer.recorder.rows()[0]["loss/c"] is None
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_losses_are_added_without_a_read_on_a_gpu_and_to_the_same_sums(dtype, shape, monkeypatch):
+    values = torch.tensor([0.1, 3e38, 1e-40], dtype=dtype).requires_grad_()
+    sums = torch.zeros(2, 2, dtype=torch.float64)
+    for value in values:
+        add_loss(sums[0], 1, value.view(shape))
+    no_reads(monkeypatch)
+    with HostReads() as reads:
+        for value in values:
+            add_loss(sums[1], 1, value.view(shape))
+    assert reads.found == []
+    assert sums[0].tolist() == sums[1].tolist()
+    assert sums[0].tolist() == [0.0, sum(values.detach().double().tolist())]
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_losses_are_added_without_a_warning():
+    sums = torch.zeros(1, dtype=torch.float64)
+    for loss in (math.inf, -math.inf, 1.0):
+        add_loss(sums, 0, torch.tensor(loss))
+    assert math.isnan(sums.item())

@@ -140,6 +140,9 @@ def test_a_graph_of_a_full_window(backend, base, mode, bucket, on_nonfinite, mon
         assert ours.skipped == theirs.skipped == (bool(bad) and on_nonfinite == "skip")
         assert ours.nonfinite_steps == theirs.nonfinite_steps
         assert ours.step == theirs.step
+        assert ours.losses == theirs.losses
+        assert ours.descent == theirs.descent
+    assert captured.optimizer.recorder.rows() == eager.optimizer.recorder.rows()
     assert [row["step"] for row in captured.optimizer.recorder.rows()] == list(range(1, 9))
 
 
