@@ -1,4 +1,4 @@
-"""The README's code runs as it stands."""
+"""The code of README and docs/methods.md runs as it stands."""
 
 import re
 import subprocess
@@ -10,45 +10,53 @@ import pytest
 README = Path(__file__).parent.parent / "README.md"
 
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+METHODS = README.parent / "docs" / "methods.md"
 
 
-def run(number):
+def examples_of(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
+EXAMPLES, OF_METHODS = examples_of(README), examples_of(METHODS)
+
+
+def run(example):
     """What an example leaves behind."""
     names = {}
-    exec(EXAMPLES[number], names)
+    exec(example, names)
     return names
 
 
 def test_the_first_example_trains(capsys):
-    report = run(0)["optimizer"].report()
+    report = run(EXAMPLES[0])["optimizer"].report()
     assert report.step == 10
     assert report.micro_batches == {"l1": 4, "mse": 4}
     assert "cosines" in capsys.readouterr().out
 
 
 def test_the_example_of_gradients_resolves_them():
-    names = run(1)
+    names = run(EXAMPLES[1])
     assert names["weights"].shape == (2,)
     assert all(p.grad is not None for p in names["parameters"])
 
 
 def test_the_example_of_conflicts_finds_one(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = run(2)
+    names = run(EXAMPLES[2])
     assert (tmp_path / "conflicts.png").stat().st_size > 10_000
     assert len(names["rows"]) == 300
     assert capsys.readouterr().out.startswith(names["optimizer"].advise().split("\n")[0])
 
 
-def test_the_example_of_other_methods_prints_their_weights(capsys):
-    run(3)
-    assert capsys.readouterr().out.count("mse") == 3
+@pytest.mark.parametrize(("example", "count"), [(EXAMPLES[3], 3), (OF_METHODS[0], 4)])
+def test_the_examples_of_other_methods_print_their_weights(example, count, capsys):
+    run(example)
+    assert capsys.readouterr().out.count("mse") == count
 
 
 def test_the_example_of_layers_draws_them(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(4)
+    run(OF_METHODS[1])
     said = capsys.readouterr().out
     assert (tmp_path / "layers.png").stat().st_size > 10_000
     assert "below -0.02" in said
@@ -57,14 +65,14 @@ def test_the_example_of_layers_draws_them(capsys, tmp_path, monkeypatch):
 
 
 def test_the_example_of_mixed_precision_trains():
-    names = run(5)
+    names = run(EXAMPLES[4])
     assert names["optimizer"].report().step == 10
     assert names["optimizer"].report().skipped_steps < 10
 
 
 @pytest.mark.slow
 def test_the_example_of_many_gpus_runs_in_two_processes(tmp_path):
-    (tmp_path / "train.py").write_text(EXAMPLES[6])
+    (tmp_path / "train.py").write_text(EXAMPLES[5])
     # --standalone takes a port of its own.
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     result = subprocess.run(
@@ -75,8 +83,8 @@ def test_the_example_of_many_gpus_runs_in_two_processes(tmp_path):
 
 
 def test_the_other_examples_run():
-    assert len(EXAMPLES) == 8
-    run(7)
+    assert (len(EXAMPLES), len(OF_METHODS)) == (7, 2)
+    run(EXAMPLES[6])
 
 
 def test_what_it_shows_of_trainers_is_in_the_examples():
@@ -89,8 +97,9 @@ def test_what_it_shows_of_trainers_is_in_the_examples():
             assert line.strip() in lines, f"{example}: {line}"
 
 
-def test_every_file_that_is_named_exists():
-    text = README.read_text()
+@pytest.mark.parametrize("path", [README, METHODS], ids=["README", "methods"])
+def test_every_file_that_is_named_exists(path):
+    text = path.read_text().replace("](../", "](")
     named = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
     named += re.findall(r"`((?:tests|bench)/[\w./]+)[` ]", text)
     named += re.findall(r"\]\((examples/[\w./]+)\)", text)

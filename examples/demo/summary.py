@@ -25,7 +25,8 @@ FEW = 3  # so many methods have a sentence each; more of them one together
 OPTIONS_SENTENCES = (
     "Each has the default options of its class. Some make a sum of the gradients and some a "
     "mean, but all share a learning rate: AdamW, the optimizer of all of them, makes the same "
-    "steps whatever constant factor the gradients have."
+    "steps whatever constant factor the gradients have. (A factor that changes from step to step, "
+    "as some methods have, weights the steps against each other.)"
 )
 METHODS_SENTENCE = f"Methods: {OPTIONS_SENTENCES} Zones are those of GCond's default thresholds."
 SUM_SENTENCE = (
