@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from gcond_kernels import MGDA, GCond, GCondFused, GradDrop, PCGrad, Sum, neuron_mask
+from gcond_kernels import MGDA, GCond, GCondFused, GradDrop, NashMTL, PCGrad, Sum, neuron_mask
+from gcond_kernels.diagnostics.records import rises
 from gcond_kernels.training.losses import add_loss
 from tests.helpers.as_on_gpu import no_reads
 from tests.helpers.host_reads import HostReads
@@ -70,6 +71,7 @@ def shared_part(model) -> torch.Tensor:
         {"method": GCond(), "granularity": "tensor"},
         {"method": PCGrad(), "masked": True, "max_norm": 0.1},
         {"method": MGDA(), "granularity": "tensor", "masked": True},
+        {"method": NashMTL(), "granularity": "tensor"},  # its weight of one task alone is not 1
         {"method": Sum(), "backend": "python", "accumulation_steps": 3},
     ],
     ids=str,
@@ -182,8 +184,21 @@ def test_there_is_no_descent_without_a_gradient_or_a_result(gradients, options, 
     assert (row["norm_ratio"] is not None) == several == (report.norm_ratio is not None)
 
 
+def test_there_is_no_descent_in_a_step_that_its_weights_skip():
+    """Heads have gradients all the same."""
+    model = Headed()
+    optimizer = optimizer_of(model, method=lambda S: S.new_full((3,), math.nan))
+    optimizer.backward(model.losses(X[0]))
+    report = optimizer.report()
+    assert report.skipped
+    assert report.descent == dict.fromkeys(TASKS)
+    assert report.rising == []
+    assert optimizer.recorder.rows()[0]["descent/a"] is None
+
+
 def test_a_loss_within_rounding_does_not_rise():
     """What a method has made 0 is so but for the rounding of its weights."""
+    assert [rises(x) for x in (-1e-5, -9e-7, 0.0, 0.5, None)] == [True, False, False, False, None]
     g = torch.tensor([0.3, 0.4]).tolist(), torch.tensor([-0.7, 0.1]).tolist()
     J = torch.tensor(g, dtype=torch.float64)
     S = J @ J.mT
