@@ -15,7 +15,7 @@ class ConFIG(Method):
     """Take the direction with the same cosine to all gradients, and the sum of their projections.
 
     Q. Liu et al., "ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks",
-    ICLR 2025, arXiv 2408.11104, equations 2 and 3. With the normalized gradients as the rows of U,
+    ICLR 2025, arXiv 2408.11104, equation 2. With the normalized gradients as the rows of U,
     x = U⁺ 1; the result is (Σ_k ĝ_k · x) x / ‖x‖². So w_k = β_k / ‖ĝ_k‖ times
     Σ_j ‖ĝ_j‖ (C β)_j / βᵀ C β, with their cosines C and C β = 1: the direction is that of `IMTLG`,
     the norm another. The scale of a loss does not change the direction.

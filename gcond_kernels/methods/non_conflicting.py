@@ -105,12 +105,10 @@ class NonConflicting(Method):
     @fixed_precision
     def decide(self, comparison: Comparison, state: State) -> ops.Arbitration:
         """Return what the inner method decides, with its weights moved where they are finite."""
-        decision = self.method.decide(comparison, state)
-        S, finite = comparison.gramian, decision.finite[..., None]
-        # Solvers are not to be shown what is not finite.
-        S = torch.where(finite[..., None], S, identity(S))
-        weights = self.moved(S, decision.weights, comparison.known)
-        return decision._replace(weights=torch.where(finite, weights, decision.weights))
+        decision, S = self.method.decide(comparison, state), comparison.gramian
+        # Where it is not finite, and weights are 0, solvers are not to be shown it.
+        S = torch.where(decision.finite[..., None, None], S, identity(S))
+        return decision._replace(weights=self.moved(S, decision.weights, comparison.known))
 
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """Return the inner method's weights, moved."""

@@ -20,7 +20,7 @@ class NormBalancing(Method):
     """Weight each gradient by the inverse of its norm, by a moving average.
 
     S. Wang et al., "An Expert's Guide to Training Physics-informed Neural Networks", arXiv
-    2308.08468, section 5.1, algorithm 1: λ̂_k = Σ_j ‖ĝ_j‖ / ‖ĝ_k‖, λ_k ← β λ_k + (1 − β) λ̂_k, from
+    2308.08468, gradient-norm weights: λ̂_k = Σ_j ‖ĝ_j‖ / ‖ĝ_k‖, λ_k ← β λ_k + (1 − β) λ̂_k, from
     λ_k = 1 on. They update λ every 1,000 steps, for it costs them a backward pass per loss; here
     norms are known in every step, and each updates λ before it uses it. A norm below 1e-5 of the
     mean counts as that, about as in their code: else one gradient that nearly vanishes would rule
