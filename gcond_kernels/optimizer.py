@@ -399,9 +399,11 @@ class GCondFused(SavedOptimizer):
         return last.report(tuple(self._weights))
 
     def advise(self) -> str:
-        """Return whether there is a conflict worth resolving in this run, in plain words.
+        """Return what to try first in this run, in plain words, and the figures that say so.
 
-        From the steps that `recorder` holds; synchronizes with the device.
+        Whether tasks conflict, how unequally the result serves them, and the loss weight or the
+        method to try; or that the plain sum is as good. From the steps that `recorder` holds, so
+        ask late in training; synchronizes with the device.
         """
         advice = self.recorder.advise()
         if self.mode == "stochastic":

@@ -350,7 +350,7 @@ class Recorder:
         return mean_incidence(self.rows())
 
     def advise(self) -> str:
-        """Return whether conflicts are worth resolving, in words; synchronizes with a GPU."""
+        """Return what to try first, in words; synchronizes with a GPU."""
         return advise(self)
 
 
