@@ -11,14 +11,21 @@ from torch import Tensor
 from gcond_kernels import ops
 from gcond_kernels.methods import Method
 from gcond_kernels.methods.function import method_of
-from gcond_kernels.methods.method import Comparison, Destination, forget_history, fresh_state
+from gcond_kernels.methods.method import (
+    Comparison,
+    Destination,
+    Known,
+    forget_history,
+    fresh_state,
+    rounding_of,
+)
 from gcond_kernels.ops import launch_tables
 from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.ops.norms import multi_tensor_dot
 from gcond_kernels.ops.types import Layout, TaskGradients
 from gcond_kernels.storage.collect import in_memory_order
 from gcond_kernels.storage.dtensor import is_dtensor
-from gcond_kernels.storage.layout import Segment, check_parameter, segments_of
+from gcond_kernels.storage.layout import Segment, accumulator_dtype_of, check_parameter, segments_of
 from gcond_kernels.storage.shared_parameters import SharedParameters, update_shared
 
 Gradients: TypeAlias = "Sequence[Sequence[Tensor | None]]"
@@ -40,7 +47,7 @@ def gramian(gradients: Gradients) -> Tensor:
 
     Returns:
         [K, K] float64, on the device of the gradients. Squares are formed in float32: numbers
-        beyond 1e19 or below 1e-22 leave its range.
+        beyond 1e19 or below 1e-22 leave its range. Those of float64 gradients are in float64.
 
     Raises:
         TypeError, ValueError: the gradients do not go together; the message says which.
@@ -85,8 +92,8 @@ def resolve_gradients(
         gradients: K sequences, one for each task, of T tensors in the parameters' shapes or None,
             as `torch.autograd.grad` returns them. Of T Jacobians [K, ...], as `torch.func.vmap`
             and `jacrev` return them and TorchJD leaves them in `.jac`, give
-            `list(zip(*jacobians, strict=True))`. They are copied to float32: 4 bytes per
-            parameter and task while this runs.
+            `list(zip(*jacobians, strict=True))`. They are copied to float32, 4 bytes per
+            parameter and task while this runs; to float64 where all parameters are.
         method: one of `gcond_kernels.methods`, or a function from the Gramian [K, K] to weights
             [K]; None is `GCond()`.
         state: what is kept from step to step (averages, history, which tasks use a parameter): pass
@@ -137,7 +144,8 @@ def _resolve(
     forget_history(state, changed)
     shared = SharedParameters(False, flags, False)
     S, X = shared.gramians(products, len(gradients.accumulators))
-    decision = method.decide(Comparison(S, X, gradients.scale), state)
+    known = Known(rounding_of(gradients.accumulators.dtype))
+    decision = method.decide(Comparison(S, X, gradients.scale, known=known), state)
     finite = decision.finite & products.total.isfinite().all()
     weights = torch.where(finite, decision.weights, torch.nan)
     # What is not finite is to be seen in `.grad`: there is no step here that could be skipped.
@@ -247,10 +255,11 @@ def _in_order(
 def _accumulated(
     segments: Sequence[Segment], tasks: Sequence[list[Tensor | None]], length: int
 ) -> TaskGradients:
-    """Return a float32 copy of the gradients in flat storage."""
+    """Return a copy of the gradients in flat storage, in float64 where all parameters are."""
     device = segments[0].parameter.device
     layout = Layout(tuple(s.offset for s in segments), tuple(s.size for s in segments))
-    flat = torch.zeros((len(tasks), length), dtype=torch.float32, device=device)
+    dtype = accumulator_dtype_of(segment.parameter.dtype for segment in segments)
+    flat = torch.zeros((len(tasks), length), dtype=dtype, device=device)
     for accumulator, task in zip(flat, tasks, strict=True):
         ops.accumulate(accumulator, task, layout, overwrite=True)
     present = tuple(float(any(g is not None for g in task)) for task in tasks)

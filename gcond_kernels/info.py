@@ -57,7 +57,12 @@ def _operation_lines(device: torch.device) -> list[str]:
     except RuntimeError as error:
         return [f"  {error}"]
     names = (*ops.OPERATIONS, "multi_tensor_dot")  # the norms and cosines of lists
-    lines = [f"  {operation:<16} {backend.serves(operation)}" for operation in names]
+    of_float64 = ops.backend_for("auto", device, torch.float64)
+    lines = []
+    for operation in names:
+        name, other = backend.serves(operation), of_float64.serves(operation)
+        also = "" if name == other else f" (float64: {other})"
+        lines.append(f"  {operation:<16} {name}{also}")
     reasons = {name: ops.unavailable(name, device) for name in ops.BACKENDS}
     return lines + [f"  not {name}: {reason}" for name, reason in reasons.items() if reason]
 

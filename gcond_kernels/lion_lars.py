@@ -62,11 +62,13 @@ class LionLars:
         ratio = (parameter_norms / norms).clamp(max=self.clip)
         tiny = (norms < SMALLEST_NORM) | (parameter_norms < SMALLEST_NORM)
         factors = self.coefficient * torch.where(tiny, 1.0, ratio)
-        factors = torch.where(finite, factors, 0.0).to(torch.float32)
+        factors = torch.where(finite, factors, 0.0)
         written = [t for t, output in enumerate(outputs) if output is not None]
         signs = [output for output in outputs if output is not None]
         if signs:
-            each = factors.unbind()
+            # A factor rounded to float32 is multiplied in one pass over all tensors of that type.
+            wide = any(sign.dtype == torch.float64 for sign in signs)
+            each = (factors if wide else factors.to(torch.float32)).unbind()
             torch._foreach_sign_(signs)
             torch._foreach_mul_(signs, [each[t] for t in written])
 

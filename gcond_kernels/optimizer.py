@@ -27,6 +27,7 @@ from gcond_kernels.options import (
     check_nonfinite,
 )
 from gcond_kernels.precision.guarded_step import step_if
+from gcond_kernels.storage.layout import accumulator_dtype_of
 from gcond_kernels.training.losses import NOT_REACHED, Loss, check_losses
 from gcond_kernels.training.saving import SavedOptimizer
 from gcond_kernels.training.window import schedule_of
@@ -47,6 +48,7 @@ class GCondFused(SavedOptimizer):
     It is a `torch.optim.Optimizer` and shares `param_groups`, `state` and `defaults` with the
     one it wraps, so schedulers take either. Persistent memory per parameter: 4 bytes per task
     for the accumulators, with GCond 2 per task for the history of its arbitrator, 4 with momentum.
+    (In float64 8 per task, and 8 with momentum.)
 
     Args:
         base: any torch optimizer. Its parameters must be on one device; those that require no
@@ -90,7 +92,9 @@ class GCondFused(SavedOptimizer):
         distributed: how several ranks train together, `Distributed(strategy, module,
             process_group)`; None finds it out. `optimizer.module = model` may be assigned later.
         accumulator_dtype: torch.float32, or torch.bfloat16 for half the memory; bfloat16 loses
-            small gradients beside large sums.
+            small gradients beside large sums. torch.float64 computes in float64 all the way,
+            momentum included, in plain torch (backend "python") whatever the backend. None is
+            float64 where all parameters are, as they are now, else float32.
         backend: "auto", "cpu", "cuda", "triton" or "python"; see `gcond_kernels.ops.backend_for`.
 
     Attributes:
@@ -120,7 +124,7 @@ class GCondFused(SavedOptimizer):
         on_nonfinite: Literal["skip", "drop_task", "raise"] = "skip",
         grad_scaler: torch.amp.GradScaler | None = None,
         distributed: Distributed | None = None,
-        accumulator_dtype: torch.dtype = torch.float32,
+        accumulator_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
         check_base(base)
@@ -136,6 +140,9 @@ class GCondFused(SavedOptimizer):
             max_norm=max_norm,
             backend=backend,
         )
+        if accumulator_dtype is None:
+            groups = base.param_groups
+            accumulator_dtype = accumulator_dtype_of(p.dtype for g in groups for p in g["params"])
         check_choice("accumulator_dtype", accumulator_dtype, ACCUMULATOR_DTYPES)
         check_nonfinite(on_nonfinite, grad_scaler)
         ranks = Distributed() if distributed is None else distributed

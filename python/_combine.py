@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gcond_kernels.ops.mask import trainable
 from gcond_kernels.ops.types import Momentum, Rescale, TaskGradients
-from gcond_kernels.python.chunks import chunks_of, flattened
+from gcond_kernels.python.chunks import chunks_of, computed_in, flattened
 
 
 def combine(
@@ -39,8 +39,8 @@ def combine(
 
 
 def weighted_sum(accumulators: Tensor, weights: Sequence[float]) -> Tensor:
-    """Return Σ_k weights[k] · accumulators[k] in float32; what has weight 0 is not read."""
-    total = torch.zeros_like(accumulators[0], dtype=torch.float32)
+    """Return Σ_k weights[k] · accumulators[k] in float32 or float64; weights of 0 read nothing."""
+    total = torch.zeros_like(accumulators[0], dtype=computed_in(accumulators.dtype))
     for accumulator, weight in zip(accumulators, weights, strict=True):
         if weight != 0.0:
             total.add_(accumulator, alpha=weight)

@@ -8,7 +8,7 @@ from torch import Tensor
 from gcond_kernels.ops.random import start_of, uniform
 from gcond_kernels.ops.types import Momentum, SignDropout, TaskGradients
 from gcond_kernels.python._combine import count_steps, output_factors, write, write_zeros
-from gcond_kernels.python.chunks import chunks_of, flattened
+from gcond_kernels.python.chunks import chunks_of, computed_in, flattened
 
 
 def graddrop(
@@ -25,14 +25,15 @@ def graddrop(
         return
     count_steps(outputs, momentum)
     factors = output_factors(outputs, scale, momentum, None).tolist()
-    scales = scale.to(torch.float32).tolist()
+    wide = computed_in(accumulators.dtype)
+    scales = scale.to(wide).tolist()
     origin = start_of(dropout.seed, dropout.counter)
     for tensor, own, flat in chunks_of(layout):
         output = outputs[tensor]
         if output is None:
             continue
         places = torch.arange(flat.start, flat.stop, device=accumulators.device) + dropout.first
-        random = uniform(origin, places)
+        random = uniform(origin, places).to(wide)
         resolved = sum_of_one_sign(accumulators[:, flat], scales, random, dropout.leak)
         write(flattened(output)[own], resolved, flat, momentum, mask, factors[tensor])
 
@@ -40,13 +41,13 @@ def graddrop(
 def sum_of_one_sign(
     accumulators: Tensor, scales: Sequence[float], random: Tensor, leak: float
 ) -> Tensor:
-    """Return Σ_k (leak + (1 - leak) · kept_k) · scales[k] · accumulators[k] in float32.
+    """Return Σ_k (leak + (1 - leak) · kept_k) · scales[k] · accumulators[k], of `random`'s type.
 
     In this order, and with no product fused into a sum: the kernels round alike, and so keep the
     same.
     """
     pairs = zip(accumulators, scales, strict=True)
-    values = [accumulator.to(torch.float32) * s for accumulator, s in pairs if s != 0.0]
+    values = [accumulator.to(random.dtype) * s for accumulator, s in pairs if s != 0.0]
     total, size = torch.zeros_like(random), torch.zeros_like(random)
     for value in values:
         total += value

@@ -6,7 +6,7 @@ from torch import Tensor
 from gcond_kernels.ops.contexts import full_float32
 from gcond_kernels.ops.mask import trainable
 from gcond_kernels.ops.types import Gramians, TaskGradients
-from gcond_kernels.python.chunks import CHUNK, PARTIAL, chunks_of
+from gcond_kernels.python.chunks import CHUNK, PARTIAL, chunks_of, computed_in
 
 
 def gramian(
@@ -40,7 +40,7 @@ def products_per_tensor(gradients: TaskGradients, momentum: Tensor | None, R: in
     given = [storage for storage in storages if storage is not None]
     C, T, device = sum(map(len, given)), len(layout.sizes), accumulators.device
     products = torch.zeros((T, R, C), dtype=torch.float64, device=device)
-    scratch = torch.empty((C, CHUNK), dtype=torch.float32, device=device)
+    scratch = torch.empty((C, CHUNK), dtype=computed_in(accumulators.dtype), device=device)
     for tensor, own, flat in chunks_of(layout):
         vectors = scratch[:, : own.stop - own.start]
         torch.cat([storage[:, flat] for storage in given], out=vectors)
@@ -51,9 +51,9 @@ def products_per_tensor(gradients: TaskGradients, momentum: Tensor | None, R: in
 
 
 def inner_products(left: Tensor, right: Tensor) -> Tensor:
-    """Return the inner products [R, C] float64 of float32 vectors [R, n] and [C, n].
+    """Return the inner products [R, C] float64 of vectors [R, n] and [C, n], float32 or float64.
 
-    They are summed in float32 over `PARTIAL` elements, and in float64 across these sums.
+    They are summed in their own type over `PARTIAL` elements, and in float64 across these sums.
     """
     count = left.shape[1] // PARTIAL
     if count == 0:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from gcond_kernels.ops.types import Layout
@@ -34,6 +35,11 @@ def chunks_of(layout: Layout) -> Iterator[Chunk]:
         for start in range(0, size, CHUNK):
             stop = min(start + CHUNK, size)
             yield Chunk(tensor, slice(start, stop), slice(offset + start, offset + stop))
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which sums and products of a type are formed: float32 or float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def flattened(tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Inner products of plain lists of tensors."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from gcond_kernels.ops.contexts import full_float32
 from gcond_kernels.ops.types import Layout
 from gcond_kernels.python._gramian import inner_products
-from gcond_kernels.python.chunks import chunks_of, flattened
+from gcond_kernels.python.chunks import chunks_of, computed_in, flattened
 
 
 @full_float32()
@@ -18,7 +19,9 @@ def multi_tensor_dot(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]
     device = lists[0][0].device if sizes else torch.device("cpu")
     products = torch.zeros((len(sizes), L, L), dtype=torch.float64, device=device)
     for tensor, own, _ in chunks_of(Layout.of([0] * len(sizes), sizes)):
-        chunk = [flattened(tensors[tensor])[own].to(torch.float32) for tensors in lists]
+        of_one = [tensors[tensor] for tensors in lists]
+        wide = computed_in(functools.reduce(torch.promote_types, (one.dtype for one in of_one)))
+        chunk = [flattened(one)[own].to(wide) for one in of_one]
         vectors = torch.stack(chunk)
         products[tensor] += inner_products(vectors, vectors)
     return products.sum(0), products

@@ -140,6 +140,8 @@ def test_info_names_backend_and_reasons(capsys):
     cpu = torch.device("cpu")
     for operation in ops.OPERATIONS:
         assert f"{operation:<16} {ops.backend_for('auto', cpu).serves(operation)}" in printed
+    if ops.backend_for("auto", cpu).serves("gramian") != "python":
+        assert f"{ops.backend_for('auto', cpu).serves('gramian')} (float64: python)" in printed
     for backend in ("cuda", "triton", "cpu"):
         if ops.unavailable(backend, cpu):
             assert f"not {backend}: " in printed

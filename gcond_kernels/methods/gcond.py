@@ -95,7 +95,8 @@ class GCond(Settings, Method):
         A subclass may decide or write otherwise, and a backend may have no such operation.
         """
         own, d = type(self), destination
-        backend = ops.backend_for(d.backend, gradients.accumulators.device)
+        accumulators = gradients.accumulators
+        backend = ops.backend_for(d.backend, accumulators.device, accumulators.dtype)
         if (own.decide, own.apply, own.weights) != (GCond.decide, GCond.apply, GCond.weights):
             return None
         if not backend.resolves_at_once(gradients):

@@ -180,8 +180,7 @@ class Method(ABC):
         if S.dim() > 3:
             S = S.flatten(0, -3)
         state = fresh_state(self, S.shape[-1], S.shape[:-2], S.device)
-        exact = gramian.dtype == torch.float64
-        known = Known(FLOAT64_ROUNDING if exact else FLOAT32_ROUNDING, losses)
+        known = Known(rounding_of(gramian.dtype), losses)
         comparison = Comparison(S, None, S.new_ones(S.shape[-1]), known=known)
         weights = self.decide(comparison, state).weights
         weights = torch.where(S.diagonal(dim1=-2, dim2=-1) > 0.0, weights, 0.0)
@@ -259,9 +258,14 @@ class Method(ABC):
         """Write the resolved gradient by weights [K] or [T, K]; return the decision to report."""
         d, device = destination, gradients.accumulators.device
         # Without the checks of `ops.combine`: the optimizer has made all of this.
-        combine = ops.backend_for(d.backend, device).combine
+        combine = ops.backend_for(d.backend, device, gradients.accumulators.dtype).combine
         combine(gradients, d.outputs, weights, decision.finite, d.momentum, d.rescale)
         return decision
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """Return which eigenvalues of cosines are rounding, by the type that products are formed in."""
+    return FLOAT64_ROUNDING if dtype == torch.float64 else FLOAT32_ROUNDING
 
 
 def without_events(weights: Tensor, finite: Tensor) -> ops.Arbitration:

@@ -26,6 +26,10 @@ MODULES = {
 }
 OPERATIONS = ("accumulate", "gramian", "arbitrate", "combine", "graddrop", "resolve")
 
+# What reads or writes accumulators, or lists of tensors: where these are float64 the reference
+# serves it, which alone computes in float64.
+OF_FLOAT64 = ("accumulate", "gramian", "combine", "graddrop", "resolve", "multi_tensor_dot")
+
 # Of so many tasks a GPU keeps every product in registers; of more, matrix products are faster.
 MOST_TASKS = {"cuda": 8, "triton": 8}
 
@@ -34,12 +38,14 @@ class Backend:
     """A backend on a device; its operations are attributes that check nothing.
 
     An operation that it lacks is that of the next backend in `BACKENDS` which has it and can serve
-    the device. A module is imported when its first operation is called.
+    the device; one of `OF_FLOAT64`, where accumulators are float64, is that of the reference. A
+    module is imported when its first operation is called.
 
     Attributes:
         name: one of `BACKENDS`.
         device: where the tensors lie.
         requested: by which name it was found, "auto" for example.
+        takes_float64: whether the accumulators are float64.
     """
 
     accumulate: Callable[..., None]
@@ -49,8 +55,11 @@ class Backend:
     resolve: Callable[..., tuple[Gramians, Arbitration]]
     multi_tensor_dot: Callable[..., tuple[Tensor, Tensor]]
 
-    def __init__(self, name: str, device: torch.device, requested: str) -> None:
+    def __init__(
+        self, name: str, device: torch.device, requested: str, takes_float64: bool
+    ) -> None:
         self.name, self.device, self.requested = name, device, requested
+        self.takes_float64 = takes_float64
 
     def __getattr__(self, operation: str) -> Any:
         if operation.startswith("_"):  # asked for by copy and pickle
@@ -61,6 +70,8 @@ class Backend:
 
     def serves(self, operation: str) -> str:
         """Return the name of the backend that serves an operation."""
+        if self.takes_float64 and operation in OF_FLOAT64:
+            return "python"
         for name in BACKENDS[BACKENDS.index(self.name) :]:
             usable = name == self.name or unavailable(name, self.device) is None
             if usable and hasattr(self.module(name), operation):
@@ -83,7 +94,7 @@ class Backend:
 
     def resolves_at_once(self, gradients: TaskGradients) -> bool:
         """Return whether it has a `resolve` of its own that takes these gradients."""
-        module = self.module(self.name)
+        module = self.module(self.serves("resolve"))
         return hasattr(module, "resolve") and bool(module.resolves_at_once(gradients))
 
     def module(self, name: str) -> ModuleType:
@@ -91,7 +102,9 @@ class Backend:
         return importlib.import_module(MODULES[name])
 
 
-def backend_for(requested: str | Backend, device: torch.device) -> Backend:
+def backend_for(
+    requested: str | Backend, device: torch.device, accumulators: torch.dtype = torch.float32
+) -> Backend:
     """Return the backend that serves a device.
 
     Args:
@@ -99,12 +112,14 @@ def backend_for(requested: str | Backend, device: torch.device) -> Backend:
             environment variable GCOND_BACKEND and, where that is unset or "auto" too, takes the
             first of `BACKENDS` that can serve a GPU; on a CPU "cpu" or else "python".
         device: of the tensors.
+        accumulators: the type of the accumulators; float64 ones are served by the reference.
 
     Raises:
         RuntimeError: the requested backend cannot serve the device. Nothing is chosen instead.
     """
+    takes_float64 = accumulators == torch.float64
     if isinstance(requested, Backend):
-        if requested.device == device:
+        if requested.device == device and requested.takes_float64 == takes_float64:
             return requested
         requested = requested.requested
     name, source = requested, f"backend={requested!r}"
@@ -116,7 +131,7 @@ def backend_for(requested: str | Backend, device: torch.device) -> Backend:
         name = next(backend for backend in candidates if unavailable(backend, device) is None)
     elif reason := unavailable(name, device):
         raise RuntimeError(f"{source} cannot be used on {device}: {reason}")
-    return _backend(name, device, requested)
+    return _backend(name, device, requested, takes_float64)
 
 
 _backend = functools.lru_cache(maxsize=64)(Backend)

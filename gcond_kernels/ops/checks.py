@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gcond_kernels.ops.types import WORD_BITS, ArbitrationState, Layout, Momentum, TaskGradients
 
-ACCUMULATOR_DTYPES = (torch.float32, torch.bfloat16)
+ACCUMULATOR_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HISTORY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT64 = (torch.float64,)
@@ -31,8 +31,14 @@ def check_gradients(gradients: TaskGradients) -> None:
 
 def check_momentum(buffer: Tensor, gradients: TaskGradients) -> None:
     """Check a momentum buffer."""
-    device = gradients.accumulators.device
-    check_flat("momentum", buffer, gradients.layout, (torch.float32,), device)
+    accumulators = gradients.accumulators
+    wanted = (momentum_dtype(accumulators.dtype),)
+    check_flat("momentum", buffer, gradients.layout, wanted, accumulators.device)
+
+
+def momentum_dtype(accumulators: torch.dtype) -> torch.dtype:
+    """Return the type of the momentum buffer, which is that of sums of accumulators."""
+    return torch.promote_types(accumulators, torch.float32)
 
 
 def check_written(

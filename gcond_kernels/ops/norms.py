@@ -20,7 +20,8 @@ def multi_tensor_norm(
 
     Args:
         tensors: T tensors of `GRADIENT_DTYPES` and any shape, on one device; T may be 0. Squares
-            are formed in float32: numbers beyond 1e19 or below 1e-22 leave its range.
+            are formed in float32: numbers beyond 1e19 or below 1e-22 leave its range. Where one
+            of the tensors is float64 its squares are, by the reference.
         per_tensor: one norm for each tensor instead of one for all.
         backend: a name, or what `backend_for` returned.
     """
@@ -49,13 +50,18 @@ def multi_tensor_cosine_similarity(
 def multi_tensor_dot(
     lists: Sequence[Sequence[Tensor]], backend: str | Backend
 ) -> tuple[Tensor, Tensor]:
-    """Return the Gramian [L, L], and that of each tensor [T, L, L], of L lists of T tensors."""
+    """Return the Gramian [L, L], and that of each tensor [T, L, L], of L lists of T tensors.
+
+    Where one of the tensors is float64, products with it are formed in float64, by the reference.
+    """
     ordered = [_in_one_order(tensors) for tensors in zip(*lists, strict=True)]
     device = ordered[0][0].device if ordered else torch.device("cpu")
     lists = [[tensors[i] for tensors in ordered] for i in range(len(lists))]
     for tensors in lists:
         check_dense("tensors", tensors, [tensor.numel() for tensor in tensors], device)
-    return backend_for(backend, device).multi_tensor_dot(lists)
+    dtypes = {tensor.dtype for tensors in lists for tensor in tensors}
+    widest = torch.float64 if torch.float64 in dtypes else torch.float32
+    return backend_for(backend, device, widest).multi_tensor_dot(lists)
 
 
 def _in_one_order(tensors: Sequence[Tensor]) -> list[Tensor]:

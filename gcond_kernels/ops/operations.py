@@ -53,7 +53,8 @@ def accumulate(
     """Add one task's gradients, times `scale`, to its accumulator.
 
     Args:
-        accumulator: [N'] float32 or bfloat16, changed in place. The sum is formed in float32.
+        accumulator: [N'] float32, bfloat16 or float64, changed in place. The sum is formed in
+            float32, in float64 where the accumulator is.
         gradients: T tensors of `GRADIENT_DTYPES`, or None where a parameter has none.
         layout: where each gradient's segment lies.
         scale: a number, or a tensor [] on the accumulator's device that the host does not read.
@@ -71,7 +72,8 @@ def accumulate(
         check_tensor("scale", scale, [], checks.GRADIENT_DTYPES, device)
     else:
         scale = float(scale)
-    backend_for(backend, device).accumulate(accumulator, gradients, layout, scale, overwrite)
+    chosen = backend_for(backend, device, accumulator.dtype)
+    chosen.accumulate(accumulator, gradients, layout, scale, overwrite)
 
 
 def _empty_gramians(gradients: TaskGradients, momentum: Tensor | None, **_: object) -> Gramians:
@@ -93,13 +95,15 @@ def gramian(
 ) -> Gramians:
     """Return the inner products of the task gradients, from one read of them.
 
+    Products are formed in float32, and in float64 where the accumulators are; sums in float64.
     Where there is a history, h_k = history_scale[k] · history[k]. The products of a task whose
     scale is 0 are 0, whatever its accumulator holds.
 
     Args:
         gradients: the accumulated gradients of K tasks.
         history_scale: [K] float64; read where there is a history.
-        momentum: [N'] float32, or None; where given it is one more gradient, of scale 1.
+        momentum: [N'] float32, or float64 as the accumulators are, or None; where given it is one
+            more gradient, of scale 1.
         backend: a name, or what `backend_for` returned.
 
     Raises:
@@ -113,7 +117,8 @@ def gramian(
         if history_scale is None:
             raise ValueError("a history needs its history_scale [K]")
         check_tensor("history_scale", history_scale, gradients.scale.shape, FLOAT64, device)
-    return backend_for(backend, device).gramian(gradients, history_scale, momentum)
+    chosen = backend_for(backend, device, gradients.accumulators.dtype)
+    return chosen.gramian(gradients, history_scale, momentum)
 
 
 def _empty_arbitration(gramian: Tensor, settings: Settings, **_: object) -> Arbitration:
@@ -221,7 +226,8 @@ def combine(
         if momentum is not None and rescale.per_tensor.shape[1:] == (K, K):
             raise ValueError("per_tensor must hold the momentum: give it to gramian too")
         check_tensor("per_tensor", rescale.per_tensor, [T, R, R], FLOAT64, device)
-    backend_for(backend, device).combine(gradients, outputs, weights, finite, momentum, rescale)
+    chosen = backend_for(backend, device, gradients.accumulators.dtype)
+    chosen.combine(gradients, outputs, weights, finite, momentum, rescale)
 
 
 @operator(
@@ -255,7 +261,7 @@ def graddrop(
 
     Args:
         gradients: the accumulated gradients of K tasks; the scale is rounded to float32 before it
-            multiplies, and the history stays as it is.
+            multiplies (not with float64 accumulators), and the history stays as it is.
         outputs: as for `combine`.
         finite: [] bool.
         dropout: of the random numbers.
@@ -273,7 +279,8 @@ def graddrop(
         raise ValueError(f"leak must be in [0, 1], not {dropout.leak}")
     if dropout.first < 0:
         raise ValueError(f"first must be 0 or more, not {dropout.first}")
-    backend_for(backend, device).graddrop(gradients, outputs, finite, dropout, momentum)
+    chosen = backend_for(backend, device, gradients.accumulators.dtype)
+    chosen.graddrop(gradients, outputs, finite, dropout, momentum)
 
 
 @operation
@@ -304,7 +311,7 @@ def resolve(
     checks.check_written(gradients, outputs, momentum)
     checks.check_state(state, [len(gradients.accumulators)] * 2, device)
     checks.check_max_norm(max_norm)
-    chosen = backend_for(backend, device)
+    chosen = backend_for(backend, device, gradients.accumulators.dtype)
     if chosen.resolves_at_once(gradients):
         return chosen.resolve(gradients, outputs, state, settings, momentum, max_norm)
     history_scale = None if gradients.history is None else state.history_scale

@@ -44,7 +44,7 @@ class TaskGradients(NamedTuple):
     mask's word e // 32 is 0, element e is not trained: it counts as zero and its gradient is 0.
 
     Attributes:
-        accumulators: [K, N'] float32 or bfloat16.
+        accumulators: [K, N'] float32, bfloat16 or float64.
         layout: where each tensor's segment lies in an accumulator.
         scale: [K] float64.
         history: [K, N'] float32, bfloat16 or float16: the last accumulators.
@@ -62,7 +62,7 @@ class Momentum(NamedTuple):
     """A moving average of the resolved gradient: m ← β m + (1-β) g, read as m / (1 - β^t).
 
     Attributes:
-        buffer: [N'] float32: m; changed in place.
+        buffer: [N'] float32, or float64 as the accumulators are: m; changed in place.
         steps: [T] int64: t of each tensor; counted up.
         beta: β in (0, 1).
     """

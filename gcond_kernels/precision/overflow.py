@@ -11,16 +11,15 @@ from gcond_kernels import ops
 from gcond_kernels.ops.contexts import full_float32
 
 LARGEST_HALF = torch.finfo(torch.float16).max
-LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
-def norms_fit(gramians: ops.Gramians, weights: Tensor) -> Tensor:
-    """Return whether Σ_k w_k ĝ_k stays within float32 in every tensor: [] bool.
+def norms_fit(gramians: ops.Gramians, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return whether Σ_k w_k ĝ_k stays within the range of a type in every tensor: [] bool.
 
     No element is larger than the norm of its tensor. With momentum a mean of such gradients is
     written, which is no larger than the largest of them.
     """
-    return (norms(gramians, weights) <= LARGEST_FLOAT).all()
+    return (norms(gramians, weights) <= torch.finfo(dtype).max).all()
 
 
 def norms(gramians: ops.Gramians, weights: Tensor) -> Tensor:

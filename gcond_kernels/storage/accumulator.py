@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gcond_kernels.ops.checks import momentum_dtype
 from gcond_kernels.ops.types import WORD_BITS, Layout
 from gcond_kernels.storage.dtensor import placed_like
 from gcond_kernels.storage.layout import (
@@ -34,7 +35,7 @@ class GradientStorage:
     Attributes:
         accumulators: [K, N'] of `dtype`, the sums of this window's gradients.
         history: [K, N'] of the type given to `configure`, last window's sums; None where not kept.
-        momentum: [N'] float32; None where not kept.
+        momentum: [N'] float32, or float64 as the accumulators are; None where not kept.
         momentum_steps: [T] int64, how often each tensor's momentum was updated.
         segments: T segments, in the order in which their parameters were first seen.
         parameters: T parameters, those of the segments.
@@ -100,7 +101,7 @@ class GradientStorage:
         if not momentum:
             self.momentum = self.momentum_steps = None
         elif self.momentum is None:
-            self.momentum = zeros(length, dtype=torch.float32)
+            self.momentum = zeros(length, dtype=momentum_dtype(self.dtype))
             self.momentum_steps = zeros(len(self.segments), dtype=torch.int64)
 
     def add_task(self) -> None:

@@ -93,6 +93,11 @@ def picked(values: Tensor, places: Sequence[int], fill: int, device: torch.devic
     return result
 
 
+def accumulator_dtype_of(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the type that sums of these types need: float64 where all are, else float32."""
+    return torch.float64 if set(dtypes) == {torch.float64} else torch.float32
+
+
 def check_parameter(parameter: Tensor, name: str, device: torch.device, dtensors: bool) -> None:
     """Check that a parameter can have a segment, and raise a ValueError that says why not."""
     if torch.nn.parameter.is_lazy(parameter):

@@ -13,7 +13,14 @@ from gcond_kernels import ops
 from gcond_kernels.diagnostics.report import Resolution
 from gcond_kernels.distributed.strategy import LocalGradients, SingleProcess
 from gcond_kernels.lion_lars import averaged_norms
-from gcond_kernels.methods.method import Comparison, Destination, Known, forget_history, fresh_state
+from gcond_kernels.methods.method import (
+    Comparison,
+    Destination,
+    Known,
+    forget_history,
+    fresh_state,
+    rounding_of,
+)
 from gcond_kernels.ops import host_flag
 from gcond_kernels.ops import launch_tables as tables
 from gcond_kernels.ops.types import Rescale, TaskGradients
@@ -21,6 +28,7 @@ from gcond_kernels.options import OptionsInUse, TaskWeights
 from gcond_kernels.precision import overflow
 from gcond_kernels.precision.nonfinite import describe, nonfinite_tasks, without_tasks
 from gcond_kernels.storage.accumulator import GradientStorage
+from gcond_kernels.storage.layout import accumulator_dtype_of
 from gcond_kernels.storage.shared_parameters import SharedParameters, Sharing
 
 NOTHING_CHANGED = (
@@ -76,9 +84,9 @@ class Resolver:
 
     @property
     def backend(self) -> ops.Backend:
-        """The backend, which is looked up once for an option that is assigned and a device."""
+        """The backend, looked up once for an option that is assigned, a device and a type."""
         requested = self._backend or self.options.current.backend
-        self._backend = ops.backend_for(requested, self.device)
+        self._backend = ops.backend_for(requested, self.device, self.storage.dtype)
         return self._backend
 
     # What is kept between windows.
@@ -235,7 +243,8 @@ class Resolver:
         shared = self._shared_parameters(products, counts)
         self.sharing.clear_absent(local.outputs, counts, products.total)
         S, X = shared.gramians(products, K)
-        known = Known(losses=losses if o.method.needs_losses else None, tasks=tuple(self.tasks))
+        given = losses if o.method.needs_losses else None
+        known = Known(rounding_of(self.storage.dtype), given, tuple(self.tasks))
         selected = shared.selected_gramian(products, K)
         comparison = Comparison(S, X, scale, selected, known, backend)
         decision = o.method.decide(comparison, self.method_state)
@@ -306,8 +315,8 @@ class Resolver:
             where = "a task on another rank"
         if where is not None:
             raise FloatingPointError(
-                f"the gradient holds a NaN, an infinity, or values beyond 1e19 in {where}. "
-                f"{NOTHING_CHANGED}"
+                "the gradient holds a NaN, an infinity, or values whose square leaves the range "
+                f"of the accumulators (of float32 beyond 1e19) in {where}. {NOTHING_CHANGED}"
             )
         return products, scale
 
@@ -316,6 +325,19 @@ class Resolver:
         dtypes = self.storage.gradient_dtypes()
         pairs = enumerate(zip(dtypes, self.storage.window_tasks, strict=True))
         return [t for t, (dtype, hit) in pairs if hit and dtype == torch.float16]
+
+    def _widest_written(self) -> torch.dtype:
+        """Return float64 where all of `.grad` is, else float32, whose range the others lie in."""
+        return accumulator_dtype_of(self.storage.gradient_dtypes())
+
+    def _narrows(self) -> bool:
+        """Return whether `.grad` has a smaller range than float64 accumulators."""
+        return self.storage.dtype == torch.float64 and self._widest_written() != torch.float64
+
+    def _always_fits(self) -> bool:
+        """Return whether the result of finite gradients is in the range of `.grad`'s types."""
+        bounded = self.options.current.method.bounded_weights
+        return bounded and not self._halves() and not self._narrows()
 
     def _checked(
         self,
@@ -328,12 +350,11 @@ class Resolver:
         o, K = self.options.current, len(self.tasks)
         if decision.finite.dim():  # the same of each tensor
             decision = decision._replace(finite=decision.finite.all())
-        halves = self._halves()
-        if o.method.bounded_weights and not halves:
+        if self._always_fits():
             return decision, weights
-        finite = decision.finite
-        if not o.method.bounded_weights:
-            finite = finite & overflow.norms_fit(products, weights)
+        halves, finite = self._halves(), decision.finite
+        if not o.method.bounded_weights or self._narrows():
+            finite = finite & overflow.norms_fit(products, weights, self._widest_written())
         clipped = o.max_norm is not None and o.max_norm <= overflow.LARGEST_HALF
         if halves and not clipped and o.update is None:
             sums, (offsets, sizes) = gradients.accumulators, gradients.layout
@@ -351,7 +372,7 @@ class Resolver:
 
     def _snapshot(self) -> list[tuple[Tensor, Tensor]]:
         """Return what a decision changes before it is known to fit, beside copies of it."""
-        if self.options.current.method.bounded_weights and not self._halves():
+        if self._always_fits():
             return []
         storage = self.storage
         changed = (*self.method_state.values(), storage.parameter_tasks, storage.was_shared)

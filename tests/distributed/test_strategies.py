@@ -298,6 +298,38 @@ def test_bfloat16_accumulators_do_not_round_the_gradients_of_others(ranks2):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
+def float64_gradients(strategy, ranks=None):
+    """Of three steps of a model in float64: in ranks, or in one process that sees their data."""
+    mine = range(ranks) if ranks else [t.world()[0]]
+    model = t.new_model(torch.float64, t.Headed)
+    options = {} if ranks else t.distributed(strategy)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    steps = {"accumulation_steps": len(mine), "momentum": 0.5, "max_norm": 0.3}
+    optimizer = t.GCondFused(sgd, t.TASKS, method=CAGrad(), **steps, **options)
+    assert optimizer.accumulator_dtype == torch.float64
+    found = []
+    for step in range(3):
+        for number in mine:
+            generator = torch.Generator().manual_seed(10 * step + number)
+            x = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+            y, heads = model(x)
+            goals = {"a": 1.0, "b": -1.0, "c": 0.3}
+            own = {k: (heads[k] - goals[k]).square().mean() for k in goals}
+            optimizer.backward({k: own[k] + (y - goals[k]).square().mean() for k in t.TASKS})
+        found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("strategy", t.STRATEGIES)
+def test_models_in_float64(ranks2, strategy):
+    alone = float64_gradients(None, 2)
+    for gradients in ranks2(float64_gradients, strategy):
+        for ours, theirs in zip(gradients, alone, strict=True):
+            assert ours.dtype == torch.float64
+            assert (ours - theirs).abs().max() <= 1e-13 * theirs.abs().max()
+
+
 def sums_of_tasks(K, dtype):
     """A step of K tasks whose gradients are whole numbers: sums in any order are exact."""
     rank, size = t.world()

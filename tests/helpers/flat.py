@@ -15,6 +15,16 @@ ROUNDING = {
     torch.float16: (2.0**-11, 2.0**-24),
 }
 
+# What one rounding costs of sums of accumulators of a type.
+UNITS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24, torch.float64: 2.0**-53}
+
+
+def rounding(written: torch.dtype, accumulated: torch.dtype) -> tuple[float, float]:
+    """What one rounding of a sum of accumulators costs: relative, and absolute where tiny."""
+    if accumulated == torch.float64 and written == torch.float32:
+        return UNITS[torch.float32], 1e-38
+    return ROUNDING[written]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -64,7 +74,7 @@ def filled(layout: Layout, count: int, seed: int, dtype=torch.float32) -> torch.
     """Return random flat storage [count, N'] with zeros between the segments."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(count, layout.length, generator=generator) * layout.mask()
-    return values.to(dtype)
+    return values.double() / 3.0 if dtype == torch.float64 else values.to(dtype)
 
 
 def unwritten(*shape: int, dtype=torch.float32) -> torch.Tensor:

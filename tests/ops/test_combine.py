@@ -12,19 +12,20 @@ from gcond_kernels.python import chunks
 from tests.helpers import by_name
 from tests.helpers.flat import (
     DTYPES,
-    ROUNDING,
+    UNITS,
     filled,
     layout_of,
     misaligned,
     packed_layout_of,
     random_mask,
+    rounding,
     unwritten,
 )
 from tests.helpers.sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
 
 TRUE = torch.tensor(True)
-# K + 2 float32 roundings in the weighted sum, the average and the factor.
-SUM_ERROR = 8 * 2.0**-24
+# K + 2 roundings in the weighted sum, the average and the factor.
+ROUNDINGS = 8
 
 
 def vector(*values: float) -> torch.Tensor:
@@ -64,7 +65,7 @@ def test_against_float64(backend, sizes, tasks, beta, max_norm, seed, data):
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(tasks, generator=generator).double()
     scale = torch.rand(tasks, generator=generator).double() + 0.1
-    momentum = filled(layout, 1, seed + 1)[0] if beta else None
+    momentum = filled(layout, 1, seed + 1, contracts.momentum_dtype(dtype))[0] if beta else None
     steps = torch.randint(0, 5, (len(sizes),), generator=generator) if beta else None
     history = unwritten(tasks, layout.length, dtype=torch.bfloat16)
     outputs = []
@@ -72,7 +73,7 @@ def test_against_float64(backend, sizes, tasks, beta, max_norm, seed, data):
         kind = data.draw(st.sampled_from([None, *DTYPES]))
         output = None if kind is None else unwritten(size, dtype=kind)
         outputs.append(misaligned(output) if output is not None and seed % 2 else output)
-    momentum_before = None if momentum is None else momentum.double()
+    momentum_before = None if momentum is None else momentum.double().clone()
     steps_before = None if steps is None else steps.clone()
     combine(
         backend,
@@ -97,6 +98,7 @@ def test_against_float64(backend, sizes, tasks, beta, max_norm, seed, data):
     total = math.sqrt(
         sum(float(h @ h) for h, o in zip(hats, outputs, strict=True) if o is not None)
     )
+    unit = UNITS[dtype]
     magnitude = (weights * scale).abs() @ accumulators.abs().double()
     if momentum_before is not None:
         magnitude += momentum_before.abs()
@@ -109,13 +111,14 @@ def test_against_float64(backend, sizes, tasks, beta, max_norm, seed, data):
             continue
         if momentum is not None:
             error = (momentum[inside].double() - m[inside]).abs()
-            assert (error <= SUM_ERROR * magnitude[inside]).all()
+            assert (error <= ROUNDINGS * unit * magnitude[inside]).all()
             assert steps[t] == steps_before[t] + 1
-        expected, allowed = hats[t], SUM_ERROR * magnitude[inside] * 10  # 1 / (1-β) ≤ 10
+        expected, allowed = hats[t], 10 * ROUNDINGS * unit * magnitude[inside]  # 1 / (1-β) ≤ 10
         if max_norm is not None:
             factor = min(1.0, max_norm / total) if total else 1.0
-            expected, allowed = factor * expected, factor * allowed + 1e-6 * factor * expected.abs()
-        relative, absolute = ROUNDING[output.dtype]
+            expected = factor * expected
+            allowed = factor * allowed + 1e-6 * unit / UNITS[torch.float32] * expected.abs()
+        relative, absolute = rounding(output.dtype, dtype)
         error = (output.double() - expected).abs()
         assert (error <= allowed + relative * (expected.abs() + allowed) + absolute).all()
 

@@ -13,19 +13,20 @@ from gcond_kernels.ops import random
 from tests.helpers import by_name
 from tests.helpers.flat import (
     DTYPES,
-    ROUNDING,
+    UNITS,
     filled,
     layout_of,
     misaligned,
     packed_layout_of,
     random_mask,
+    rounding,
     unwritten,
 )
 from tests.helpers.sizes import SIZES_AT_BOUNDARIES
 
 TRUE = torch.tensor(True)
-# One rounding to float32 of every product and of every sum: of K rows, the average, the factor.
-SUM_ERROR = 16 * 2.0**-24
+# One rounding of every product and of every sum: of K rows, the average, the factor.
+ROUNDINGS = 16
 # A purity is a quotient of two sums of rounded numbers: so close to a random number, either wins.
 PURITY_ERROR = 1e-5
 SEEDS = st.integers(-(2**70), 2**70)
@@ -61,8 +62,9 @@ def kept_sum(values, u: float, leak: float) -> tuple[float, bool]:
 
 
 def scaled(accumulators: torch.Tensor, scale: torch.Tensor) -> np.ndarray:
-    """The values v_k, [K, N']: float32, 0 where the task takes no part."""
-    values = accumulators.float().numpy() * scale.float().numpy()[:, None]
+    """The values v_k, [K, N'], 0 where the task takes no part; float32, of float64 sums float64."""
+    wide = contracts.momentum_dtype(accumulators.dtype)
+    values = accumulators.to(wide).numpy() * scale.to(wide).numpy()[:, None]
     return np.where(scale.numpy()[:, None] != 0.0, values, 0.0).astype(np.float64)
 
 
@@ -105,7 +107,7 @@ def test_against_a_loop(  # noqa: PLR0913 - one argument for each strategy
 ):
     layout = (packed_layout_of if packed else layout_of)(sizes)
     accumulators = filled(layout, tasks, seed % 2**32, dtype)
-    scale = torch.linspace(0.3, 1.2, tasks).double()
+    scale = torch.linspace(0.3, 1.2, tasks, dtype=torch.float64)
     scale[data.draw(st.integers(0, tasks - 1))] *= data.draw(st.sampled_from([0.0, 1.0, -1.0]))
     counter = data.draw(st.integers(0, 2**40))
     kinds = [data.draw(st.sampled_from([None, *DTYPES])) for _ in sizes]
@@ -115,7 +117,7 @@ def test_against_a_loop(  # noqa: PLR0913 - one argument for each strategy
     ]
     if seed % 2:
         outputs = [None if output is None else misaligned(output) for output in outputs]
-    momentum = filled(layout, 1, 1)[0] if beta else None
+    momentum = filled(layout, 1, 1, contracts.momentum_dtype(dtype))[0] if beta else None
     steps = torch.arange(len(sizes)) if beta else None
     trained, mask = random_mask(layout.length, 2)
     before = None if momentum is None else momentum.tolist()
@@ -135,10 +137,10 @@ def test_against_a_loop(  # noqa: PLR0913 - one argument for each strategy
             expected, rounding_decides = kept_sum(
                 values[e], random_number(seed, counter, first + e), leak
             )
-            bound = SUM_ERROR * sum(abs(v) for v in values[e])
+            bound = ROUNDINGS * UNITS[dtype] * sum(abs(v) for v in values[e])
             if beta:
                 expected = beta * before[e] + (1.0 - beta) * expected
-                bound += SUM_ERROR * abs(before[e])
+                bound += ROUNDINGS * UNITS[dtype] * abs(before[e])
             if masked and not trained[e]:
                 expected = bound = 0.0
             elif rounding_decides:
@@ -146,7 +148,7 @@ def test_against_a_loop(  # noqa: PLR0913 - one argument for each strategy
             if momentum is not None:
                 assert abs(momentum[e] - expected) <= bound
             correction = 1.0 / (1.0 - beta ** (t + 1)) if beta else 1.0
-            relative, absolute = ROUNDING[kinds[t]]
+            relative, absolute = rounding(kinds[t], dtype)
             bound = bound * correction + relative * abs(expected * correction) + absolute
             assert abs(outputs[t][e - offset].double() - expected * correction) <= 1.01 * bound
 

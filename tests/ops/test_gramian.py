@@ -12,7 +12,7 @@ from gcond_kernels.ops import checks as contracts
 from gcond_kernels.python import chunks
 from tests.conftest import slow
 from tests.helpers import by_name
-from tests.helpers.flat import filled, layout_of, misaligned, packed_layout_of, random_mask
+from tests.helpers.flat import UNITS, filled, layout_of, misaligned, packed_layout_of, random_mask
 from tests.helpers.sizes import SIZE_LISTS, SIZES_AT_BOUNDARIES
 
 # A float32 partial sum of n terms in c parallel chains errs by at most (n / c) · 2^-24 · Σ|a·b|;
@@ -37,9 +37,10 @@ def parts_of(layout, *storage):
         yield [None if each is None else each[:, offset : offset + size] for each in storage]
 
 
-def check(got: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def check(got: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dtype=torch.float32) -> None:
     assert got.dtype == torch.float64
-    assert ((got - exact(a, b)).abs() <= PARTIAL_SUM_ERROR * exact(a.abs(), b.abs())).all()
+    error = PARTIAL_SUM_ERROR * UNITS[dtype] / UNITS[torch.float32]
+    assert ((got - exact(a, b)).abs() <= error * exact(a.abs(), b.abs())).all()
 
 
 @given(
@@ -54,7 +55,8 @@ def test_against_float64(backend, sizes, tasks, dtype, history_dtype, with_momen
     layout = layout_of(sizes)
     accumulators = filled(layout, tasks, seed, dtype)
     history = None if history_dtype is None else filled(layout, tasks, seed + 1, history_dtype)
-    momentum = filled(layout, 1, seed + 2)[0] if with_momentum else None
+    momentum = filled(layout, 1, seed + 2, contracts.momentum_dtype(dtype))[0]
+    momentum = momentum if with_momentum else None
     scale = torch.rand(tasks, dtype=torch.float64) + 0.1
     history_scale = torch.rand(tasks, dtype=torch.float64)
     total, cross, per_tensor, crosses = gramian(
@@ -69,17 +71,17 @@ def test_against_float64(backend, sizes, tasks, dtype, history_dtype, with_momen
     g = accumulators.double() * scale[:, None]
     left = g if momentum is None else torch.cat([g, momentum.double()[None]])
     assert per_tensor.shape == (len(sizes), len(left), len(left))
-    check(total, g, g)
+    check(total, g, g, dtype)
     past = None if history is None else history.double() * history_scale[:, None]
     for t, (own, tasks_own, past_own) in enumerate(parts_of(layout, left, g, past)):
-        check(per_tensor[t], own, own)
+        check(per_tensor[t], own, own, dtype)
         if past is not None:
-            check(crosses[t], tasks_own, past_own)
+            check(crosses[t], tasks_own, past_own, dtype)
     if past is None:
         assert cross is crosses is None
     else:
         assert crosses.shape == (len(sizes), tasks, tasks)
-        check(cross, g, past)
+        check(cross, g, past, dtype)
 
 
 def test_segments_longer_than_a_chunk(backend, monkeypatch):
