@@ -52,7 +52,8 @@ class Report:
     Attributes:
         step: how many resolutions there have been, this one included.
         skipped: a gradient held a NaN or an infinity, or was so large (about 1e19) that its square
-            exceeds float32: `.grad` is zero, the step is left out.
+            exceeds float32 (1e154 with float64 accumulators): `.grad` is zero, the step is left
+            out.
         skipped_steps: how many resolutions were skipped so far.
         nonfinite_tasks: the tasks whose gradient was not finite in this one. With
             on_nonfinite="drop_task" they took no part in it.

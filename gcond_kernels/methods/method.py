@@ -75,11 +75,12 @@ class Method(ABC):
     """Weight the tasks by their Gramian: the resolved gradient is Σ_k w_k g_k.
 
     `method(S)` returns the weights of a Gramian S [K, K] of any floating type, from a fresh state.
-    A float64 S is taken as exact, any other as sums in float32, as those of GCondFused are. A batch
-    [..., K, K] is weighted entry by entry, but where one entry is not finite all weights are 0.
-    Nothing here synchronizes with a GPU. A task without a gradient (S_kk = 0; also where
-    squares leave float32, below some 1e-22) has the weight 0, and the others are weighted as if it
-    were not there.
+    A float64 S is taken as exact, any other as sums in float32 (as GCondFused makes them, but of
+    models in float64). A batch [..., K, K] is weighted entry by entry (by methods that look at the
+    losses alone, all entries alike), but where one entry is not finite all weights are 0. Nothing
+    here synchronizes with a GPU. A task without a gradient (S_kk = 0; also where squares leave
+    float32, below some 1e-22) has the weight 0, and the others are weighted as if it were not
+    there.
 
     A method of your own with a state subclasses this: `new_state` makes small tensors of any shape,
     `weights` changes them in place. They are saved with the optimizer, and stay as they were where

@@ -14,7 +14,7 @@ from gcond_kernels.ops import Gramians
 
 
 def nonfinite_tasks(gramian: Tensor) -> Tensor:
-    """Return which tasks' gradients hold a NaN, an infinity or more than about 1e19: [K] bool."""
+    """Return which tasks' gradients hold a NaN, an infinity or too large squares: [K] bool."""
     return ~gramian.diagonal().isfinite()
 
 
