@@ -285,6 +285,23 @@ def test_gradients_whose_squares_float32_does_not_hold(size):
     assert report.skipped or report.weights == {"a": 0.0, "b": 0.0}
 
 
+@pytest.mark.parametrize("size", [1e30, 1e120, 1e-60])
+def test_a_history_that_its_type_does_not_hold(size):
+    """Of values beyond its range it keeps the largest, and none that is not finite."""
+    p = nn.Parameter(torch.zeros(2, dtype=DOUBLE))
+    q, state = nn.Parameter(torch.zeros(2, dtype=DOUBLE)), {}
+    base = torch.optim.SGD([p], lr=0.1)
+    optimizer = GCondFused(base, {"a": 1.0, "b": 1.0}, method=GCond(max_iterations=0))
+    a, b = size * torch.tensor([[1.0, 2.0], [-3.0, 1.0]], dtype=DOUBLE)
+    for _ in range(3):
+        optimizer.backward({"a": (p * a).sum(), "b": (p * b).sum()})
+        assert torch.allclose(p.grad, a + b, rtol=EXACT)
+        optimizer.step()
+        assert not optimizer.report().skipped
+        assert resolve_gradients([q], [[a], [b]], GCond(max_iterations=0), state).isfinite().all()
+    assert optimizer._storage.history.isfinite().all()
+
+
 @pytest.mark.parametrize("method", [Sum(), GCond(), GradDrop()], ids=name_of)
 def test_what_leaves_the_range_of_a_float32_gradient_skips_the_step(method):
     a = torch.full((2,), 3e38)

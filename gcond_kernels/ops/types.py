@@ -37,6 +37,14 @@ class Layout(NamedTuple):
         return cls(tuple(offsets), tuple(sizes))
 
 
+def history_of(accumulators: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return accumulators as a history of that type: float64 ones are kept within its range."""
+    if accumulators.dtype == torch.float64:
+        largest = torch.finfo(dtype).max  # an infinity would have every later step skipped
+        accumulators = accumulators.clamp(-largest, largest)
+    return accumulators.to(dtype)
+
+
 class TaskGradients(NamedTuple):
     """The accumulated gradients of K tasks, g_k = scale[k] · accumulators[k].
 
