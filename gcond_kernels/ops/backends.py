@@ -94,7 +94,7 @@ class Backend:
 
     def resolves_at_once(self, gradients: TaskGradients) -> bool:
         """Return whether it has a `resolve` of its own that takes these gradients."""
-        module = self.module(self.serves("resolve"))
+        module = self.module("python" if self.takes_float64 else self.name)
         return hasattr(module, "resolve") and bool(module.resolves_at_once(gradients))
 
     def module(self, name: str) -> ModuleType:
