@@ -56,7 +56,7 @@ class Backend:
     multi_tensor_dot: Callable[..., tuple[Tensor, Tensor]]
 
     def __init__(
-        self, name: str, device: torch.device, requested: str, takes_float64: bool
+        self, name: str, device: torch.device, requested: str, takes_float64: bool = False
     ) -> None:
         self.name, self.device, self.requested = name, device, requested
         self.takes_float64 = takes_float64
