@@ -39,7 +39,7 @@ class Physics(Scene):
     accumulation_steps = 1
     evaluations = 40
     methods = ("plain", "boundary-x10", "sum", "gcond", "nonconflicting", "pcgrad")
-    data = "points of their own"
+    data = "each task's own points"
     counts: ClassVar[dict[str, int]]  # task → its points in a batch
     coordinates: tuple[str, str]
     fields: tuple[str, ...]
@@ -157,7 +157,7 @@ class Kovasznay(Physics):
     width, depth = 32, 3
     steps = 1200
     learning_rate = 5e-3
-    step_cost = 4.0
+    step_cost = 5.0
 
     def micro_batch(self, generator: torch.Generator) -> Batch:
         """Return new random points inside and, equally many on each edge, on the boundary."""

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -31,10 +31,11 @@ from gcond_kernels.diagnostics.plots import (
 from .digits import Digits
 from .photos import Photos
 from .physics import Physics
-from .summary import against, cosines, percent_in_conflict, scores
+from .summary import against, cosines, listed, percent_in_conflict, scores
 from .training import Run, device_of
 
 Draw: TypeAlias = "Callable[[Sequence[Run]], Figure]"
+Column = TypeVar("Column")
 
 ORANGE, BROWN, DARK = "#E69F00", "#7A4419", "#555555"
 # Line styles and markers differ too, and the widths, so that lines on top of each other stay
@@ -79,7 +80,7 @@ EXAMPLES, FEWER_EXAMPLES = 6, 3
 DIGIT_EXAMPLES = 10
 PANEL, LINE = 2.24, 0.27  # inches: the side of an example, and the height of a line below it
 FEW = 4  # so many methods have a row each where there are pictures of all of them
-COLUMNS = 3 + FEW  # of reconstructions, before they are wrapped
+COLUMNS = 3 + FEW  # of reconstructions and fields, before they are wrapped
 PANELS = 3  # in a row, of small multiples
 MARKERS = 9  # on a line, at most
 
@@ -177,7 +178,7 @@ def cosine_picture(runs: Sequence[Run]) -> Figure:
     """Draw the cosine of the tasks' gradients over the steps, with GCond's zones and winners."""
     compared = [run for run in runs if cosines(run)]
     tasks = list(runs[0].scene.tasks)
-    title = f"{runs[0].scene.title}: do the gradients of {' and '.join(tasks)} conflict?"
+    title = f"{runs[0].scene.title}: do the gradients of {listed(tasks)} conflict?"
     if len(compared) <= FEW:
         figure = cosine_rows(compared)
     else:
@@ -207,7 +208,7 @@ def cosine_rows(runs: Sequence[Run]) -> Figure:
         shade_zones(right, GCond().thresholds, labels=False)
         scatter_steps(left, run, size=6.0)
         # Room for the names of the zones.
-        left.set_xlim(0, 1.18 * run.steps)
+        left.set_xlim(0, 1.24 * run.steps)
         data = run.scene.data if run.method.mode == "exact" else "different micro-batches"
         left.set_title(
             f"{run.method.name} (gradients of {data}): "
@@ -280,8 +281,9 @@ def error_picture(runs: Sequence[Run]) -> Figure:
     """Draw the error over the steps, and how often each method's result went against a task."""
     scene = runs[0].scene
     compared = [run for run in runs if against(run)]
-    figure = Figure(figsize=(15, 5.8), layout="constrained")
-    set_title(figure, runs, f"{scene.title}: {' and '.join(scene.tasks)}, one seed")
+    height = max(5.8, 0.3 * len(compared) * len(scene.tasks))
+    figure = Figure(figsize=(15, height), layout="constrained")
+    set_title(figure, runs, f"{scene.title}: {listed(scene.tasks)}, one seed")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for run in runs:
         steps = [evaluation.step for evaluation in run.evaluations]
@@ -298,7 +300,9 @@ def error_picture(runs: Sequence[Run]) -> Figure:
     left.set_xlabel("optimizer step", fontsize=12)
     left.set_ylabel(scene.score_labels["error"], fontsize=12)
     left.grid(alpha=0.3, which="both")
-    left.legend(handles=method_handles(runs), fontsize=12, handlelength=3.5)
+    left.legend(
+        handles=method_handles(runs), fontsize=12, handlelength=3.5, ncols=1 + len(runs) // 12
+    )
     draw_against(right, compared)
     return figure
 
@@ -315,10 +319,11 @@ def draw_against(axes: Axes, runs: Sequence[Run]) -> None:
         axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=11)
     axes.set_yticks(range(len(runs)), [run.method.name for run in runs], fontsize=12)
     axes.invert_yaxis()
-    axes.margins(x=0.2)  # for the numbers
+    largest = max((bar.get_width() for bar in axes.patches), default=0.0)
+    axes.set_xlim(0.0, 1.2 * max(1.0, largest))  # room for the numbers
     axes.set_title("steps whose result raises a task's loss (to first order)", fontsize=13)
     axes.set_xlabel("% of the steps", fontsize=12)
-    axes.legend(fontsize=12, loc="lower right")
+    axes.legend(fontsize=12)
 
 
 @torch.no_grad()
@@ -327,37 +332,45 @@ def field_picture(runs: Sequence[Run]) -> Figure:
     scene = runs[0].scene
     assert isinstance(scene, Physics)
     exact = scene.field[:, 0]
-    found = [run.model(scene.points.to(device_of(run))).cpu()[:, 0] for run in runs]
-    off = [one - exact for one in found]
-    largest = max(float(one.abs().max()) for one in off) or 1.0
-    figure = Figure(figsize=(2.9 * (len(runs) + 1) + 1.0, 6.6), layout="constrained")
-    name, across, up = scene.fields[0], *scene.coordinates
+    columns = [("exact", exact, torch.full_like(exact, math.nan))]
+    for run in runs:
+        found = run.model(scene.points.to(device_of(run))).cpu()[:, 0]
+        columns.append((f"{run.method.name}\n{score_line(run, -1)}", found, found - exact))
+    largest = max(float(off.abs().max()) for _, _, off in columns[1:]) or 1.0
+    of_field = {"vmin": float(exact.min()), "vmax": float(exact.max()), "cmap": "viridis"}
+    of_difference = {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"}
+    blocks = wrapped(columns)
+    width, rows = len(blocks[0]), 2 * len(blocks)
+    figure = Figure(figsize=(2.4 * width + 1.2, 2.4 * rows + 1.2), layout="constrained")
+    panels = figure.subplots(rows, width, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for block, (above, below) in zip(blocks, np.split(panels, len(blocks)), strict=True):
+        for place, (title, field, off) in enumerate(block):
+            above[place].set_title(title, fontsize=11)
+            field_image = draw_field(above[place], scene, field, of_field)
+            difference_image = draw_field(below[place], scene, off, of_difference)
+    name = scene.fields[0]
+    figure.colorbar(field_image, ax=list(panels[0]), label=name)
+    figure.colorbar(difference_image, ax=list(panels[1]), label="difference")
     set_title(figure, runs, f"{scene.title}: {name} above, its difference from the exact one below")
-    panels = figure.subplots(2, len(runs) + 1, squeeze=False, sharex=True, sharey=True)
-    titles = [f"{run.method.name}\n{score_line(run, -1)}" for run in runs]
-    limits = {"vmin": float(exact.min()), "vmax": float(exact.max()), "cmap": "viridis"}
-    for axes, title, values in zip(panels[0], ["exact", *titles], [exact, *found], strict=True):
-        shown = draw_field(axes, scene, values, limits)
-        axes.set_title(title, fontsize=12)
-    figure.colorbar(shown, ax=list(panels[0]), label=name)
-    panels[1, 0].set_axis_off()
-    limits = {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"}
-    for axes, values in zip(panels[1, 1:], off, strict=True):
-        shown = draw_field(axes, scene, values, limits)
-        axes.set_xlabel(across, fontsize=12)
-    figure.colorbar(shown, ax=list(panels[1]), label=f"difference in {name}")
-    for axes in (panels[0, 0], panels[1, 1]):
-        axes.set_ylabel(up, fontsize=12)
-    panels[1, 1].tick_params(labelleft=True)  # there is nothing left of it
+    across, up = (
+        f"{coordinate} from {low:g} to {high:g}"
+        for coordinate, low, high in zip(scene.coordinates, scene.low, scene.high, strict=True)
+    )
+    figure.supxlabel(f"To the right {across}, upwards {up}.".replace("-", "−"), fontsize=11)
     return figure
 
 
 def draw_field(axes: Axes, scene: Physics, values: Tensor, limits: dict[str, Any]) -> AxesImage:
     """Draw values [N] on the grid as an image."""
-    extent = (scene.low[0], scene.high[0], scene.low[1], scene.high[1])
-    return axes.imshow(
-        values.view(scene.grid).T.numpy(), origin="lower", extent=extent, aspect="auto", **limits
-    )
+    return axes.imshow(values.view(scene.grid).T.numpy(), origin="lower", aspect="auto", **limits)
+
+
+def wrapped(columns: Sequence[Column]) -> list[Sequence[Column]]:
+    """Return columns in blocks that a page is wide enough for, of nearly the same width."""
+    width = math.ceil(len(columns) / math.ceil(len(columns) / COLUMNS))
+    return [columns[start : start + width] for start in range(0, len(columns), width)]
 
 
 @torch.no_grad()
@@ -369,10 +382,8 @@ def reconstructions_picture(runs: Sequence[Run]) -> Figure:
     order = most_contrast(scene.held_out, scene.held_out_images)
     chosen = order[: FEWER_EXAMPLES if fewer else EXAMPLES]
     columns = reconstructions(runs, chosen)
-    # Nearly equally wide, so that the last is not one of very few.
-    width = math.ceil(len(columns) / math.ceil(len(columns) / COLUMNS))
-    blocks = [columns[start : start + width] for start in range(0, len(columns), width)]
-    rows = len(blocks) * len(chosen)
+    blocks = wrapped(columns)
+    width, rows = len(blocks[0]), len(blocks) * len(chosen)
     height = 2.25 * rows + 0.5 * len(blocks) + 0.6
     figure = Figure(figsize=(2.4 * width, height), layout="constrained")
     which = f"the {len(chosen)} with the most contrast" if fewer else "those with the most contrast"

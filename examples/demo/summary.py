@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -151,9 +151,15 @@ def conflict_sentence(runs: Sequence[Run]) -> str:
         seen = range_of_conflicts(runs)
     else:
         seen = "; ".join(conflicts_seen(run) for run in runs)
-    tasks = " and ".join(runs[0].scene.tasks)
+    tasks = listed(runs[0].scene.tasks)
     name = runs[0].method.name
     return f"Conflict: the gradients of {tasks} disagreed in {seen}. With {name}: {verdict}."
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as in a sentence: a, b and c."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def conflicts_seen(run: Run) -> str:
@@ -162,7 +168,7 @@ def conflicts_seen(run: Run) -> str:
     data = run.scene.data if run.method.mode == "exact" else "different data"
     return (
         f"{percent_in_conflict(run):.0f} % of the steps of {run.method.name} "
-        f"(the tasks had {data}, median cosine {statistics.median(cosines(run)):+.2f})"
+        f"(gradients of {data}, median cosine {statistics.median(cosines(run)):+.2f})"
     )
 
 

@@ -151,9 +151,10 @@ def gcond_window(run: Run, optimizer: GCondFused, batches: Sequence[Batch]) -> S
     if report.min_cosine is None:
         return Step(means(seen))
     winner = report.conflicts[0].winner if report.conflicts else None
-    return Step(
-        means(seen), report.min_cosine, report.zone, winner, report.incidence, report.rising
-    )
+    # GradDrop's result is no weighted sum, of which this is known.
+    known = any(cosine is not None for cosine in report.descent.values())
+    rising = report.rising if known else None
+    return Step(means(seen), report.min_cosine, report.zone, winner, report.incidence, rising)
 
 
 def task_losses(run: Run, batch: Batch, tasks: Iterable[str]) -> dict[str, Tensor]:

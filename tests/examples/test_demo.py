@@ -32,6 +32,7 @@ PLAIN, EXACT, STOCHASTIC = methods_of(DEFAULT)
 PICTURES = {
     "photos": {"photos_losses.png", "photos_cosine.png", "photos_reconstructions.png"},
     "digits": {"digits_losses.png", "digits_cosine.png", "digits_examples.png"},
+    "kovasznay": {f"kovasznay_{kind}.png" for kind in ("losses", "cosine", "error", "field")},
 }
 
 
@@ -431,13 +432,13 @@ def test_other_methods_are_compared(name, tmp_path, capsys):
     assert "AdamW" in printed
 
 
-@pytest.mark.parametrize("scene", [slow("photos"), "digits"], indirect=True)
+@pytest.mark.parametrize("scene", [slow("photos"), "digits", slow("kovasznay")], indirect=True)
 def test_pictures_of_all_methods_at_once(scene, tmp_path):
     runs = [training.new_run(scene, method, 2, 0, CPU) for method in METHODS]
     for run in runs:
         training.evaluate(run)
-        compared = (0.5, "none", None, 0.0), (-0.5, "moderate", None, 1.0)
-        nothing = ((None, None, None, None),) * 2
+        compared = (0.5, "none", None, 0.0, []), (-0.5, "moderate", None, 1.0, [*scene.tasks])
+        nothing = ((None, None, None, None, None),) * 2
         losses = dict.fromkeys(scene.tasks, 1.0)
         steps = compared if run.method.mode else nothing
         run.history = [training.Step(losses, *step) for step in steps]
