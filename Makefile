@@ -12,7 +12,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       train two multi-task models on real images; pictures in demo_output/"
+	@echo "make demo       train three multi-task models by several methods; pictures in demo_output/"
 	@echo "make test       run the tests, a few minutes; the long sweeps among them are left out"
 	@echo "make test-all   run all tests, the long sweeps too: a quarter of an hour on two cores"
 	@echo "make cuda       compile the CUDA C++ kernels too (needs nvcc; some two minutes)"

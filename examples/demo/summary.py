@@ -189,8 +189,8 @@ def against_sentence(runs: Sequence[Run]) -> str:
         tasks = ", ".join(f"{task} {100.0 * s:.0f} %" for task, s in (against(run) or {}).items())
         said.append(f"{100.0 * against_any(run):.0f} % of {run.method.name} ({tasks})")
     return (
-        "Against a task, raising its loss to first order, went the resolved gradient in these "
-        f"steps: {'; '.join(said)}. What AdamW makes of it is not counted."
+        "Against a task: in these steps the resolved gradient raises its loss, to first order: "
+        f"{'; '.join(said)}. What AdamW makes of it is not counted."
     )
 
 
