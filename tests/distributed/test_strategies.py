@@ -14,7 +14,16 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from gcond_kernels import LionLars, TrainingState
 from gcond_kernels.distributed.mesh import counted_range
 from gcond_kernels.distributed.process_group import ProcessGroup
-from gcond_kernels.methods import CAGrad, GCond, GradDrop, GradNorm, NonConflicting, PCGrad
+from gcond_kernels.methods import (
+    FAMO,
+    RLW,
+    CAGrad,
+    GCond,
+    GradDrop,
+    GradNorm,
+    NonConflicting,
+    PCGrad,
+)
 from gcond_kernels.storage.dtensor import local_shard
 from tests.conftest import slow
 from tests.helpers import distributed_training as t
@@ -89,6 +98,8 @@ METHODS = {
     "PCGrad": {**HEADED, "method": PCGrad(seed=3)},
     "CAGrad": {**HEADED, "method": CAGrad()},
     "GradNorm": {**HEADED, "method": GradNorm(lr=0.05)},
+    "FAMO": {**HEADED, "method": FAMO(lr=0.1)},
+    "RLW": {**HEADED, "method": RLW(seed=3)},
     "NonConflicting": {**HEADED, "method": NonConflicting(GCond())},
     "of the user": {**HEADED, "method": t.by_norm},
     "by tensor": {**HEADED, "granularity": "tensor"},
@@ -298,11 +309,14 @@ def test_bfloat16_accumulators_do_not_round_the_gradients_of_others(ranks2):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
-def float64_gradients(strategy, ranks=None):
+def float64_gradients(parallelism, ranks=None):
     """Of three steps of a model in float64: in ranks, or in one process that sees their data."""
     mine = range(ranks) if ranks else [t.world()[0]]
-    model = t.new_model(torch.float64, t.Headed)
-    options = {} if ranks else t.distributed(strategy)
+    model, options = t.new_model(torch.float64, t.Headed), {}
+    if parallelism in t.STRATEGIES:
+        options = t.distributed(parallelism)
+    elif parallelism:
+        model = t.parallelize(model, parallelism)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     steps = {"accumulation_steps": len(mine), "momentum": 0.5, "max_norm": 0.3}
     optimizer = t.GCondFused(sgd, t.TASKS, method=CAGrad(), **steps, **options)
@@ -316,15 +330,15 @@ def float64_gradients(strategy, ranks=None):
             goals = {"a": 1.0, "b": -1.0, "c": 0.3}
             own = {k: (heads[k] - goals[k]).square().mean() for k in goals}
             optimizer.backward({k: own[k] + (y - goals[k]).square().mean() for k in t.TASKS})
-        found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found += [t.full(p.grad) for p in model.parameters() if p.grad is not None]
         optimizer.step()
     return found
 
 
-@pytest.mark.parametrize("strategy", t.STRATEGIES)
-def test_models_in_float64(ranks2, strategy):
+@pytest.mark.parametrize("parallelism", [*t.STRATEGIES, slow("fsdp")])
+def test_models_in_float64(ranks2, parallelism):
     alone = float64_gradients(None, 2)
-    for gradients in ranks2(float64_gradients, strategy):
+    for gradients in ranks2(float64_gradients, parallelism):
         for ours, theirs in zip(gradients, alone, strict=True):
             assert ours.dtype == torch.float64
             assert (ours - theirs).abs().max() <= 1e-13 * theirs.abs().max()
