@@ -8,7 +8,7 @@ from torch import nn
 
 from gcond_kernels import GCondFused, LionLars, ops
 from gcond_kernels.precision import guarded_step
-from tests.helpers.as_on_gpu import late_flags
+from tests.helpers.as_on_gpu import late_flags, no_reads
 from tests.helpers.host_reads import HostReads
 from tests.helpers.models import TASKS, batches, flat_parameters, losses_of, model_of, same
 
@@ -108,8 +108,9 @@ KERNELS = [b for b in ("triton", "cuda") if ops.unavailable(b, torch.device("cpu
 
 
 def reads_of_a_run(monkeypatch, backend, base_of, **options):
-    """Reads in two windows of backward and step, after one that allocates; flags as on a GPU."""
+    """Reads in two windows of backward and step, after one that allocates, as on a GPU."""
     flags = late_flags(monkeypatch)
+    no_reads(monkeypatch)
     model, x = model_of(), batches(6)
     base = base_of(model.parameters())
     options = {"accumulation_steps": 2, "momentum": 0.5, "backend": backend} | options
