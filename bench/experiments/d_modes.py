@@ -1,12 +1,13 @@
 """Exact against stochastic mode, at equal micro-batches and at equal backward passes.
 
 In exact mode a micro-batch costs a forward pass and a backward pass per task, in stochastic mode
-one of each. So with two tasks as many backward passes make twice the micro-batches, in windows
-twice as long or in twice the steps. The sum of the same gradients shows what the mode alone does.
+one of each. So with K tasks as many backward passes make K times the micro-batches, in windows K
+times as long or in K times the steps. The sum of the same gradients shows what the mode alone does.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from bench.experiments.common import Experiment, Record
 from bench.experiments.pictures import score_picture
@@ -17,17 +18,32 @@ from gcond_kernels.methods import Sum
 
 EXACT = "exact"
 stochastic = partial(Variant, baseline=EXACT, mode="stochastic")
-OF_SCENE = [
-    Variant("plain", "plain sum", baseline=EXACT),
-    Variant(EXACT, "GCond exact, A = 4", GCond()),
-    stochastic("stochastic", "GCond stochastic, A = 4", GCond()),
-    stochastic("stochastic sum", "Sum stochastic, A = 4", Sum()),
-    stochastic("long windows", "GCond stochastic, A = 8", GCond(), micro_batches=8),
-    stochastic("long windows sum", "Sum stochastic, A = 8", Sum(), micro_batches=8),
-    stochastic("more steps", "GCond stochastic, 2× steps", GCond(), steps=2.0),
-]
+
+
+def variants(A: int, tasks: int = 2) -> list[Variant]:
+    """Return the variants of a scene with windows of A micro-batches, or `tasks` times as many."""
+    short: dict[str, Any] = {"micro_batches": A}
+    long: dict[str, Any] = {"micro_batches": tasks * A}
+    return [
+        Variant("plain", "plain sum", baseline=EXACT, **short),
+        Variant(EXACT, f"GCond exact, A = {A}", GCond(), **short),
+        stochastic("stochastic", f"GCond stochastic, A = {A}", GCond(), **short),
+        stochastic("stochastic sum", f"Sum stochastic, A = {A}", Sum(), **short),
+        stochastic("long windows", f"GCond stochastic, A = {tasks * A}", GCond(), **long),
+        stochastic("long windows sum", f"Sum stochastic, A = {tasks * A}", Sum(), **long),
+        stochastic(
+            "more steps", f"GCond stochastic, {tasks}× steps", GCond(), **short, steps=float(tasks)
+        ),
+    ]
+
+
 FEW = (EXACT, "stochastic", "long windows")  # photos take long
-VARIANTS = {"photos": [v for v in OF_SCENE if v.key in FEW], "digits": OF_SCENE}
+VARIANTS = {
+    "photos": [variant for variant in variants(4) if variant.key in FEW],
+    "digits": variants(4),
+    "kovasznay": variants(2),
+    "burgers": variants(3, tasks=3),
+}
 COLUMNS = {
     "steps": lambda found: str(found[0]["steps"]),
     "forward": lambda found: f"{found[0]['steps'] * found[0]['micro_batches'] / 1000:g}",
@@ -38,10 +54,10 @@ COLUMNS = {
 
 INTRODUCTION = (
     "# Exact and stochastic mode",
-    "Differences are to GCond in exact mode. Stochastic with A = 4 has as many micro-batches "
-    "and half the backward passes; with A = 8, or with A = 4 and twice the steps, it has as "
-    "many backward passes and twice the micro-batches (and forward passes). Passes are forward "
-    "and backward, in thousands.",
+    "Differences are to GCond in exact mode. Stochastic with the same A has as many micro-batches "
+    "and, with K tasks, 1/K of the backward passes; with K times the A, or with K times the "
+    "steps, it has as many backward passes and K times the micro-batches (and forward passes). "
+    "Passes are forward and backward, in thousands.",
 )
 
 
@@ -60,5 +76,5 @@ EXPERIMENT = Experiment(
     INTRODUCTION,
     section,
     PICTURE,
-    {"photos": 120, "digits": 100},
+    {"photos": 120, "digits": 100, "kovasznay": 300, "burgers": 400},
 )

@@ -14,7 +14,15 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from bench.experiments.common import SCENES, Experiment, Job, Record, scene_of
+from bench.experiments.common import (
+    PHYSICS_STEPS,
+    SCENES,
+    STEPS,
+    Experiment,
+    Job,
+    Record,
+    scene_of,
+)
 from bench.experiments.pictures import name_lines, score_picture
 from bench.experiments.tables import markdown, percent, score_section
 from bench.experiments.training import (
@@ -55,7 +63,10 @@ def variants() -> list[Variant]:
 
 
 # Photos take long and hardly conflict: their gradients are replayed.
-VARIANTS: dict[str, list[Variant]] = {"photos": [], "digits": variants()}
+VARIANTS: dict[str, list[Variant]] = {
+    "photos": [],
+    **dict.fromkeys(("digits", "kovasznay", "burgers"), variants()),
+}
 
 
 def jobs(options: argparse.Namespace, scene: str, seed: int) -> list[Job]:
@@ -161,5 +172,11 @@ PICTURE = partial(
     draw_streaks,
 )
 EXPERIMENT = Experiment(
-    "f_dominance", __doc__.splitlines()[0], jobs, INTRODUCTION, section, PICTURE
+    "f_dominance",
+    __doc__.splitlines()[0],
+    jobs,
+    INTRODUCTION,
+    section,
+    PICTURE,
+    STEPS | PHYSICS_STEPS,
 )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from bench.experiments.common import SCENES, Experiment, Job, Record, perform_all
+from bench.experiments.common import SCENES, STEPS, Experiment, Job, Record, perform_all
 from bench.experiments.pictures import score_picture
 from bench.experiments.tables import markdown, mean_of, score_section
 from bench.experiments.training import Variant, jobs_of
@@ -58,13 +58,6 @@ def variants_of(optimizer: Optimizer) -> list[Variant]:
 
 ALL = [variant for optimizer in OPTIMIZERS for variant in variants_of(optimizer)]
 VARIANTS: dict[str, list[Variant]] = {"photos": [], SCENE: ALL}
-
-
-def check(options: argparse.Namespace) -> None:
-    """Leave the digits alone of the scenes."""
-    options.scenes = [scene for scene in options.scenes if scene == SCENE]
-    if not options.scenes:
-        raise ValueError("this experiment is of the digits alone: leave --scene out")
 
 
 def try_rates(options: argparse.Namespace) -> dict[str, Any]:
@@ -146,7 +139,7 @@ EXPERIMENT = Experiment(
     INTRODUCTION,
     section,
     PICTURE,
-    check=check,
+    steps={SCENE: STEPS[SCENE]},
     prepare=try_rates,
     appendix=rates_tried,
 )

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 
-from bench.experiments.common import SCENES, Experiment, Job, Record
+from bench.experiments.common import SCENES, STEPS, Experiment, Job, Record
 from bench.experiments.pictures import score_picture
 from bench.experiments.tables import by_seed, mean_of, score_section
 from bench.experiments.training import Variant, jobs_of
@@ -97,7 +97,7 @@ def relative_times(records: Sequence[Record], scene: str) -> tuple[dict[str, flo
 
 PICTURE = partial(
     score_picture,
-    dict.fromkeys(SCENES, VARIANTS),
+    dict.fromkeys(STEPS, VARIANTS),
     "Validation scores by method and seed",
     (PLAIN.key, "the plain sum"),
     None,
@@ -109,7 +109,7 @@ EXPERIMENT = Experiment(
     INTRODUCTION,
     section,
     PICTURE,
-    {name: scene.steps for name, scene in SCENES.items()},
+    {name: SCENES[name].steps for name in STEPS},
     add_arguments,
     check,
 )

@@ -33,18 +33,22 @@ def score_picture(
     methods = {found["method"] for found in records}
     shown = {scene: [v for v in variants[scene] if v.key in methods] for scene in scenes}
     trained = [scene for scene in scenes if shown[scene]]
-    rows = [len(shown[scene]) + 2 for scene in trained] + ([12] if extra else [])
+    rows = [len(shown[scene]) + 2 for scene in trained]
+    rows += [12] * ((len(scenes) + 1) // 2 if extra else 0)
     figure = Figure(figsize=(13, sum(0.36 * r + 0.6 for r in rows) + 1.0), layout="constrained")
     panels = figure.subplots(len(rows), 2, squeeze=False, height_ratios=rows)
+    unused = list(panels.flat)
     for scene, of_scene in zip(trained, panels, strict=False):
-        for axes, task in zip(of_scene, SCENES[scene].score_labels, strict=True):
-            draw_scores(axes, records, scene, task, shown[scene], baseline[0])
+        for axes, score in zip(of_scene, SCENES[scene].score_labels, strict=False):
+            draw_scores(axes, records, scene, score, shown[scene], baseline[0])
+            unused.remove(axes)
         of_scene[1].tick_params(labelleft=False)
     if extra:
-        for axes, scene in zip(panels[-1], scenes, strict=False):
+        for axes, scene in zip(panels[len(trained) :].flat, scenes, strict=False):
             extra(axes, [found for found in records if found["scene"] == scene], scene)
-        for axes in panels[-1][len(scenes) :]:
-            axes.set_axis_off()
+            unused.remove(axes)
+    for axes in unused:
+        axes.set_axis_off()
     figure.suptitle(title, fontsize=15)
     handles = legend_handles(sorted({found["seed"] for found in records}), baseline[1])
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=12)
@@ -55,19 +59,19 @@ def draw_scores(
     axes: Axes,
     records: Sequence[Record],
     scene: str,
-    task: str,
+    score: str,
     variants: Sequence[Variant],
     baseline: str,
 ) -> None:
     """Draw one score of a scene: a line per variant with a dot per seed, and the mean."""
     factor = 100.0 if SCENES[scene].score_in_percent else 1.0
-    label = SCENES[scene].score_labels[task]
+    label = SCENES[scene].score_labels[score]
     for row, variant in enumerate(variants):
         runs = by_seed(records, scene, variant.key)
-        scores = {seed: factor * found["scores"][task] for seed, found in runs.items()}
+        scores = {seed: factor * found["scores"][score] for seed, found in runs.items()}
         mean = statistics.fmean(scores.values())
-        for seed, score in scores.items():
-            axes.plot(score, row, **seed_style(seed))
+        for seed, value in scores.items():
+            axes.plot(value, row, **seed_style(seed))
         axes.plot(mean, row, color=BLACK, marker="|", markersize=17, markeredgewidth=2.0)
         if variant.key == baseline:
             axes.axvline(mean, color=VERMILION, linewidth=1.0, linestyle="--", zorder=0)

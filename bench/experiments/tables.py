@@ -59,12 +59,12 @@ class Scores(NamedTuple):
         return [mean, gap]
 
 
-def scores_of(records: Sequence[Record], scene: str, variant: Variant, task: str) -> Scores:
+def scores_of(records: Sequence[Record], scene: str, variant: Variant, score: str) -> Scores:
     """Return a variant's values of one score."""
     own = by_seed(records, scene, variant.key)
     plain = by_seed(records, scene, variant.baseline)
-    values = {seed: found["scores"][task] for seed, found in own.items()}
-    gaps = [v - plain[seed]["scores"][task] for seed, v in values.items() if seed in plain]
+    values = {seed: found["scores"][score] for seed, found in own.items()}
+    gaps = [v - plain[seed]["scores"][score] for seed, v in values.items() if seed in plain]
     return Scores(list(values.values()), gaps, SCENES[scene].score_in_percent)
 
 
@@ -111,9 +111,10 @@ def score_table(
     for variant in variants:
         own = list(by_seed(records, scene, variant.key).values())
         if own:
-            cells = [scores_of(records, scene, variant, task).cells() for task in labels]
-            more = [column(own) for column in columns.values()]
-            rows.append([variant.name, *cells[0], *cells[1], *more])
+            rows.append([variant.name])
+            for score in labels:
+                rows[-1] += scores_of(records, scene, variant, score).cells()
+            rows[-1] += [column(own) for column in columns.values()]
     return markdown(rows)
 
 
@@ -125,8 +126,8 @@ def beyond_sentence(records: Sequence[Record], scene: str, variants: Sequence[Va
         return "With a single seed there is no telling a difference from chance."
     for variant in variants:
         found = []
-        for task, label in SCENES[scene].score_labels.items():
-            scores = scores_of(records, scene, variant, task)
+        for score, label in SCENES[scene].score_labels.items():
+            scores = scores_of(records, scene, variant, score)
             count += scores.error is not None
             if scores.is_beyond:
                 unit = " points" if scores.percent else ""

@@ -6,7 +6,7 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
@@ -17,13 +17,13 @@ from bench.experiments.common import Job, Record, scene_of
 from examples.demo import training
 from examples.demo.methods import PLAIN
 from examples.demo.methods import Method as DemoMethod
-from examples.demo.scenes import Batch, Scene
+from examples.demo.scenes import Batch, Scene, reweighted
 from examples.demo.summary import cosines, incidence, means, zone_shares
 from gcond_kernels import GCond, GCondFused, ops
 from gcond_kernels.methods import Method
 
 # Gradients are recorded in a part of the steps.
-RECORDED = {"photos": 1 / 3, "digits": 0.5}
+RECORDED = {"photos": 1 / 3, "digits": 0.5, "kovasznay": 1.0, "burgers": 1.0}
 SGD_MOMENTUM = {"sgd": 0.9, "sgd without momentum": 0.0}
 CPU = torch.device("cpu")
 
@@ -42,6 +42,7 @@ class Variant(NamedTuple):
     beta1: float = 0.9  # of AdamW
     micro_batches: int | None = None  # per step; None is the scene's
     steps: float = 1.0  # a factor of their number
+    weights: dict[str, float] = {}  # noqa: RUF012  # task → factor of its loss weight; never changed
 
     def job(self, seed: int, scene: str, steps: int) -> Job:
         """Return a training of so many steps of a variant with the factor 1."""
@@ -64,9 +65,18 @@ def with_micro_batches(scene: Scene, micro_batches: int | None) -> Scene:
 
 def measure(job: Job) -> Record:
     """Train a variant as the demo does."""
+    # Evaluations before the last step would go nowhere.
+    return train(job, 1)[1]
+
+
+def train(
+    job: Job, evaluations: int, see: Callable[[torch.optim.Optimizer], None] = lambda _: None
+) -> tuple[training.Run, Record]:
+    """Train a variant as the demo does; call `see` with the optimizer after each step."""
     variant: Variant = job.subject
-    scene = with_micro_batches(scene_of(job.scene), variant.micro_batches)
-    scene.evaluations = 1  # those before the last step would go nowhere
+    scene = reweighted(scene_of(job.scene), variant.weights)
+    scene = with_micro_batches(scene, variant.micro_batches)
+    scene.evaluations = evaluations
     mode = None if variant.resolver is None else variant.mode
     method = DemoMethod(variant.key, variant.name, mode, 1.0, variant.resolver)
     run = training.new_run(scene, method, job.steps, job.seed, CPU)
@@ -74,9 +84,10 @@ def measure(job: Job) -> Record:
     times, before = [], time.process_time()
     for _ in training.train(run, job.seed, optimizer=optimizer):
         times.append(time.process_time() - before)
+        see(optimizer)
         before = time.process_time()
     values = cosines(run)
-    return {
+    return run, {
         "method": variant.key,
         "micro_batches": scene.accumulation_steps,
         "resolver": None if variant.resolver is None else repr(variant.resolver),
@@ -211,7 +222,7 @@ class Recorded(NamedTuple):
 
     gramians: Tensor  # [T, K, K] S of each step
     crosses: Tensor  # [T, K, K] ĝ_i of the step · ĝ_j of the step before; at first zeros
-    by_tensor: list[float]  # cosines of two tasks in each parameter tensor, of all steps
+    by_tensor: list[float]  # smallest cosine of two tasks in each parameter tensor, of all steps
 
 
 def recorded_steps(options: argparse.Namespace, scene: str) -> int:
@@ -224,8 +235,9 @@ def record_gradients(scene: Scene, steps: int, seed: int, stochastic: bool = Fal
     before, by_tensor, gramians, crosses = None, [], [], []
     for model, gradients in plain_training(scene, steps, seed, stochastic):
         sizes = [parameter.numel() for parameter in model.parameters()]
-        by_tensor += [cosine(*part) for part in gradients.split(sizes, 1) if part.any(1).all()]
         wide = gradients.double()
+        parts = wide.split(sizes, 1)
+        by_tensor += [smallest_cosine(part @ part.T) for part in parts if part.any(1).all()]
         gramians.append(wide @ wide.T)
         crosses.append(torch.zeros_like(gramians[-1]) if before is None else wide @ before.T)
         before = wide
