@@ -27,7 +27,7 @@ from bench.experiments import (
 from examples.demo import training as demo_training
 from examples.demo.methods import PLAIN
 from examples.demo.scenes import reweighted
-from gcond_kernels import ConFIG, GCond, GCondFused
+from gcond_kernels import GCond, GCondFused
 from gcond_kernels.methods import Sum
 from tests.conftest import slow
 
@@ -499,18 +499,21 @@ def test_what_a_step_did_to_the_tasks_is_what_the_losses_do():
     assert not all(seen)
 
 
-def test_conflictfree_s_own_loop_has_the_weights_of_config():
+def test_conflictfree_s_own_loop_steps_along_the_direction_of_the_paper():
+    """Of equal cosine with all gradients, as long as their projections onto it together."""
     pytest.importorskip("conflictfree")
-    scene = common.scene_of("kovasznay")
-    steps = []
-    for method, window in (
-        (None, i_physics.conflictfree_window),
-        (ConFIG(), demo_training.gcond_window),
-    ):
-        run = demo_training.new_run(scene, PLAIN, 1, 0, training.CPU)
-        base = torch.optim.SGD(run.model.parameters(), lr=1.0)
-        optimizer = base if method is None else GCondFused(base, scene.tasks, method=method)
-        before = torch.cat([p.detach().flatten() for p in run.model.parameters()])
-        window(run, optimizer, [scene.micro_batch(torch.Generator().manual_seed(0))])
-        steps.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]) - before)
-    assert torch.allclose(*steps, rtol=1e-3, atol=1e-4 * float(steps[0].abs().max()))
+    scene = common.scene_of("burgers")
+    run = demo_training.new_run(scene, PLAIN, 1, 0, training.CPU)
+    batch = scene.micro_batch(torch.Generator().manual_seed(0))
+    gradients = training.task_gradients(run.model, scene, batch).double()
+    units = gradients / gradients.norm(dim=1, keepdim=True)
+    direction = torch.linalg.pinv(units) @ torch.ones(3, dtype=torch.float64)
+    direction /= direction.norm()
+    before = torch.cat([p.detach().flatten() for p in run.model.parameters()])
+    step = i_physics.conflictfree_window(
+        run, torch.optim.SGD(run.model.parameters(), lr=1.0), [batch]
+    )
+    moved = before - torch.cat([p.detach().flatten() for p in run.model.parameters()])
+    expected = ((gradients @ direction).sum() * direction).float()
+    assert torch.allclose(moved, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert [*step.losses] == [*scene.tasks]
