@@ -36,8 +36,8 @@ SCENES = {"photos": Photos, "digits": Digits, "kovasznay": Kovasznay, "burgers":
 # Fewer than in the demo, which has 240 and 300: there are some 200 runs. With less than 100 steps
 # the photos' model is no better than before.
 STEPS = {"photos": 120, "digits": 200}
-# The physics' errors spread over powers of ten, and fewer steps leave them at the first.
-PHYSICS_STEPS = {"kovasznay": 600, "burgers": 1000}
+# A third of the scenes' own steps: there are some 150 runs.
+PHYSICS_STEPS = {"kovasznay": 400, "burgers": 600}
 PROCESSES = 2
 INTERRUPTED = 130
 DPI = 110

@@ -32,6 +32,7 @@ from bench.experiments.training import (
     record_gradients,
     recorded_steps,
     replay,
+    with_micro_batches,
 )
 from gcond_kernels import GCond
 from gcond_kernels.diagnostics.plots import BLUE, GREY, SKY
@@ -79,8 +80,10 @@ def jobs(options: argparse.Namespace, scene: str, seed: int) -> list[Job]:
 def replays(job: Job) -> Record:
     """Replay a recording with all settings."""
     mode, scene = job.subject, scene_of(job.scene)
-    recorded = record_gradients(scene, job.steps, job.seed, RECORDINGS[mode])
     tasks, found = list(scene.tasks), {}
+    if RECORDINGS[mode]:  # a micro-batch for each task at least
+        scene = with_micro_batches(scene, max(len(tasks), scene.accumulation_steps))
+    recorded = record_gradients(scene, job.steps, job.seed, RECORDINGS[mode])
     for name, method in SETTINGS.items():
         winners = [tasks[number] for number in replay(recorded, method).winners]
         found[name] = conflicts_of(winners, scene)

@@ -25,26 +25,29 @@ def score_picture(
     extra: Callable[[Axes, Sequence[Record], str], None] | None,
     records: Sequence[Record],
 ) -> Figure:
-    """Draw the scores of each scene in a row of panels, and what `extra` draws of each below.
+    """Draw each score of a scene in a panel, and what `extra` draws of each scene below.
 
     `baseline` is the key of the variant with a dashed line, and its name.
     """
     scenes = scenes_in(records)
     methods = {found["method"] for found in records}
     shown = {scene: [v for v in variants[scene] if v.key in methods] for scene in scenes}
-    trained = [scene for scene in scenes if shown[scene]]
-    rows = [len(shown[scene]) + 2 for scene in trained]
+    scores = [(scene, score) for scene in scenes for score in SCENES[scene].score_labels]
+    scores = [(scene, score) for scene, score in scores if shown[scene]]
+    rows = [
+        2 + max(len(shown[scene]) for scene, _ in scores[first : first + 2])
+        for first in range(0, len(scores), 2)
+    ]
+    scored = len(rows)
     rows += [12] * ((len(scenes) + 1) // 2 if extra else 0)
     figure = Figure(figsize=(13, sum(0.36 * r + 0.6 for r in rows) + 1.0), layout="constrained")
     panels = figure.subplots(len(rows), 2, squeeze=False, height_ratios=rows)
     unused = list(panels.flat)
-    for scene, of_scene in zip(trained, panels, strict=False):
-        for axes, score in zip(of_scene, SCENES[scene].score_labels, strict=False):
-            draw_scores(axes, records, scene, score, shown[scene], baseline[0])
-            unused.remove(axes)
-        of_scene[1].tick_params(labelleft=False)
+    for axes, (scene, score) in zip(panels.flat, scores, strict=False):
+        draw_scores(axes, records, scene, score, shown[scene], baseline[0])
+        unused.remove(axes)
     if extra:
-        for axes, scene in zip(panels[len(trained) :].flat, scenes, strict=False):
+        for axes, scene in zip(panels[scored:].flat, scenes, strict=False):
             extra(axes, [found for found in records if found["scene"] == scene], scene)
             unused.remove(axes)
     for axes in unused:

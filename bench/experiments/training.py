@@ -23,7 +23,7 @@ from gcond_kernels import GCond, GCondFused, ops
 from gcond_kernels.methods import Method
 
 # Gradients are recorded in a part of the steps.
-RECORDED = {"photos": 1 / 3, "digits": 0.5, "kovasznay": 1.0, "burgers": 1.0}
+RECORDED = {"photos": 1 / 3, "digits": 0.5, "kovasznay": 0.5, "burgers": 0.5}
 SGD_MOMENTUM = {"sgd": 0.9, "sgd without momentum": 0.0}
 CPU = torch.device("cpu")
 
