@@ -109,8 +109,7 @@ def measure(job: Job) -> Record:
     return {
         **found,
         "weights": job.subject.weights,
-        "evaluated": places,
-        "errors": errors,
+        "errors": [round(error, 6) for error in errors],
         "error": errors[-1],
         "last_quarter": statistics.median(last),
         "rising": shares_of([step.rising for step in steps], run.scene.tasks),
