@@ -53,20 +53,21 @@ def variants_of(scene: str) -> list[Variant]:
         for method in METHODS
         if method.mode == "exact" and not isinstance(method.resolver, NonConflicting)
     }
-    first = [of_class.pop(key) for key in FIRST if key in of_class]
+    first = [of_class.pop(key) for key in FIRST]
     moved = [
         Variant("nonconflicting gcond", "NonConflicting(GCond)", NonConflicting(GCond())),
         Variant("nonconflicting sum", "NonConflicting(Sum)", NonConflicting(Sum())),
     ]
-    paper = Variant(
-        "gcond paper",
-        "GCond.paper, integrated momentum",
-        GCond.paper(),
-        options={"momentum": 0.9},
-        beta1=0.0,
-    )
+    # Integrated momentum takes longer steps (see e): Sum shows what that does alone.
+    integrated = [
+        Variant(key, f"{name}, integrated momentum", method, options={"momentum": 0.9}, beta1=0.0)
+        for key, name, method in (
+            ("gcond paper", "GCond.paper", GCond.paper()),
+            ("sum integrated", "Sum", Sum()),
+        )
+    ]
     packaged = Variant(CONFLICTFREE, "ConFIG of conflictfree")
-    return [PLAIN, *first, *moved, *weighted(scene), *of_class.values(), paper, packaged]
+    return [PLAIN, *first, *moved, *weighted(scene), *of_class.values(), *integrated, packaged]
 
 
 def weighted(scene: str) -> list[Variant]:
