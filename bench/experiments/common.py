@@ -151,7 +151,7 @@ def kept(target: Path, jobs: Sequence[Job], options: argparse.Namespace) -> dict
     It keeps what it has of scenes that were not asked for and, to resume, of the same jobs.
     """
     empty: dict[str, Any] = {"runs": {}, "settings": {"scenes": {}, "planned": {}}, "figures": []}
-    result = record.read(target) if target.exists() else empty
+    result = empty if not target.exists() else {name: record.read(target)[name] for name in empty}
     same = {identity(job) for job in jobs} if options.resume else set()
     result["figures"] = [
         found
@@ -170,7 +170,9 @@ def kept(target: Path, jobs: Sequence[Job], options: argparse.Namespace) -> dict
 
 def identity(job: Job) -> str:
     """Return what two jobs have in common only if they measure the same in the same way."""
-    about = (*job._replace(measure=job.measure.__qualname__), about_scene(scene_of(job.scene)))
+    scene = scene_of(job.scene)
+    numbers = scene.tasks, scene.accumulation_steps, scene.learning_rate
+    about = (*job._replace(measure=job.measure.__qualname__), numbers)
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 
