@@ -119,7 +119,7 @@ def test_the_advice_says_whom_steps_went_against_and_what_to_try():
     ]
     assert verdict[3].endswith("of b: optimizer.tasks['b'] *= 10")
     assert verdict[4].endswith("method=NashMTL()")
-    assert verdict[5].endswith("to first order: method=UPGrad(),")
+    assert verdict[5].endswith("to first order: method=UPGrad()")
     assert "ask again" not in said
     kept.capacity = 299
     said = kept.advise()
