@@ -16,7 +16,6 @@ from gcond_kernels import (
     AlignedMTL,
     CAGrad,
     ConFIG,
-    ExcessMTL,
     FairGrad,
     GCond,
     GCondFused,
@@ -53,10 +52,7 @@ WITH_WEIGHTS = [
     NonConflicting(PCGrad(seed=3)),
     FAMO(),  # of the weightings by losses, which differ in the weights alone
     RLW(),
-    ConFIG(),
-    FairGrad(),
-    NormBalancing(),
-    ExcessMTL(step_size=0.1),
+    NormBalancing(),  # ConFIG and FairGrad are as IMTLG and NashMTL, ExcessMTL as this
     GCond(),
 ]
 ALL = [*WITH_WEIGHTS, GradDrop(seed=5)]
