@@ -26,8 +26,10 @@ def resolution_of(number, names, gramian, per_tensor, decision, nonfinite) -> Re
         names=list(names),
         products=Gramians(gramian, None, per_tensor, None),
         decision=decision,
-        shared=SharedParameters(False, torch.ones(len(per_tensor), dtype=torch.bool), True),
-        losses=torch.full((len(nonfinite),), math.nan, dtype=torch.float64),
+        shared=SharedParameters(
+            False, per_tensor.new_ones(len(per_tensor), dtype=torch.bool), True
+        ),
+        losses=gramian.new_full((len(nonfinite),), math.nan),
         norm_ema=None,
         winners=None,
         thresholds=THRESHOLDS,
