@@ -162,7 +162,7 @@ def draw_streaks(axes: Axes, records: Sequence[Record], scene: str) -> None:
             axes.plot(longest, [place + shift] * len(longest), **style)
     name_lines(axes, list(SETTINGS))
     axes.set_xlabel("longest winning streak, conflicts (dots: seeds)", fontsize=11)
-    axes.set_title(f"{scene}: the plain sum's gradients, replayed", fontsize=13)
+    axes.set_title(f"{scene}: replay of the plain sum's steps", fontsize=13)
     axes.grid(axis="x", color=GREY, alpha=0.25)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=10)
 

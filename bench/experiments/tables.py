@@ -95,8 +95,8 @@ def score_section(
     kind = scene_of(scene)
     return [
         f"## {scene}: {kind.title}",
-        f"{what} Scores ({better(scene)}) of {kind.validation_note}: mean ± standard "
-        "deviation over the seeds; difference with the same seed, mean ± standard error.",
+        f"{what} Scores ({better(scene)}): mean ± standard deviation over the seeds; difference "
+        f"with the same seed, mean ± standard error. Validation: {kind.validation_note}.",
         score_table(records, scene, variants, columns or {"incidence": mean_of("incidence")}),
         beyond_sentence(records, scene, variants),
     ]
