@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
-from gcond_kernels.methods import Method
+from gcond_kernels.methods import Method, NonConflicting
 from gcond_kernels.methods.function import method_of
 from gcond_kernels.methods.method import (
     Comparison,
@@ -98,7 +98,8 @@ def resolve_gradients(
             [K]; None is `GCond()`.
         state: what is kept from step to step (averages, history, which tasks use a parameter): pass
             the same dict, {} at first, in every step; it is filled and changed in place, and may be
-            saved. None starts afresh: without history, averages and random numbers so far.
+            saved. It goes on where `NonConflicting` is put around the method. None starts afresh:
+            without history, averages and random numbers so far.
 
     Returns:
         [K] float64 weights, on the device: the resolved gradient is Σ_k weights[k] · g_k. NaN for
@@ -108,8 +109,8 @@ def resolve_gradients(
 
     Raises:
         TypeError, ValueError: the gradients do not go with the parameters, the method needs what
-            only GCondFused knows (losses, names), or the state is of other tasks or parameters.
-            The message says which, and nothing has changed.
+            only GCondFused knows (losses, names), or the state is of another method, other options,
+            tasks or parameters. The message says which, and nothing has changed.
     """
     method = method_of(method)
     _check_method(method)
@@ -276,7 +277,7 @@ def _prepared(
     """Return the state, filled where it was empty; check that it is of this method and layout."""
     device = segments[0].parameter.device
     made_of = {
-        "method": repr(method),
+        "method": repr(_inner(method)),
         "tasks": tasks,
         "shapes": [list(segment.shape) for segment in segments],
         "strides": [list(segment.stride) for segment in segments],
@@ -284,12 +285,7 @@ def _prepared(
     if state is not None and not isinstance(state, dict):
         raise TypeError(f"state must be a dict, {{}} at first, or None, not {type(state)}")
     if state:
-        for name, value in made_of.items():
-            if state.get(name) != value:
-                raise ValueError(
-                    f"state has {name}={state.get(name)}, and this call {value}: give every method "
-                    "and every list of parameters a state of its own"
-                )
+        _check_same(state, made_of)
         return state
     kept = fresh_state(method, tasks, (), device)
     if state is None and "counter" in kept:
@@ -306,3 +302,27 @@ def _prepared(
     state.update(made_of, method_state=kept, history=history)
     state.update(parameter_tasks=used, was_shared=was_shared)
     return state
+
+
+def _inner(method: Method) -> Method:
+    """Return the method whose state it is: NonConflicting has none of its own."""
+    while isinstance(method, NonConflicting):
+        method = method.method
+    return method
+
+
+def _check_same(state: dict[str, Any], made_of: dict[str, Any]) -> None:
+    """Raise a ValueError where a state is of another method, or of other tasks or parameters."""
+    for name, value in made_of.items():
+        found = state.get(name)
+        if found == value:
+            continue
+        difference = f"{name}={found}, and this call {value}"
+        if name == "method":  # without the options, which are long
+            was, now = str(found).split("(")[0], value.split("(")[0]
+            other = "other options" if was == now else now
+            difference = f"method={was}, and this call {other}"
+        raise ValueError(
+            f"state has {difference}: give every method and every list of parameters a state of "
+            "its own"
+        )

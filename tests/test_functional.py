@@ -247,11 +247,30 @@ def test_a_state_of_other_tasks_is_refused_and_stays():
     resolve_gradients(parameters, [[torch.ones(2), torch.ones(3)]] * 2, GCond(), state)
     with pytest.raises(ValueError, match="state has tasks=2, and this call 3"):
         resolve_gradients(parameters, [[torch.ones(2), torch.ones(3)]] * 3, GCond(), state)
-    for method in (gk.PCGrad(), GCond(history_dtype=torch.float32), GCond(dominance_window=9)):
-        with pytest.raises(ValueError, match=r"state has method=GCond.*, and this call"):
-            resolve_gradients(parameters, [[torch.ones(2), torch.ones(3)]] * 2, method, state)
+    others = {
+        "PCGrad": (gk.PCGrad(), gk.NonConflicting(gk.PCGrad())),
+        "other options": (GCond(history_dtype=torch.float32), GCond(dominance_window=9)),
+    }
+    for said, methods in others.items():
+        for method in methods:
+            with pytest.raises(ValueError, match=f"state has method=GCond, and this call {said}:"):
+                resolve_gradients(parameters, [[torch.ones(2), torch.ones(3)]] * 2, method, state)
     with pytest.raises(TypeError, match="state must be a dict"):
         resolve_gradients(parameters, [[torch.ones(2), torch.ones(3)]] * 2, GCond(), [])
+
+
+def test_a_state_goes_on_where_nonconflicting_is_put_around_the_method():
+    parameters, state = two(), {}
+    tasks = [[torch.tensor([1.0, -2]), torch.ones(3)], [torch.tensor([-1.0, 0]), -torch.ones(3)]]
+    around = gk.NonConflicting(gk.NonConflicting(GCond()))
+    for method in (GCond(), around, GCond()):
+        resolve_gradients(parameters, tasks, method, state)
+    alone = {}
+    for _ in range(3):
+        resolve_gradients(parameters, tasks, GCond(), alone)
+    assert torch.equal(state["history"], alone["history"])
+    for name, value in alone["method_state"].items():
+        assert torch.equal(state["method_state"][name], value)
 
 
 def test_a_state_goes_through_a_file(tmp_path):

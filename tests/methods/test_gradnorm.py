@@ -207,4 +207,4 @@ def test_copies_and_comparisons_ignore_the_flag(monkeypatch):
         assert twin == method
         assert hash(twin) == hash(method)
         assert repr(twin) == repr(method) == "GradNorm(alpha=1.5, lr=0.1, parameters=None)"
-        assert twin._positive._noted is None
+        assert twin._positive._kept is None

@@ -283,6 +283,25 @@ def test_on_a_gpu_the_step_is_skipped_and_a_later_one_raises(method, monkeypatch
 
 
 @every_weighting
+@pytest.mark.parametrize("others", [None, ("a", "b", "c")])
+def test_on_a_gpu_a_loss_at_fault_is_raised_though_a_copy_was_pending(method, others, monkeypatch):
+    """Once the copy is there; or before, where the tasks are others."""
+    events, method = late_flags(monkeypatch), copy.deepcopy(method)
+    state, good = fresh_state(method, 3, (), CPU), float64([1.0, 2.0, 3.0])
+    resolve(method, EYE, state, good)
+    assert not bool(resolve(method, EYE, state, float64([1.0, 2.0, -3.0])).finite)
+    assert bool(resolve(method, EYE, state, good).finite)
+    assert len(events) == 1  # still pending
+    if others is None:
+        events[-1].done = True
+        assert bool(resolve(method, EYE, state, good).finite)
+        events[-1].done = True
+    with pytest.raises(ValueError, match="the loss of task 2 is -3"):
+        resolve(method, EYE, state, good, tasks=others)
+    assert bool(resolve(method, EYE, state, good, tasks=others).finite)  # raised once
+
+
+@every_weighting
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_skips_the_step(method, loss):
     state = fresh_state(method, 3, (), CPU)
@@ -305,7 +324,7 @@ def test_copies_and_comparisons_ignore_the_flag(method, monkeypatch):
         assert hash(twin) == hash(method)
         assert repr(twin) == repr(method)
         assert "_positive" not in repr(twin)
-        assert twin._positive._noted is None
+        assert twin._positive._kept is None
 
 
 # ---- In training.
