@@ -326,6 +326,7 @@ class GCondFused(SavedOptimizer):
         window.resolved, window.finite = True, outcome.decision.finite
         noted = resolver.note(outcome, counts)
         try:
+            self.recorder.loss_weights = window.weights
             self.recorder.record(noted)
         except Exception as error:  # for want of memory, say: the step itself is complete
             warnings.warn(f"optimizer.recorder has lost its latest steps: {error!r}", stacklevel=2)

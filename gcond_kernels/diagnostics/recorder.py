@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gcond_kernels.diagnostics.advice import advise
 from gcond_kernels.diagnostics.records import (
+    InUse,
     Record,
     check_count,
     incidence_of,
@@ -22,7 +23,6 @@ from gcond_kernels.diagnostics.records import (
     pair_cosines,
     ratio_of,
     record_key,
-    rises,
     zone_of,
 )
 from gcond_kernels.diagnostics.report import Resolution, stacked
@@ -43,7 +43,7 @@ class _Buffers(NamedTuple):
     """Hold what a recorder keeps on the device.
 
     Attributes:
-        table: [capacity, K² + 5 K + 4] float64, a record each, as `_fields` splits it. The latest
+        table: [capacity, K² + 6 K + 5] float64, a record each, as `_fields` splits it. The latest
             is at (recorded - 1) % capacity.
         recorded: [1] int64, how many records were written.
         counts: [L, BINS + 1] int64, for each layer the pairs with a cosine in each interval from
@@ -76,6 +76,9 @@ class Recorder:
         capacity: how many of the latest steps are kept; 0 records nothing. Assigning it keeps the
             latest as far as they fit. Steps in a CUDA graph that was captured before are no longer
             recorded.
+        in_use: what is known of the method; the optimizer assigns it.
+        loss_weights: of the tasks; None where it is not known. The optimizer assigns it. `advise`
+            looks at the steps since either changed.
     """
 
     def __init__(
@@ -87,6 +90,9 @@ class Recorder:
         self._layer_names: list[str] = []
         self._made: _Buffers | None = None  # by the first `record`, on its device
         self._waiting: list[Resolution] = []  # alike but for their values, still to be written
+        self._in_use = InUse()
+        self._loss_weights: tuple[float, ...] | None = None
+        self._changes = 0  # of those two; of what waits too
         self.capacity = capacity
 
     def __getstate__(self) -> dict[str, object]:
@@ -98,6 +104,32 @@ class Recorder:
         """What is kept, with all that was recorded."""
         self._write()
         return self._made
+
+    @property
+    def in_use(self) -> InUse:
+        """What is known of the method."""
+        return self._in_use
+
+    @in_use.setter
+    def in_use(self, in_use: InUse) -> None:
+        if in_use != self._in_use:
+            self._count_change()
+            self._in_use = in_use
+
+    @property
+    def loss_weights(self) -> tuple[float, ...] | None:
+        """The tasks' loss weights."""
+        return self._loss_weights
+
+    @loss_weights.setter
+    def loss_weights(self, loss_weights: tuple[float, ...] | None) -> None:
+        if loss_weights != self._loss_weights:
+            self._count_change()
+            self._loss_weights = loss_weights
+
+    def _count_change(self) -> None:
+        self._write()
+        self._changes += 1
 
     @property
     def capacity(self) -> int:
@@ -152,7 +184,7 @@ class Recorder:
         index = buffers.recorded
         if len(waiting) > 1:
             index = index + torch.arange(len(waiting), device=index.device)
-        buffers.table.index_copy_(0, index % self.capacity, _encoded(several))
+        buffers.table.index_copy_(0, index % self.capacity, _encoded(several, self._changes))
         buffers.recorded.add_(len(waiting))
         if self._layer_names:
             _count_cosines(buffers, several.per_tensor, several.decision.finite)
@@ -186,7 +218,7 @@ class Recorder:
 
     def _new_table(self, capacity: int, device: torch.device) -> Tensor:
         K = len(self.tasks)
-        width = K * K + 5 * K + 4
+        width = K * K + 6 * K + 5
         return torch.zeros((capacity, width), dtype=torch.float64, device=device)
 
     @fixed_precision
@@ -233,6 +265,7 @@ class Recorder:
         synchronizes with the device. Each record holds
 
         - step: which resolution it was, counted from 1;
+        - changes: how often the loss weights or the method (granularity, mode) had changed;
         - skipped: whether it was left out, as a gradient was not finite;
         - zone: "none", "mild", "moderate" or "critical", by the smallest cosine;
         - min_cosine: the smallest cosine of any pair before anything was resolved;
@@ -271,13 +304,14 @@ class Recorder:
         self, gramian: Tensor, dropped: Tensor, squares: Tensor, *values: Tensor
     ) -> Record:
         tasks = self.tasks
-        weights, descent, losses = map(known, values[:3])
-        number, finite, conflicts, winner = values[3].tolist()
+        weights, descent, rising, losses = map(known, values[:4])
+        number, finite, conflicts, winner, changes = values[4].tolist()
         S = gramian.view(len(tasks), -1)
         cosines, shared_norms = pair_cosines(S) if finite else {}, norms_of(S)
         smallest = min(cosines.values(), default=None)
         record: Record = {
             "step": int(number),
+            "changes": int(changes),
             "skipped": not finite,
             "zone": None if smallest is None else zone_of(smallest, self.thresholds),
             "min_cosine": smallest,
@@ -296,7 +330,7 @@ class Recorder:
             ],
             "weight": weights,
             "descent": descent,
-            "rising": [*map(rises, descent)],
+            "rising": [None if value is None else value > 0.0 for value in rising],
             "loss": losses,
             "dropped": dropped.bool().tolist(),
         }
@@ -365,14 +399,14 @@ def layers_of(names: Sequence[str]) -> dict[str, list[int]]:
 def _fields(table: Tensor, tasks: int) -> tuple[Tensor, ...]:
     """Return what records [n, width] hold.
 
-    Gramian, dropped, squared norms, weights, descent, losses, and four numbers: step, finite,
-    conflicts, winner.
+    Gramian, dropped, squared norms, weights, descent, rising, losses, and five numbers: step,
+    finite, conflicts, winner, changes.
     """
-    return torch.split(table, [tasks * tasks, *[tasks] * 5, 4], dim=1)
+    return torch.split(table, [tasks * tasks, *[tasks] * 6, 5], dim=1)
 
 
-def _encoded(several: Resolution) -> Tensor:
-    """Return records as `_fields` splits them, [n, K² + 5 K + 4] float64, of n resolutions."""
+def _encoded(several: Resolution, changes: int) -> Tensor:
+    """Return records as `_fields` splits them, [n, K² + 6 K + 5] float64, of n resolutions."""
     (events, finite), gramian = several.decision[2:], several.gramian
     # A method that resolves no conflicts has no events; of those per tensor none is the first.
     has_first = events.dim() == 3 and events.shape[1] > 0
@@ -383,12 +417,13 @@ def _encoded(several: Resolution) -> Tensor:
             several.nonfinite.to(torch.float64),
             several.squares,
             several.weights,
-            several.descent,
+            *several.descent_and_rising,
             several.losses,
             several.counters[:, :1].to(torch.float64),
             finite.to(torch.float64)[:, None],
             (events[..., 0] >= 0.0).flatten(1).sum(1, keepdim=True, dtype=torch.float64),
             winner,
+            torch.full_like(winner, changes),
         ],
         dim=1,
     )

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Collection, Sequence
 from itertools import combinations
 from numbers import Integral
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,9 +17,21 @@ Record: TypeAlias = "dict[str, Any]"
 ZONES = ("mild", "moderate", "critical")
 ALL_ZONES = ("none", *ZONES)
 
-# A cosine of the result with a task's gradient below this is a loss that rises. What a method
-# has made 0 is within the rounding of float32 Gramians.
-RISING = -1e-6
+
+class InUse(NamedTuple):
+    """Hold what advice has to know of how the tasks' gradients are compared and resolved.
+
+    Attributes:
+        method: the name of the method's class.
+        settings: the method's options, granularity and mode, in words that differ where they do.
+        state_of: the name of the class whose state it keeps: of the method that it is around.
+        follows_loss_weights: whether a larger loss weight turns the result to the task.
+    """
+
+    method: str = ""
+    settings: str = ""
+    state_of: str = ""
+    follows_loss_weights: bool = True
 
 
 def pair_cosines(gramian: Tensor) -> dict[tuple[int, int], float]:
@@ -51,11 +63,6 @@ def known(values: Tensor) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
-def rises(cosine: float | None) -> bool | None:
-    """Return whether a loss rises to first order, by the cosine of the result with its gradient."""
-    return None if cosine is None else cosine < RISING
-
-
 def zone_of(cosine: float, thresholds: tuple[float, float, float]) -> str:
     """Return the zone of a cosine: "none" from θ_weak on, "critical" at θ_crit and below."""
     critical, main, weak = thresholds
@@ -80,6 +87,11 @@ def mean_incidence(records: Sequence[Record]) -> float | None:
 def percent(part: float, whole: float = 1.0, digits: int = 1) -> str:
     """Return a part of a whole in percent."""
     return f"{100.0 * part / whole:.{digits}f} %"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """Return a number with its sign; what is rounded to 0 is positive."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
 def record_key(quantity: str, *tasks: str) -> str:

@@ -19,10 +19,13 @@ from gcond_kernels.diagnostics.records import (
     norms_of,
     pair_cosines,
     ratio_of,
-    rises,
     zone_of,
 )
 from gcond_kernels.storage.shared_parameters import SharedParameters, summed
+
+# Products of the result with the tasks' gradients are known up to this part of their terms, as
+# Gramians are sums in float32 (docs/methods.md, "What each guarantees").
+ROUNDING = 1e-6
 
 
 class Conflict(NamedTuple):
@@ -81,7 +84,10 @@ class Report:
             task's own, over all parameters: a small step along it lowers the task's loss where it
             is positive. None where the task has no gradient, where the result is zero or the step
             is skipped, and with GradDrop.
-        rising: the tasks whose loss rises to first order: with a cosine below -1e-6.
+        rising: the tasks whose loss rises to first order: the resolved gradient's product with
+            their own is below 0 by more than rounding, 1e-6 of ‖ĝ_k‖ Σ_j |weight_j| ‖ĝ_j‖ (with
+            granularity="tensor" summed over the tensors). Their cosines are all below 0; one that
+            is may be rounding alone where gradients cancel out.
         gradient_norm: norm of the resolved gradient, before momentum and clipping; NaN with
             GradDrop, which does not compute it.
         winners: the last winners of conflicts, oldest first; of GCond with granularity="model".
@@ -158,29 +164,37 @@ class Resolution(NamedTuple):
         return self.shared.mean_weights(self.decision, self.squares)
 
     @property
-    def result_products(self) -> tuple[Tensor, Tensor]:
-        """Products of the resolved gradient d with each task's, ĝ_k · d [K], and with itself, [].
+    def result_products(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Products of the resolved gradient d with each task's, their terms [K], and with itself.
 
         In each tensor t d is Σ_k w_tk ĝ_tk: ĝ_k · d = Σ_t (S_t w_t)_k, and ‖d‖² = Σ_t w_tᵀ S_t w_t.
+        The terms of ĝ_k · d are Σ_t ‖ĝ_tk‖ Σ_j |w_tj| ‖ĝ_tj‖, of which its rounding is a part.
         """
         w, shared = self.decision.weights, self.shared
         if shared.by_tensor:
             w = torch.where(shared.flags[..., None], w, 1.0)
-            products = torch.einsum("...tij,...tj->...ti", self.per_tensor, w)
-            return products.sum(-2), (products * w).sum((-2, -1))
-        products = torch.einsum("...ij,...j->...i", self.gramian, w)
+            products, terms = _products(self.per_tensor, w)
+            return products.sum(-2), terms.sum(-2), (products * w).sum((-2, -1))
+        products, terms = _products(self.gramian, w)
         square = (products * w).sum(-1)
         if shared.all_shared:
-            return products, square
+            return products, terms, square
         own = summed(self.per_tensor, ~shared.flags).sum(-1)  # written as they are
-        return products + own, square + own.sum(-1)
+        return products + own, terms + own, square + own.sum(-1)
 
     @property
     def descent(self) -> Tensor:
         """Cosines of the resolved gradient with each task's, [K]; NaN where there is none."""
-        products, square = self.result_products
+        return self.descent_and_rising[0]
+
+    @property
+    def descent_and_rising(self) -> tuple[Tensor, Tensor]:
+        """These cosines, and whether a loss rises to first order: 1 or 0, NaN where unknown."""
+        products, terms, square = self.result_products
         cosines = products / (self.squares.sqrt() * square.clamp(min=0.0).sqrt()[..., None])
-        return torch.where(self.decision.finite[..., None], cosines, math.nan).clamp(-1.0, 1.0)
+        cosines = torch.where(self.decision.finite[..., None], cosines, math.nan).clamp(-1.0, 1.0)
+        rising = (products < -ROUNDING * terms).to(cosines)
+        return cosines, torch.where(cosines.isfinite(), rising, math.nan)
 
     @property
     def nbytes(self) -> int:
@@ -199,7 +213,7 @@ class Resolution(NamedTuple):
     def report(self, tasks: Sequence[str]) -> Report:
         """Return the report. On a GPU this synchronizes with the device."""
         gramian = self.gramian.cpu()
-        cosines, descent = pair_cosines(gramian), known(self.descent)
+        cosines, (descent, rising) = pair_cosines(gramian), map(known, self.descent_and_rising)
         skipped = not bool(self.decision.finite)
         step, skipped_steps, *nonfinite_steps = self.counters.tolist()
 
@@ -232,7 +246,7 @@ class Resolution(NamedTuple):
                 name: per_task(weights) for name, weights in self._of_shared(self.decision.weights)
             },
             descent=per_task(descent),
-            rising=[*compress(tasks, map(rises, descent))],
+            rising=[*compress(tasks, rising)],
             gradient_norm=math.nan if skipped else self._gradient_norm(),
             winners=[tasks[index] for index in of_model(self.winners) if index >= 0],
             tensor_cosines={name: min(pairs.values()) for name, pairs in tensor_cosines if pairs},
@@ -264,7 +278,14 @@ class Resolution(NamedTuple):
         ]
 
     def _gradient_norm(self) -> float:
-        return float(self.result_products[1].clamp(min=0.0).sqrt())
+        return float(self.result_products[2].clamp(min=0.0).sqrt())
+
+
+def _products(gramians: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the products of Σ_k w_k ĝ_k with each gradient, [..., K], and the sizes of terms."""
+    norms = gramians.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
+    products = torch.einsum("...ij,...j->...i", gramians, weights)
+    return products, norms * (weights.abs() * norms).sum(-1, keepdim=True)
 
 
 def stacked(resolutions: Sequence[Resolution]) -> Resolution:

@@ -21,6 +21,8 @@ class AlignedMTL(Method):
     that are not 0 up to rounding, of which λ_min is the smallest.
     """
 
+    follows_loss_weights = False
+
     @in_numpy
     def weights(self, gramian: Array, state: State, known: Known) -> Array:
         """Return √λ_min · V Λ^(-1/2) Vᵀ · (1/K, …, 1/K)."""

@@ -26,6 +26,8 @@ class ConFIG(Method):
     weights are 0.
     """
 
+    follows_loss_weights = False
+
     @in_numpy
     def weights(self, gramian: Array, state: State, known: Known) -> Array:
         """Return β / ‖ĝ‖, times the sum of the projections over ‖x‖²."""

@@ -36,6 +36,7 @@ class FairGrad(Method):
         ValueError: α is out of its range.
     """
 
+    follows_loss_weights = False
     alpha: float = 2.0
 
     def __post_init__(self) -> None:

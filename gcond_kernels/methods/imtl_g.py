@@ -21,6 +21,8 @@ class IMTLG(Method):
     gradient.
     """
 
+    follows_loss_weights = False
+
     @in_numpy
     def weights(self, gramian: Array, state: State, known: Known) -> Array:
         """Return β / ‖ĝ‖, divided by its sum."""

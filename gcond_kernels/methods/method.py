@@ -99,6 +99,7 @@ class Method(ABC):
         adds_magnitudes: whether the result is bounded by the sum of the gradients' magnitudes
             alone, and not by the magnitude of their weighted sum.
         compares_single_task: whether a task that comes alone is compared too.
+        follows_loss_weights: whether a task's larger loss weight turns the result to its gradient.
     """
 
     needs_losses: ClassVar[bool] = False
@@ -109,6 +110,7 @@ class Method(ABC):
     bounded_weights: ClassVar[bool] = False
     adds_magnitudes: ClassVar[bool] = False
     compares_single_task: ClassVar[bool] = False
+    follows_loss_weights: ClassVar[bool] = True
 
     def __repr__(self) -> str:
         # Without an address: ranks compare it. (A dataclass has one of its own, with its options.)

@@ -22,6 +22,8 @@ class MGDA(Method):
     others use, converges slowly).
     """
 
+    follows_loss_weights = False
+
     @in_numpy
     def weights(self, gramian: Array, state: State, known: Known) -> Array:
         """Return α."""

@@ -34,6 +34,8 @@ class NashMTL(Method):
     gradients.
     """
 
+    follows_loss_weights = False
+
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """Return α."""
         C = definite(cosines(gramian), known.rounding)

@@ -30,6 +30,7 @@ OF_INNER_METHOD = (
     *("needs_losses", "history_dtype", "shared_state", "parameters", "thresholds"),
     # Not bounded_weights: where gradients depend on each other or cancel out, w + λ may be large.
     "compares_single_task",
+    "follows_loss_weights",
 )
 
 

@@ -37,6 +37,7 @@ class NormBalancing(Method):
         ValueError: β is out of its range.
     """
 
+    follows_loss_weights = False
     beta: float = 0.9
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gcond_kernels import ops
 from gcond_kernels.diagnostics.recorder import Recorder
+from gcond_kernels.diagnostics.records import InUse
 from gcond_kernels.distributed.data_parallel import DataParallel
 from gcond_kernels.distributed.options import Distributed
 from gcond_kernels.options import (
@@ -64,6 +65,7 @@ class WindowedOptimizer(OptimizerWrapper):
         self._fixed = fixed
         self._window = Window()
         self.recorder = Recorder(tuple(weights), options.current.method.thresholds)
+        self.recorder.in_use = in_use(options.current)
 
     def _make_parts(self, ranks: Distributed) -> None:
         """Make what collects, stores, exchanges and resolves the gradients."""
@@ -213,6 +215,7 @@ class WindowedOptimizer(OptimizerWrapper):
         """Let the assigned options take effect."""
         self._resolver.renew()
         self.recorder.thresholds = self._options.current.method.thresholds
+        self.recorder.in_use = in_use(self._options.current)
         self._rank_strategy.require_check()
 
     def drop_window(self) -> None:
@@ -346,3 +349,14 @@ def is_empty(gradient: Tensor) -> bool:
     """Return whether what this process holds of a gradient is all zeros."""
     part = local_shard(gradient)
     return part.layout == torch.strided and is_zero([part])
+
+
+def in_use(options: Options) -> InUse:
+    """Return what advice has to know of the options."""
+    method = options.method
+    return InUse(
+        method=type(method).__name__,
+        settings=f"{method!r}, granularity={options.granularity!r}, mode={options.mode!r}",
+        state_of=method.state_type.__name__,
+        follows_loss_weights=method.follows_loss_weights,
+    )

@@ -12,6 +12,7 @@ from gcond_kernels.diagnostics.advice import (
     Figures,
     Verdict,
     figures_of,
+    served_least,
     verdict_on,
 )
 from gcond_kernels.diagnostics.recorder import Recorder
@@ -55,6 +56,7 @@ def figures(**changed) -> Figures:
         median=-0.6,
         against={"a": 0.0, "b": 0.0},
         descent={"a": 0.6, "b": 0.5},
+        least=(),
         norms={"a": 1.0, "b": 1.0},
         ratio=1.5,
     )
@@ -63,7 +65,6 @@ def figures(**changed) -> Figures:
 
 CALM = {"zones": {"none": 1.0, "mild": 0.0, "moderate": 0.0, "critical": 0.0}, "strong": 0.0}
 UNKNOWN = {"against": {}, "descent": {}}
-THREE = {"a": 0.1, "b": 0.9, "c": 0.2}
 
 
 @pytest.mark.parametrize(
@@ -72,32 +73,41 @@ THREE = {"a": 0.1, "b": 0.9, "c": 0.2}
         ({}, Verdict("conflict")),
         ({"against": {"a": 0.0, "b": 0.05}}, Verdict("conflict", (), True, True)),
         ({"against": {"a": 0.04, "b": 0.0}}, Verdict("conflict")),
-        ({"descent": {"a": 0.9, "b": 0.65}}, Verdict("imbalance and conflict", ("b",), True)),
-        ({"descent": {"a": 0.9, "b": 0.66}}, Verdict("conflict")),
-        ({"descent": THREE}, Verdict("imbalance and conflict", ("a", "c"), True)),
-        (
-            {"descent": THREE, "ratio": 40.0},
-            Verdict("imbalance and conflict", ("a", "c"), True),
-        ),
-        ({"descent": THREE, "steps": 299}, Verdict("conflict")),  # too early for weights
+        ({"least": ("b",)}, Verdict("imbalance and conflict", ("b",), True)),
+        ({"least": ("a", "c")}, Verdict("imbalance and conflict", ("a", "c"), True)),
+        ({"least": ("b",), "steps": 299}, Verdict("conflict")),  # too early for weights
         # Without a conflict.
         (CALM, Verdict("nothing")),
-        ({**CALM, "descent": {"a": 0.9, "b": 0.1}}, Verdict("nothing")),  # and as long
+        ({**CALM, "least": ("b",)}, Verdict("nothing")),  # and as long
         ({**CALM, "ratio": 20.0}, Verdict("nothing")),  # the method has balanced them
-        (
-            {**CALM, "descent": {"a": 0.9, "b": 0.1}, "ratio": 4.0},
-            Verdict("imbalance", ("b",), True),
-        ),
+        ({**CALM, "least": ("b",), "ratio": 4.0}, Verdict("imbalance", ("b",), True)),
         # Of GradDrop, with which it is not known what the result does.
         (UNKNOWN, Verdict("conflict")),
         (
-            {**UNKNOWN, **CALM, "norms": {"a": 8.0, "b": 1.0}, "ratio": 8.0},
+            {**UNKNOWN, **CALM, "least": ("b",), "ratio": 8.0},
             Verdict("imbalance", ("b",), True),
         ),
     ],
 )
 def test_the_verdict_is_a_function_of_few_figures(changed, verdict):
     assert verdict_on(figures(**changed)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("cosines", "least"),
+    [
+        ([0.9, 0.65], "b"),
+        ([0.9, 0.66], ""),
+        ([0.1, 0.9, 0.2], "ac"),
+        ([0.76, 0.9, 0.6], "ac"),  # all that are nearer to the worst than to the best
+        ([0.78, 0.9, 0.6], "c"),
+        ([0.7, 0.9, 0.66], ""),
+        ([], "b"),  # the norm alone is known
+    ],
+)
+def test_all_tasks_that_are_served_least_are_named_together(cosines, least):
+    descent = dict(zip("abc", cosines, strict=False))
+    assert "".join(served_least(descent, {"a": 8.0, "b": 1.0, "c": 3.0})) == least
 
 
 def test_the_advice_says_whom_steps_went_against_and_what_to_try():
@@ -115,16 +125,16 @@ def test_the_advice_says_whom_steps_went_against_and_what_to_try():
     verdict = said.partition("Verdict: ")[2].splitlines()
     assert verdict[:2] == [
         "the tasks conflict: moderate or critical in 50.0 % of the steps.",
-        "And the result serves b less than the others.",
+        "And the result follows a much more than b.",
     ]
     assert verdict[3].endswith("of b: optimizer.tasks['b'] *= 10")
     assert verdict[4].endswith("method=NashMTL()")
     assert verdict[5].endswith("to first order: method=UPGrad()")
-    assert "ask again" not in said
+    assert "Ask again" not in said
     kept.capacity = 299
     said = kept.advise()
     assert "optimizer.tasks" not in said
-    assert said.endswith("ask again after 300 steps: at first it changes who is served.")
+    assert said.endswith("Ask again after\n300 steps with the same weights and method.")
 
 
 def test_the_code_in_the_advice_does_what_it_says():
@@ -212,7 +222,7 @@ def test_advice_without_a_comparison():
     kept = Recorder("ab", THRESHOLDS, 100)
     for number in range(1, 31):
         add(kept, gradients_of(2, number), number, dropped=(0, 1), skipped=True)
-    assert "Verdict: none." in kept.advise()
+    assert "Verdict: none. No step had finite gradients of two tasks" in kept.advise()
 
 
 # On scenes where it was measured what helps (bench/experiments/README.md).

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from gcond_kernels import MGDA, GCond, GCondFused, GradDrop, PCGrad, Sum, neuron_mask
-from gcond_kernels.diagnostics.records import rises
 from gcond_kernels.training.losses import add_loss
 from tests.helpers.as_on_gpu import no_reads
 from tests.helpers.host_reads import HostReads
@@ -191,7 +190,6 @@ def test_there_is_no_descent_in_a_step_that_its_weights_skip():
 
 def test_a_loss_within_rounding_does_not_rise():
     """What a method has made 0 is so but for the rounding of its weights."""
-    assert [rises(x) for x in (-1e-5, -9e-7, 0.0, 0.5, None)] == [True, False, False, False, None]
     g = torch.tensor([0.3, 0.4]).tolist(), torch.tensor([-0.7, 0.1]).tolist()
     J = torch.tensor(g, dtype=torch.float64)
     S = J @ J.mT
