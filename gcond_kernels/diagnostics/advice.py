@@ -370,7 +370,7 @@ def _no_trial(figures: Figures, verdict: Verdict) -> str:
         return "No method is named: what the result does to the tasks is not known."
     if verdict.balance or verdict.protect:
         return "No other method is named: what would be tried is in use."
-    return "But the result goes against no task often, and serves all."
+    return "But the result goes against no task often."
 
 
 def _trials(verdict: Verdict, in_use: InUse) -> list[str]:

@@ -129,7 +129,7 @@ class Recorder:
 
     def _count_change(self) -> None:
         self._write()
-        self._changes += 1
+        self._changes += self._made is not None
 
     @property
     def capacity(self) -> int:
