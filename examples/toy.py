@@ -1,7 +1,9 @@
 """Two losses of two numbers, on which methods differ to the eye: their ways to the Pareto front.
 
 The objective of CAGrad (Liu et al. 2021, arXiv 2110.14048, appendix), with the first loss a tenth
-of what it is there and the starts of Nash-MTL (Navon et al. 2022, arXiv 2202.01017, appendix):
+of what it is there and the starts of Nash-MTL (Navon et al. 2022, arXiv 2202.01017, appendix). It
+is as both papers print it: their published code has + tanh(-θ₂) in the second valley, not minus,
+and that valley then lies at θ₁ = 5 above, not at 9.
 
     python -m examples.toy [PICTURE]
 """

@@ -22,8 +22,7 @@ class DWA(LossWeighting):
     epochs; 1 in the first two. An epoch is `steps_per_epoch` resolutions: losses of single windows
     would be compared by their noise. Tasks without a loss in one of the two epochs have r_k = 1.
     Only ratios of a loss to itself count, so weights do not depend on the scale of a loss, and are
-    between 0 and K. What a task takes no part in, and losses that are not positive: see
-    `LossWeighting`.
+    between 0 and K. What takes part, and losses that are not positive: see `LossWeighting`.
 
     Args:
         steps_per_epoch: resolutions that a loss is averaged over, 1 or more; best as many as an

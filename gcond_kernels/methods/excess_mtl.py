@@ -13,7 +13,7 @@ from gcond_kernels.methods.method import Known, Method, State
 
 @dataclass(frozen=True)
 class ExcessMTL(Method):
-    """Weight tasks by how far they are from their optimum, told by their gradients.
+    """Weight tasks by how far they are from their optimum, estimated from their gradients.
 
     Y. He et al., "Robust Multi-Task Learning with Excess Risks", ICML 2024, arXiv 2402.02009,
     equations 6 to 9: the excess risk of a task is about ĝᵀ H⁻¹ ĝ, relative to that of its first

@@ -26,8 +26,8 @@ class FairGrad(Method):
     H. Ban and K. Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024, arXiv
     2402.15638, equation 4: S w = w^(−1/α), w > 0. α = 1 is `NashMTL`; the larger α, the more goes
     to the task that gains least, and towards 0 the result becomes the plain sum. S is divided by
-    its Frobenius norm before, as for `NashMTL`, so that the scale of all gradients does not change
-    the weights; of one loss it does, but for α = 1.
+    its Frobenius norm before, as for `NashMTL`, so that a factor common to all gradients does not
+    change the weights. A factor of one loss changes the direction, unless α = 1.
 
     Args:
         alpha: α, in [0.1, 10].
