@@ -183,11 +183,13 @@ def range_of_conflicts(runs: Sequence[Run]) -> str:
 
 
 def against_sentence(runs: Sequence[Run]) -> str:
-    """Return in how many steps the result went against a task."""
+    """Return in how many steps the result went against a task, of the methods that ever did."""
     said = []
-    for run in runs:
+    for run in (run for run in runs if against_any(run)):
         tasks = ", ".join(f"{task} {100.0 * s:.0f} %" for task, s in (against(run) or {}).items())
         said.append(f"{100.0 * against_any(run):.0f} % of {run.method.name} ({tasks})")
+    if len(said) < len(runs):
+        said.append("0 % of the others" if said else "none of any method")
     return (
         "Against a task: in these steps the resolved gradient raises its loss, to first order: "
         f"{'; '.join(said)}. What AdamW makes of it is not counted."

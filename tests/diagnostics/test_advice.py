@@ -5,7 +5,18 @@ import torch
 
 from examples.demo.digits import Digits
 from examples.demo.physics import Burgers, Kovasznay
-from gcond_kernels import GCond, GCondFused, Sum
+from gcond_kernels import (
+    MGDA,
+    ConFIG,
+    FairGrad,
+    GCond,
+    GCondFused,
+    GradDrop,
+    NashMTL,
+    NonConflicting,
+    Sum,
+    UPGrad,
+)
 from gcond_kernels.diagnostics.advice import (
     ENOUGH_FOR_WEIGHTS,
     ENOUGH_STEPS,
@@ -16,6 +27,8 @@ from gcond_kernels.diagnostics.advice import (
     verdict_on,
 )
 from gcond_kernels.diagnostics.recorder import Recorder
+from gcond_kernels.diagnostics.records import signed
+from gcond_kernels.methods import Method
 from tests.helpers.recorded import THRESHOLDS, add, gradients_of, two_tasks, with_cosines
 
 
@@ -45,6 +58,21 @@ def test_the_verdict_follows_the_numbers(cosines, verdict):
     ) == plain
     assert ("compare with the plain sum" in said) != plain
     assert ("1 of 2 backward passes" in said) == plain
+
+
+class Against(Method):
+    """Weights that go against the second task, whatever its loss weight."""
+
+    follows_loss_weights = False
+
+    def weights(self, gramian, *_):
+        return gramian.new_tensor([1.0, 0.0]).expand(gramian.shape[:-1])
+
+
+class AgainstNash(Against):
+    @property
+    def state_type(self):
+        return NashMTL
 
 
 def figures(**changed) -> Figures:
@@ -158,6 +186,121 @@ def trained_apart() -> GCondFused:
     return optimizer
 
 
+def trained(method, steps=ENOUGH_FOR_WEIGHTS, second=-1.0) -> GCondFused:
+    """By two tasks in conflict, one with a gradient 4 times as long; the second may have none."""
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    base = torch.optim.SGD([parameter], lr=1e-6)
+    optimizer = GCondFused(base, {"a": 1.0, "b": 1.0}, method=method)
+    train_on(optimizer, parameter, steps, second)
+    return optimizer
+
+
+def train_on(optimizer, parameter, steps, second=-1.0):
+    for _ in range(steps):
+        optimizer.backward({"a": 3.0 * parameter.sum(), "b": second * parameter[0]})
+        optimizer.step()
+
+
+WEIGHTS, BALANCE, PROTECT = "optimizer.tasks['b'] *= 10", "method=NashMTL()", "method=UPGrad()"
+
+
+@pytest.mark.parametrize(
+    ("method", "named"),
+    [
+        (Sum(), [WEIGHTS, BALANCE, PROTECT]),
+        (NonConflicting(Sum()), [WEIGHTS, BALANCE]),
+        (GradDrop(), [WEIGHTS, BALANCE]),  # by the norms
+        (Against(), [BALANCE, PROTECT]),
+        (AgainstNash(), [PROTECT]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_nothing_is_named_that_is_in_use_or_changes_nothing(method, named):
+    said = trained(method).advise()
+    assert [trial for trial in (WEIGHTS, BALANCE, PROTECT) if trial in said] == named
+    changes_nothing = f"With {type(method).__name__} a larger loss weight does not change that."
+    assert (changes_nothing in said) == (WEIGHTS not in named)
+
+
+@pytest.mark.parametrize("method", [NashMTL(), FairGrad(), MGDA(), ConFIG()])
+def test_no_loss_weight_is_named_or_promised_that_the_method_does_not_follow(method):
+    for steps in (ENOUGH_STEPS, ENOUGH_FOR_WEIGHTS):
+        said = trained(method, steps).advise()
+        assert "optimizer.tasks" not in said
+        assert "loss weights" not in said
+        assert type(method).__name__ == "MGDA" or "method=" not in said
+
+
+def test_of_an_unknown_result_it_is_said_that_it_is_unknown():
+    said = trained(GradDrop()).advise()
+    assert "What the result does to the tasks is not known" in said
+    assert "And the gradients of b are much shorter than those of a." in said
+    assert "goes against no task" not in said
+    with_unknown = trained(GradDrop(), ENOUGH_STEPS).advise()
+    assert "No method is named: what the result does to the tasks is not known." in with_unknown
+
+
+def change_method(optimizer):
+    optimizer.method = UPGrad()
+
+
+def change_weight(optimizer):
+    optimizer.tasks["b"] *= 10.0
+
+
+def change_clipping(optimizer):
+    optimizer.max_norm = 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "looked_at"),
+    [
+        (change_method, "21 steps (31 to 51), those since the loss weights or the method changed"),
+        (change_weight, "21 steps (31 to 51), those since the loss weights or the method changed"),
+        (change_clipping, "51 steps (1 to 51).\n"),
+    ],
+)
+def test_advice_is_by_the_steps_since_the_last_change(change, looked_at):
+    optimizer = trained(Sum(), 30)
+    change(optimizer)
+    train_on(optimizer, optimizer.param_groups[0]["params"][0], 21)
+    assert f"Looked at {looked_at}" in optimizer.advise()
+    rows = optimizer.recorder.rows()
+    assert [row["changes"] for row in rows] == [0] * 30 + [int("since" in looked_at)] * 21
+
+
+def test_a_task_without_a_gradient_is_named():
+    said = trained(Sum(), 30, second=0.0).advise()
+    assert "b had no gradient in 30 of 30 steps." in said
+    assert "a had no gradient" not in said
+    assert "Verdict: none." in said
+
+
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [(1.0, "about as long as the"), (2.5, "2.5 times as long"), (1234.0, "1234 times as long")],
+)
+def test_lengths_are_written_out(length, said):
+    kept = Recorder("ab", THRESHOLDS, 100)
+    gradients = two_tasks(0.0)[0] * torch.tensor([[length], [1.0]], dtype=torch.float64)
+    for number in range(1, 31):
+        add(kept, [gradients], number)
+    assert f"The largest gradient is {said}" in kept.advise()
+
+
+def test_a_number_that_rounds_to_zero_has_no_minus():
+    assert [signed(-0.001), signed(0.004), signed(-0.006)] == ["+0.00", "+0.00", "-0.01"]
+
+
+def test_who_is_served_least_in_one_half_alone_is_not_named():
+    kept = Recorder("ab", THRESHOLDS, 1000)
+    for number in range(1, 301):
+        length = 3.0 if number <= 150 else 1.0
+        torn = two_tasks(-0.6)[0] * torch.tensor([[length], [1.0]])
+        add(kept, [torn], number, max_iterations=0)
+    assert "optimizer.tasks" not in kept.advise()
+
+
 def test_advice_reports_the_figures():
     said = with_cosines([0.5] * 50 + [-0.2] * 25 + [-0.6] * 15 + [-0.9] * 10).advise()
     assert "Looked at 100 steps (1 to 100)." in said
@@ -231,8 +374,10 @@ def test_advice_without_a_comparison():
 @pytest.mark.parametrize(
     ("scene", "method", "steps"), [(Kovasznay, Sum(), 60), (Burgers, GCond(), 30)]
 )
-def test_what_is_advised_where_tasks_conflict_is_among_what_helped(scene, method, steps):
-    """NashMTL and UPGrad; of loss weights, whose turn is later, those of all known values."""
+def test_where_tasks_conflict_the_methods_are_named_that_ended_with_a_lower_error(
+    scene, method, steps
+):
+    """NashMTL and UPGrad, on Burgers' equation within chance; the turn of weights is later."""
     verdict = verdict_on(figures_of(rows_of(scene(), method, steps), tuple(scene.tasks)))
     assert verdict == Verdict("conflict", (), balance=True, protect=True)
 

@@ -300,6 +300,10 @@ def test_steps_against_a_task_are_counted(kovasznay_scene):
     assert summary.against(run) == {"residual": 0.25, "boundary": 0.75}
     said = summary.against_sentence([run])
     assert "75 % of GCond exact (residual 25 %, boundary 75 %)" in said
+    calm = training.new_run(kovasznay_scene, EXACT, 4, 0, CPU)
+    calm.history = [training.Step({}, 0.5, "none", None, 0.0, [])]
+    assert "boundary 75 %); 0 % of the others." in summary.against_sentence([run, calm])
+    assert "none of any method." in summary.against_sentence([calm])
     figure = pictures.error_picture([run])
     bars = {c.get_label(): [b.get_width() for b in c] for c in figure.axes[1].containers}
     assert bars == {"against residual": [25.0], "against boundary": [75.0]}

@@ -111,6 +111,19 @@ def direction_stays(name, tasks):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_whether_the_result_follows_a_larger_loss_weight(name):
+    """Losses themselves, which some methods look at, are without the loss weight."""
+    S, weight = independent(3), float64([10.0, 1.0, 1.0])
+    turned = []
+    for G in (S, S * weight[:, None] * weight):
+        w = weights_of(name, G, float64([1.0, 2.0, 3.0]))
+        along = (G @ w[..., None])[..., 0]
+        length = (along * w).sum(-1).clamp(min=0.0).sqrt() * G[:, 0, 0].sqrt()
+        turned.append(float((along[:, 0] / length).nan_to_num().mean()))
+    assert made(name).follows_loss_weights == (turned[1] > turned[0] + 0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tasks", [2, 4])
 def test_what_is_said_of_the_norm(name, tasks):
     said = ROWS[name]["norm"]
