@@ -22,7 +22,7 @@ from gcond_kernels.methods.method import (
 from gcond_kernels.ops import launch_tables
 from gcond_kernels.ops.contexts import fixed_precision
 from gcond_kernels.ops.norms import multi_tensor_dot
-from gcond_kernels.ops.types import Layout, TaskGradients, history_of
+from gcond_kernels.ops.types import Layout, TaskGradients, within_range
 from gcond_kernels.storage.collect import in_memory_order
 from gcond_kernels.storage.dtensor import is_dtensor
 from gcond_kernels.storage.layout import Segment, accumulator_dtype_of, check_parameter, segments_of
@@ -156,7 +156,8 @@ def _resolve(
     decision = method.apply(written, Destination(outputs), shared.weights(weights), decision, state)
     if gradients.history is not None:
         keep = finite & (gradients.scale > 0.0)[:, None]
-        new = history_of(gradients.accumulators, gradients.history.dtype)
+        kept_type = gradients.history.dtype
+        new = within_range(gradients.accumulators, kept_type).to(kept_type)
         gradients.history.copy_(torch.where(keep, new, gradients.history))
     return decision.weights
 

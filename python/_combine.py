@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels.ops.mask import trainable
-from gcond_kernels.ops.types import Momentum, Rescale, TaskGradients, history_of
+from gcond_kernels.ops.types import Momentum, Rescale, TaskGradients, within_range
 from gcond_kernels.python.chunks import chunks_of, computed_in, flattened
 
 
@@ -30,7 +30,7 @@ def combine(
     for tensor, own, flat in chunks_of(layout):
         if history is not None:  # before the output, which may lie in an accumulator
             for task in active:
-                history[task, flat] = history_of(accumulators[task, flat], history.dtype)
+                history[task, flat] = within_range(accumulators[task, flat], history.dtype)
         output = outputs[tensor]
         if output is None:
             continue

@@ -37,12 +37,12 @@ class Layout(NamedTuple):
         return cls(tuple(offsets), tuple(sizes))
 
 
-def history_of(accumulators: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return accumulators as a history of that type: float64 ones are kept within its range."""
-    if accumulators.dtype == torch.float64:
-        largest = torch.finfo(dtype).max  # an infinity would have every later step skipped
-        accumulators = accumulators.clamp(-largest, largest)
-    return accumulators.to(dtype)
+def within_range(accumulators: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what a history of that type keeps of accumulators, float64 ones within its range."""
+    if accumulators.dtype != torch.float64:
+        return accumulators
+    largest = torch.finfo(dtype).max  # an infinity would have every later step skipped
+    return accumulators.clamp(-largest, largest)
 
 
 class TaskGradients(NamedTuple):
