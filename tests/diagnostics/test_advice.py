@@ -78,7 +78,7 @@ class AgainstNash(Against):
 def figures(**changed) -> Figures:
     """Those of two tasks that conflict in every other step and are served the same."""
     plain = Figures(
-        steps=300,
+        steps=500,
         zones={"none": 0.5, "mild": 0.0, "moderate": 0.4, "critical": 0.1},
         strong=0.5,
         median=-0.6,
@@ -103,7 +103,7 @@ UNKNOWN = {"against": {}, "descent": {}}
         ({"against": {"a": 0.04, "b": 0.0}}, Verdict("conflict")),
         ({"least": ("b",)}, Verdict("imbalance and conflict", ("b",), True)),
         ({"least": ("a", "c")}, Verdict("imbalance and conflict", ("a", "c"), True)),
-        ({"least": ("b",), "steps": 299}, Verdict("conflict")),  # too early for weights
+        ({"least": ("b",), "steps": 499}, Verdict("conflict")),  # too early for weights
         # Without a conflict.
         (CALM, Verdict("nothing")),
         ({**CALM, "least": ("b",)}, Verdict("nothing")),  # and as long
@@ -141,7 +141,7 @@ def test_all_tasks_that_are_served_least_are_named_together(cosines, least):
 def test_the_advice_says_whom_steps_went_against_and_what_to_try():
     """Of two gradients the plain sum follows the one that is 3 times as long."""
     kept = Recorder("ab", THRESHOLDS, 1000)
-    for number in range(1, 301):
+    for number in range(1, 501):
         torn = two_tasks(-0.6 if number % 2 else 0.2)
         add(kept, [torn[0] * torch.tensor([[3.0], [1.0]])], number, max_iterations=0)
     said = kept.advise()
@@ -159,10 +159,10 @@ def test_the_advice_says_whom_steps_went_against_and_what_to_try():
     assert verdict[4].endswith("method=NashMTL()")
     assert verdict[5].endswith("to first order: method=UPGrad()")
     assert "Ask again" not in said
-    kept.capacity = 299
+    kept.capacity = 499
     said = kept.advise()
     assert "optimizer.tasks" not in said
-    assert said.endswith("Ask again after\n300 steps with the same weights and method.")
+    assert said.endswith("Ask again after\n500 steps with the same weights and method.")
 
 
 def test_the_code_in_the_advice_does_what_it_says():
@@ -294,8 +294,8 @@ def test_a_number_that_rounds_to_zero_has_no_minus():
 
 def test_who_is_served_least_in_one_half_alone_is_not_named():
     kept = Recorder("ab", THRESHOLDS, 1000)
-    for number in range(1, 301):
-        length = 3.0 if number <= 150 else 1.0
+    for number in range(1, 501):
+        length = 3.0 if number <= 250 else 1.0
         torn = two_tasks(-0.6)[0] * torch.tensor([[length], [1.0]])
         add(kept, [torn], number, max_iterations=0)
     assert "optimizer.tasks" not in kept.advise()
