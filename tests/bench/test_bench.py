@@ -337,6 +337,7 @@ def test_others_stand_beside_and_are_counted(figures):
         assert figure["launches"] > 0
 
 
+@pytest.mark.slow
 def test_an_operation_that_is_wrong_is_not_timed(monkeypatch):
     right = ops.combine
 
@@ -456,6 +457,7 @@ def test_an_interruption_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
     assert "holds what was measured until then" in printed.out
 
 
+@pytest.mark.slow
 def test_an_error_is_a_figure_and_an_exit_code(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Storage, "arbitrate", lambda *_: 1 / 0)
     code, output, _ = run_main(tmp_path, capsys)

@@ -56,6 +56,7 @@ def figures():
     return figures_of(*cpu.SECTIONS)
 
 
+@pytest.mark.slow
 def test_every_cost_stands_beside_what_it_is_held_to(figures):
     assert not [f for f in figures if "error" in f or "skipped" in f]
     found = {}
@@ -65,6 +66,7 @@ def test_every_cost_stands_beside_what_it_is_held_to(figures):
     json.dumps(figures)
 
 
+@pytest.mark.slow
 def test_every_aim_is_judged(figures):
     aimed = {(f["operation"], f["what"], f.get("beside")) for f in figures if "target" in f}
     without = {
@@ -95,6 +97,7 @@ def test_a_ratio_is_ours_over_the_other_in_the_same_round(monkeypatch):
     assert "target" not in other
 
 
+@pytest.mark.slow
 def test_a_large_case_stands_beside_a_copy_of_the_budget(monkeypatch):
     copied = []
     copies = cpu.copies

@@ -85,6 +85,7 @@ def test_the_tables_are_those_of_the_record(experiment):
     assert common.document(experiment, result) == recorded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -440,6 +440,7 @@ def test_other_methods_are_compared(name, tmp_path, capsys):
     assert "AdamW" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scene", [slow("photos"), "digits", slow("kovasznay")], indirect=True)
 def test_pictures_of_all_methods_at_once(scene, tmp_path):
     runs = [training.new_run(scene, method, 2, 0, CPU) for method in METHODS]
