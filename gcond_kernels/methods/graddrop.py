@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
-from gcond_kernels.methods.checks import check_number, check_seed
+from gcond_kernels.methods.checks import check_number
 from gcond_kernels.methods.method import (
     Comparison,
     Destination,
     Known,
-    Method,
     State,
     without_events,
 )
+from gcond_kernels.methods.seeded import Seeded
 from gcond_kernels.ops.types import SignDropout, TaskGradients
 
 
 @dataclass(frozen=True)
-class GradDrop(Method):
+class GradDrop(Seeded):
     """Of every element one sign is picked at random, and gradients of the other sign are dropped.
 
     Z. Chen et al., "Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout",
@@ -41,12 +41,11 @@ class GradDrop(Method):
     leak: float = 0.0
     seed: int = 0
 
-    shared_state: ClassVar[frozenset[str]] = frozenset({"counter"})
     adds_magnitudes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number(self, "leak", 1.0)
-        check_seed(self)
+        super().__post_init__()
 
     def check(self, granularity: str, sized_by: str | None) -> None:
         """Raise a ValueError where other options of the optimizer do not go with this method."""
@@ -61,10 +60,6 @@ class GradDrop(Method):
                 "does not hold for GradDrop: clip between backward() and step(), e.g. with "
                 "torch.nn.utils.clip_grad_norm_"
             )
-
-    def new_state(self, tasks: int, device: torch.device) -> State:
-        """Return the random counter, [] int64."""
-        return {"counter": torch.zeros((), dtype=torch.int64, device=device)}
 
     def __call__(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
         """Raise a TypeError: there are none."""

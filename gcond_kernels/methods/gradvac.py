@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.checks import check_number, check_seed
-from gcond_kernels.methods.method import Known, Method, State
+from gcond_kernels.methods.checks import check_number
+from gcond_kernels.methods.method import Known, State
 from gcond_kernels.methods.normalized import cosines, from_normalized, norms
 from gcond_kernels.methods.pcgrad import random_orders
+from gcond_kernels.methods.seeded import Seeded
 from gcond_kernels.methods.solvers import identity
 
 
 @dataclass(frozen=True)
-class GradVac(Method):
+class GradVac(Seeded):
     """Bring each pair of gradients to a target cosine φ̂_ij, a moving average of the pair's cosines.
 
     Z. Wang et al., "Gradient Vaccine: Investigating and Improving Multi-task Optimization in
@@ -39,18 +39,14 @@ class GradVac(Method):
     beta: float = 0.01
     seed: int = 0
 
-    shared_state: ClassVar[frozenset[str]] = frozenset({"counter"})
-
     def __post_init__(self) -> None:
         check_number(self, "beta", 1.0)
-        check_seed(self)
+        super().__post_init__()
 
     def new_state(self, tasks: int, device: torch.device) -> State:
         """Return the targets of the pairs, [K, K] float64, and the random counter, [] int64."""
-        return {
-            "target_cosines": torch.zeros((tasks, tasks), dtype=torch.float64, device=device),
-            "counter": torch.zeros((), dtype=torch.int64, device=device),
-        }
+        targets = torch.zeros((tasks, tasks), dtype=torch.float64, device=device)
+        return {"target_cosines": targets, **super().new_state(tasks, device)}
 
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """Return the weights of Σ_i g̃_i; targets and random counter are updated."""

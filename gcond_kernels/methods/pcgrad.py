@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gcond_kernels.methods import host
-from gcond_kernels.methods.checks import check_seed
-from gcond_kernels.methods.method import Known, Method, State
+from gcond_kernels.methods.method import Known, State
+from gcond_kernels.methods.seeded import Seeded
 from gcond_kernels.methods.solvers import identity
 from gcond_kernels.ops.random import start_of, uniform
 
 
 @dataclass(frozen=True)
-class PCGrad(Method):
+class PCGrad(Seeded):
     """Project each gradient onto the complements of all it conflicts with, in random order.
 
     T. Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, arXiv 2001.06782. With
@@ -33,15 +32,6 @@ class PCGrad(Method):
     """
 
     seed: int = 0
-
-    shared_state: ClassVar[frozenset[str]] = frozenset({"counter"})
-
-    def __post_init__(self) -> None:
-        check_seed(self)
-
-    def new_state(self, tasks: int, device: torch.device) -> State:
-        """Return the random counter, [] int64."""
-        return {"counter": torch.zeros((), dtype=torch.int64, device=device)}
 
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """Return Σ_i c_i; the random counter is counted up."""

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gcond_kernels.methods.checks import check_seed
 from gcond_kernels.methods.loss_weighting import has_gradient, softmax_among
-from gcond_kernels.methods.method import Known, Method, State
+from gcond_kernels.methods.method import Known, State
+from gcond_kernels.methods.seeded import Seeded
 from gcond_kernels.ops.random import start_of, uniform
 
 
 @dataclass(frozen=True)
-class RLW(Method):
+class RLW(Seeded):
     """Weight the tasks at random in every step, in every tensor by the same weights.
 
     B. Lin et al., "Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task
@@ -32,15 +31,6 @@ class RLW(Method):
     """
 
     seed: int = 0
-
-    shared_state: ClassVar[frozenset[str]] = frozenset({"counter"})
-
-    def __post_init__(self) -> None:
-        check_seed(self)
-
-    def new_state(self, tasks: int, device: torch.device) -> State:
-        """Return the random counter, [] int64."""
-        return {"counter": torch.zeros((), dtype=torch.int64, device=device)}
 
     def weights(self, gramian: Tensor, state: State, known: Known) -> Tensor:
         """Return K softmax(N); the random counter is counted up."""
