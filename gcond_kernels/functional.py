@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gcond_kernels import ops
-from gcond_kernels.methods import Method, NonConflicting
+from gcond_kernels.methods import Method
 from gcond_kernels.methods.function import method_of
 from gcond_kernels.methods.method import (
     Comparison,
@@ -278,7 +278,7 @@ def _prepared(
     """Return the state, filled where it was empty; check that it is of this method and layout."""
     device = segments[0].parameter.device
     made_of = {
-        "method": repr(_inner(method)),
+        "method": repr(method.state_owner),
         "tasks": tasks,
         "shapes": [list(segment.shape) for segment in segments],
         "strides": [list(segment.stride) for segment in segments],
@@ -303,13 +303,6 @@ def _prepared(
     state.update(made_of, method_state=kept, history=history)
     state.update(parameter_tasks=used, was_shared=was_shared)
     return state
-
-
-def _inner(method: Method) -> Method:
-    """Return the method whose state it is: NonConflicting has none of its own."""
-    while isinstance(method, NonConflicting):
-        method = method.method
-    return method
 
 
 def _check_same(state: dict[str, Any], made_of: dict[str, Any]) -> None:

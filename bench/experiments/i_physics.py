@@ -152,7 +152,7 @@ class Seen(NamedTuple):
 
 def seen_in(report: Report, method: Any) -> Seen:
     """Return what a step did; all parameters are shared in these scenes."""
-    inner = method.method if isinstance(method, NonConflicting) else method
+    inner = method.state_owner
     known = None not in report.descent.values()
     bound = inner.iterations(len(report.norms)) if isinstance(inner, GCond) else None
     return Seen(
@@ -167,12 +167,15 @@ def share_of(flags: Sequence[bool]) -> float | None:
     return sum(flags) / len(flags) if flags else None
 
 
-def shares_of(rising: Sequence[Sequence[bool]], tasks: Sequence[str]) -> dict[str, float] | None:
+def shares_of(
+    rising: Sequence[Sequence[bool]], tasks: Sequence[str]
+) -> dict[str, float | None] | None:
     """Return task → share of the steps in which its loss rose to first order, where it is known."""
     known = [flags for flags in rising if flags]
     if not known:
         return None
-    return {task: sum(f) / len(f) for task, f in zip(tasks, zip(*known, strict=True), strict=True)}
+    columns = zip(*known, strict=True)
+    return {task: share_of(flags) for task, flags in zip(tasks, columns, strict=True)}
 
 
 def median_of(values: Sequence[float | None]) -> float | None:

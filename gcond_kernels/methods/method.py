@@ -123,9 +123,14 @@ class Method(ABC):
         return False
 
     @property
+    def state_owner(self) -> Method:
+        """The method whose state it keeps: itself, unless it is put around another."""
+        return self
+
+    @property
     def state_type(self) -> type[Method]:
         """The class whose state it keeps: among methods of one such class a state goes on."""
-        return type(self)
+        return type(self.state_owner)
 
     def with_thresholds(self, thresholds: tuple[float, float, float]) -> Method:
         """Return the method with other thresholds.

@@ -87,9 +87,9 @@ class NonConflicting(Method):
         return self.method.needs_history
 
     @property
-    def state_type(self) -> type[Method]:
-        """The class of the inner method, whose state this is."""
-        return self.method.state_type
+    def state_owner(self) -> Method:
+        """The inner method, whose state this is."""
+        return self.method.state_owner
 
     def with_thresholds(self, thresholds: tuple[float, float, float]) -> Method:
         """Return the same around the inner method with other thresholds."""
