@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 # there, where it is measured what helps (bench/experiments/README.md).
 # With 20 steps a share is known to about 20 points; the same holds for the comparisons of a layer.
 ENOUGH_STEPS = 20
-# Whom the result follows least changes at first: of 21 runs of Burgers' equation two name its
-# boundary alone, at steps 40 and 350, which ends with 1.7 times the plain sum's error.
+# Whom the result follows least changes at first: early on Burgers' equation that may be its
+# boundary alone, and with that loss x 10 it ends at 1.7 times the plain sum's error.
 ENOUGH_FOR_WEIGHTS = 500
 # Where fewer steps have a conflict, the other 95 % are the plain sum to the last bit.
 RARE_SHARE = 0.05
@@ -39,8 +39,7 @@ NOTABLE_SHARE = 0.1
 AGAINST_SHARE = 0.05
 # Mean cosines of the result with the tasks' gradients are so far apart. (Not medians: where steps
 # go against one task and another in turn, the median is that of either.) Half of it separates those
-# that are raised together: of 15 runs of Burgers' equation by the plain sum, with two schedules, 14
-# name both known values within 1,400 steps, most from 1,000 on, and none one alone.
+# that are raised together, as Burgers' boundary and initial values are to be.
 UNEQUAL = 0.25
 # A loss weight is raised tenfold at a time: a finer step changes less than another seed does, and
 # 100 at once may overshoot. With the known values' losses x 10 Burgers' equation ends with 0.75 of

@@ -267,9 +267,9 @@ def _running_median(values: Sequence[float], half: int) -> list[float]:
     ]
 
 
-def _half_window(records: Sequence[Record]) -> int:
+def _half_window(values: Sequence[object]) -> int:
     """Return how many steps a running median takes on each side."""
-    return max(4, len(records) // 40)
+    return max(4, len(values) // 40)
 
 
 def _plain(name: str) -> str:
@@ -361,7 +361,7 @@ def _draw_norm(
     norms = [norm if norm > 0.0 else math.nan for norm in norms]
     if len(norms) > FEW_STEPS:
         axes.plot(steps, norms, color=color, linewidth=0.7, alpha=0.35)
-        norms = _running_median(norms, max(4, len(norms) // 40))
+        norms = _running_median(norms, _half_window(norms))
     axes.plot(steps, norms, color=color, linestyle=line, linewidth=2.0, marker=marker, label=label)
 
 

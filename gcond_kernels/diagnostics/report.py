@@ -183,13 +183,11 @@ class Resolution(NamedTuple):
         return products + own, terms + own, square + own.sum(-1)
 
     @property
-    def descent(self) -> Tensor:
-        """Cosines of the resolved gradient with each task's, [K]; NaN where there is none."""
-        return self.descent_and_rising[0]
-
-    @property
     def descent_and_rising(self) -> tuple[Tensor, Tensor]:
-        """These cosines, and whether a loss rises to first order: 1 or 0, NaN where unknown."""
+        """Cosines of the resolved gradient with each task's, and whether the task's loss rises.
+
+        Both [K]; NaN where unknown. A loss rises to first order where it is 1, else it is 0.
+        """
         products, terms, square = self.result_products
         cosines = products / (self.squares.sqrt() * square.clamp(min=0.0).sqrt()[..., None])
         cosines = torch.where(self.decision.finite[..., None], cosines, math.nan).clamp(-1.0, 1.0)
